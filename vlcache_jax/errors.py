@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message names the thing, the value and the remedy."""
+
+
+class VLCacheError(ValueError):
+    """Base of every error this library raises for bad input. The command line prints it without a traceback."""
+
+
+class CheckpointError(VLCacheError):
+    """A checkpoint folder is missing, unsafe, corrupt, or does not fit the model it describes."""
+
+
+class InputError(VLCacheError):
+    """An image, a prompt, a batch or a generation length cannot be used."""
+
+
+class PolicyError(VLCacheError):
+    """A cache policy is misconfigured: an unknown name, an option out of range, an impossible combination."""
