@@ -1,0 +1,5 @@
+"""Causal self-attention over a whole prompt: prefill and training."""
+
+from vlcache_jax.kernels.attention.api import attention
+
+__all__ = ["attention"]
