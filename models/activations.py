@@ -1,0 +1,40 @@
+"""Activation functions by the names `config.json` uses."""
+
+import difflib
+import functools
+from collections.abc import Callable
+
+import jax
+
+from vlcache_jax.errors import VLCacheError
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x * sigmoid(1.702 x)`: the sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation function called `name` (`hidden_act` and the like in a `config.json`).
+
+    Raises:
+      VLCacheError: if there is none of that name; the message lists the supported ones, the nearest first.
+    """
+    try:
+        return ACTIVATIONS[name]
+    except (KeyError, TypeError):
+        near = difflib.get_close_matches(str(name), ACTIVATIONS, n=len(ACTIVATIONS), cutoff=0.0)
+        raise VLCacheError(f"activation {name!r} is not supported; use one of: {', '.join(near)}") from None
