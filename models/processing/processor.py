@@ -1,0 +1,339 @@
+"""Images and text to a `Batch`, and tokens back to text."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from vlcache_jax.models.processing.buckets import bucket_length, check_buckets
+from vlcache_jax.models.processing.chat import ChatTemplate, read_template, split_conversation
+from vlcache_jax.models.processing.files import open_folder, read_json
+from vlcache_jax.models.processing.images import ImageLike, is_image_like, load_image
+from vlcache_jax.models.processing.layout import VisionLayout
+from vlcache_jax.models.processing.tokenizer import Tokenizer
+from vlcache_jax.models.processing.transform import ImageTransform
+
+from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.errors import CheckpointError, InputError
+
+
+class Processor:
+    """Turns images and prompts into what a LLaVA-1.5 or LLaVA-NeXT model takes.
+
+    Everything runs in numpy on the host. Token ids equal those of transformers' `LlavaProcessor` and
+    `LlavaNextProcessor`; pixels equal those of their PIL-based image processors.
+
+        processor = Processor.from_folder("llava-1.5-7b-hf")
+        batch = processor(images=["cat.jpg"], text=["USER: <image>\\nWhat is this? ASSISTANT:"])
+        texts = processor.decode(generate(model, params, batch, ...))
+
+    Attributes:
+      tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
+      transform: how an image is resized, cropped and normalised.
+      layout: how an image becomes tiles and features.
+      image_token: the text that stands for one image in a prompt, such as "<image>".
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        transform: ImageTransform,
+        layout: VisionLayout,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.layout = layout
+        self.image_token = image_token
+        self._template = (
+            None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
+        )
+        self._buckets = None if buckets is None else check_buckets(buckets)
+        found = tokenizer.token_to_id(image_token)
+        if found != layout.image_token_id:
+            raise CheckpointError(
+                f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json says "
+                f"{layout.image_token_id}: the tokenizer belongs to another model, or lacks the added image "
+                "token"
+            )
+
+    @classmethod
+    def from_folder(
+        cls, path: str | os.PathLike[str], *, buckets: Sequence[int] | None = None
+    ) -> "Processor":
+        """Reads the processor of a checkpoint folder, in the forms that transformers 4 and 5 write.
+
+        Needs `config.json`, `tokenizer.json`, and `preprocessor_config.json` or a `processor_config.json`
+        that holds the image processor; reads `tokenizer_config.json`, `special_tokens_map.json` and the chat
+        template where present.
+
+        Args:
+          path: a local folder.
+          buckets: padded prompt lengths to choose from; by default multiples of 64 up to 512, of 256 up to
+            4096, then of 1024.
+
+        Raises:
+          CheckpointError: a file is missing or malformed, or the parts do not fit one another.
+        """
+        folder = open_folder(path)
+        config = read_json(folder, "config.json")
+        if config is None:
+            raise CheckpointError(
+                f"{folder} has no config.json: it is not a model's folder, or the download is incomplete"
+            )
+        settings = read_json(folder, "processor_config.json") or {}
+        source, images = "processor_config.json", settings.get("image_processor")
+        if images is None:
+            source, images = "preprocessor_config.json", read_json(folder, "preprocessor_config.json")
+        if images is None:
+            raise CheckpointError(
+                f"{folder} has neither preprocessor_config.json nor an image_processor in "
+                "processor_config.json: write "
+                "it with transformers, by AutoProcessor.from_pretrained(...).save_pretrained(folder)"
+            )
+        if not isinstance(images, dict):
+            raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
+        transform = ImageTransform.from_dict(images, source)
+        layout = VisionLayout.from_config(config, images.get("image_grid_pinpoints"))
+        layout.check_transform(transform)
+        tokenizer = Tokenizer.from_folder(folder)
+        image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
+        if not isinstance(image_token, str):
+            raise CheckpointError(
+                f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text"
+            )
+        return cls(
+            tokenizer=tokenizer,
+            transform=transform,
+            layout=layout,
+            image_token=image_token,
+            chat_template=read_template(folder),
+            buckets=buckets,
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return self._template is not None
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] = (),
+        *,
+        pad_to: int | None = None,
+    ) -> Batch:
+        """A batch from prompts that hold one image token per image.
+
+        Args:
+          images: for each prompt a list of images, `[[a], [b, c], []]`; or, with one image per prompt, the
+            flat list `[a, b]`. An image is a PIL image, an array (see `load_image`) or a path. None if no
+            prompt has an image.
+          text: the prompts. A single str is a batch of one; its images may be given as `image` or `[image,
+            image]`.
+          pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
+
+        Returns:
+          Batch with tokens i32 [batch, length], lengths i32 [batch], vision_index i32 [batch, length] and
+          pixels f32 [batch, tiles, image_size, image_size, 3], all of them numpy arrays.
+
+        Raises:
+          InputError: prompts and images that do not match, an empty prompt, an image that cannot be used, or
+            a prompt longer than `pad_to` or the largest bucket.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
+            raise InputError(
+                f"text is {str(text)[:80]!r} of type {type(text).__name__}: give a str or a list of str"
+            )
+        if not texts:
+            raise InputError("text is empty: give at least one prompt")
+        rows = _image_rows(images, len(texts), single=isinstance(text, str))
+        return self._batch(list(texts), rows, [True] * len(texts), pad_to)
+
+    def chat(
+        self,
+        conversations: Sequence[Any],
+        *,
+        add_generation_prompt: bool = True,
+        pad_to: int | None = None,
+    ) -> Batch:
+        """A batch from conversations, by the checkpoint's chat template.
+
+        Args:
+          conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
+            whose content is a str or a list of `{"type": "text", "text": ...}` and `{"type": "image",
+            "image": ...}` (or `"path"`); a single conversation is a batch of one.
+          add_generation_prompt: end with what starts the assistant's answer.
+          pad_to: as in `__call__`.
+
+        Raises:
+          InputError: a malformed message, one that the template refuses, or what `__call__` raises.
+          CheckpointError: the checkpoint has no chat template, or one that fails.
+        """
+        if self._template is None:
+            raise CheckpointError(
+                "this checkpoint has no chat template: write the prompt yourself and call the processor "
+                "with it, or "
+                "put a chat_template.jinja in the folder"
+            )
+        if not isinstance(conversations, (list, tuple)) or not conversations:
+            raise InputError(
+                "conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]"
+            )
+        if not isinstance(conversations[0], (list, tuple)):
+            conversations = [conversations]
+        pairs = [
+            split_conversation(conversation, f"row {row}") for row, conversation in enumerate(conversations)
+        ]
+        texts = [self._template.render(messages, add_generation_prompt) for messages, _ in pairs]
+        bos = self.tokenizer.bos_token
+        # Many templates write the beginning-of-sequence token themselves; it must not come twice.
+        add_special_tokens = [bos is None or not text.startswith(bos) for text in texts]
+        return self._batch(texts, [images for _, images in pairs], add_special_tokens, pad_to)
+
+    def decode(self, out: Any) -> list[str]:
+        """The texts of generated tokens, special tokens left out.
+
+        Args:
+          out: an object with `tokens` [batch, steps] and `lengths` [batch], of which a row's first
+            `lengths[row]` tokens count; or a whole [batch, steps] array; or a list of lists of token ids.
+
+        Raises InputError for anything else, or for a negative token id.
+        """
+        generated = hasattr(out, "tokens") and hasattr(out, "lengths")
+        tokens = out.tokens if generated else out
+        try:
+            rows = [np.asarray(row) for row in (np.asarray(tokens) if hasattr(tokens, "shape") else tokens)]
+        except (TypeError, ValueError):
+            rows = [np.asarray(None)]
+        if any(row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)) for row in rows):
+            raise InputError(
+                f"a {type(out).__name__} cannot be decoded: give generated output, an integer array [batch, "
+                "steps] of "
+                "token ids, or a list of lists of them"
+            )
+        if generated:
+            lengths = np.asarray(out.lengths)
+            if lengths.shape != (len(rows),):
+                raise InputError(
+                    f"lengths has the shape {list(lengths.shape)} for {len(rows)} rows of tokens"
+                )
+            rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        return [self.tokenizer.decode(row.tolist()) for row in rows]
+
+    def _batch(
+        self,
+        texts: list[str],
+        images: list[list[ImageLike]],
+        add_special_tokens: list[bool],
+        pad_to: int | None,
+    ) -> Batch:
+        for row, (prompt, row_images) in enumerate(zip(texts, images, strict=True)):
+            if not prompt.strip():
+                raise InputError(f"row {row}: the prompt is empty")
+            placeholders = prompt.count(self.image_token)
+            if placeholders != len(row_images):
+                raise InputError(
+                    f"row {row}: the prompt holds {placeholders} image tokens {self.image_token!r}, but "
+                    f"{len(row_images)} "
+                    "images were given: write the token once for each image"
+                )
+        tiles, indices, tokens = [], [], []
+        for row, row_images in enumerate(images):
+            row_tiles, row_index, counts = self._encode_images(row_images, row)
+            tiles.append(row_tiles)
+            indices.append(row_index)
+            tokens.append(self._encode_text(texts[row], counts, add_special_tokens[row], row))
+        length = self._padded_length(max(map(len, tokens)), pad_to)
+        return self._assemble(tokens, indices, tiles, length)
+
+    def _encode_images(
+        self, images: list[ImageLike], row: int
+    ) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+        """Per image u8 tiles [n, size, size, 3]; i32 indices of all features; how many each image has."""
+        tiles: list[np.ndarray] = []
+        indices: list[np.ndarray] = []
+        offset = 0
+        for number, source in enumerate(images):
+            name = f"row {row}, image {number}"
+            image: Image.Image = load_image(source, name)
+            tiles.append(self.layout.tiles(image, self.transform, name))
+            index = self.layout.feature_index(image.height, image.width)
+            indices.append(np.where(index >= 0, index + offset, index))
+            offset += len(tiles[-1]) * self.layout.features_per_tile
+        empty = np.zeros(0, np.int32)
+        return tiles, np.concatenate([empty, *indices]).astype(np.int32), [len(index) for index in indices]
+
+    def _encode_text(self, prompt: str, counts: list[int], add_special_tokens: bool, row: int) -> np.ndarray:
+        """i32 token ids, with each image token repeated once per feature of its image."""
+        pieces = prompt.split(self.image_token)
+        expanded = pieces[0] + "".join(
+            self.image_token * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
+        )
+        tokens = np.asarray(self.tokenizer.encode(expanded, add_special_tokens), np.int32)
+        found = int((tokens == self.layout.image_token_id).sum())
+        if found != sum(counts) or len(tokens) == 0:
+            raise InputError(
+                f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
+                "have "
+                f"{sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
+                f"{prompt[:80]!r}"
+            )
+        return tokens
+
+    def _padded_length(self, longest: int, pad_to: int | None) -> int:
+        if pad_to is None:
+            return bucket_length(longest, self._buckets)
+        if isinstance(pad_to, bool) or not isinstance(pad_to, (int, np.integer)) or pad_to < longest:
+            raise InputError(
+                f"pad_to={pad_to!r} does not hold the longest prompt, {longest} tokens with its visual "
+                "ones: give a "
+                "whole number at least that large"
+            )
+        return int(pad_to)
+
+    def _assemble(
+        self, tokens: list[np.ndarray], indices: list[np.ndarray], tiles: list[list[np.ndarray]], length: int
+    ) -> Batch:
+        size = len(tokens)
+        token_rows = np.full((size, length), self.tokenizer.pad_token_id, np.int32)
+        vision_index = np.full((size, length), TEXT, np.int32)
+        side = self.layout.image_size
+        most = max(sum(map(len, row)) for row in tiles)
+        pixels = np.zeros((size, most, side, side, 3), np.float32)
+        for row, ids in enumerate(tokens):
+            token_rows[row, : len(ids)] = ids
+            # A slice keeps the padding out: a checkpoint's padding token could be its image token.
+            vision_index[row, : len(ids)][ids == self.layout.image_token_id] = indices[row]
+            start = 0
+            for of_image in tiles[row]:
+                pixels[row, start : start + len(of_image)] = self.transform.normalise(of_image)
+                start += len(of_image)
+        lengths = np.asarray([len(ids) for ids in tokens], np.int32)
+        return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)
+
+
+def _image_rows(images: Any, size: int, single: bool) -> list[list[ImageLike]]:
+    """The images of each of `size` prompts. `single`: the prompt was given as a str, not as a list."""
+    if images is None:
+        return [[] for _ in range(size)]
+    if is_image_like(images) and size == 1:
+        return [[images]]
+    if not isinstance(images, (list, tuple)):
+        raise InputError(
+            f"images is a {type(images).__name__} for {size} prompts: give a list with the images of each "
+            "prompt"
+        )
+    if single and not any(isinstance(row, (list, tuple)) for row in images):
+        return [list(images)]
+    if len(images) != size:
+        raise InputError(
+            f"images has {len(images)} entries, but text has {size}: give one list of images per prompt, [] "
+            "for none"
+        )
+    return [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
