@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.batch import NEWLINE, TEXT, Batch
+from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import LlavaConfig
@@ -42,6 +43,27 @@ class Llava(nn.Module):
             self.image_newline = self.param(
                 "image_newline", nn.initializers.normal(0.02), (c.decoder.hidden_size,), jnp.float32
             )
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What caching and generation need to know."""
+        c = self.config
+        return ModelSpec(
+            num_layers=c.decoder.num_layers,
+            num_kv_heads=c.decoder.num_kv_heads,
+            head_dim=c.decoder.head_dim,
+            max_positions=c.decoder.max_positions,
+            dtype=self.dtype,
+            eos_token_ids=c.eos_token_ids,
+            pad_token_id=c.pad_token_id if c.pad_token_id is not None else (c.eos_token_ids or (0,))[0],
+        )
+
+    def abstract_params(self) -> dict[str, Any]:
+        """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
+        size = self.config.vision.image_size
+        one = jnp.zeros((1, 1), jnp.int32)
+        batch = Batch(one, jnp.ones((1,), jnp.int32), one, jnp.zeros((1, 1, size, size, 3), jnp.float32))
+        return jax.eval_shape(self.init, jax.random.key(0), batch)["params"]
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits of every position, f32 [batch, length, vocab]: `forward` of plain prompts."""

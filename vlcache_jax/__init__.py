@@ -1,0 +1,38 @@
+"""Vision-language models in JAX/Flax with a compressed, fixed-shape KV cache."""
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.budgets import layer_budgets
+from vlcache_jax.decoding import decode_step
+from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
+from vlcache_jax.generation import Generation, generate, stream
+from vlcache_jax.policies import FullCache, LastRows, Policy, PostVision, RandomEviction, VLCache, policy_by_name
+from vlcache_jax.prefill import prefill
+from vlcache_jax.report import Report
+from vlcache_jax.sampling import Sampling
+from vlcache_jax.state import KVState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "FullCache",
+    "Generation",
+    "InputError",
+    "KVState",
+    "LastRows",
+    "Policy",
+    "PolicyError",
+    "PostVision",
+    "RandomEviction",
+    "Report",
+    "Sampling",
+    "VLCache",
+    "VLCacheError",
+    "decode_step",
+    "generate",
+    "layer_budgets",
+    "policy_by_name",
+    "prefill",
+    "stream",
+]

@@ -1,0 +1,204 @@
+"""Generating answers: prefill, then a loop on the device; or the same step, streamed."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.decoding import advance
+from vlcache_jax.errors import InputError
+from vlcache_jax.interfaces import Params, VisionLanguageModel
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.prefill import prefill
+from vlcache_jax.report import Report, make_report
+from vlcache_jax.sampling import Sampling, next_token
+from vlcache_jax.state import KVState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """Answers of a batch.
+
+    Attributes:
+      tokens: i32 [batch, max_new_tokens], filled with the pad id after a row's end.
+      lengths: i32 [batch]. Tokens of each answer, the end-of-sequence token included.
+      report: what was kept, and what it cost.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    report: Report
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Loop:
+    step: jax.Array  # i32 [], tokens chosen so far
+    token: jax.Array  # i32 [batch], the last one
+    finished: jax.Array  # bool [batch]
+    state: KVState
+
+
+def generate(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    sampling: Sampling | None = None,
+    seeds: int | Sequence[int] | jax.Array = 0,
+    eos_token_ids: Sequence[int] | None = None,
+) -> Generation:
+    """Answers a batch of prompts with a compressed cache.
+
+    Pure: works under `jax.jit`, `jax.pmap` and on a mesh. Called plainly it runs two compiled programs, prefill and
+    decoding (a `lax.while_loop` that ends when every row has).
+
+    Args:
+      model: a Flax module such as `vlm.model`.
+      params: its parameters, a nested dict.
+      batch: prompts, from `vlm.processor`.
+      policy: what to keep of the prompt's cache; `FullCache()` by default.
+      max_new_tokens: answers are cut at this length.
+      sampling: None for greedy decoding.
+      seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to draw
+        several answers to one prompt, repeat the prompt with different seeds.
+      eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
+
+    Returns:
+      The answers and a report.
+
+    Raises:
+      InputError: see `prefill`; or a number of seeds other than rows.
+
+    Example:
+      out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
+      texts = vlm.processor.decode(out)
+    """
+    policy = FullCache() if policy is None else policy
+    seeds = _seeds(seeds, batch.size)
+    stop = _stop_ids(model, eos_token_ids)
+    logits, state = prefill(model, params, batch, policy, max_new_tokens)
+    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
+    tokens, lengths = _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+    return Generation(tokens, lengths, report)
+
+
+def stream(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    sampling: Sampling | None = None,
+    seeds: int | Sequence[int] | jax.Array = 0,
+    eos_token_ids: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of `generate` as they come.
+
+    Arguments and errors as in `generate`; they are checked when the function is called, not at the first token.
+
+    Yields:
+      i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have.
+    """
+    policy = FullCache() if policy is None else policy
+    seeds = _seeds(seeds, batch.size)
+    stop = _stop_ids(model, eos_token_ids)
+    logits, state = prefill(model, params, batch, policy, max_new_tokens)
+
+    def tokens() -> Iterator[np.ndarray]:
+        loop = _start(logits, state, seeds, sampling, stop)
+        yield np.asarray(loop.token)
+        for _ in range(max_new_tokens - 1):
+            if bool(jnp.all(loop.finished)):
+                return
+            loop = _stream_step(model, params, loop, seeds, sampling, stop)
+            yield np.asarray(loop.token)
+
+    return tokens()
+
+
+def _seeds(seeds: int | Sequence[int] | jax.Array, rows: int) -> jax.Array:
+    seeds = jnp.asarray(seeds, jnp.int32)
+    if seeds.ndim > 1 or seeds.size not in (1, rows):
+        raise InputError(f"seeds of shape {seeds.shape} do not fit {rows} rows: give one integer or one per row")
+    return jnp.broadcast_to(seeds, (rows,))
+
+
+def _stop_ids(model: VisionLanguageModel, eos_token_ids: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(model.spec.eos_token_ids if eos_token_ids is None else (int(i) for i in eos_token_ids))
+
+
+def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    return jnp.any(token[:, None] == jnp.asarray(stop, jnp.int32), axis=1)
+
+
+@partial(jax.jit, static_argnames=("sampling", "stop"))
+def _start(
+    logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
+) -> _Loop:
+    token = next_token(logits, sampling, seeds, 0)
+    return _Loop(jnp.int32(1), token, _is_stop(token, stop), state)
+
+
+def _step(
+    model: VisionLanguageModel,
+    params: Params,
+    loop: _Loop,
+    seeds: jax.Array,
+    sampling: Sampling | None,
+    stop: tuple[int, ...],
+) -> _Loop:
+    logits, state = advance(model, params, loop.token, loop.state)
+    token = next_token(logits, sampling, seeds, loop.step)
+    token = jnp.where(loop.finished, model.spec.pad_token_id, token)
+    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), state)
+
+
+_stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop"), donate_argnames=("loop",))
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop"))
+def _decode(
+    model: VisionLanguageModel,
+    params: Params,
+    logits: jax.Array,
+    state: KVState,
+    seeds: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    stop: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    context = state.context  # read-only, so kept out of the loop's carry
+
+    def with_context(loop: _Loop) -> _Loop:
+        return dataclasses.replace(loop, state=dataclasses.replace(loop.state, context=context))
+
+    def without_context(loop: _Loop) -> _Loop:
+        return dataclasses.replace(loop, state=dataclasses.replace(loop.state, context=None))
+
+    def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
+        loop, _, _ = carry
+        return (loop.step < max_new_tokens) & ~jnp.all(loop.finished)
+
+    def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
+        loop, tokens, lengths = carry
+        lengths = lengths + ~loop.finished
+        new = without_context(_step(model, params, with_context(loop), seeds, sampling, stop))
+        tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
+        return new, tokens, lengths
+
+    loop = _start(logits, state, seeds, sampling, stop)
+    rows = loop.token.shape[0]
+    tokens = jnp.full((rows, max_new_tokens), model.spec.pad_token_id, jnp.int32).at[:, 0].set(loop.token)
+    carry = (without_context(loop), tokens, jnp.ones((rows,), jnp.int32))
+    _, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
+    return tokens, lengths

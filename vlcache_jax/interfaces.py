@@ -1,0 +1,48 @@
+"""What the core asks of a model: the core imports no concrete one."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The sizes and token ids that caching and generation need.
+
+    Attributes:
+      num_layers: decoder layers.
+      num_kv_heads: KV heads of a layer.
+      head_dim: size of a head.
+      max_positions: positions the model was made for; prompt and new tokens together may not pass it.
+      dtype: of the computation and of the cache.
+      eos_token_ids: ids that end a row.
+      pad_token_id: fills the output after a row has ended.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    dtype: Any
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+
+class VisionLanguageModel(Protocol):
+    """A hashable Flax Linen module with these methods, reached through `model.apply({"params": params}, ...)`."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and token ids."""
+
+    def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any:
+        """Linen's `apply`; `method` is one of
+
+        embed(batch) -> [batch, length, hidden], embed_tokens(tokens) -> [batch, length, hidden],
+        decode(hidden, positions, attend, carry, xs) -> (hidden, carry, ys), unembed(hidden) -> f32 logits.
+        """
+
+
+Params = dict[str, Any]
+PRNGSeed = int | jax.Array

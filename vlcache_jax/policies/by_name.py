@@ -1,0 +1,47 @@
+"""Policies by name, for the command line and configuration files."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from vlcache_jax.errors import PolicyError
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.random_eviction import RandomEviction
+from vlcache_jax.policies.vl_cache import VLCache
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "full_cache": FullCache,
+    "vl_cache": VLCache,
+    "random": RandomEviction,
+}
+
+
+def policy_by_name(name: str, **options: Any) -> Policy:
+    """Builds a policy from its name and options.
+
+    Args:
+      name: a key of `POLICIES`.
+      **options: arguments of the policy's function.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: a name or option that does not exist (with the nearest), or an option out of range.
+    """
+    if name not in POLICIES:
+        raise PolicyError(f"policy {name!r} does not exist{_nearest(name, list(POLICIES))}")
+    known = list(inspect.signature(POLICIES[name]).parameters)
+    for option in options:
+        if option not in known:
+            hint = _nearest(option, known) if known else "; it has no options"
+            raise PolicyError(f"policy {name!r} has no option {option!r}{hint}")
+    return POLICIES[name](**options)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    did_you_mean = f": did you mean {close[0]!r}?" if close else ":"
+    return f"{did_you_mean} Known: {', '.join(known)}"

@@ -1,0 +1,64 @@
+"""Which rows of the prompt score its keys."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.errors import PolicyError
+
+
+class Rows(Protocol):
+    """A choice of consecutive prompt rows. Hashable."""
+
+    def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and number of rows, i32 [batch] each, from lengths [batch] and vision_mask [batch, length]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PostVision:
+    """The rows after the last visual token (VL-Cache, arXiv 2410.23317, section 3.2).
+
+    A row without images, or whose prompt ends in its image, uses its last min(length, `fallback`) positions.
+    """
+
+    fallback: int = 32
+
+    def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Rows.span`."""
+        index = jnp.arange(vision_mask.shape[1])
+        first = 1 + jnp.max(jnp.where(vision_mask, index, -1), axis=1)
+        usable = (first > 0) & (first < lengths)
+        first = jnp.where(usable, first, jnp.maximum(lengths - self.fallback, 0))
+        return first.astype(jnp.int32), (lengths - first).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastRows:
+    """The last `count` rows of the prompt (the paper's speed test uses 50; SnapKV's observation window)."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise PolicyError(f"LastRows({self.count}): give at least 1 row")
+
+    def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Rows.span`."""
+        count = jnp.minimum(lengths, self.count).astype(jnp.int32)
+        return (lengths - count).astype(jnp.int32), count
+
+
+@dataclasses.dataclass(frozen=True)
+class AllRows:
+    """Every row of the prompt (accumulated attention, as H2O uses it)."""
+
+    def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Rows.span`."""
+        return jnp.zeros_like(lengths), lengths
+
+
+def LastRow() -> LastRows:
+    """The last row only."""
+    return LastRows(1)

@@ -1,0 +1,57 @@
+"""VL-Cache (Tu, Vashchilenko, Lu, Xu: arXiv 2410.23317, ICLR 2025)."""
+
+from vlcache_jax.policies.allocate import SparsityAware
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.rows import PostVision, Rows
+from vlcache_jax.policies.scores import AccumulatedAttention
+
+
+def VLCache(
+    budget: float = 0.1,
+    *,
+    threshold: float = 0.01,
+    recent: float = 0.1,
+    rows: Rows | None = None,
+    heads: str = "each",
+    total: str = "exact",
+    candidate_fraction: float = 1.0,
+) -> Policy:
+    """Layer budgets from the sparsity of post-vision attention, token scores from the same attention.
+
+    Over the rows P after the last visual token (section 3.2), with attention A of a layer and query head:
+
+        density = #{A[q, j] >= threshold * max_j A[q, j]} / #{(q, j): q in P, j <= q}, averaged over heads
+        score_j = sum over q in P of A[q, j], averaged over the query heads of a KV head
+
+    Layers share budget * layers * length slots in proportion to their density (Algorithm 1; see
+    `vlcache_jax.layer_budgets`); in each, `recent` of the slots go to the latest tokens and the others to the best
+    scores. Kept keys and values stay as computed; generated tokens are appended and never evicted.
+
+    Args:
+      budget: fraction of the full cache to keep, in (0, 1].
+      threshold: relative threshold p of equation 1.
+      recent: fraction of each layer's slots for its most recent tokens (section 5).
+      rows: scoring rows; the rows after the last visual token by default. The paper's speed test uses `LastRows(50)`.
+      heads: "each" ranks for every KV head, "shared" once per layer. The paper does not say which.
+      total: "exact" makes the layers add up to the budget; "paper" clips without sharing again.
+      candidate_fraction: see `Policy`.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: an option out of range.
+
+    Example:
+      >>> VLCache(budget=0.1).name
+      'vl_cache'
+    """
+    return Policy(
+        name="vl_cache",
+        budget=budget,
+        rows=PostVision() if rows is None else rows,
+        score=AccumulatedAttention(heads),
+        allocate=SparsityAware(threshold, total),
+        recent=recent,
+        candidate_fraction=candidate_fraction,
+    )

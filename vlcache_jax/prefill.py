@@ -1,0 +1,134 @@
+"""Prefill: one program from a batch of prompts to the next token's logits and the compressed state.
+
+    embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.fractions import floor_fraction
+from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
+from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.column_statistics import column_statistics
+from vlcache_jax.packing import capacity, pack
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.scores import LayerInputs
+from vlcache_jax.selection import candidates, select
+from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align
+from vlcache_jax.validation import check_prefill
+
+
+def prefill(
+    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int
+) -> tuple[jax.Array, KVState]:
+    """Runs the prompts and compresses their cache. Pure, and compiled once per (shapes, policy, max_new_tokens).
+
+    Args:
+      model: a Flax module such as `vlm.model`.
+      params: its parameters, a nested dict.
+      batch: prompts, right-padded.
+      policy: what to keep.
+      max_new_tokens: room in the tail for generated tokens.
+
+    Returns:
+      (logits of the next token f32 [batch, vocab], state).
+
+    Raises:
+      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (the last two are checked
+        only outside `jit`, where lengths are known).
+    """
+    check_prefill(model.spec, batch, policy, max_new_tokens)
+    return _prefill(model, params, batch, policy, max_new_tokens)
+
+
+@partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens"))
+def _prefill(
+    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int
+) -> tuple[jax.Array, KVState]:
+    variables = {"params": params}
+    hidden = model.apply(variables, batch, method="embed")
+    positions = jnp.broadcast_to(jnp.arange(batch.length), (batch.size, batch.length))
+    run = partial(model.apply, variables, hidden, positions, method="decode")
+    lengths = jnp.asarray(batch.lengths)
+    fill = _keep_all if policy.keeps_all else _compress
+    hidden, context, allocation = fill(run, model.spec, batch, lengths, policy)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    logits = model.apply(variables, last, method="unembed")
+    return logits, KVState(context, _empty_tail(model.spec, batch.size, max_new_tokens), lengths, allocation)
+
+
+def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
+    room = int(align(max_new_tokens))
+    shape = (batch, spec.num_kv_heads, spec.num_layers * room, spec.head_dim)
+    zeros = jnp.zeros(shape, spec.dtype)
+    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=room)
+
+
+def _keep_all(
+    run: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy
+) -> tuple[jax.Array, PackedStore, Allocation]:
+    """The uncompressed cache: each layer writes its segment of the pool in place."""
+    room, layers = int(align(batch.length)), spec.num_layers
+
+    def attend(query, key, value, pools, layer):
+        out, _ = attention(query, key, value)
+        start = (0, 0, layer * room, 0)
+        pools = tuple(
+            jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
+            for pool, x in zip(pools, (key, value))
+        )
+        return out, pools, None
+
+    shape = (batch.size, spec.num_kv_heads, layers * room, spec.head_dim)
+    pools = (jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    hidden, (keys, values), _ = run(attend, pools, jnp.arange(layers))
+    index = jnp.arange(layers * room) % room
+    kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
+    context = PackedStore(
+        keys=keys,
+        values=values,
+        positions=jnp.broadcast_to(jnp.where(index < lengths[:, None, None], index, -1), shape[:3]),
+        offsets=jnp.broadcast_to(room * jnp.arange(layers)[:, None], (batch.size, layers, 1)),
+        lengths=kept[..., None],
+    )
+    return hidden, context, Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
+
+
+def _compress(
+    run: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy
+) -> tuple[jax.Array, PackedStore, Allocation]:
+    """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
+    layers, length = spec.num_layers, batch.length
+    count = max(1, floor_fraction(length, policy.candidate_fraction))
+    threshold = policy.allocate.threshold
+    measure = threshold is not None or policy.score.needs_attention
+    first, rows = policy.rows.span(lengths, batch.vision_mask)
+    pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
+
+    def attend(query, key, value, carry, layer):
+        out, _ = attention(query, key, value)
+        statistics, density = None, jnp.ones((batch.size,), jnp.float32)
+        if measure:
+            statistics = column_statistics(query, key, first, rows, threshold=threshold or 1.0)
+            density = jnp.mean(statistics.counts, axis=1) / pairs
+        inputs = LayerInputs(key, value, lengths, batch.vision_mask, layer, statistics)
+        scores = policy.score(inputs)
+        positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if count < length:
+            positions = candidates(scores, lengths, policy.recent, count)
+            scores = jnp.take_along_axis(scores, positions, axis=2)
+            key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
+        return out, carry, (key, value, scores, positions, density)
+
+    hidden, _, (keys, values, scores, positions, density) = run(attend, None, jnp.arange(layers))
+    requested = policy.allocate.slots(density.T, lengths, policy.budget)  # [batch, layers]
+    slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
+    order = jax.vmap(partial(select, recent=policy.recent), (0, 0, None, 0))(scores, positions, lengths, slots)
+    pool = capacity(policy.allocate.capacity(layers, length, policy.budget), layers)
+    context = pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
+    return hidden, context, Allocation(requested=requested, density=density.T)

@@ -1,0 +1,67 @@
+"""What a run kept and what it cost, counted from the real buffers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.state import KVState, align
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """A pytree, so that `generate` can return it from inside `jit`.
+
+    Attributes:
+      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most).
+      prompt_lengths: i32 [batch].
+      density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured.
+      exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
+      policy: the policy's name (static).
+      budget: the policy's budget (static).
+      state_bytes: bytes of the context's buffers (static).
+      full_bytes: bytes of the same buffers for the same padded prompts without compression (static).
+      tail_bytes: bytes of the buffers for generated tokens (static).
+    """
+
+    kept: jax.Array
+    prompt_lengths: jax.Array
+    density: jax.Array
+    exact: jax.Array
+    policy: str = dataclasses.field(metadata={"static": True})
+    budget: float = dataclasses.field(metadata={"static": True})
+    state_bytes: int = dataclasses.field(metadata={"static": True})
+    full_bytes: int = dataclasses.field(metadata={"static": True})
+    tail_bytes: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def kept_fraction(self) -> jax.Array:
+        """f32 [batch]: kept slots of all layers / (layers * prompt length)."""
+        layers = self.kept.shape[1]
+        return jnp.sum(self.kept, axis=1) / (layers * self.prompt_lengths)
+
+
+def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: jax.Array, padded: int) -> Report:
+    """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
+    kept = jnp.max(state.context.lengths, axis=2)
+    return Report(
+        kept=kept,
+        prompt_lengths=jnp.asarray(prompt_lengths),
+        density=state.allocation.density,
+        exact=jnp.all(kept >= state.allocation.requested, axis=1),
+        policy=policy.name,
+        budget=policy.budget,
+        state_bytes=state.context.nbytes,
+        full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
+        tail_bytes=state.tail.nbytes,
+    )
+
+
+def full_cache_bytes(spec: ModelSpec, batch: int, padded: int) -> int:
+    """Bytes of the context's buffers without compression, for prompts padded to `padded` tokens."""
+    slots = batch * spec.num_kv_heads * spec.num_layers * int(align(padded))
+    slot_bytes = 2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4  # key and value, position
+    return slots * slot_bytes + 2 * 4 * batch * spec.num_layers  # offsets, lengths

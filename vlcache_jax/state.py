@@ -1,0 +1,131 @@
+"""The compressed KV cache: fixed shapes, budgets decided at run time.
+
+The slots of all layers of a row lie in one pool. The sum over layers is known before the prompt is seen, so the pool
+has a static size although every prompt splits it differently:
+
+    context.keys[b, h]   | layer 0 ............ free | layer 1 .. free | layer 2 ...... free |  free  |
+                         ^ offsets[b, 0] = 0         ^ offsets[b, 1]   ^ offsets[b, 2]
+                         <-------------------> lengths[b, 0]
+
+Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16. Generated tokens go to the tail:
+
+    tail.keys[b, h]      | layer 0: t0 t1 t2 .......... | layer 1: t0 t1 t2 .......... | ...
+                                     <-> tail.length        <-> capacity = slots / layers
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ALIGNMENT = 16
+"""Segments start at multiples of this many slots."""
+
+
+def align(count: jax.Array | int) -> jax.Array | int:
+    """Rounds up to a multiple of `ALIGNMENT`."""
+    return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedStore:
+    """The kept part of the prompt. Written once, at the end of prefill; read-only while decoding.
+
+    Attributes:
+      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head.
+      values: like `keys`.
+      positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
+      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if all heads share it.
+      lengths: i32, like `offsets`. Slots in the segment.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    offsets: jax.Array
+    lengths: jax.Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class TailStore:
+    """The generated tokens; never evicted.
+
+    Attributes:
+      keys: [batch, lanes, layers * capacity, head_dim], rotated.
+      values: like `keys`.
+      length: i32 [batch]. Tokens appended so far. All rows append at the same slot, the largest length.
+      capacity: tokens a layer can hold (static).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Allocation:
+    """How the budget was shared out.
+
+    Attributes:
+      requested: i32 [batch, layers]. Slots the allocator gave; more than were kept only if a layer had handed on fewer
+        candidates (`candidate_fraction`).
+      density: f32 [batch, layers]. Share of attention entries above the threshold (1 where it was not measured).
+    """
+
+    requested: jax.Array
+    density: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVState:
+    """Everything a decode step needs besides the parameters. A pytree of fixed shapes.
+
+    Attributes:
+      context: the kept part of the prompt.
+      tail: the generated tokens.
+      next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
+      allocation: how the budget was shared out.
+    """
+
+    context: PackedStore
+    tail: TailStore
+    next_position: jax.Array
+    allocation: Allocation
+
+    def kept_positions(self, layer: int) -> jax.Array:
+        """Prompt positions that a layer kept, for every row and KV head.
+
+        Args:
+          layer: 0 <= layer < layers.
+
+        Returns:
+          i32 [batch, kv_heads, n], ascending, -1 beyond the kept ones. n is the largest number kept in this layer, or,
+          when traced, the number of slots of the pool.
+        """
+        c = self.context
+        batch, lanes, slots = c.positions.shape
+        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, lanes))
+        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, lanes))
+        count = slots
+        if not isinstance(lengths, jax.core.Tracer):
+            count = int(np.max(np.asarray(lengths), initial=1))
+        index = jnp.arange(count)
+        slot = jnp.minimum(offsets[..., None] + index, slots - 1)
+        positions = jnp.take_along_axis(c.positions, slot, axis=2)
+        return jnp.where(index < lengths[..., None], positions, -1)

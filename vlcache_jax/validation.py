@@ -1,0 +1,39 @@
+"""Checks before anything is traced or compiled."""
+
+import jax
+import numpy as np
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.policies.base import Policy
+
+
+def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
+    """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
+
+    Raises:
+      PolicyError: `policy` is not a policy.
+      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has.
+    """
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
+    rows = {field: getattr(batch, field).shape[0] for field in ("tokens", "lengths", "vision_index", "pixels")}
+    if len(set(rows.values())) != 1 or batch.tokens.shape != batch.vision_index.shape:
+        raise InputError(f"the batch's arrays disagree on the number of rows or the length: {rows}")
+    if isinstance(batch.lengths, jax.core.Tracer):
+        return
+    lengths = np.asarray(batch.lengths)
+    if lengths.min() < 1 or lengths.max() > batch.length:
+        raise InputError(f"lengths {lengths.tolist()} must lie between 1 and the padded length {batch.length}")
+    needed = int(lengths.max()) + int(max_new_tokens)
+    if needed > spec.max_positions:
+        raise InputError(
+            f"row {int(lengths.argmax())} needs {needed} positions ({int(lengths.max())} prompt tokens + "
+            f"{max_new_tokens} new ones) but the model has {spec.max_positions}: shorten the prompt, use fewer or "
+            "smaller images, or lower max_new_tokens"
+        )
