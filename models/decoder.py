@@ -15,7 +15,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 from vlcache_jax.models import rope
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.config import DecoderConfig
@@ -38,9 +37,7 @@ class RMSNorm(nn.Module):
 
 
 def _dense(features: int, bias: bool, dtype: Any, name: str | None = None) -> nn.Dense:
-    return nn.Dense(
-        features, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
-    )
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
 
 class SelfAttention(nn.Module):

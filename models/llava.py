@@ -9,14 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from vlcache_jax.batch import NEWLINE, TEXT, Batch
-from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.decoder import Attend, Decoder
 from vlcache_jax.models.projector import Projector
+
+from vlcache_jax.batch import NEWLINE, TEXT, Batch
+from vlcache_jax.interfaces import ModelSpec
 
 
 class Llava(nn.Module):
@@ -35,9 +35,7 @@ class Llava(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.vision = ClipVisionTower(c.vision, self.dtype)
-        self.projector = Projector(
-            c.decoder.hidden_size, c.projector_activation, c.projector_bias, dtype=self.dtype
-        )
+        self.projector = Projector(c.decoder.hidden_size, c.projector_activation, c.projector_bias, dtype=self.dtype)
         self.decoder = Decoder(c.decoder, self.dtype, self.remat)
         if c.grid_pinpoints:
             self.image_newline = self.param(

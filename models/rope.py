@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from vlcache_jax.models.config import RopeConfig
 
 

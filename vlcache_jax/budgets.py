@@ -9,9 +9,7 @@ from vlcache_jax.fractions import floor_fraction
 _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.23317, Algorithm 1)
 
 
-def layer_budgets(
-    density: jax.Array, length: jax.Array | int, budget: float, total: str = "exact"
-) -> jax.Array:
+def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, total: str = "exact") -> jax.Array:
     """Shares the cache among layers in proportion to the density of their attention.
 
     VL-Cache (arXiv 2410.23317, Algorithm 1): layer l of L gets the share w_l = density_l / sum(density) of

@@ -33,7 +33,8 @@ def decode_step(
     length = state.tail.length
     if not isinstance(length, jax.core.Tracer) and int(jnp.max(length)) >= state.tail.capacity:
         raise InputError(
-            f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger max_new_tokens"
+            f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger "
+            "max_new_tokens"
         )
     return _decode_step(model, params, jnp.asarray(tokens, jnp.int32), state)
 
@@ -45,9 +46,7 @@ def _decode_step(
     return advance(model, params, tokens, state)
 
 
-def advance(
-    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState
-) -> tuple[jax.Array, KVState]:
+def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
     context, tail = state.context, state.tail
     slot = jnp.max(tail.length)

@@ -21,6 +21,4 @@ def floor_fraction(count: Count, value: float) -> Count:
     Works on Python integers and on i32 arrays; no product exceeds max(count, 1e8).
     """
     part = as_fraction(value)
-    return count // part.denominator * part.numerator + (
-        count % part.denominator * part.numerator // part.denominator
-    )
+    return count // part.denominator * part.numerator + (count % part.denominator * part.numerator // part.denominator)

@@ -68,8 +68,8 @@ def generate(
       policy: what to keep of the prompt's cache; `FullCache()` by default.
       max_new_tokens: answers are cut at this length.
       sampling: None for greedy decoding.
-      seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to draw
-        several answers to one prompt, repeat the prompt with different seeds.
+      seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to
+        draw several answers to one prompt, repeat the prompt with different seeds.
       eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
 
     Returns:

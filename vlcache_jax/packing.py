@@ -16,14 +16,15 @@ def pack(
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and KV head.
 
-    The pool is written once by a gather over its slots: besides the candidates and the pool nothing of the size of either
-    is made.
+    The pool is written once by a gather over its slots: besides the candidates and the pool nothing of the size of
+    either is made.
 
     Args:
       keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer.
       values: like `keys`.
       positions: i32 [layers, batch, heads or 1, entries], their prompt positions.
-      order: i32 [layers, batch, heads, entries], from `selection.select`; heads is kv_heads, or 1 if they all keep the same.
+      order: i32 [layers, batch, heads, entries], from `selection.select`; heads is kv_heads, or 1 if they all keep the
+        same tokens.
       slots: i32 [layers, batch].
       pool: slots of the pool, from `capacity`.
 

@@ -1,6 +1,6 @@
 """Prefill: one program from a batch of prompts to the next token's logits and the compressed state.
 
-    embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
+embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
 """
 
 from functools import partial
@@ -38,8 +38,8 @@ def prefill(
       (logits of the next token f32 [batch, vocab], state).
 
     Raises:
-      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (the last two are checked
-        only outside `jit`, where lengths are known).
+      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
+        only outside `jit`, where they are known).
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
     return _prefill(model, params, batch, policy, max_new_tokens)

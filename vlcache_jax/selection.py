@@ -19,7 +19,7 @@ def _best(scores: jax.Array, positions: jax.Array, lengths: jax.Array, recent: j
 
 
 def candidates(scores: jax.Array, lengths: jax.Array, recent: float, count: int) -> jax.Array:
-    """The tokens a layer hands on when it may hand on only `count`: every selection of up to `count` tokens is among them.
+    """The tokens a layer hands on when it may hand on only `count`; they contain every selection of up to `count`.
 
     If a layer gets s <= count slots it keeps its r(s) = max(1, floor(recent * s)) latest tokens and the s - r(s) best
     others. Both r and s - r grow with s, so the r(count) latest and the count - r(count) best others contain them.
@@ -44,14 +44,15 @@ def select(scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: j
 
     Args:
       scores: f32 [batch, heads, entries] of the candidates.
-      positions: i32 [batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the true length
-        are padding.
+      positions: i32 [batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the true
+        length are padding.
       lengths: i32 [batch].
       slots: i32 [batch], tokens to keep, at most min(entries, length).
       recent: as in `Policy`.
 
     Returns:
-      i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is `entries`.
+      i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
+        `entries`.
     """
     entries = scores.shape[-1]
     latest = jnp.maximum(1, floor_fraction(slots, recent))

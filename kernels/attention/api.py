@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-
 from vlcache_jax.kernels.attention import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}

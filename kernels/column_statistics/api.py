@@ -3,7 +3,6 @@
 import math
 
 import jax
-
 from vlcache_jax.kernels.column_statistics import reference, xla
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics
 

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics
 
 

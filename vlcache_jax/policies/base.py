@@ -24,8 +24,8 @@ class Policy:
       score: from the rows' attention (or anything else in a layer) to a score.
       allocate: slots per layer.
       recent: fraction of a layer's slots for its most recent tokens, in [0, 1].
-      candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones, so
-        that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
+      candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
+        so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
     """
 
@@ -45,8 +45,8 @@ class Policy:
                 raise PolicyError(f"{name}={value!r} is out of range: give a fraction in {span}")
         if not self.keeps_all and as_fraction(self.candidate_fraction) < as_fraction(self.budget):
             raise PolicyError(
-                f"candidate_fraction={self.candidate_fraction} is below budget={self.budget}: the layers together could "
-                "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
+                f"candidate_fraction={self.candidate_fraction} is below budget={self.budget}: the layers together "
+                "could not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
             )
 
     @property
