@@ -5,6 +5,7 @@ from vlcache_jax.budgets import layer_budgets
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
 from vlcache_jax.generation import Generation, generate, stream
+from vlcache_jax.loading import VLM, load
 from vlcache_jax.policies import FullCache, LastRows, Policy, PostVision, RandomEviction, VLCache, policy_by_name
 from vlcache_jax.prefill import prefill
 from vlcache_jax.report import Report
@@ -27,11 +28,13 @@ __all__ = [
     "RandomEviction",
     "Report",
     "Sampling",
+    "VLM",
     "VLCache",
     "VLCacheError",
     "decode_step",
     "generate",
     "layer_budgets",
+    "load",
     "policy_by_name",
     "prefill",
     "stream",

@@ -1,0 +1,59 @@
+"""Where each parameter lies on a mesh: tensor parallelism over an axis named "model"."""
+
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MODEL_AXIS = "model"
+
+# Which axis of a parameter is split, counted from its end: columns of projections that widen, rows of those that
+# narrow, so that a layer needs one reduction after attention and one after the MLP.
+_SPLIT_AXIS = {
+    "query": -1,
+    "key": -1,
+    "value": -1,
+    "gate": -1,
+    "up": -1,
+    "fc1": -1,
+    "output": -2,
+    "down": -2,
+    "fc2": -2,
+    "lm_head": -1,
+    "linear_1": -1,
+    "linear_2": -2,
+}
+_ROW_SPLIT_BIAS_REPLICATED = ("output", "down", "fc2", "linear_2")
+
+
+def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A `NamedSharding` for every parameter of a LLaVA.
+
+    Projections are split over the mesh axis "model" if the mesh has one and the size is a multiple of it; everything
+    else is replicated. Other axes of the mesh (for the batch) see whole parameters.
+
+    Args:
+      abstract_params: nested dict of `jax.ShapeDtypeStruct`, for example `model.abstract_params()`.
+      mesh: the mesh.
+
+    Returns:
+      Nested dict like `abstract_params`.
+
+    Example:
+      mesh = jax.make_mesh((2, 4), ("data", "model"))
+      shardings = param_shardings(model.abstract_params(), mesh)
+    """
+    size = mesh.shape.get(MODEL_AXIS, 1)
+
+    def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec: list[str | None] = [None] * len(leaf.shape)
+        axis = _SPLIT_AXIS.get(path[-2] if len(path) > 1 else "")
+        if path[-1] == "bias" and axis is not None:
+            axis = None if path[-2] in _ROW_SPLIT_BIAS_REPLICATED else -1
+        if axis is not None and size > 1 and leaf.shape[axis] % size == 0:
+            spec[axis] = MODEL_AXIS
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    flat = traverse_util.flatten_dict(abstract_params)
+    return traverse_util.unflatten_dict({path: place(path, leaf) for path, leaf in flat.items()})

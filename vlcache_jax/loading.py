@@ -1,0 +1,78 @@
+"""From a Hugging Face folder to a model that answers."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.interfaces import Params
+from vlcache_jax.models.checkpoint import load_params
+from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.sharding import param_shardings
+
+_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class VLM:
+    """A loaded checkpoint.
+
+    Attributes:
+      model: the Flax module; hashable, holds no arrays.
+      params: its parameters, a plain nested dict of arrays with stacked layers.
+      processor: images and text to a `Batch`, tokens back to text.
+      config: what the model is made of.
+    """
+
+    model: Llava
+    params: Params
+    processor: Processor
+    config: LlavaConfig
+
+
+def load(path: str | os.PathLike[str], dtype: Any = "bfloat16", mesh: jax.sharding.Mesh | None = None) -> VLM:
+    """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
+
+    Reads `config.json`, safetensors weights and the processor's files as transformers 4 and 5 write them. Weights go
+    straight from the files to their place on the mesh, slice by slice, cast on the way. No code of the checkpoint is
+    run and no pickle is read.
+
+    Args:
+      path: a local folder.
+      dtype: of parameters and computation: "bfloat16", "float32", "float16", or such a NumPy type.
+      mesh: devices to load onto; projections are split over its axis "model" if it has one. None: the default device.
+
+    Returns:
+      Model, parameters, processor and config.
+
+    Raises:
+      CheckpointError: the folder is missing, unsafe, corrupt, unsupported, or its tensors do not fit its config.
+      InputError: an unknown dtype.
+
+    Example:
+      vlm = vlc.load("llava-v1.6-mistral-7b-hf")
+      batch = vlm.processor(images=[["cat.jpg"]], text=["[INST] <image>\\nWhat is this? [/INST]"])
+      out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
+    """
+    dtype = _dtype(dtype)
+    folder = Path(path)
+    config = read_config(folder)
+    processor = Processor.from_folder(folder)
+    model = Llava(config, dtype)
+    abstract = model.abstract_params()
+    shardings = None if mesh is None else param_shardings(abstract, mesh)
+    return VLM(model, load_params(folder, abstract, dtype, shardings), processor, config)
+
+
+def _dtype(dtype: Any) -> Any:
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in _DTYPES:
+        raise InputError(f"dtype={dtype!r} is not supported: use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
