@@ -1,0 +1,60 @@
+"""Samples as token ids, ready to be packed for training or asked one at a time."""
+
+import functools
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vlcache_jax.batch import TEXT
+from vlcache_jax.demo.samples import Sample
+from vlcache_jax.demo.tokenizer import EOS, IMAGE, UNKNOWN, build_tokenizer
+from vlcache_jax.demo.words import ITEMS, NAMES, SHAPES, plural
+from vlcache_jax.training.batch import Conversation
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    return build_tokenizer()
+
+
+@functools.cache
+def _essential() -> frozenset[int]:
+    """Ids of the words a question cannot do without."""
+    names = [*NAMES, *ITEMS, *SHAPES, *map(plural, SHAPES)]
+    return frozenset(_tokenizer().token_to_id(name) for name in names)
+
+
+def _ids(text: str) -> list[int]:
+    return _tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def conversation(sample: Sample, rng: np.random.Generator | None = None) -> Conversation:
+    """The prompt of a sample's images with all its questions.
+
+    Args:
+      sample: the sample. Its pixels stay uint8.
+      rng: if given, some of the questions lose or blur a few words, so that the model bears other phrasings.
+    """
+    images, patches = len(sample.images), sample.labels.word.shape[1]
+    # Encoded with the <s> the tokenizer puts in front of a prompt.
+    prefix = _tokenizer().encode("USER:").ids + [_tokenizer().token_to_id(IMAGE)] * (images * patches)
+    text = len(prefix) - images * patches
+    vision_index = [TEXT] * text + list(range(images * patches))
+    questions = []
+    for question, answer in sample.questions:
+        asked = _ids(question)
+        if rng is not None and rng.random() < 0.3:
+            asked = _blur(rng, asked)
+        questions.append((asked + _ids("ASSISTANT:"), [*_ids(answer), _tokenizer().token_to_id(EOS)]))
+    return Conversation(prefix, vision_index, questions, sample.images)
+
+
+def _blur(rng: np.random.Generator, ids: list[int]) -> list[int]:
+    blurred = []
+    for token in ids:
+        luck = rng.random()
+        if token in _essential() or luck > 0.2:
+            blurred.append(token)
+        elif luck > 0.1:
+            blurred.append(_tokenizer().token_to_id(UNKNOWN))
+    return blurred

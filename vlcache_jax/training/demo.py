@@ -1,0 +1,354 @@
+"""The demo checkpoint's recipe, end to end: tower, then decoder on growing images, then export.
+
+Times are shares of the run, so the same recipe fits any duration: the constant learning rate can be left at any
+moment for the decay at the end.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vlcache_jax.demo.conversations import conversation
+from vlcache_jax.demo.samples import FULL_GRID, PATCH, make_sample
+from vlcache_jax.demo.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
+from vlcache_jax.models.clip import ClipVisionTower
+from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.training.batch import TrainBatch, pack
+from vlcache_jax.training.checkpoint import load_state, save_state
+from vlcache_jax.training.demo_vision import init_head, normalise, patch_batches, patch_loss, window
+from vlcache_jax.training.loop import ProgressLog, prefetch
+from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
+from vlcache_jax.training.state import Loss, Metrics, Params, init_state, make_train_step
+
+HELD_OUT_SEED = 1_000_003
+"""Of the samples that evaluation draws; training never uses it."""
+
+
+class Shape(NamedTuple):
+    """One kind of step, compiled once.
+
+    Attributes:
+      tasks: what the rows hold, in turn.
+      grid: patches along a side of the images.
+      images: images in a prompt.
+      rows: rows of the batch.
+      length: tokens of a row.
+    """
+
+    tasks: tuple[str, ...]
+    grid: int
+    images: int
+    rows: int
+    length: int
+
+
+class Stage(NamedTuple):
+    """A part of the curriculum.
+
+    Attributes:
+      shapes: kinds of steps, in turn.
+      until: go on to the next stage at this running exact match, ...
+      latest: ... or at this share of the run.
+    """
+
+    shapes: tuple[Shape, ...]
+    until: float
+    latest: float
+
+
+_SINGLE = ("documents", "prices", "scenes", "documents", "prices", "counts")
+_PAIRS = ("document_pairs",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything the run depends on, apart from its duration."""
+
+    config: LlavaConfig
+    stages: tuple[Stage, ...]
+    vision_steps: int
+    vision_grid: int = 8
+    vision_rows: int = 64
+    vision_rate: float = 3e-3
+    rate: float = 1.5e-3
+    warmup: int = 100
+    decay: float = 0.3  # the last share of the run, over which the learning rate falls to 0
+    first_weight: float = 4.0
+    seed: int = 0
+
+
+def _config(vision: dict[str, int], decoder: dict[str, int]) -> LlavaConfig:
+    tokenizer = build_tokenizer()
+    return LlavaConfig(
+        model_type="llava",
+        vision=VisionConfig(**vision, image_size=FULL_GRID * PATCH, patch_size=PATCH),
+        decoder=DecoderConfig(**decoder, family="llama", vocab_size=tokenizer.get_vocab_size(), max_positions=2048),
+        image_token_id=tokenizer.token_to_id(IMAGE),
+        feature_layers=(vision["num_layers"],),
+        bos_token_id=tokenizer.token_to_id(BOS),
+        pad_token_id=tokenizer.token_to_id(PAD),
+        eos_token_ids=(tokenizer.token_to_id(EOS),),
+    )
+
+
+FULL = Recipe(
+    config=_config(
+        {"hidden_size": 128, "intermediate_size": 512, "num_layers": 3, "num_heads": 4},
+        {"hidden_size": 192, "intermediate_size": 512, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2,
+         "head_dim": 32},
+    ),
+    stages=(
+        Stage((Shape(_SINGLE, 6, 1, 60, 160), Shape(_PAIRS, 6, 2, 40, 256)), 0.88, 0.25),
+        Stage((Shape(_SINGLE, 10, 1, 36, 288), Shape(_PAIRS, 6, 2, 40, 256)), 0.90, 0.4),
+        Stage(
+            (
+                Shape(_SINGLE, 16, 1, 18, 512),
+                Shape(_SINGLE, 16, 1, 18, 512),
+                Shape(_SINGLE, 16, 1, 18, 512),
+                Shape(_PAIRS, 10, 2, 24, 384),
+            ),
+            2.0,
+            1.0,
+        ),
+    ),
+    vision_steps=1800,
+)  # fmt: skip
+"""What the shipped checkpoint was trained with."""
+
+SMOKE = Recipe(
+    config=_config(
+        {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2},
+        {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+         "head_dim": 16},
+    ),
+    stages=(
+        Stage((Shape(_SINGLE, 4, 1, 6, 96),), 2.0, 0.5),
+        Stage((Shape(_PAIRS, 4, 2, 4, 128),), 2.0, 1.0),
+    ),
+    vision_steps=4,
+    vision_grid=4,
+    vision_rows=8,
+    warmup=2,
+)  # fmt: skip
+"""A size that runs in seconds and learns nothing: for tests."""
+
+
+class DemoBatch(NamedTuple):
+    """A `TrainBatch` with u8 pixels, and which window of the tower's position table its images take."""
+
+    train: TrainBatch
+    patch_ids: jax.Array | np.ndarray
+
+
+def demo_batch(recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bool = True) -> DemoBatch:
+    """Batch `number` of a shape: a pure function of the arguments."""
+    rng = np.random.default_rng([seed, 2, number])
+    conversations = []
+    for row in range(shape.rows):
+        task = shape.tasks[(number + row) % len(shape.tasks)]
+        sample = make_sample(task, seed, number * shape.rows + row, shape.grid)
+        conversations.append(conversation(sample, rng if blur else None))
+    pad = recipe.config.pad_token_id or 0
+    batch = pack(conversations, shape.length, pad_token=pad, first_weight=recipe.first_weight)
+    return DemoBatch(batch, window(rng, shape.grid))
+
+
+def _logits(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
+    plain = dataclasses.replace(batch.train.batch, pixels=normalise(jnp.asarray(batch.train.batch.pixels)))
+    return model.apply(
+        {"params": params}, plain, batch.train.positions, batch.train.segments, batch.patch_ids, method="forward"
+    )
+
+
+def demo_loss(model: Llava) -> Loss:
+    """`answer_loss` for `DemoBatch`."""
+
+    def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
+        return weighted_cross_entropy(_logits(model, params, batch), batch.train)
+
+    return loss
+
+
+def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
+    """Trains the tower alone, or returns the one an earlier run left in `directory`."""
+    config, path = recipe.config, directory / "vision.safetensors"
+    tower = _init(recipe, recipe.seed)["vision"]
+    head = init_head(jax.random.key(recipe.seed + 1), config.vision.hidden_size)
+    params = {"vision": tower, "head": head}
+    if path.exists():
+        return load_state(path, params)[0]["vision"]
+    steps = recipe.vision_steps
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, recipe.vision_rate, steps // 30 + 1),
+            optax.constant_schedule(recipe.vision_rate),
+            optax.linear_schedule(recipe.vision_rate, 0.0, int(0.4 * steps)),
+        ],
+        [steps // 30 + 1, steps - int(0.4 * steps)],
+    )
+    optimizer = _optimizer(schedule, 0.01)
+    step = make_train_step(patch_loss(config.vision, config.feature_layers), optimizer)
+    state = init_state(params, optimizer)
+    batches = prefetch(patch_batches(recipe.seed, recipe.vision_grid, recipe.vision_rows))
+    for number in range(steps):
+        state, metrics = step(state, next(batches))
+        log.count(recipe.vision_rows * recipe.vision_grid**2)
+        if number % 50 == 49 or number == steps - 1:
+            log.report(stage="vision", step=number + 1, **{k: float(v) for k, v in metrics.items()})
+    save_state(path, state.params)
+    return state.params["vision"]
+
+
+def _optimizer(rate: float | optax.Schedule, decay: float) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=decay))
+
+
+def _init(recipe: Recipe, seed: int) -> Params:
+    example = demo_batch(recipe, Shape(("scenes",), 4, 1, 1, 64), 0, 0)
+
+    def init(key: jax.Array) -> Params:
+        train = example.train
+        batch = dataclasses.replace(train.batch, pixels=train.batch.pixels.astype(np.float32))
+        model = Llava(recipe.config)
+        inputs = (batch, train.positions, train.segments, example.patch_ids)
+        return model.init(key, *inputs, method="forward")["params"]
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def initial_params(recipe: Recipe, vision: Params) -> Params:
+    """Parameters of the whole model around a trained tower."""
+    params = _init(recipe, recipe.seed + 2) | {"vision": vision}
+    # Bring both kinds of embeddings to a size the layers can move: the features to about 1 before the projector,
+    # the tokens from 0.02 to 0.2.
+    shape = Shape(("documents",), FULL_GRID, 1, 4, 512)
+    pixels = normalise(jnp.asarray(demo_batch(recipe, shape, recipe.seed, 0).train.batch.pixels[:, 0]))
+    tower = ClipVisionTower(recipe.config.vision)
+    features = jax.jit(lambda p, x: tower.apply({"params": p}, x, recipe.config.feature_layers))(vision, pixels)
+    size = jnp.sqrt(jnp.mean(features**2))
+    params["projector"]["linear_1"]["kernel"] /= size
+    params["decoder"]["embed_tokens"]["embedding"] *= 10.0
+    return params
+
+
+def evaluate_tasks(model: Llava, params: Params, recipe: Recipe, grid: int, samples: int) -> dict[str, float]:
+    """Exact match per task under teacher forcing on held-out samples, all questions of each."""
+    run = _eval_step(model)
+    scores = {}
+    for task in ("documents", "prices", "scenes", "counts"):
+        shape = Shape((task,), grid, 1, 16, 512 if grid > 10 else 288)
+        right = asked = 0
+        for number in range(-(-samples // shape.rows)):
+            batch = demo_batch(recipe, shape, HELD_OUT_SEED, number, blur=False)
+            counts = run(params, batch)
+            right, asked = right + int(counts[0].sum()), asked + int(counts[1].sum())
+        scores[task] = right / asked
+    return scores
+
+
+_EVAL_STEPS: dict[Llava, Any] = {}
+
+
+def _eval_step(model: Llava) -> Any:
+    if model not in _EVAL_STEPS:
+        _EVAL_STEPS[model] = jax.jit(lambda params, batch: answers_right(_logits(model, params, batch), batch.train))
+    return _EVAL_STEPS[model]
+
+
+class _Clock:
+    """How much of the run is done, by steps or by minutes."""
+
+    def __init__(self, minutes: float | None, steps: int | None, elapsed: float) -> None:
+        self.minutes, self.steps = minutes, steps
+        self._start = time.monotonic() - elapsed
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def share(self, step: int) -> float:
+        if self.steps is not None:
+            return step / self.steps
+        return self.elapsed() / (60 * (self.minutes or 60.0))
+
+
+def train_demo(
+    output_dir: str | os.PathLike[str],
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    resume: bool = True,
+    recipe: Recipe = FULL,
+    save_every: float = 180.0,
+    quiet: bool = False,
+) -> Params:
+    """Trains the demo's model and returns its parameters.
+
+    Args:
+      output_dir: for the train state, the tower and the log.
+      minutes: how long to train the decoder (60 by default), or
+      steps: for how many steps.
+      resume: go on from the train state in `output_dir` if there is one.
+      recipe: what to train; `SMOKE` for a test.
+      save_every: seconds between train states.
+      quiet: no lines on standard error.
+    """
+    directory = Path(output_dir)
+    log = ProgressLog(directory / "log.jsonl", quiet=quiet)
+    path = directory / "state.safetensors"
+    model = Llava(recipe.config)
+    optimizer = _optimizer(recipe.rate, 0.05)
+    trainable = ("decoder", "projector")
+    state = init_state(initial_params(recipe, train_vision(recipe, directory, log)), optimizer, trainable)
+    progress: dict[str, Any] = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
+    if resume and path.exists():
+        state, progress = load_state(path, state)
+    step = make_train_step(demo_loss(model), optimizer, trainable=trainable)
+    clock = _Clock(minutes, steps, progress["elapsed"])
+    saved = time.monotonic()
+
+    def save() -> None:
+        save_state(path, state, progress | {"elapsed": clock.elapsed()})
+
+    while (share := clock.share(progress["step"])) < 1:
+        stage = recipe.stages[progress["stage"]]
+        batches = prefetch(_stage_batches(recipe, stage, progress["step"]))
+        while (share := clock.share(progress["step"])) < 1:
+            batch = next(batches)
+            warm = min(1.0, (progress["step"] + 1) / recipe.warmup)
+            state, metrics = step(state, batch, warm * min(1.0, (1 - share) / recipe.decay))
+            progress["step"] += 1
+            log.count(batch.train.batch.tokens.size)
+            running = progress["running"] = 0.97 * progress["running"] + 0.03 * float(metrics["exact_match"])
+            number = progress["step"]
+            if number % 20 == 0:
+                values = {k: float(v) for k, v in metrics.items() if k != "weight"}
+                remaining = clock.elapsed() * (1 - share) / max(share, 1e-6)
+                log.report(stage=progress["stage"], step=number, share=share, running=running, eta=remaining, **values)
+            if time.monotonic() - saved > save_every:
+                save()
+                scores = evaluate_tasks(model, state.params, recipe, stage.shapes[0].grid, 32)
+                log.report(evaluated=number, stage=progress["stage"], **scores)
+                saved = time.monotonic()
+            last = progress["stage"] == len(recipe.stages) - 1
+            if not last and (share > stage.latest or (running > stage.until and number - progress["entered"] > 60)):
+                progress |= {"stage": progress["stage"] + 1, "running": 0.0, "entered": number}
+                break
+        batches.close()  # type: ignore[attr-defined]
+    save()
+    return state.params
+
+
+def _stage_batches(recipe: Recipe, stage: Stage, start: int) -> Iterator[DemoBatch]:
+    number = start
+    while True:
+        yield demo_batch(recipe, stage.shapes[number % len(stage.shapes)], recipe.seed, number)
+        number += 1

@@ -1,0 +1,113 @@
+"""First stage of the demo's recipe: the vision tower alone learns what every patch shows.
+
+A throw-away linear head on the tower's features predicts `PatchLabels`. The decoder then starts from features that
+hold the words and digits, instead of having to discover reading through a few answer tokens.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vlcache_jax.demo.labels import CLASSES, DIGIT_SLOTS, PatchLabels
+from vlcache_jax.demo.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, make_sample
+from vlcache_jax.models.clip import ClipVisionTower
+from vlcache_jax.models.config import VisionConfig
+from vlcache_jax.training.state import Loss, Metrics, Params
+
+_WIDTHS = {name: classes * (DIGIT_SLOTS if name == "digits" else 1) for name, classes in CLASSES.items()}
+
+
+class PatchBatch(NamedTuple):
+    """Sub-images with the labels of their patches.
+
+    Attributes:
+      pixels: u8 [batch, 32 * grid, 32 * grid, 3].
+      labels: i32 arrays [batch, grid², ...].
+      patch_ids: i32 [grid²], where in the full image the sub-images lie.
+    """
+
+    pixels: jax.Array | np.ndarray
+    labels: dict[str, jax.Array | np.ndarray]
+    patch_ids: jax.Array | np.ndarray
+
+
+def normalise(pixels: jax.Array) -> jax.Array:
+    """u8 pixels -> f32, as the demo's preprocessor_config says."""
+    return (pixels.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
+
+
+def window(rng: np.random.Generator, grid: int) -> np.ndarray:
+    """Patch ids i32 [grid²] of a random window of the full image's patch grid."""
+    y, x = rng.integers(0, FULL_GRID - grid + 1, 2)
+    rows = np.arange(y, y + grid)[:, None] * FULL_GRID
+    return (rows + np.arange(x, x + grid)).reshape(-1).astype(np.int32)
+
+
+_REUSE = 3
+"""Batches made of the same images, each at another place in the full image: drawing costs more than a step."""
+
+
+def patch_batches(seed: int, grid: int, size: int, start: int = 0) -> Iterator[PatchBatch]:
+    """Endless batches, half of them fields and half scenes and price lists; number `start` first."""
+    tasks = ("documents", "prices", "documents", "scenes")
+    number = start
+    while True:
+        rng = np.random.default_rng([seed, 1, number])
+        samples = [
+            make_sample(tasks[i % len(tasks)], seed, number * size + i, grid, max_questions=1) for i in range(size)
+        ]
+        labels = PatchLabels.stack([sample.labels for sample in samples])
+        pixels = np.concatenate([sample.images for sample in samples])
+        targets = {name: getattr(labels, name)[:, 0].astype(np.int32) for name in CLASSES}
+        for _ in range(_REUSE):
+            yield PatchBatch(pixels, targets, window(rng, grid))
+        number += 1
+
+
+def init_head(key: jax.Array, hidden_size: int) -> Params:
+    """The linear head's parameters."""
+    width = sum(_WIDTHS.values())
+    return {
+        "kernel": 0.02 * jax.random.normal(key, (hidden_size, width)),
+        "bias": jnp.zeros(width),
+        "scale": jnp.ones(hidden_size),
+    }
+
+
+def patch_loss(config: VisionConfig, feature_layers: tuple[int, ...]) -> Loss:
+    """Cross entropy of the patch labels; parameters {"vision": the tower's, "head": `init_head`}.
+
+    Metrics: the share of labelled patches whose class is right, per kind of label ("digits": all four of a value).
+    """
+    tower = ClipVisionTower(config)
+
+    def loss(params: Params, batch: PatchBatch) -> tuple[jax.Array, Metrics]:
+        features: Any = tower.apply(
+            {"params": params["vision"]}, normalise(batch.pixels), feature_layers, batch.patch_ids
+        )
+        features = features[:, 1:]
+        features = features * jax.lax.rsqrt(jnp.mean(features**2, -1, keepdims=True) + 1e-6)
+        logits = (features * params["head"]["scale"]) @ params["head"]["kernel"] + params["head"]["bias"]
+        total, metrics = jnp.zeros(()), {}
+        ends = np.cumsum(list(_WIDTHS.values()))
+        for (name, classes), end in zip(CLASSES.items(), ends, strict=True):
+            part = logits[..., end - _WIDTHS[name] : end]
+            wanted = batch.labels[name]
+            if name == "digits":
+                part = part.reshape(*part.shape[:-1], DIGIT_SLOTS, classes)
+            losses = optax.softmax_cross_entropy_with_integer_labels(part, wanted)
+            # Most patches show nothing: the few that do count as much as all of those together.
+            shown = (wanted > 0).astype(jnp.float32)
+            total += jnp.sum(losses * (0.2 + 4 * shown)) / shown.size
+            right = jnp.argmax(part, -1) == wanted
+            if name == "digits":
+                right, shown = right.all(-1), shown.max(-1)
+            metrics[name] = jnp.sum(right * shown) / jnp.maximum(shown.sum(), 1)
+            metrics[name + "_false"] = jnp.sum(~right * (1 - shown)) / jnp.maximum((1 - shown).sum(), 1)
+        return total, metrics
+
+    return loss

@@ -1,0 +1,63 @@
+"""Cross entropy of the answers, and how many of them are right."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlcache_jax.training.batch import TrainBatch
+from vlcache_jax.training.state import Loss, Metrics, Params
+
+
+def answer_loss(model: nn.Module) -> Loss:
+    """The loss of `make_train_step`: mean cross entropy of the answer tokens, weighted by `TrainBatch.weights`.
+
+    Its metrics: "token_accuracy", "exact_match" (the share of answers whose every token is the most likely one, which
+    is greedy decoding's exact match) and "weight" (the sum of the weights).
+    """
+
+    def loss(params: Params, batch: TrainBatch) -> tuple[jax.Array, Metrics]:
+        logits = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
+        return weighted_cross_entropy(logits, batch)
+
+    return loss
+
+
+def weighted_cross_entropy(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, Metrics]:
+    """See `answer_loss`; logits f32 [batch, length, vocab]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    weight = jnp.sum(batch.weights)
+    right, asked = answers_right(logits, batch)
+    wanted = batch.weights > 0
+    hits = (jnp.argmax(logits, -1) == batch.targets) & wanted
+    return jnp.sum(losses * batch.weights) / jnp.maximum(weight, 1e-9), {
+        "token_accuracy": jnp.sum(hits) / jnp.maximum(jnp.sum(wanted), 1),
+        "exact_match": jnp.sum(right) / jnp.maximum(jnp.sum(asked), 1),
+        "weight": weight,
+    }
+
+
+def answers_right(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    """Which answers are right under teacher forcing, and which there are.
+
+    Returns:
+      (right, asked): bool [batch, length]; column s is the question of segment s.
+    """
+    rows = jnp.arange(batch.segments.shape[0])[:, None]
+    wanted = batch.weights > 0
+    wrong = wanted & (jnp.argmax(logits, -1) != batch.targets)
+    zeros = jnp.zeros(batch.segments.shape, jnp.int32)
+    asked = zeros.at[rows, batch.segments].add(wanted) > 0
+    return asked & (zeros.at[rows, batch.segments].add(wrong) == 0), asked
+
+
+def make_eval_step(model: nn.Module) -> Callable[[Params, TrainBatch], tuple[jax.Array, jax.Array]]:
+    """A jitted `(params, batch) -> (right, asked)`; see `answers_right`."""
+
+    def evaluate(params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
+        return answers_right(logits, batch)
+
+    return jax.jit(evaluate)

@@ -1,0 +1,132 @@
+"""The train state, freezing by path, and the train step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlcache_jax.errors import InputError
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Any], tuple[jax.Array, Metrics]]
+"""(params, batch) -> (loss f32 [], metrics)."""
+
+
+class TrainState(NamedTuple):
+    """Everything an update needs and changes: a pytree, donated to the step.
+
+    Attributes:
+      params: all parameters, frozen ones included.
+      opt_state: the optimizer's, of the trainable parameters only.
+      step: i32 []; updates done.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+def split(params: Params, trainable: Sequence[str] | None) -> tuple[Params, Params]:
+    """(trainable, frozen) parts of nested parameters.
+
+    Args:
+      params: a nested dict.
+      trainable: path prefixes like "decoder" or "decoder/layers/attention"; None for everything.
+
+    Raises:
+      InputError: a prefix names nothing.
+    """
+    flat = flatten_dict(params, sep="/")
+    if trainable is None:
+        return params, {}
+    for prefix in trainable:
+        if not any(_under(path, prefix) for path in flat):
+            raise InputError(
+                f"trainable prefix {prefix!r} names no parameter; the top level has {', '.join(sorted(params))}"
+            )
+    chosen = {path: any(_under(path, prefix) for prefix in trainable) for path in flat}
+    return (
+        unflatten_dict({path: x for path, x in flat.items() if chosen[path]}, sep="/"),
+        unflatten_dict({path: x for path, x in flat.items() if not chosen[path]}, sep="/"),
+    )
+
+
+def _under(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> Params:
+    """The inverse of `split`."""
+    return unflatten_dict(flatten_dict(a) | flatten_dict(b))
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, trainable: Sequence[str] | None = None
+) -> TrainState:
+    """A new train state around `params` (which the first step donates: keep a copy if you need one)."""
+    return TrainState(params, optimizer.init(split(params, trainable)[0]), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: Sequence[str] | None = None,
+    accumulate: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A jitted `step(state, batch, scale=1.0) -> (state, metrics)`.
+
+    It follows the sharding of what it is given: with the batch split over a mesh axis and the parameters replicated
+    or split, XLA inserts the collectives, and the result is that of one device.
+
+    Args:
+      loss: what to minimise, see `vlcache_jax.training.loss.answer_loss`. Batches are weighted by the metric
+        "weight" when gradients are accumulated, if the loss reports one.
+      optimizer: any optax transformation; put clipping and the schedule into it.
+      trainable: path prefixes of the parameters to train, None for all. Nothing is differentiated, and no
+        optimizer state kept, for the others.
+      accumulate: split the batch's leading axis into so many parts and sum their gradients; the leading axis of
+        every array of the batch must be a multiple of it.
+
+    Returns:
+      The step. `state` is donated. `scale` multiplies the update: a learning-rate schedule that is decided while
+      training runs. Metrics are the loss's own and "loss", "gradient_norm".
+    """
+
+    def gradients(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
+        def objective(tuned: Params) -> tuple[jax.Array, Metrics]:
+            value, metrics = loss(merge(tuned, frozen), batch)
+            return value, metrics | {"loss": value}
+
+        return jax.grad(objective, has_aux=True)(tuned)
+
+    def accumulated(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+
+        def one(part: Any) -> tuple[Params, Metrics, jax.Array]:
+            grads, metrics = gradients(tuned, frozen, part)
+            weight = metrics.get("weight", jnp.ones(()))
+            return jax.tree.map(lambda g: g * weight, grads), jax.tree.map(lambda m: m * weight, metrics), weight
+
+        def body(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(part)), None
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        )
+        (grads, metrics, weight), _ = jax.lax.scan(body, zeros, parts)
+        return jax.tree.map(lambda g: g / weight, grads), jax.tree.map(lambda m: m / weight, metrics)
+
+    def step(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
+        tuned, frozen = split(state.params, trainable)
+        grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
+        tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
+        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
