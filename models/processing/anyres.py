@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from vlcache_jax.models.processing.transform import resize
 
 from vlcache_jax.batch import NEWLINE
+from vlcache_jax.models.processing.transform import resize
 
 
 def select_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -47,9 +47,7 @@ def cut_tiles(
     height, width = fitted_shape(image.height, image.width, resolution)
     canvas = np.zeros((*resolution, 3), np.uint8)
     top, left = (resolution[0] - height) // 2, (resolution[1] - width) // 2
-    canvas[top : top + height, left : left + width] = np.asarray(
-        resize(image, (height, width), resample, name)
-    )
+    canvas[top : top + height, left : left + width] = np.asarray(resize(image, (height, width), resample, name))
     rows, columns = resolution[0] // tile, resolution[1] // tile
     grid = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
     return grid.reshape(rows * columns, tile, tile, 3)

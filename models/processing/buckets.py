@@ -10,12 +10,8 @@ _LAST_STEP = 1024
 
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
     """`buckets` sorted, without repetitions. Raises InputError unless all are positive whole numbers."""
-    if not buckets or any(
-        isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in buckets
-    ):
-        raise InputError(
-            f"buckets={buckets!r}: give one or more positive whole numbers, such as (512, 1024, 2048)"
-        )
+    if not buckets or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in buckets):
+        raise InputError(f"buckets={buckets!r}: give one or more positive whole numbers, such as (512, 1024, 2048)")
     return tuple(sorted(set(buckets)))
 
 

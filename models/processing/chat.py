@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from vlcache_jax.models.processing.files import read_json, read_text
-from vlcache_jax.models.processing.images import is_image_like
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.models.processing.files import read_json, read_text
+from vlcache_jax.models.processing.images import is_image_like
 
 Message = Mapping[str, Any]
 
@@ -28,9 +28,7 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise CheckpointError(
-                f"the chat template does not parse ({error}): correct chat_template.jinja"
-            ) from error
+            raise CheckpointError(f"the chat template does not parse ({error}): correct chat_template.jinja") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt of one conversation, whose messages hold nothing but plain JSON values.
@@ -40,9 +38,7 @@ class ChatTemplate:
           CheckpointError: the template does what the sandbox forbids, or fails.
         """
         prompt = self._render(messages, add_generation_prompt)
-        texts = [
-            message["content"].strip() for message in messages if isinstance(message.get("content"), str)
-        ]
+        texts = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
         if all(text in prompt for text in texts):
             return prompt
         # Templates such as LLaVA-1.5's expect a list of parts and silently drop a plain text.
@@ -73,8 +69,7 @@ class ChatTemplate:
         except Exception as error:  # a template can fail in as many ways as a program
             raise CheckpointError(
                 f"the chat template fails on this conversation ({type(error).__name__}: {error}): check the "
-                "roles and "
-                "contents of the messages, or correct chat_template.jinja"
+                "roles and contents of the messages, or correct chat_template.jinja"
             ) from error
 
 
@@ -126,9 +121,7 @@ def split_conversation(conversation: Any, name: str) -> tuple[list[dict[str, Any
         elif content is None or isinstance(content, str):
             messages.append(_plain(message, where))
         else:
-            raise InputError(
-                f"{where} has a content of type {type(content).__name__}: give a str or a list of parts"
-            )
+            raise InputError(f"{where} has a content of type {type(content).__name__}: give a str or a list of parts")
     return messages, images
 
 
@@ -141,14 +134,12 @@ def _split_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
         if len(keys) != 1 or not is_image_like(part[keys[0]]):
             asked = " (a URL is not fetched: download the image)" if "url" in part else ""
             raise InputError(
-                f"{where} is an image part with the keys {sorted(map(str, part))}{asked}: give "
-                "{'type': 'image', 'image': a PIL image, an array or a path}"
+                f"{where} is an image part with the keys {sorted(map(str, part))}{asked}: give {{'type': "
+                "'image', 'image': a PIL image, an array or a path}"
             )
         images.append(part[keys[0]])
         # Templates see that there is an image, never the image.
-        return _plain({key: value for key, value in part.items() if key != keys[0]}, where) | {
-            keys[0]: "image"
-        }
+        return _plain({key: value for key, value in part.items() if key != keys[0]}, where) | {keys[0]: "image"}
     raise InputError(
         f"{where} is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', 'image': ...}}: "
         f"{str(kind or part)[:80]!r} is not supported"
@@ -162,9 +153,7 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
     try:
         entries = json.loads(json.dumps(entries))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where} holds something that is not plain text, numbers or lists ({error})"
-        ) from error
+        raise InputError(f"{where} holds something that is not plain text, numbers or lists ({error})") from error
     return entries | ({"content": message["content"]} if message.get("content") is not None else {})
 
 
@@ -179,9 +168,7 @@ class _Generation(Extension):
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        ).set_lineno(line)
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -202,9 +189,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which a prompt must not have.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

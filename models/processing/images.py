@@ -28,8 +28,7 @@ def check_pixels(height: int, width: int, name: str) -> None:
     if height * width > MAX_PIXELS:
         raise InputError(
             f"{name} is {width} x {height} = {height * width / 1e6:.0f} million pixels, more than the limit "
-            "of "
-            f"{MAX_PIXELS / 1e6:.0f} million: scale it down first"
+            f"of {MAX_PIXELS / 1e6:.0f} million: scale it down first"
         )
 
 
@@ -56,8 +55,8 @@ def load_image(source: ImageLike, name: str = "the image") -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         return _from_path(source, name)
     raise InputError(
-        f"{name} is a {type(source).__module__}.{type(source).__qualname__}: give a PIL image, a numpy array "
-        "(numpy.asarray of a tensor) or the path of a file"
+        f"{name} is a {type(source).__module__}.{type(source).__qualname__}: give a PIL image, a numpy "
+        "array (numpy.asarray of a tensor) or the path of a file"
     )
 
 
@@ -122,8 +121,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))):
         raise InputError(
             f"{described} is no image: give [height, width, 3] (RGB), [height, width] (grey) or [3, height, "
-            "width]; "
-            "split a batch of images into a list, and drop an alpha channel by array[..., :3]"
+            "width]; split a batch of images into a list, and drop an alpha channel by array[..., :3]"
         )
     check_pixels(array.shape[0], array.shape[1], described)
     if array.dtype != np.uint8:
@@ -137,8 +135,7 @@ def _to_bytes(array: np.ndarray, described: str) -> np.ndarray:
     if np.issubdtype(array.dtype, np.integer):
         if array.min() < 0 or array.max() > 255:
             raise InputError(
-                f"{described} has values from {array.min()} to {array.max()}: scale them to 0..255 and use "
-                "uint8"
+                f"{described} has values from {array.min()} to {array.max()}: scale them to 0..255 and use uint8"
             )
         return array.astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
@@ -147,8 +144,7 @@ def _to_bytes(array: np.ndarray, described: str) -> np.ndarray:
         if array.min() < 0 or array.max() > 1:
             raise InputError(
                 f"{described} has values from {array.min():.4g} to {array.max():.4g}: floating-point images "
-                "lie in "
-                "0..1; give 0..255 as uint8"
+                "lie in 0..1; give 0..255 as uint8"
             )
         # The product is rounded to float32 and then truncated, as transformers does before it resizes.
         return (array.astype(np.float64) * 255).astype(np.float32).astype(np.uint8)

@@ -6,16 +6,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from vlcache_jax.models.processing.buckets import bucket_length, check_buckets
-from vlcache_jax.models.processing.chat import ChatTemplate, read_template, split_conversation
-from vlcache_jax.models.processing.files import open_folder, read_json
-from vlcache_jax.models.processing.images import ImageLike, is_image_like, load_image
-from vlcache_jax.models.processing.layout import VisionLayout
-from vlcache_jax.models.processing.tokenizer import Tokenizer
-from vlcache_jax.models.processing.transform import ImageTransform
 
 from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.models.checkpoint.files import checkpoint_folder
+from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.processing.buckets import bucket_length, check_buckets
+from vlcache_jax.models.processing.chat import ChatTemplate, read_template, split_conversation
+from vlcache_jax.models.processing.files import read_json
+from vlcache_jax.models.processing.images import ImageLike, is_image_like, load_image
+from vlcache_jax.models.processing.layout import VisionLayout, agree_on_pinpoints
+from vlcache_jax.models.processing.tokenizer import Tokenizer
+from vlcache_jax.models.processing.transform import ImageTransform
 
 
 class Processor:
@@ -30,8 +33,8 @@ class Processor:
 
     Attributes:
       tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
-      transform: how an image is resized, cropped and normalised.
-      layout: how an image becomes tiles and features.
+      config: the model that the processor serves.
+      layout: how an image becomes tiles and visual tokens; `layout.transform` how it is resized and normalised.
       image_token: the text that stands for one image in a prompt, such as "<image>".
     """
 
@@ -39,32 +42,28 @@ class Processor:
         self,
         *,
         tokenizer: Tokenizer,
+        config: LlavaConfig,
         transform: ImageTransform,
-        layout: VisionLayout,
         image_token: str = "<image>",
         chat_template: str | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.transform = transform
-        self.layout = layout
+        self.config = config
+        self.layout = VisionLayout(config, transform)
         self.image_token = image_token
-        self._template = (
-            None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
-        )
+        self._template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
         self._buckets = None if buckets is None else check_buckets(buckets)
         found = tokenizer.token_to_id(image_token)
-        if found != layout.image_token_id:
+        if found != config.image_token_id:
             raise CheckpointError(
-                f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json says "
-                f"{layout.image_token_id}: the tokenizer belongs to another model, or lacks the added image "
-                "token"
+                f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json "
+                f"says {config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
+                "image token"
             )
 
     @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike[str], *, buckets: Sequence[int] | None = None
-    ) -> "Processor":
+    def from_folder(cls, path: str | os.PathLike[str], *, buckets: Sequence[int] | None = None) -> "Processor":
         """Reads the processor of a checkpoint folder, in the forms that transformers 4 and 5 write.
 
         Needs `config.json`, `tokenizer.json`, and `preprocessor_config.json` or a `processor_config.json`
@@ -79,12 +78,8 @@ class Processor:
         Raises:
           CheckpointError: a file is missing or malformed, or the parts do not fit one another.
         """
-        folder = open_folder(path)
-        config = read_json(folder, "config.json")
-        if config is None:
-            raise CheckpointError(
-                f"{folder} has no config.json: it is not a model's folder, or the download is incomplete"
-            )
+        folder = checkpoint_folder(os.fspath(path)).resolve()
+        config = read_config(folder)
         settings = read_json(folder, "processor_config.json") or {}
         source, images = "processor_config.json", settings.get("image_processor")
         if images is None:
@@ -92,24 +87,21 @@ class Processor:
         if images is None:
             raise CheckpointError(
                 f"{folder} has neither preprocessor_config.json nor an image_processor in "
-                "processor_config.json: write "
-                "it with transformers, by AutoProcessor.from_pretrained(...).save_pretrained(folder)"
+                "processor_config.json: write it with transformers, by "
+                "AutoProcessor.from_pretrained(...).save_pretrained(folder)"
             )
         if not isinstance(images, dict):
             raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
         transform = ImageTransform.from_dict(images, source)
-        layout = VisionLayout.from_config(config, images.get("image_grid_pinpoints"))
-        layout.check_transform(transform)
+        config = agree_on_pinpoints(config, images.get("image_grid_pinpoints"))
         tokenizer = Tokenizer.from_folder(folder)
         image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
         if not isinstance(image_token, str):
-            raise CheckpointError(
-                f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text"
-            )
+            raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
         return cls(
             tokenizer=tokenizer,
+            config=config,
             transform=transform,
-            layout=layout,
             image_token=image_token,
             chat_template=read_template(folder),
             buckets=buckets,
@@ -147,9 +139,7 @@ class Processor:
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
-            raise InputError(
-                f"text is {str(text)[:80]!r} of type {type(text).__name__}: give a str or a list of str"
-            )
+            raise InputError(f"text is {str(text)[:80]!r} of type {type(text).__name__}: give a str or a list of str")
         if not texts:
             raise InputError("text is empty: give at least one prompt")
         rows = _image_rows(images, len(texts), single=isinstance(text, str))
@@ -178,18 +168,13 @@ class Processor:
         if self._template is None:
             raise CheckpointError(
                 "this checkpoint has no chat template: write the prompt yourself and call the processor "
-                "with it, or "
-                "put a chat_template.jinja in the folder"
+                "with it, or put a chat_template.jinja in the folder"
             )
         if not isinstance(conversations, (list, tuple)) or not conversations:
-            raise InputError(
-                "conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]"
-            )
+            raise InputError("conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]")
         if not isinstance(conversations[0], (list, tuple)):
             conversations = [conversations]
-        pairs = [
-            split_conversation(conversation, f"row {row}") for row, conversation in enumerate(conversations)
-        ]
+        pairs = [split_conversation(conversation, f"row {row}") for row, conversation in enumerate(conversations)]
         texts = [self._template.render(messages, add_generation_prompt) for messages, _ in pairs]
         bos = self.tokenizer.bos_token
         # Many templates write the beginning-of-sequence token themselves; it must not come twice.
@@ -214,15 +199,12 @@ class Processor:
         if any(row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)) for row in rows):
             raise InputError(
                 f"a {type(out).__name__} cannot be decoded: give generated output, an integer array [batch, "
-                "steps] of "
-                "token ids, or a list of lists of them"
+                "steps] of token ids, or a list of lists of them"
             )
         if generated:
             lengths = np.asarray(out.lengths)
             if lengths.shape != (len(rows),):
-                raise InputError(
-                    f"lengths has the shape {list(lengths.shape)} for {len(rows)} rows of tokens"
-                )
+                raise InputError(f"lengths has the shape {list(lengths.shape)} for {len(rows)} rows of tokens")
             rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
         return [self.tokenizer.decode(row.tolist()) for row in rows]
 
@@ -240,8 +222,7 @@ class Processor:
             if placeholders != len(row_images):
                 raise InputError(
                     f"row {row}: the prompt holds {placeholders} image tokens {self.image_token!r}, but "
-                    f"{len(row_images)} "
-                    "images were given: write the token once for each image"
+                    f"{len(row_images)} images were given: write the token once for each image"
                 )
         tiles, indices, tokens = [], [], []
         for row, row_images in enumerate(images):
@@ -252,9 +233,7 @@ class Processor:
         length = self._padded_length(max(map(len, tokens)), pad_to)
         return self._assemble(tokens, indices, tiles, length)
 
-    def _encode_images(
-        self, images: list[ImageLike], row: int
-    ) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+    def _encode_images(self, images: list[ImageLike], row: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
         """Per image u8 tiles [n, size, size, 3]; i32 indices of all features; how many each image has."""
         tiles: list[np.ndarray] = []
         indices: list[np.ndarray] = []
@@ -262,10 +241,10 @@ class Processor:
         for number, source in enumerate(images):
             name = f"row {row}, image {number}"
             image: Image.Image = load_image(source, name)
-            tiles.append(self.layout.tiles(image, self.transform, name))
+            tiles.append(self.layout.tiles(image, name))
             index = self.layout.feature_index(image.height, image.width)
             indices.append(np.where(index >= 0, index + offset, index))
-            offset += len(tiles[-1]) * self.layout.features_per_tile
+            offset += len(tiles[-1]) * self.config.features_per_tile
         empty = np.zeros(0, np.int32)
         return tiles, np.concatenate([empty, *indices]).astype(np.int32), [len(index) for index in indices]
 
@@ -276,12 +255,11 @@ class Processor:
             self.image_token * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
         )
         tokens = np.asarray(self.tokenizer.encode(expanded, add_special_tokens), np.int32)
-        found = int((tokens == self.layout.image_token_id).sum())
+        found = int((tokens == self.config.image_token_id).sum())
         if found != sum(counts) or len(tokens) == 0:
             raise InputError(
                 f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
-                "have "
-                f"{sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
+                f"have {sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
                 f"{prompt[:80]!r}"
             )
         return tokens
@@ -292,8 +270,7 @@ class Processor:
         if isinstance(pad_to, bool) or not isinstance(pad_to, (int, np.integer)) or pad_to < longest:
             raise InputError(
                 f"pad_to={pad_to!r} does not hold the longest prompt, {longest} tokens with its visual "
-                "ones: give a "
-                "whole number at least that large"
+                "ones: give a whole number at least that large"
             )
         return int(pad_to)
 
@@ -303,16 +280,16 @@ class Processor:
         size = len(tokens)
         token_rows = np.full((size, length), self.tokenizer.pad_token_id, np.int32)
         vision_index = np.full((size, length), TEXT, np.int32)
-        side = self.layout.image_size
+        side = self.config.vision.image_size
         most = max(sum(map(len, row)) for row in tiles)
         pixels = np.zeros((size, most, side, side, 3), np.float32)
         for row, ids in enumerate(tokens):
             token_rows[row, : len(ids)] = ids
             # A slice keeps the padding out: a checkpoint's padding token could be its image token.
-            vision_index[row, : len(ids)][ids == self.layout.image_token_id] = indices[row]
+            vision_index[row, : len(ids)][ids == self.config.image_token_id] = indices[row]
             start = 0
             for of_image in tiles[row]:
-                pixels[row, start : start + len(of_image)] = self.transform.normalise(of_image)
+                pixels[row, start : start + len(of_image)] = self.layout.transform.normalise(of_image)
                 start += len(of_image)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)
@@ -326,14 +303,12 @@ def _image_rows(images: Any, size: int, single: bool) -> list[list[ImageLike]]:
         return [[images]]
     if not isinstance(images, (list, tuple)):
         raise InputError(
-            f"images is a {type(images).__name__} for {size} prompts: give a list with the images of each "
-            "prompt"
+            f"images is a {type(images).__name__} for {size} prompts: give a list with the images of each prompt"
         )
     if single and not any(isinstance(row, (list, tuple)) for row in images):
         return [list(images)]
     if len(images) != size:
         raise InputError(
-            f"images has {len(images)} entries, but text has {size}: give one list of images per prompt, [] "
-            "for none"
+            f"images has {len(images)} entries, but text has {size}: give one list of images per prompt, [] for none"
         )
     return [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]

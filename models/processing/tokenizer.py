@@ -6,9 +6,9 @@ from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
-from vlcache_jax.models.processing.files import read_json, read_text
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.models.processing.files import read_json, read_text
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -21,9 +21,7 @@ class Tokenizer:
       special_tokens: the named special tokens, such as {"bos_token": "<s>", "image_token": "<image>"}.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None) -> None:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         # A tokenizer.json may carry the padding and truncation of its last use; neither belongs to the model.
@@ -45,8 +43,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json: write one with transformers, by "
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), which "
-                "converts a "
-                "tokenizer.model or vocab.json to a fast tokenizer"
+                "converts a tokenizer.model or vocab.json to a fast tokenizer"
             )
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -59,8 +56,7 @@ class Tokenizer:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'} has malformed special tokens ({error}): download it "
-                "again"
+                f"{folder / 'tokenizer_config.json'} has malformed special tokens ({error}): download it again"
             ) from error
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         return cls(backend, special_tokens)
@@ -150,9 +146,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder
         extra = []
     named = {}
     for name, value in entries.items():
-        if (name in _NAMED and value is not None) or (
-            name.endswith("_token") and isinstance(value, (str, dict))
-        ):
+        if (name in _NAMED and value is not None) or (name.endswith("_token") and isinstance(value, (str, dict))):
             named[name] = _added_token(value)
     special = []
     for token in [*named.values(), *map(_added_token, extra)]:

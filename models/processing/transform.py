@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from vlcache_jax.models.processing.images import MAX_PIXELS
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.models.processing.images import MAX_PIXELS
 
 # The mean and standard deviation of CLIP's training images (github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,9 +42,7 @@ class ImageTransform:
     pad_to_square: bool = False
 
     @classmethod
-    def from_dict(
-        cls, config: Mapping[str, Any], source: str = "preprocessor_config.json"
-    ) -> "ImageTransform":
+    def from_dict(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageTransform":
         """Reads the forms that transformers 4 and 5 write; a missing or null entry takes CLIP's default.
 
         Raises CheckpointError, naming `source`, for an entry that is malformed or not supported.
@@ -69,10 +67,7 @@ class ImageTransform:
         if "image_std" in entries:
             values["std"] = read("image_std").channels(nonzero=True)
         # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
-        if (
-            str(entries.get("image_processor_type", "")).startswith("LlavaImageProcessor")
-            and "do_pad" in entries
-        ):
+        if str(entries.get("image_processor_type", "")).startswith("LlavaImageProcessor") and "do_pad" in entries:
             values["pad_to_square"] = read("do_pad").boolean()
         return cls(**values)
 
@@ -127,8 +122,7 @@ def resize(image: Image.Image, shape: tuple[int, int], resample: int, name: str 
     if height * width > MAX_PIXELS:
         raise InputError(
             f"{name} is {image.width} x {image.height} pixels, so elongated that resizing it would take "
-            f"{width} x "
-            f"{height} pixels: crop it first"
+            f"{width} x {height} pixels: crop it first"
         )
     return image.resize((width, height), resample=resample)
 
