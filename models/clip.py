@@ -76,8 +76,7 @@ class _Layer(nn.Module):
     ) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], None]:
         x_NTD, collected = carry
         collected = tuple(
-            jnp.where(index == wanted, x_NTD, old)
-            for wanted, old in zip(self.collect, collected, strict=True)
+            jnp.where(index == wanted, x_NTD, old) for wanted, old in zip(self.collect, collected, strict=True)
         )
         normed = _layer_norm(self.config, self.dtype, "norm_1")(x_NTD)
         x_NTD = x_NTD + _Attention(self.config, self.dtype, name="attention")(normed)
@@ -94,13 +93,9 @@ class _PatchEmbedding(nn.Module):
     def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
         images, height, width, colours = pixels_NHWC.shape
         patch, channels = self.config.patch_size, self.config.hidden_size
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (patch, patch, colours, channels), jnp.float32
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (patch, patch, colours, channels), jnp.float32)
         # Patches do not overlap, so the convolution is one matrix product over flattened patches.
-        x = pixels_NHWC.astype(self.dtype).reshape(
-            images, height // patch, patch, width // patch, patch, colours
-        )
+        x = pixels_NHWC.astype(self.dtype).reshape(images, height // patch, patch, width // patch, patch, colours)
         x = x.swapaxes(2, 3).reshape(images, -1, patch * patch * colours)
         return x @ kernel.astype(self.dtype).reshape(-1, channels)
 
@@ -152,9 +147,9 @@ class ClipVisionTower(nn.Module):
         channels = config.hidden_size
         normal = nn.initializers.normal(0.02)
         class_D = self.param("class_embedding", normal, (channels,), jnp.float32)
-        table = self.param(
-            "position_embedding", normal, (config.grid_size**2 + 1, channels), jnp.float32
-        ).astype(self.dtype)
+        table = self.param("position_embedding", normal, (config.grid_size**2 + 1, channels), jnp.float32).astype(
+            self.dtype
+        )
         if position_ids is not None:
             table = jnp.concatenate([table[:1], table[1 + jnp.asarray(position_ids)]])
 

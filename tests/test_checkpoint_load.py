@@ -14,7 +14,6 @@ import torch
 from checkpoint_models import hand_built, make_model, rename
 from safetensors.torch import load_file, save_file
 
-from vlcache_jax.batch import Batch
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.checkpoint import load_params
 from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
@@ -24,15 +23,7 @@ from vlcache_jax.models.llava import Llava
 
 def abstract(folder: Path) -> dict[str, Any]:
     """The real model's tree of shapes for the config in `folder`."""
-    config = read_config(folder)
-    side = config.vision.image_size
-    batch = Batch(
-        np.zeros((1, 4), np.int32),
-        np.full(1, 4, np.int32),
-        np.full((1, 4), -1, np.int32),
-        np.zeros((1, 1, side, side, 3), np.float32),
-    )
-    return jax.eval_shape(lambda: Llava(config).init(jax.random.key(0), batch))["params"]
+    return Llava(read_config(folder)).abstract_params()
 
 
 def assert_equal(got: Any, want: Any) -> None:
@@ -229,7 +220,7 @@ def test_the_host_never_holds_a_second_copy(tmp_path: Path) -> None:
         tracemalloc.stop()
         jax.make_array_from_callback = original
     assert float(params["decoder"]["layers"]["attention"]["value"]["kernel"][5, 0, 0]) == 5.0
-    assert one <= peak < 1.5 * one  # all four together would be 4
+    assert one <= peak < 1.5 * one  # all four together would be 4 * one
 
 
 def test_everything_that_does_not_fit_is_reported_at_once(saved: tuple[Path, Any]) -> None:

@@ -13,9 +13,7 @@ from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import VisionConfig
 from vlcache_jax.models.projector import Projector
 
-CONFIG = VisionConfig(
-    hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, image_size=16, patch_size=4
-)
+CONFIG = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, image_size=16, patch_size=4)
 LINEAR = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 
 
@@ -82,9 +80,7 @@ def test_every_hidden_state_equals_transformers(act: str) -> None:
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
     # Order and a repeated last layer are the caller's.
     some = np.asarray(tower.apply({"params": params}, PIXELS, (3, 1)))
-    np.testing.assert_allclose(
-        some, np.concatenate([want[..., 96:], want[..., 32:64]], -1), atol=1e-5, rtol=1e-5
-    )
+    np.testing.assert_allclose(some, np.concatenate([want[..., 96:], want[..., 32:64]], -1), atol=1e-5, rtol=1e-5)
 
 
 def test_init_gives_the_documented_tree() -> None:
@@ -92,9 +88,7 @@ def test_init_gives_the_documented_tree() -> None:
     shapes = jax.eval_shape(lambda: tower.init(jax.random.key(0), jnp.asarray(PIXELS), (3,)))["params"]
     want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params_of(reference()))
     assert jax.tree.structure(shapes) == jax.tree.structure(want)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), want
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), want)
 
 
 def test_bfloat16_computes_in_bfloat16_and_is_close() -> None:

@@ -33,7 +33,10 @@ def file_inside(folder: Path, name: str) -> Path:
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
         raise CheckpointError(f"file name {name!r} in {folder} is not a plain name inside the checkpoint folder")
     path = folder / name
-    root, target = folder.resolve(), path.resolve()
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be resolved: {error}") from error  # a loop of links
     hub_blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if target.parent != root and target.parent != hub_blobs:
         raise CheckpointError(f"{path} links to {target}, outside the checkpoint folder; copy the file there instead")

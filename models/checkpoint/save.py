@@ -41,9 +41,9 @@ def save_params(
     Raises:
       CheckpointError: if the parameters do not fit the config or have a dtype that is not a float.
     """
+    leaves = _checked(params, config)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    leaves = _checked(params, config)
     shards = _split([entry for path, leaf in leaves.items() for entry in _entries(path, leaf)], max_shard_bytes)
     if len(shards) == 1:
         names = [SINGLE_FILE]
@@ -74,29 +74,37 @@ def save_params(
 
 def _checked(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
     leaves = traverse_util.flatten_dict(params)
+    expected = _expected_paths(config)
+    for path in sorted(leaves.keys() ^ expected):
+        state = "is missing" if path in expected else "has no place in a model of this config"
+        raise CheckpointError(f"parameter {'/'.join(path)} {state}")
     layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
     for path, leaf in leaves.items():
-        name = "/".join(map(str, path))
-        rule = BY_PATH.get(path)
-        if rule is None:
-            raise CheckpointError(f"parameter {name} has no place in a checkpoint")
+        name = "/".join(path)
         if np.dtype(leaf.dtype) not in _DTYPE_NAMES:
             raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(DTYPES)}")
-        if rule.per_layer and leaf.shape[0] != layers[path[0]]:
+        if BY_PATH[path].per_layer and leaf.shape[0] != layers[path[0]]:
             raise CheckpointError(
                 f"parameter {name} is stacked over {leaf.shape[0]} layers, the config has {layers[path[0]]}"
             )
-    vocab = leaves[("decoder", "embed_tokens", "embedding")].shape[0]
-    if vocab != config.decoder.vocab_size:
-        raise CheckpointError(f"the embedding has {vocab} rows, the config's vocab_size is {config.decoder.vocab_size}")
-    for path, present in (
-        (("decoder", "lm_head", "kernel"), not config.decoder.tie_embeddings),
-        (("image_newline",), bool(config.grid_pinpoints)),
-    ):
-        if (path in leaves) != present:
-            state = "is missing" if present else "must not be there"
-            raise CheckpointError(f"parameter {'/'.join(path)} {state} for a config with these settings")
+    rows, vocab_size = leaves[("decoder", "embed_tokens", "embedding")].shape[0], config.decoder.vocab_size
+    if rows != vocab_size:
+        raise CheckpointError(f"the embedding has {rows} rows, the config's vocab_size is {vocab_size}")
     return leaves
+
+
+def _expected_paths(config: LlavaConfig) -> set[tuple[str, ...]]:
+    decoder = config.decoder
+    attention, mlp = ("decoder", "layers", "attention"), ("decoder", "layers", "mlp")
+    optional = {
+        ("decoder", "lm_head", "kernel"): not decoder.tie_embeddings,
+        ("image_newline",): bool(config.grid_pinpoints),
+        **{(*attention, name, "bias"): decoder.qkv_bias for name in ("query", "key", "value")},
+        (*attention, "output", "bias"): decoder.output_bias,
+        **{(*mlp, name, "bias"): decoder.mlp_bias for name in ("gate", "up", "down")},
+        **{("projector", name, "bias"): config.projector_bias for name in ("linear_1", "linear_2")},
+    }
+    return {path for path in BY_PATH if optional.get(path, True)}
 
 
 def _entries(path: tuple[str, ...], leaf: Any) -> Iterator[Entry]:
