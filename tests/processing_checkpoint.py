@@ -1,4 +1,4 @@
-"""Tiny checkpoint folders with a processor, written by transformers and read back by it, for the tests of processing."""
+"""Tiny checkpoint folders with a processor, written by transformers and read back by it."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,9 @@ def write_config(
     )
     options: dict[str, Any] = {"image_token_index": image_token, "vision_feature_select_strategy": select}
     if model_type == "llava_next":
-        LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, **options).save_pretrained(folder)
+        LlavaNextConfig(
+            vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, **options
+        ).save_pretrained(folder)
     else:
         LlavaConfig(vision_config=vision, text_config=text, **options).save_pretrained(folder)
 

@@ -156,7 +156,8 @@ def test_files_of_transformers_4(tmp_path, model_type):
 
 def test_special_tokens_map_of_older_checkpoints(tmp_path):
     write_checkpoint(tmp_path, tokenizer="bytes")
-    edit_json(tmp_path / "tokenizer_config.json", pad_token=None, eos_token=None, image_token=None)
+    newer = ("pad_token", "eos_token", "image_token", "extra_special_tokens")
+    edit_json(tmp_path / "tokenizer_config.json", **dict.fromkeys(newer))
     special = {
         "pad_token": {"content": "<stop>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     }
@@ -248,7 +249,7 @@ def test_feature_order_of_a_batch(tmp_path):
             offset += (1 + best[0] * best[1] // TILE**2) * (TILE // PATCH) ** 2
         visual = batch.vision_index[row][batch.vision_index[row] != TEXT]
         np.testing.assert_array_equal(visual, np.concatenate(expected))
-    assert batch.pixels.shape[1] == 6  # two images of three tiles
+    assert batch.pixels.shape[1] == 8  # two images of four tiles
 
 
 def test_pinpoints_in_another_order_in_the_image_processor(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -62,7 +63,7 @@ class ChatTemplate:
             return self._template.render(**(self._special_tokens | values))
         except _RefusedError as error:
             raise InputError(f"the chat template refuses the conversation: {error}") from error
-        except jinja2.exceptions.SecurityError as error:
+        except SecurityError as error:
             raise CheckpointError(
                 f"the chat template does what its sandbox forbids ({error}): do not trust this checkpoint"
             ) from error
@@ -171,10 +172,14 @@ class _Generation(Extension):
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        # Jinja would go on with an undefined value and complain only if that is used further.
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
+
+
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now

@@ -94,7 +94,8 @@ def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:
         return config
     if isinstance(of_processor, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in of_processor):
         pinpoints = tuple((height, width) for height, width in of_processor)
-        if set(pinpoints) == set(config.grid_pinpoints):
+        of_model = config.grid_pinpoints
+        if all(pair in of_model for pair in pinpoints) and all(pair in pinpoints for pair in of_model):
             return dataclasses.replace(config, grid_pinpoints=pinpoints)
     raise CheckpointError(
         f"image_grid_pinpoints differ: config.json has {config.grid_pinpoints}, the image processor {of_processor!r}; "

@@ -134,6 +134,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder
     entries = dict(config)
     if "added_tokens_decoder" in config:
         for _, fields in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
+            if not isinstance(fields, dict):
+                raise TypeError(f"added token {fields!r} is not an object")
             token = _added_token(fields)
             if repr(token) != repr(known.get(token.content)):
                 backend.add_tokens([token])
