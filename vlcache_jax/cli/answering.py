@@ -1,0 +1,83 @@
+"""Answering a batch in two timed steps, prefill and decoding."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from vlcache_jax import generation
+from vlcache_jax.batch import Batch
+from vlcache_jax.cli.runtime import Stopwatch
+from vlcache_jax.explain import Kept, kept_by_layer
+from vlcache_jax.loading import VLM
+from vlcache_jax.policies import Policy
+from vlcache_jax.prefill import prefill
+from vlcache_jax.report import Report, make_report
+from vlcache_jax.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """The answers of a batch.
+
+    Attributes:
+      tokens: i32 [rows, max_new_tokens].
+      lengths: i32 [rows].
+      report: what was kept, and what it cost.
+      kept: for each row what `kept_by_layer` returns.
+      seconds: "compile" (of everything), "prefill" and "decode".
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    report: Report
+    kept: list[Kept]
+    seconds: dict[str, float]
+
+
+def answer(
+    vlm: VLM,
+    batch: Batch,
+    policy: Policy,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    on_token: Callable[[int], None] | None = None,
+) -> Answers:
+    """Answers a batch as `generate` does, and keeps what a picture needs.
+
+    Args:
+      vlm: the loaded checkpoint.
+      batch: prompts.
+      policy: what to keep.
+      max_new_tokens: answers are cut there.
+      sampling: None for greedy decoding.
+      seed: of the sampling.
+      on_token: called with each token of the first row as it comes.
+    """
+    model, params = vlm.model, vlm.params
+    with Stopwatch() as of_prefill:
+        logits, state = jax.block_until_ready(prefill(model, params, batch, policy, max_new_tokens))
+    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
+    kept = [kept_by_layer(state, row) for row in range(batch.size)]  # before decoding gives the state's buffers away
+    seeds, stop = generation._seeds(seed, batch.size), generation._stop_ids(model, None)
+    with Stopwatch() as of_decode:
+        if on_token is None:
+            decoded = generation._decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+            tokens, lengths = map(np.asarray, decoded)
+        else:
+            loop = generation._start(logits, state, seeds, sampling, stop)
+            ids = [int(loop.token[0])]
+            on_token(ids[0])
+            while len(ids) < max_new_tokens and not bool(loop.finished[0]):
+                loop = generation._stream_step(model, params, loop, seeds, sampling, stop)
+                ids.append(int(loop.token[0]))
+                on_token(ids[-1])
+            tokens, lengths = np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32)
+    seconds = {
+        "compile": of_prefill.compile + of_decode.compile,
+        "prefill": of_prefill.run,
+        "decode": of_decode.run,
+    }
+    return Answers(tokens, lengths, report, kept, seconds)

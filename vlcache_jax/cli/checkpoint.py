@@ -1,0 +1,47 @@
+"""A checkpoint in two steps: what can be checked at once, and the weights."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from vlcache_jax import loading
+from vlcache_jax.batch import Batch
+from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.policies import Policy
+from vlcache_jax.validation import check_prefill
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedCheckpoint:
+    """Everything of a checkpoint but its weights, of which only the headers have been read."""
+
+    folder: Path
+    model: Llava
+    processor: Processor
+    dtype: str
+
+    def check(self, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
+        """Raises what `prefill` would, before weights are read."""
+        check_prefill(self.model.spec, batch, policy, max_new_tokens)
+
+    def load(self) -> "loading.VLM":
+        """Reads the weights."""
+        return loading.load(self.folder, self.dtype)
+
+
+def open_checkpoint(folder: str | Path, dtype: str | None) -> OpenedCheckpoint:
+    """Opens a checkpoint folder. `dtype` None is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
+
+    Raises CheckpointError as `vlcache_jax.load` does.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    folder = Path(folder)
+    config = read_config(folder)
+    SafetensorsFolder(folder)
+    processor = Processor.from_folder(folder)
+    return OpenedCheckpoint(folder, Llava(config, jax.numpy.dtype(dtype)), processor, dtype)

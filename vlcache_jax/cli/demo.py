@@ -1,0 +1,289 @@
+"""`vlcache-jax demo`: the shipped checkpoint answers questions, with the full cache and with VL-Cache.
+
+All questions form one batch, so that the whole demo compiles one prefill and one decoding program per policy.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import textwrap
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.cli.answering import Answers, answer
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
+from vlcache_jax.cli.options import build_policy, check_picture_path, save_picture
+from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.cli.table import megabytes, percent, table
+from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.explain import explain
+from vlcache_jax.models.processing.images import load_image
+from vlcache_jax.policies import FullCache
+
+MODEL, IMAGES, QUESTIONS = "demo_model", "demo_images", "questions.json"
+MAX_NEW_TOKENS = 64
+WIDTH = 92
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question of the demo.
+
+    Attributes:
+      task: what it is about, in a word.
+      images: the images, upright RGB.
+      question: the user's message.
+      expected: the right answer; None for a question of the user's own.
+    """
+
+    task: str
+    images: list[Image.Image]
+    question: str
+    expected: str | None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command; everything that can be checked is checked before weights are read."""
+    start = time.monotonic()
+    picture_path = check_picture_path(arguments.explain)
+    policy = build_policy("vl_cache", arguments.budget, [])
+    if bool(arguments.image) != (arguments.question is not None):
+        raise InputError("--image and --question belong together: give both, or neither for the shipped questions")
+    assets = demo_assets(arguments.assets)
+    if arguments.image:
+        images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
+        questions = [Question("yours", images, arguments.question, None)]
+    else:
+        questions = read_questions(assets / IMAGES)
+    opened = open_checkpoint(assets / MODEL, None)
+    batch = _make_batch(opened, questions)
+    opened.check(batch, policy, MAX_NEW_TOKENS)
+    use_compilation_cache(not arguments.no_compilation_cache)
+    ready = time.monotonic()
+    vlm = opened.load()
+    loaded = time.monotonic()
+
+    full = answer(vlm, batch, FullCache(), MAX_NEW_TOKENS)
+    compressed = answer(vlm, batch, policy, MAX_NEW_TOKENS)
+    texts = {"full": vlm.processor.decode(full), "vl_cache": vlm.processor.decode(compressed)}
+    seconds = {"inputs": ready - start, "load": loaded - ready, "total": time.monotonic() - start}
+    if arguments.json:
+        results = _describe(questions, batch, full, compressed, texts, seconds)
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+    else:
+        print(_page(opened, questions, batch, full, compressed, texts, seconds))
+    if picture_path is not None:
+        first = questions[0]
+        picture = explain(
+            first.images,
+            batch,
+            compressed.kept[0],
+            compressed.report,
+            vlm.processor.layout,
+            question=first.question,
+            answer=texts["vl_cache"][0],
+        )
+        save_picture(picture, picture_path)
+
+
+def demo_assets(folder: str | None) -> Path:
+    """The folder with the demo's checkpoint and images.
+
+    Raises CheckpointError if it has no checkpoint.
+    """
+    path = Path(str(resources.files("vlcache_jax") / "assets")) if folder is None else Path(folder)
+    if not (path / MODEL).is_dir():
+        raise CheckpointError(
+            f"there is no demo checkpoint in {path / MODEL}: train one with `vlcache-jax train-demo` and give its "
+            "folder as --assets, or ask a checkpoint of yours with `vlcache-jax generate --model DIR`"
+        )
+    return path
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """The questions that `questions.json` lists: [{"images": ["a.png"], "question": ..., "answer": ..., "task": ...}].
+
+    Raises InputError if the file is missing or malformed, or an image cannot be read.
+    """
+    path = folder / QUESTIONS
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        questions = []
+        for number, entry in enumerate(entries):
+            images = [load_image(folder / name, f"question {number}") for name in entry["images"]]
+            questions.append(Question(str(entry["task"]), images, str(entry["question"]), str(entry["answer"])))
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no list of questions ({error!r}): restore it from the package") from error
+    if not questions:
+        raise InputError(f"{path} holds no question: restore it from the package")
+    return questions
+
+
+def _make_batch(opened: OpenedCheckpoint, questions: list[Question]) -> Batch:
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": image} for image in question.images),
+                    {"type": "text", "text": question.question},
+                ],
+            }
+        ]
+        for question in questions
+    ]
+    return opened.processor.chat(conversations)
+
+
+def is_right(text: str, expected: str) -> bool:
+    """Whether an answer is the expected one, case and white space apart."""
+    return " ".join(text.split()).casefold() == " ".join(expected.split()).casefold()
+
+
+def _page(
+    opened: OpenedCheckpoint,
+    questions: list[Question],
+    batch: Batch,
+    full: Answers,
+    compressed: Answers,
+    texts: dict[str, list[str]],
+    seconds: dict[str, float],
+) -> str:
+    budget = percent(compressed.report.budget)
+    spec, device = opened.model.spec, jax.devices()[0]
+    many = f"{len(questions)} questions in one batch" if len(questions) > 1 else "1 question"
+    blocks = [
+        f"VL-Cache demo: {many}, answered with the full KV cache and with {budget} of it\n"
+        f"({spec.num_layers} layers, {spec.num_kv_heads} KV heads, {opened.dtype}, on {device.device_kind}, "
+        f"{os.cpu_count()} cores)"
+    ]
+    for row, question in enumerate(questions):
+        blocks.append(_question(row, question, batch, texts, budget))
+    blocks.append(_kept_table(questions, compressed, budget))
+    blocks.append(_cost_table(questions, full, compressed, texts, budget))
+    compile_seconds = full.seconds["compile"] + compressed.seconds["compile"]
+    blocks.append(
+        f"Total {seconds['total']:.1f} s: reading inputs {seconds['inputs']:.1f}, loading weights {seconds['load']:.1f}, "
+        f"compiling or\nreading compiled programs {compile_seconds:.1f}, running "
+        f"{sum(a.seconds[k] for a in (full, compressed) for k in ('prefill', 'decode')):.1f}"
+    )
+    return "\n\n".join(blocks)
+
+
+def _question(row: int, question: Question, batch: Batch, texts: dict[str, list[str]], budget: str) -> str:
+    images = f"{len(question.images)} image{'s' if len(question.images) != 1 else ''}"
+    visual = int(np.sum(np.asarray(batch.vision_index)[row] != TEXT))
+    length = int(batch.lengths[row])
+    lines = [f"{row + 1}. {question.task} ({images}: {visual} visual tokens of {length})"]
+    entries = [("question", question.question, None), ("expected", question.expected, None)]
+    entries += [("full cache", texts["full"][row], question.expected)]
+    entries += [(f"VL-Cache {budget}", texts["vl_cache"][row], question.expected)]
+    for name, text, expected in entries:
+        if text is None:
+            continue
+        mark = "" if expected is None else "  [right]" if is_right(text, expected) else "  [wrong]"
+        indent = " " * 20
+        lines += textwrap.wrap(
+            f"   {name:<17}{' '.join(text.split())}{mark}", WIDTH, subsequent_indent=indent, drop_whitespace=False
+        ) or [f"   {name}"]
+    return "\n".join(lines)
+
+
+def _kept_table(questions: list[Question], compressed: Answers, budget: str) -> str:
+    kept = np.asarray(compressed.report.kept)
+    layers = kept.shape[1]
+    # Of a deep model, evenly spaced layers: the line must not wrap.
+    shown = range(layers) if layers <= 10 else [round(i * (layers - 1) / 9) for i in range(10)]
+    header = ["question", "prompt", *(f"L{layer}" for layer in shown), "kept"]
+    rows = [
+        [
+            f"{row + 1}. {question.task}"[:24],
+            str(int(compressed.report.prompt_lengths[row])),
+            *(str(kept[row, layer]) for layer in shown),
+            percent(float(compressed.report.kept_fraction[row])),
+        ]
+        for row, question in enumerate(questions)
+    ]
+    return f"Prompt tokens kept per layer (VL-Cache {budget}; the layers share one budget)\n" + table([header, *rows])
+
+
+def _cost_table(
+    questions: list[Question], full: Answers, compressed: Answers, texts: dict[str, list[str]], budget: str
+) -> str:
+    rows = [["", "full cache", f"VL-Cache {budget}", "ratio"]]
+    known = [row for row, question in enumerate(questions) if question.expected is not None]
+    if known:
+        right = [
+            f"{sum(is_right(texts[name][row], questions[row].expected or '') for row in known)} of {len(known)}"
+            for name in ("full", "vl_cache")
+        ]
+        rows.append(["right answers", *right])
+    state = compressed.report.state_bytes
+    rows.append(
+        [
+            "KV cache of the prompts",
+            megabytes(full.report.state_bytes),
+            megabytes(state),
+            percent(state / full.report.state_bytes),
+        ]
+    )
+    for name, label in (("prefill", "prefill, seconds"), ("decode", "decoding, seconds")):
+        a, b = full.seconds[name], compressed.seconds[name]
+        rows.append([label, f"{a:.3f}", f"{b:.3f}", percent(b / a)])
+    rows.append(["compiling apart, seconds", *(f"{a.seconds['compile']:.2f}" for a in (full, compressed))])
+    return "Cost of the whole batch\n" + table(rows)
+
+
+def _describe(
+    questions: list[Question],
+    batch: Batch,
+    full: Answers,
+    compressed: Answers,
+    texts: dict[str, list[str]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    report = compressed.report
+    listed = []
+    for row, question in enumerate(questions):
+        answers = {name: texts[name][row] for name in ("full", "vl_cache")}
+        right = None if question.expected is None else {n: is_right(t, question.expected) for n, t in answers.items()}
+        listed.append(
+            {
+                "task": question.task,
+                "question": question.question,
+                "expected": question.expected,
+                "answers": answers,
+                "right": right,
+                "prompt_tokens": int(batch.lengths[row]),
+                "visual_tokens": int(np.sum(np.asarray(batch.vision_index)[row] != TEXT)),
+                "kept": np.asarray(report.kept)[row].tolist(),
+                "kept_fraction": float(report.kept_fraction[row]),
+            }
+        )
+    runs = {
+        name: {
+            "state_bytes": answers.report.state_bytes,
+            "tail_bytes": answers.report.tail_bytes,
+            "seconds": {key: round(value, 4) for key, value in answers.seconds.items()},
+        }
+        for name, answers in (("full", full), ("vl_cache", compressed))
+    }
+    return {
+        "questions": listed,
+        "policy": report.policy,
+        "budget": report.budget,
+        "full_bytes": report.full_bytes,
+        "runs": runs,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        **describe_runtime(),
+    }

@@ -1,0 +1,136 @@
+"""`vlcache-jax generate`: one prompt about some images."""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.cli.answering import Answers, answer
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
+from vlcache_jax.cli.options import build_policy, build_sampling, check_new_tokens, check_picture_path, save_picture
+from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.cli.table import megabytes, percent
+from vlcache_jax.errors import InputError
+from vlcache_jax.explain import explain
+from vlcache_jax.models.processing.chat import ChatTemplate, read_template
+from vlcache_jax.models.processing.images import load_image
+from vlcache_jax.models.processing.processor import Processor
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command; everything that can be checked is checked before weights are read."""
+    picture_path = check_picture_path(arguments.explain)
+    check_new_tokens(arguments.max_new_tokens)
+    policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
+    sampling = build_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    if not arguments.prompt.strip():
+        raise InputError("the prompt is empty: give --prompt a text")
+    images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
+    opened = open_checkpoint(arguments.model, arguments.dtype)
+    batch = make_batch(opened, images, arguments.prompt, arguments.raw)
+    opened.check(batch, policy, arguments.max_new_tokens)
+    use_compilation_cache(not arguments.no_compilation_cache)
+
+    start = time.monotonic()
+    vlm = opened.load()
+    load_seconds = time.monotonic() - start
+    printer = _Printer(vlm.processor) if arguments.stream else None
+    answers = answer(vlm, batch, policy, arguments.max_new_tokens, sampling, arguments.seed, printer)
+    text = vlm.processor.decode(answers)[0]
+    seconds = {"load": load_seconds} | answers.seconds
+    if arguments.json:
+        print(json.dumps(_describe(arguments, opened, batch, answers, text, seconds), ensure_ascii=False, indent=2))
+    else:
+        print("" if arguments.stream else text, flush=True)
+        print(_summary(batch, answers, seconds), file=sys.stderr)
+    if picture_path is not None:
+        picture = explain(
+            images,
+            batch,
+            answers.kept[0],
+            answers.report,
+            vlm.processor.layout,
+            question=arguments.prompt,
+            answer=text,
+        )
+        save_picture(picture, picture_path)
+
+
+def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str, raw: bool) -> Batch:
+    """A batch of one prompt, by the chat template unless `raw` or there is none.
+
+    Raises InputError if placeholders and images do not match, or the prompt is empty.
+    """
+    processor = opened.processor
+    if raw or not processor.has_chat_template:
+        return processor(images=[images], text=[prompt])
+    parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+    if processor.image_token not in prompt:
+        parts = [{"type": "image", "image": image} for image in images] + parts
+        return processor.chat([[{"role": "user", "content": parts}]])
+    # Templates put images in front of the text; here the text has placed them already.
+    template = ChatTemplate(read_template(opened.folder) or "", processor.tokenizer.special_tokens)
+    text = template.render([{"role": "user", "content": parts}])
+    bos = processor.tokenizer.bos_token
+    if (
+        bos is not None
+        and text.startswith(bos)
+        and processor.tokenizer.encode("")[:1] == [processor.tokenizer.token_to_id(bos)]
+    ):
+        text = text.removeprefix(bos)  # the tokenizer puts it there
+    return processor(images=[images], text=[text])
+
+
+class _Printer:
+    """Prints tokens as they come."""
+
+    def __init__(self, processor: Processor) -> None:
+        self._stream = processor.tokenizer.decode_stream()
+
+    def __call__(self, token: int) -> None:
+        print(self._stream.push(token), end="", flush=True)
+
+
+def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
+    report, tokens = answers.report, int(answers.lengths[0])
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    return (
+        f"[{report.policy}, budget {percent(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
+        f"{int(batch.lengths[0])} prompt tokens, cache {megabytes(report.state_bytes)} instead of "
+        f"{megabytes(report.full_bytes)}; {tokens} tokens; {times}]"
+    )
+
+
+def _describe(
+    arguments: argparse.Namespace,
+    opened: OpenedCheckpoint,
+    batch: Batch,
+    answers: Answers,
+    text: str,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    report, length = answers.report, int(answers.lengths[0])
+    return {
+        "answer": text,
+        "tokens": length,
+        "token_ids": answers.tokens[0, :length].tolist(),
+        "prompt_tokens": int(batch.lengths[0]),
+        "visual_tokens": int(np.sum(np.asarray(batch.vision_index) != TEXT)),
+        "policy": report.policy,
+        "budget": report.budget,
+        "kept": np.asarray(report.kept)[0].tolist(),
+        "kept_fraction": float(report.kept_fraction[0]),
+        "exact": bool(report.exact[0]),
+        "state_bytes": report.state_bytes,
+        "full_bytes": report.full_bytes,
+        "tail_bytes": report.tail_bytes,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "model": arguments.model,
+        "dtype": opened.dtype,
+        **describe_runtime(),
+    }

@@ -1,0 +1,38 @@
+"""The command line: `vlcache-jax` and `python -m vlcache_jax`.
+
+Exit status: 0, 2 for bad arguments or input (one line on standard error, no traceback), 130 after Ctrl-C, 141 when the
+reader of standard output has gone.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from vlcache_jax.cli.parser import PROGRAM, build_parser
+from vlcache_jax.errors import VLCacheError
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+        return 0
+    except SystemExit as stop:  # argparse: --help, --version, bad arguments
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except VLCacheError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:
+        # Python flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED

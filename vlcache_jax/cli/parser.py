@@ -1,0 +1,161 @@
+"""The arguments. Nothing heavy is imported here, so that help and argument errors come at once."""
+
+import argparse
+import math
+import sys
+from typing import Any, NoReturn
+
+PROGRAM = "vlcache-jax"
+MAX_NEW_TOKENS = 64
+BUDGET = 0.1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors look like all others of the program: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{PROGRAM}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Version(argparse.Action):
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        from vlcache_jax import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        raise SystemExit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Parsed arguments have `run`, the command's function."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Ask vision-language models about images, with a compressed KV cache (VL-Cache).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    _demo(commands)
+    _generate(commands)
+    _train_demo(commands)
+    return parser
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "see it work: a small checkpoint answers questions, with the full cache and with VL-Cache",
+        "demo",
+    )
+    parser.add_argument("--budget", type=_number, default=BUDGET, help="fraction of the cache to keep (default: 0.1)")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="ask about your own image ...")
+    parser.add_argument("--question", metavar="TEXT", help="... your own question")
+    parser.add_argument(
+        "--assets", metavar="DIR", help="folder with demo_model/ and demo_images/ (default: those of the package)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _explain(parser, "draw what was kept for the first question")
+    _compilation_cache(parser)
+
+
+def _generate(commands: Any) -> None:
+    parser = _command(
+        commands, "generate", "answer one prompt about some images with a checkpoint of yours", "generate"
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder in the Hugging Face layout")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="your message, put into the checkpoint's chat template (images come first, unless the text places them "
+        "with the image placeholder, such as <image>); as it stands with --raw or where there is no template",
+    )
+    parser.add_argument("--raw", action="store_true", help="use --prompt as it stands, placeholders included")
+    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
+    parser.add_argument(
+        "--budget", type=_number, metavar="FRACTION", help="fraction of the prompt's cache to keep (default: 0.1)"
+    )
+    parser.add_argument(
+        "--policy-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the policy, such as heads=shared, candidate_fraction=0.4 or rows=last:50",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_whole, default=MAX_NEW_TOKENS, metavar="N", help="cut the answer there (default: 64)"
+    )
+    parser.add_argument("--temperature", type=_number, help="sample at this temperature (default: greedy decoding)")
+    parser.add_argument("--top-k", type=_whole, metavar="K", help="sample among the K most probable tokens")
+    parser.add_argument("--top-p", type=_number, metavar="P", help="sample among the tokens that make up probability P")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of parameters and cache (default: bfloat16, on CPU float32)",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    _explain(parser, "draw what was kept")
+    _compilation_cache(parser)
+
+
+def _train_demo(commands: Any) -> None:
+    parser = _command(commands, "train-demo", "train the demo's checkpoint from scratch", "train_demo")
+    parser.add_argument("--output", default="demo_training", metavar="DIR", help="default: demo_training")
+    duration = parser.add_mutually_exclusive_group()
+    duration.add_argument("--minutes", type=_number, metavar="M", help="how long to train (default: 60)")
+    duration.add_argument("--steps", type=_whole, metavar="N", help="how many steps to train instead")
+    parser.add_argument("--resume", action="store_true", help="go on with an earlier run in the same folder")
+    _compilation_cache(parser)
+
+
+def _command(commands: Any, name: str, text: str, module: str) -> argparse.ArgumentParser:
+    def run(arguments: argparse.Namespace) -> None:
+        from importlib import import_module
+
+        import_module(f"vlcache_jax.cli.{module}").run(arguments)
+
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _explain(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--explain", metavar="OUT.png", help=f"{text}, as a picture")
+
+
+def _compilation_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew instead of keeping compiled programs in $VLCACHE_JAX_CACHE_DIR "
+        "(default: ~/.cache/vlcache_jax)",
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number from 0 to {2**31 - 1}")
+    return value

@@ -1,0 +1,25 @@
+"""Plain-text tables and numbers for people."""
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  ", gap: str = "  ") -> str:
+    """Aligned columns: the first `left` to the left, the others to the right. Rows may differ in length."""
+    width = max(map(len, rows))
+    sizes = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(width)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(size) if i < left else cell.rjust(size) for i, (cell, size) in enumerate(zip(row, sizes))]
+        lines.append((indent + gap.join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as decimal megabytes, with three significant digits or so."""
+    value = count / 1e6
+    return f"{value:,.0f} MB" if value >= 100 else f"{value:.1f} MB" if value >= 10 else f"{value:.2f} MB"
+
+
+def percent(fraction: float) -> str:
+    """0.1 -> "10 %", 0.1276 -> "12.8 %"."""
+    return f"{100 * fraction:.3g} %" if fraction < 0.1 else f"{round(100 * fraction, 1):g} %"

@@ -1,0 +1,39 @@
+"""`vlcache-jax train-demo`: trains the demo's checkpoint."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from vlcache_jax.cli.runtime import use_compilation_cache
+from vlcache_jax.errors import InputError
+
+_STATE = "state.safetensors"  # what an unfinished run leaves in its folder
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    for name in ("minutes", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value} trains nothing: give --{name} a number above 0")
+    folder = Path(arguments.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {arguments.output!r} is a file: give a folder")
+    unfinished = (folder / _STATE).exists()
+    if unfinished and not arguments.resume:
+        raise InputError(f"{folder} holds an earlier run: add --resume to go on with it, or choose another --output")
+    if arguments.resume and not unfinished:
+        raise InputError(f"{folder} holds no run to go on with ({_STATE} is missing): leave --resume out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {arguments.output!r} cannot be created ({error}): choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {arguments.output!r} cannot be written: choose another folder")
+
+    from vlcache_jax.training.demo import train_demo
+
+    use_compilation_cache(not arguments.no_compilation_cache)
+    options: dict[str, Any] = {"minutes": arguments.minutes, "steps": arguments.steps, "resume": arguments.resume}
+    train_demo(folder, **options)

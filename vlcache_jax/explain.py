@@ -1,0 +1,348 @@
+"""A picture of what a compressed cache kept: where in the image, in which layers, and how much."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.errors import InputError
+from vlcache_jax.image_regions import token_regions
+from vlcache_jax.models.processing.images import ImageLike, load_image
+from vlcache_jax.models.processing.layout import VisionLayout
+from vlcache_jax.report import Report
+from vlcache_jax.state import KVState
+
+Kept = list[np.ndarray]
+"""For each layer the kept prompt positions, i32 [kv_heads, n], ascending, -1 beyond the kept ones."""
+
+_PAPER, _INK, _GREY, _TRACK, _LINE = (255, 255, 255), (28, 35, 43), (110, 120, 131), (238, 240, 243), (221, 225, 230)
+_VISUAL, _TEXT = (222, 91, 36), (43, 98, 150)  # kept visual tokens and kept text tokens
+_WIDTH, _MARGIN, _GAP = 1600, 56, 20
+_MAIN_HEIGHT = 600  # of the large overlay and the bars beside it, at most
+_MAX_TILES = 12
+
+
+def kept_by_layer(state: KVState, row: int) -> Kept:
+    """What a row of a state kept, copied to the host."""
+    context = state.context
+    positions = np.asarray(context.positions[row])
+    lanes, layers = positions.shape[0], context.lengths.shape[1]
+    offsets = np.broadcast_to(np.asarray(context.offsets[row])[:, :], (layers, lanes))
+    lengths = np.broadcast_to(np.asarray(context.lengths[row]), (layers, lanes))
+    kept = []
+    for layer in range(layers):
+        of_layer = np.full((lanes, max(1, int(lengths[layer].max()))), -1, np.int32)
+        for lane in range(lanes):
+            start, count = offsets[layer, lane], lengths[layer, lane]
+            of_layer[lane, :count] = positions[lane, start : start + count]
+        kept.append(of_layer)
+    return kept
+
+
+def explain(
+    images: Sequence[ImageLike],
+    batch: Batch,
+    kept: KVState | Sequence[np.ndarray],
+    report: Report,
+    layout: VisionLayout,
+    *,
+    row: int = 0,
+    question: str = "",
+    answer: str = "",
+) -> Image.Image:
+    """Draws which visual tokens a row kept, over its images, beside the budgets of the layers.
+
+    The large overlay shows, for every place in the images, the share of layers and KV heads that kept its token; the
+    small ones the share of KV heads in one layer (of more than 12 layers, evenly spaced ones). Where LLaVA-NeXT's
+    coarse and fine tokens overlap, the larger share counts.
+
+    Args:
+      images: of the row, in the order of the prompt.
+      batch: the prompts, of which `row` is drawn.
+      kept: the state as `prefill` returned it; or, for each layer, the row's kept positions i32 [kv_heads, n], -1
+        beyond them (`state.kept_positions(layer)[row]`).
+      report: of the same run.
+      layout: of the processor that made the batch, `vlm.processor.layout`.
+      row: which row of the batch.
+      question: for the title; the prompt's text.
+      answer: for the title; what the model answered.
+
+    Returns:
+      An RGB image, 1600 pixels wide.
+
+    Raises:
+      InputError: no such row, or images that are not those of the row.
+
+    Example:
+      logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy, max_new_tokens=64)
+      out = vlc.generate(vlm.model, vlm.params, batch, policy, max_new_tokens=64)
+      explain([img], batch, state, out.report, vlm.processor.layout, question="What ...?").save("kept.png")
+    """
+    if not 0 <= row < batch.size:
+        raise InputError(f"row={row} does not exist: the batch has rows 0 to {batch.size - 1}")
+    layers = kept_by_layer(kept, row) if isinstance(kept, KVState) else [np.asarray(layer) for layer in kept]
+    pictures = [load_image(image, f"image {number}") for number, image in enumerate(images)]
+    shares = _Shares.count(layers, np.asarray(batch.vision_index)[row], int(batch.lengths[row]))
+    regions = [token_regions(layout, picture.height, picture.width) for picture in pictures]
+    if sum(map(len, regions)) != shares.visual.shape[1]:
+        raise InputError(
+            f"the {len(pictures)} images have {sum(map(len, regions))} visual tokens, row {row} of the batch has "
+            f"{shares.visual.shape[1]}: give the images of that row, in the order of the prompt"
+        )
+    return _draw(_Sheet.arrange(pictures, regions), shares, report, row, question, answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """What was kept, counted.
+
+    Attributes:
+      visual: f32 [layers, visual tokens], share of KV heads that kept each visual token.
+      visual_count: f32 [layers], kept visual tokens, averaged over heads.
+      text_count: f32 [layers], kept text tokens, likewise.
+      length: of the prompt.
+    """
+
+    visual: np.ndarray
+    visual_count: np.ndarray
+    text_count: np.ndarray
+    length: int
+
+    @classmethod
+    def count(cls, layers: Sequence[np.ndarray], vision_index: np.ndarray, length: int) -> "_Shares":
+        share = np.zeros((len(layers), length), np.float32)
+        for layer, positions in enumerate(layers):
+            heads, _ = positions.shape
+            np.add.at(share[layer], positions[positions >= 0], 1 / heads)
+        is_visual = vision_index[:length] != TEXT
+        return cls(share[:, is_visual], share[:, is_visual].sum(axis=1), share[:, ~is_visual].sum(axis=1), length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+    """Images side by side, scaled to one height.
+
+    Attributes:
+      image: all of them; None if there are none.
+      regions: f32 [visual tokens, 4] on the sheet, clipped to the token's image; NaN without a place.
+      covered: bool [height, width], where images lie (not the gaps between them).
+    """
+
+    image: Image.Image | None
+    regions: np.ndarray
+    covered: np.ndarray
+
+    @classmethod
+    def arrange(cls, pictures: list[Image.Image], regions: list[np.ndarray]) -> "_Sheet":
+        if not pictures:
+            return cls(None, np.zeros((0, 4), np.float32), np.zeros((1, 1), bool))
+        # As large as the room for the overlay; a wide row of images is limited by the width.
+        room_width, gap = 860, 12
+        aspect = sum(p.width / p.height for p in pictures)
+        height = min(_MAIN_HEIGHT, round((room_width - gap * (len(pictures) - 1)) / aspect))
+        height = max(height, 48)
+        widths = [max(1, round(p.width * height / p.height)) for p in pictures]
+        sheet = Image.new("RGB", (sum(widths) + gap * (len(pictures) - 1), height), _PAPER)
+        covered = np.zeros((height, sheet.width), bool)
+        placed, left = [], 0
+        for picture, boxes, width in zip(pictures, regions, widths, strict=True):
+            resample = Image.Resampling.LANCZOS if height < picture.height else Image.Resampling.BICUBIC
+            sheet.paste(picture.resize((width, height), resample), (left, 0))
+            covered[:, left : left + width] = True
+            scaled = boxes * np.array([width / picture.width, height / picture.height] * 2)
+            placed.append(np.clip(scaled, 0, [width, height] * 2) + np.array([left, 0] * 2))
+            left += width + gap
+        return cls(sheet, np.concatenate(placed), covered)
+
+    def heat(self, share: np.ndarray) -> np.ndarray:
+        """f32 [height, width]: the share of the token at each pixel; the largest where regions overlap."""
+        heat = np.zeros(self.covered.shape, np.float32)
+        boxes = np.nan_to_num(np.round(self.regions)).astype(int)
+        for value, (left, top, right, bottom) in zip(share, boxes, strict=True):
+            if value > 0:
+                cell = heat[top:bottom, left:right]
+                np.maximum(cell, value, out=cell)
+        return heat
+
+    def overlay(self, share: np.ndarray) -> Image.Image:
+        """The dimmed image, with kept places lit in colour."""
+        assert self.image is not None
+        original = np.asarray(self.image, np.float32)
+        grey = original @ np.array([0.299, 0.587, 0.114], np.float32)
+        dimmed = 255 - (255 - np.repeat(grey[..., None], 3, axis=2)) * 0.34
+        heat = self.heat(share)[..., None]
+        strength = np.where(heat > 0, 0.25 + 0.75 * heat, 0)
+        # Multiplied like a marker pen, so that what the patch shows stays readable under the colour.
+        lit = original * (1 - 0.78 * (1 - np.array(_heat_colour(heat), np.float32) / 255))
+        out = dimmed * (1 - strength) + lit * strength
+        out[~self.covered] = 255
+        return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
+
+
+def _heat_colour(heat: np.ndarray) -> np.ndarray:
+    """From amber to the colour of visual tokens, f32 [..., 3]."""
+    low, high = np.array((255, 205, 92), np.float32), np.array(_VISUAL, np.float32)
+    return low + (high - low) * heat
+
+
+def _draw(sheet: _Sheet, shares: _Shares, report: Report, row: int, question: str, answer: str) -> Image.Image:
+    canvas = Image.new("RGB", (_WIDTH, 6000), _PAPER)  # cropped at the end
+    draw = ImageDraw.Draw(canvas)
+    y = _header(draw, report, row, shares, question, answer)
+    y = max(_overlay(canvas, draw, y, sheet, shares), _bars(draw, y, sheet, shares))
+    y = _tiles(canvas, draw, y, sheet, shares)
+    return canvas.crop((0, 0, _WIDTH, y + _MARGIN))
+
+
+def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares, question: str, answer: str) -> int:
+    """Title and figures; returns where the next block starts."""
+    names = {"vl_cache": "VL-Cache", "full_cache": "Full cache", "random": "Random eviction"}
+    label = names.get(report.policy, report.policy)
+    y = _MARGIN + 22
+    draw.text((_MARGIN, y), f"{label}  ·  budget {_percent(report.budget)}", _VISUAL, _font(25), anchor="ls")
+    y += 14
+    for line in _wrap(question, 40, _WIDTH - 2 * _MARGIN, 2):
+        y += 48
+        draw.text((_MARGIN, y), line, _INK, _font(40), anchor="ls")
+    for line in _wrap(answer, 30, _WIDTH - 2 * _MARGIN, 3):
+        y += 43
+        draw.text((_MARGIN, y), line, _GREY, _font(30), anchor="ls")
+    y += 36
+    draw.line((_MARGIN, y, _WIDTH - _MARGIN, y), _LINE, 2)
+    visual = shares.visual.shape[1]
+    figures = [
+        (_percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
+        (f"{shares.length:,}", f"prompt tokens: {visual:,} visual, {shares.length - visual:,} text"),
+        (_megabytes(report.state_bytes), f"cache in memory, full: {_megabytes(report.full_bytes)}"),
+    ]
+    y += 62
+    column = (_WIDTH - 2 * _MARGIN) // len(figures)
+    for number, (figure, caption) in enumerate(figures):
+        draw.text((_MARGIN + number * column, y), figure, _INK, _font(44), anchor="ls")
+        draw.text((_MARGIN + number * column, y + 34), caption, _GREY, _font(22), anchor="ls")
+    return y + 34 + 56
+
+
+def _overlay(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet, shares: _Shares) -> int:
+    """The large overlay and its scale; returns where it ends."""
+    if sheet.image is None:
+        return y
+    draw.text((_MARGIN, y), "Where: all layers together", _INK, _font(25), anchor="ls")
+    y += 22
+    mean = shares.visual.mean(axis=0)
+    most = float(mean.max(initial=0.0))
+    canvas.paste(sheet.overlay(mean / most if most else mean), (_MARGIN, y))
+    y += sheet.image.height + 18
+    width = 120
+    colours = _heat_colour(np.linspace(0, 1, width)[None, :, None])
+    colours = 255 - (255 - colours) * 0.78
+    scale = Image.fromarray(np.repeat(colours, 14, axis=0).astype(np.uint8))
+    canvas.paste(scale, (_MARGIN, y))
+    caption = f"kept by more layers and KV heads; at most {_percent(most)} of them"
+    for line in _wrap(caption, 20, max(320, sheet.image.width - width - 14), 2):
+        draw.text((_MARGIN + width + 14, y + 14), line, _GREY, _font(20), anchor="ls")
+        y += 26
+    return y
+
+
+def _bars(draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet, shares: _Shares) -> int:
+    """Kept tokens per layer as horizontal bars; returns where they end."""
+    left = _MARGIN if sheet.image is None else _MARGIN + sheet.image.width + 64
+    right, layers = _WIDTH - _MARGIN, len(shares.visual_count)
+    draw.text((left, y), "How much: kept tokens per layer", _INK, _font(25), anchor="ls")
+    y += 22
+    x = left
+    for colour, name in ((_VISUAL, "visual"), (_TEXT, "text"), (_TRACK, f"full length, {shares.length:,}")):
+        draw.rounded_rectangle((x, y + 6, x + 18, y + 24), 4, colour)
+        draw.text((x + 26, y + 22), name, _GREY, _font(20), anchor="ls")
+        x += 26 + round(_font(20).getlength(name)) + 28
+    y += 44
+    room = max(260, (_MAIN_HEIGHT if sheet.image is None else sheet.image.height) - 44)
+    pitch = min(48.0, max(13.0, room / layers))
+    thickness = max(6, round(pitch * 0.56))
+    size = int(min(21, max(13, pitch * 0.6)))
+    every = 1 if pitch >= 17 else 4
+    start, stop = left + 52, right - 66
+    for layer in range(layers):
+        top = y + pitch * layer + (pitch - thickness) / 2
+        middle = top + thickness / 2
+        visual, text = float(shares.visual_count[layer]), float(shares.text_count[layer])
+        unit = (stop - start) / shares.length
+        radius = min(4, thickness // 3)
+        draw.rounded_rectangle((start, top, stop, top + thickness), radius, _TRACK)
+        split, end = start + visual * unit, start + (visual + text) * unit
+        if visual:
+            draw.rounded_rectangle((start, top, max(split, start + 1), top + thickness), radius, _VISUAL)
+        if text:
+            draw.rounded_rectangle((split, top, max(end, split + 2), top + thickness), radius, _TEXT)
+        if layer % every == 0:
+            draw.text((start - 14, middle), f"L{layer}", _GREY, _font(size), anchor="rm")
+            draw.text((right, middle), f"{visual + text:,.0f}", _INK, _font(size), anchor="rm")
+    return round(y + pitch * layers)
+
+
+def _tiles(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet, shares: _Shares) -> int:
+    """One small overlay per layer; returns where they end."""
+    if sheet.image is None:
+        return y
+    layers = len(shares.visual_count)
+    count = min(layers, _MAX_TILES)
+    chosen = [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
+    columns = count if count <= 6 else -(-count // 2)
+    width = min(360, (_WIDTH - 2 * _MARGIN - _GAP * (columns - 1)) // columns)
+    height = round(sheet.image.height * width / sheet.image.width)
+    if height > 400:
+        width, height = round(width * 400 / height), 400
+    y += 64
+    title = "Layer by layer" if count == layers else f"Layer by layer: {count} of {layers}"
+    draw.text((_MARGIN, y), title, _INK, _font(25), anchor="ls")
+    y += 22
+    for number, layer in enumerate(chosen):
+        x = _MARGIN + number % columns * (width + _GAP)
+        top = y + number // columns * (height + 58)
+        tile = sheet.overlay(shares.visual[layer]).resize((width, height), Image.Resampling.LANCZOS)
+        canvas.paste(tile, (x, top))
+        draw.rectangle((x, top, x + width - 1, top + height - 1), outline=_LINE)
+        kept = f"{shares.visual_count[layer]:,.0f} visual"
+        draw.text((x, top + height + 26), f"L{layer}", _INK, _font(20), anchor="ls")
+        draw.text((x + width, top + height + 26), kept, _GREY, _font(20), anchor="rs")
+    return y + -(-count // columns) * (height + 58) - 58 + 34
+
+
+def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
+    """At most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+    font, done, line = _font(size), [], ""
+    words = text.split()
+    for number, word in enumerate(words):
+        longer = f"{line} {word}".strip()
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if len(done) == lines - 1:
+            return [*done, _cut(" ".join([line, *words[number:]]).strip(), size, width)]
+        if line:
+            done.append(line)
+        line = word if font.getlength(word) <= width else _cut(word, size, width)
+    return [*done, line] if line else done
+
+
+def _cut(text: str, size: int, width: int) -> str:
+    font = _font(size)
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
+
+
+def _megabytes(count: int) -> str:
+    value = count / 1e6
+    return f"{value:,.0f} MB" if value >= 100 else f"{value:.1f} MB" if value >= 10 else f"{value:.2f} MB"
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
