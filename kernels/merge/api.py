@@ -10,7 +10,7 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     """Attention over the union of disjoint key sets, from the attention over each.
 
     out = sum_i exp(lse_i - lse) out_i  with  lse = log sum_i exp(lse_i).  A part without keys has lse = -inf and
-    adds nothing; at least one part of every row must have keys.
+    adds nothing; if no part has keys the result is 0 and -inf, like that of an empty segment.
 
     Args:
       parts: (out f32 [..., head_dim], lse f32 [...]) of each part.
@@ -21,5 +21,6 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     lse = parts[0][1]
     for _, other in parts[1:]:
         lse = jnp.logaddexp(lse, other)
-    out = sum(jnp.exp(part - lse)[..., None] * out for out, part in parts)
+    finite = jnp.where(lse == -jnp.inf, 0.0, lse)  # -inf - -inf would be NaN
+    out = sum(jnp.exp(part - finite)[..., None] * out for out, part in parts)
     return jnp.asarray(out), lse

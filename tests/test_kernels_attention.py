@@ -1,0 +1,164 @@
+"""Prefill attention against the formula in float64, for every implementation and at the edges of its chunks."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vlcache_jax.kernels.attention import attention, xla
+
+CHUNK, SPANS = 8, 3
+# (batch, length, heads, kv_heads, head_dim). A span is one chunk up to 24 rows, two up to 48, three up to 72.
+SHAPES = [(2, 1, 2, 1, 4), (2, 8, 2, 2, 4), (1, 9, 4, 2, 4), (2, 24, 4, 2, 8), (1, 70, 6, 2, 4), (1, 43, 3, 3, 4)]
+
+
+def expected(query, key, value, segments=None, scale=None):
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, length, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    out, lse = np.zeros(q.shape), np.zeros(q.shape[:3])
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(length):
+                seen = [j for j in range(t + 1) if segments is None or segments[b, j] in (0, segments[b, t])]
+                logits = k[b, seen, h // group] @ q[b, t, h] * (scale or head_dim**-0.5)
+                lse[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+                out[b, t, h] = np.exp(logits - lse[b, t, h]) @ v[b, seen, h // group]
+    return out, lse
+
+
+@functools.cache
+def compiled(implementation, scale=None):
+    def run(query, key, value, segments=None):
+        with mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS):  # read while tracing
+            return attention(query, key, value, segments=segments, scale=scale, implementation=implementation)
+
+    return jax.jit(run)
+
+
+def inputs(shape, seed=0, dtype=jnp.float32):
+    batch, length, heads, kv_heads, head_dim = shape
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, length, h, head_dim) for h in (heads, kv_heads, kv_heads)]
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+def assert_close(actual, wanted, most, all_of):
+    error = np.abs(np.asarray(actual, np.float64) - np.asarray(wanted, np.float64))
+    assert np.mean(error <= most) >= 0.99
+    assert error.max() <= all_of
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_formula(shape, implementation):
+    q, k, v = inputs(shape)
+    out, lse = compiled(implementation)(q, k, v)
+    wanted, wanted_lse = expected(q, k, v)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    assert lse.dtype == jnp.float32
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("length", [9, 70])
+def test_segments(length, implementation):
+    q, k, v = inputs((2, length, 4, 2, 4), seed=1)
+    shared = length // 3
+    # A shared prefix of segment 0, then three packed segments; the second row has no shared prefix.
+    packed = 1 + np.arange(length) // (length // 3)
+    segments = np.stack([np.where(np.arange(length) < shared, 0, packed), packed]).astype(np.int32)
+    out, lse = compiled(implementation)(q, k, v, segments)
+    wanted, wanted_lse = expected(q, k, v, segments)
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+    assert np.abs(wanted - expected(q, k, v)[0]).max() > 0.1  # the segments matter
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_scale(implementation):
+    q, k, v = inputs(SHAPES[2])
+    out, lse = compiled(implementation, scale=0.7)(q, k, v)
+    wanted, wanted_lse = expected(q, k, v, scale=0.7)
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_bfloat16(implementation):
+    q, k, v = inputs(SHAPES[4], dtype=jnp.bfloat16)
+    out, lse = compiled(implementation)(q, k, v)
+    wanted, wanted_lse = expected(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    assert lse.dtype == jnp.float32
+    assert_close(out, wanted, 8e-3, 2e-2)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)  # logits accumulate in float32
+
+
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])
+def test_gradients_of_xla_equal_those_of_the_reference(shape):
+    q, k, v = inputs(shape, seed=3)
+    segments = jnp.asarray(np.arange(shape[1]) // 5, jnp.int32)[None].repeat(shape[0], 0)
+    rng = np.random.default_rng(4)
+    weight, lse_weight = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
+
+    def loss(implementation, q, k, v):
+        out, lse = compiled(implementation)(q, k, v, segments)
+        return jnp.sum(out * weight) + jnp.sum(lse * lse_weight)
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1, 2)))(q, k, v) for name in ("xla", "reference")
+    ]
+    for actual, wanted in zip(*gradients):
+        assert np.abs(wanted).max() > 0.1
+        assert_close(actual, wanted, 1e-5, 5e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("length", "true_length"), [(70, 41), (9, 3)])
+def test_padding_does_not_touch_true_rows(length, true_length, implementation):
+    q, k, v = inputs((1, length, 4, 2, 4), seed=5)
+    run = compiled(implementation)
+    clean, clean_lse = run(q, k, v)
+    assert np.isfinite(clean).all()  # padding rows too
+    assert np.isfinite(clean_lse).all()
+    later = np.arange(length)[:, None, None] >= true_length
+    out, lse = run(jnp.where(later, jnp.nan, q), jnp.where(later, jnp.nan, k), jnp.where(later, -1e30, v))
+    np.testing.assert_array_equal(out[:, :true_length], clean[:, :true_length])
+    np.testing.assert_array_equal(lse[:, :true_length], clean_lse[:, :true_length])
+
+
+def test_a_row_of_a_batch_equals_the_row_alone():
+    q, k, v = inputs((2, 70, 4, 2, 4), seed=6)
+    out, lse = compiled("xla")(q, k, v)
+    for row in range(2):
+        alone, alone_lse = compiled("xla")(*(x[row : row + 1] for x in (q, k, v)))
+        np.testing.assert_array_equal(out[row], alone[0])
+        np.testing.assert_array_equal(lse[row], alone_lse[0])
+
+
+def test_no_square_matrix_for_all_heads():
+    q, k, v = inputs((1, 64, 4, 2, 4))
+    temporary = compiled("xla").lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+    square = compiled("reference").lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+    assert square > 4 * 64 * 64 * 4  # heads x length x length in float32
+    assert temporary < square / 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 1, 8)), {}, "do not fit"),
+        (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "do not fit"),
+        (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)), {}, "do not fit"),
+        (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "3 query heads are not a multiple of 2"),
+        (((1, 4, 2, 8),) * 3, {"implementation": "cuda"}, "'cuda' is not one of"),
+    ],
+)
+def test_errors(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*(jnp.zeros(s) for s in shapes), **options)
