@@ -1,0 +1,260 @@
+"""The promises that every compression method keeps; a new method joins by adding it to METHODS."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_models import one_row, ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.decoding import advance
+from vlcache_jax.models.sharding import param_shardings
+
+NEW = 8
+METHODS = {
+    "vl_cache": vlc.VLCache(budget=0.3),
+    "vl_cache_shared": vlc.VLCache(budget=0.3, heads="shared", rows=vlc.LastRows(4)),
+    "vl_cache_paper": vlc.VLCache(budget=0.3, total="paper"),
+    "vl_cache_candidates": vlc.VLCache(budget=0.3, candidate_fraction=0.7),
+    "random": vlc.RandomEviction(budget=0.3),
+}
+WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
+
+FEW = {name: WITH_FULL[name] for name in ("vl_cache", "vl_cache_candidates", "full_cache")}
+
+methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+methods_and_full = pytest.mark.parametrize("policy", WITH_FULL.values(), ids=WITH_FULL)
+# Where every case is a large compilation of its own and the parts that differ between methods are covered elsewhere.
+few_methods = pytest.mark.parametrize("policy", FEW.values(), ids=FEW)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+def generate(llava, batch, policy, **options):
+    model, params = llava
+    return vlc.generate(model, params, batch, policy, NEW, eos_token_ids=[], **options)
+
+
+@methods_and_full
+def test_one_compilation_whatever_the_prompts_hold(llava, policy):
+    model, params = llava
+    traces = []
+
+    @jax.jit
+    def run(params, batch):
+        traces.append(1)
+        return vlc.generate(model, params, batch, policy, NEW)
+
+    kept = [np.asarray(run(params, ragged_batch(rows=4, seed=seed)).report.kept) for seed in range(5)]
+    assert len(traces) == 1
+    assert any(not np.array_equal(kept[0], other) for other in kept[1:])
+
+
+@few_methods
+def test_jit_equals_plain(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4)
+    plain = generate(llava, batch, policy)
+    jitted = jax.jit(lambda p, b: vlc.generate(model, p, b, policy, NEW, eos_token_ids=[]))(params, batch)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), plain, jitted))
+
+
+@methods
+def test_memory_is_freed(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=2, length=240)
+    _, state = vlc.prefill(model, params, batch, policy, NEW)
+    report = generate(llava, batch, policy).report
+    real = sum(x.nbytes for x in jax.tree.leaves(state.context))
+    assert report.state_bytes == real
+    _, full = vlc.prefill(model, params, batch, vlc.FullCache(), NEW)
+    assert report.full_bytes == sum(x.nbytes for x in jax.tree.leaves(full.context))
+    slack = (3 * 15 + 15) / (3 * 240) + 0.01  # alignment of segments and pool; the paper's total may be 1 % above
+    assert real / report.full_bytes <= policy.budget + slack
+
+
+@methods
+def test_kept_tokens_are_the_budget(llava, policy):
+    report = generate(llava, ragged_batch(rows=4), policy).report
+    total = np.asarray(report.kept).sum(axis=1)
+    if policy.name != "vl_cache" or policy.allocate.total == "exact":
+        np.testing.assert_array_equal(total, [max(3, int(3 * n) * 3 // 10) for n in report.prompt_lengths])
+    np.testing.assert_allclose(report.kept_fraction, total / (3 * np.asarray(report.prompt_lengths)), rtol=1e-6)
+
+
+@methods_and_full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype):
+    model, params = llava = tiny_llava(dtype)
+    batch = ragged_batch(rows=4, seed=3)
+    _, state = vlc.prefill(model, params, batch, policy, NEW)
+    together = generate(llava, batch, policy)
+    # candidate_fraction is a fraction of the padded length, so such a row is compared at the same padding
+    lengths = [batch.length] if policy.candidate_fraction < 1 else [None, batch.length, 64]
+    for row in range(4):
+        for length in lengths:
+            wide = one_row(batch, row, length if length != 64 else None)
+            if length == 64:
+                pad = 64 - wide.length
+                wide = dataclasses.replace(
+                    wide,
+                    tokens=np.pad(wide.tokens, ((0, 0), (0, pad)), constant_values=9),
+                    vision_index=np.pad(wide.vision_index, ((0, 0), (0, pad)), constant_values=-1),
+                )
+            _, alone = vlc.prefill(model, params, wide, policy, NEW)
+            for layer in range(3):
+                expected = np.asarray(alone.kept_positions(layer)[0])
+                found = np.asarray(state.kept_positions(layer)[row])[:, : expected.shape[1]]
+                np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(generate(llava, wide, policy).tokens[0], together.tokens[row])
+
+
+@methods
+def test_padding_is_never_kept(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4, seed=5)
+    _, state = vlc.prefill(model, params, batch, policy, NEW)
+    for layer in range(3):
+        kept = np.asarray(state.kept_positions(layer))
+        assert kept.max() < batch.length
+        for row, positions in enumerate(kept):
+            assert positions.max() == batch.lengths[row] - 1, "the last prompt token is always kept"
+            for head in positions:
+                real = head[head >= 0]
+                assert np.all(np.diff(real) > 0)
+                assert np.all(head[len(real) :] == -1)
+
+
+@methods
+def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4)
+    whole = dataclasses.replace(policy, budget=1.0, candidate_fraction=1.0)
+    one, full = (vlc.prefill(model, params, batch, p, NEW) for p in (whole, vlc.FullCache()))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one, full))
+    np.testing.assert_array_equal(
+        generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens
+    )
+
+
+@methods_and_full
+def test_free_slots_are_never_read(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4, seed=2)
+    logits, state = vlc.prefill(model, params, batch, policy, NEW)
+    token = jnp.argmax(logits, axis=-1)
+    free = (state.context.positions < 0)[..., None]
+    assert bool(jnp.any(free))
+    poison = lambda x: jnp.where(free, jnp.nan, x)  # noqa: E731
+    context = dataclasses.replace(
+        state.context, keys=poison(state.context.keys), values=poison(state.context.values)
+    )
+    tail = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim == 4 else x, state.tail)
+    poisoned = dataclasses.replace(state, context=context, tail=tail)
+    for _ in range(3):
+        clean, state = vlc.decode_step(model, params, token, state)
+        dirty, poisoned = vlc.decode_step(model, params, token, poisoned)
+        np.testing.assert_array_equal(clean, dirty)
+        token = jnp.argmax(clean, axis=-1)
+
+
+@few_methods
+def test_decoding_is_one_loop_on_the_device(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=2)
+    jaxpr = jax.make_jaxpr(lambda p, b: vlc.generate(model, p, b, policy, NEW))(params, batch)
+    text = str(jaxpr)
+    assert "while[" in text
+    assert "callback" not in text
+
+
+@few_methods
+def test_streaming_gives_the_same_tokens(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4)
+    whole = np.asarray(generate(llava, batch, policy).tokens)
+    stream = vlc.stream(model, params, batch, policy, NEW, eos_token_ids=[])
+    np.testing.assert_array_equal(np.stack(list(stream), axis=1), whole)
+
+
+@methods_and_full
+def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4)
+    whole = np.asarray(generate(llava, batch, policy).tokens)
+    logits, state = vlc.prefill(model, params, batch, policy, NEW)
+    first = state
+    tokens = [jnp.argmax(logits, axis=-1)]
+    for _ in range(NEW - 1):
+        logits, state = vlc.decode_step(model, params, tokens[-1], state)
+        tokens.append(jnp.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), whole)
+    assert int(first.tail.length.max()) == 0  # still valid: a branch may start from it
+    again, _ = vlc.decode_step(model, params, tokens[0], first)
+    np.testing.assert_array_equal(jnp.argmax(again, axis=-1), tokens[1])
+
+
+@few_methods
+def test_inside_another_jitted_function_with_other_work(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=4)
+
+    @jax.jit
+    def train_like(params, batch):
+        out = vlc.generate(model, params, batch, policy, NEW, eos_token_ids=[])
+        reward = jnp.mean(out.tokens.astype(jnp.float32))
+        return out.tokens, jax.grad(lambda p: jnp.sum(p["decoder"]["final_norm"]["scale"]) * reward)(params)
+
+    tokens, gradient = train_like(params, batch)
+    np.testing.assert_array_equal(tokens, generate(llava, batch, policy).tokens)
+    assert float(gradient["decoder"]["final_norm"]["scale"][0]) > 0
+
+
+@few_methods
+def test_pmap_gives_the_same_tokens(llava, policy):
+    model, params = llava
+    batch = ragged_batch(rows=8)
+    split = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
+    run = jax.pmap(
+        lambda p, b: vlc.generate(model, p, b, policy, NEW, eos_token_ids=[]).tokens,
+        in_axes=(None, 0),
+        devices=jax.devices()[:4],
+    )
+    tokens = np.asarray(run(params, split)).reshape(8, NEW)
+    np.testing.assert_array_equal(tokens, generate(llava, batch, policy).tokens)
+
+
+@few_methods
+@pytest.mark.parametrize("shape", [(8, 1), (2, 2)], ids=["data", "data_and_model"])
+def test_mesh_gives_the_same_tokens(llava, policy, shape):
+    model, params = llava
+    batch = ragged_batch(rows=8)
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = jax.make_mesh(shape, ("data", "model"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
+    rows = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), batch)
+    if shape[1] > 1:
+        assert len(placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.device_set) == 4
+        assert not placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.is_fully_replicated
+    out = vlc.generate(model, placed, rows, policy, NEW, eos_token_ids=[])
+    plain = generate(llava, batch, policy)
+    np.testing.assert_array_equal(out.report.kept, plain.report.kept)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+
+
+@few_methods
+def test_a_step_updates_the_state_in_place(llava, policy):
+    model, params = llava
+    _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy, 128)
+    step = jax.jit(lambda p, t, s: advance(model, p, t, s), donate_argnums=2)
+    compiled = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile()
+    memory = compiled.memory_analysis()
+    buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail)))
+    assert memory.alias_size_in_bytes >= buffers
+    assert memory.temp_size_in_bytes < 0.5 * buffers  # a step of this tiny model, not a copy of its state
