@@ -11,11 +11,11 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.models.checkpoint.copying import copy_cast
 from vlcache_jax.models.checkpoint.mapping import BY_NAME, BY_PATH, IGNORED, Rule, canonical
 from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, SafetensorsFolder
 
 _LISTED = 20  # problems of one kind that a message spells out
-_BLOCK = 128  # rows and columns copied together; a transposed copy is 3x slower without blocks
 
 
 def load_params(
@@ -168,21 +168,10 @@ def _callback(
             cut = tuple(slice(*s) for s in slices)
             if rule.per_layer:
                 for row, layer in enumerate(range(*slices[0])):
-                    _copy(out[row], view(names[layer])[cut[1:]])
+                    copy_cast(out[row], view(names[layer])[cut[1:]])
             else:
-                _copy(out, view(names[0])[cut])
+                copy_cast(out, view(names[0])[cut])
             read[slices] = out
         return read[slices]
 
     return callback
-
-
-def _copy(out: np.ndarray, source: np.ndarray) -> None:
-    """`out[...] = source` with a cast; block by block if `source` is transposed, which caches like better."""
-    if out.ndim != 2 or source.flags.c_contiguous or source.strides[1] == source.itemsize:
-        out[...] = source
-        return
-    for row in range(0, out.shape[0], _BLOCK):
-        for column in range(0, out.shape[1], _BLOCK):
-            block = np.s_[row : row + _BLOCK, column : column + _BLOCK]
-            out[block] = source[block]

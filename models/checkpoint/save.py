@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.models.checkpoint.copying import copy_cast
 from vlcache_jax.models.checkpoint.mapping import BY_PATH, Rule
 from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE
 from vlcache_jax.models.config import LlavaConfig
@@ -96,7 +97,7 @@ def _checked(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...
 def _expected_paths(config: LlavaConfig) -> set[tuple[str, ...]]:
     decoder = config.decoder
     attention, mlp = ("decoder", "layers", "attention"), ("decoder", "layers", "mlp")
-    optional = {
+    optional: dict[tuple[str, ...], bool] = {
         ("decoder", "lm_head", "kernel"): not decoder.tie_embeddings,
         ("image_newline",): bool(config.grid_pinpoints),
         **{(*attention, name, "bias"): decoder.qkv_bias for name in ("query", "key", "value")},
@@ -164,7 +165,10 @@ def _write(stream: BinaryIO, shard: list[Entry], tensors: Iterator[np.ndarray]) 
     raw += b" " * (-len(raw) % 8)  # so that the data are aligned in a mapped file
     stream.write(len(raw).to_bytes(8, "little") + raw)
     for _ in shard:
-        stream.write(np.ascontiguousarray(next(tensors)).reshape(-1).view(np.uint8).data)
+        tensor = next(tensors)
+        contiguous = np.empty(tensor.shape, tensor.dtype)
+        copy_cast(contiguous, tensor)
+        stream.write(contiguous.reshape(-1).view(np.uint8).data)
     stream.flush()
     os.fsync(stream.fileno())
 
