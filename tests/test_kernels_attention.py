@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from vlcache_jax.kernels.attention import attention, xla
 
 CHUNK, SPANS = 8, 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vlcache_jax.kernels.decode_attention import decode_attention, xla
 
 BLOCK = 16

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from vlcache_jax.kernels.merge import merge
 
 

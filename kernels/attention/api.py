@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from vlcache_jax.kernels.attention import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}

@@ -3,6 +3,7 @@
 import math
 
 import jax
+
 from vlcache_jax.kernels.column_statistics import reference, xla
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics
 

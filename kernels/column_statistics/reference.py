@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics
 
 
@@ -16,6 +17,7 @@ def column_statistics(
     attention = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
     row = jnp.arange(length)
     chosen = (row >= first[:, None]) & (row < (first + count)[:, None])  # [batch, length]
+    chosen = chosen[:, None, :, None]
     large = attention >= jnp.exp(log_threshold) * jnp.max(attention, axis=-1, keepdims=True)
-    counts = jnp.sum(large & causal & chosen[:, None, :, None], axis=(2, 3)).astype(jnp.float32)
-    return ColumnStatistics(jnp.einsum("bhts,bt->bhs", attention, chosen.astype(jnp.float32)), counts)
+    counts = jnp.sum(large & causal & chosen, axis=(2, 3)).astype(jnp.float32)
+    return ColumnStatistics(jnp.sum(jnp.where(chosen, attention, 0), axis=2), counts)

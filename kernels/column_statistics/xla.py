@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics
 
 _BLOCK = 64  # query rows whose logits exist at once, for one KV head
@@ -31,13 +32,13 @@ def column_statistics(
             rows = jax.lax.dynamic_slice_in_dim(q, start, block, axis=1).reshape(group * block, head_dim)
             logits = scale * jnp.matmul(rows, k.T, preferred_element_type=jnp.float32)
             row = start + jnp.arange(block)[:, None]
-            causal = column <= row
             chosen = (row >= wanted) & (row < first + count)
-            logits = jnp.where(causal, logits.reshape(group, block, length), lowest)
+            visible = (column <= row) & chosen  # the block's other rows may be padding, and hold NaN
+            logits = jnp.where(visible, logits.reshape(group, block, length), lowest)
             excess = logits - jnp.max(logits, axis=-1, keepdims=True)
             weights = jnp.exp(excess)
             weights = weights * (chosen / jnp.sum(weights, axis=-1, keepdims=True))
-            large = jnp.sum((excess >= log_threshold) & causal & chosen, axis=(1, 2))
+            large = jnp.sum((excess >= log_threshold) & visible, axis=(1, 2))
             return sums + jnp.sum(weights, axis=1), counts + large.astype(jnp.float32)
 
         zero = (jnp.zeros((group, length), jnp.float32), jnp.zeros((group,), jnp.float32))

@@ -1,6 +1,7 @@
 """The public function of the decode attention op."""
 
 import jax
+
 from vlcache_jax.kernels.decode_attention import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
