@@ -19,8 +19,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal grouped-query attention of a prompt with itself; softmax in float32. Differentiable.
 
-    Prompts are right-padded, so causality alone keeps padding out of every true row; the outputs of padding
-    rows are finite and mean nothing.
+    Prompts are right-padded, so causality alone keeps padding out of every true row; padding values must be finite
+    (0 * NaN is NaN), and the outputs of padding rows mean nothing.
 
     Args:
       query: [batch, length, heads, head_dim].
