@@ -44,7 +44,7 @@ def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, to
         raise PolicyError(f"total={total!r} is not known: use 'exact' or 'paper'")
     layers = density.shape[0]
     length = jnp.asarray(length, jnp.int32)
-    weight = jnp.maximum(density.astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
+    weight = jnp.where(density > 0, density, jnp.finfo(jnp.float32).tiny).astype(jnp.float32)
     weight = weight / jnp.sum(weight)
     if total == "paper":
         share = jnp.clip(weight * (budget * layers), _LOWEST_SHARE, 1.0)
@@ -54,10 +54,20 @@ def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, to
     lower = jnp.minimum(jnp.maximum(1, floor_fraction(length, _LOWEST_SHARE)), slots // layers)
     ideal, free = _share(weight, slots, lower, length)
     whole = jnp.clip(jnp.floor(ideal).astype(jnp.int32), lower, length)
-    # Largest fractional parts first. A full layer takes no more; held layers only if rounding leaves no other.
-    fraction = jnp.where(whole >= length, -2.0, jnp.where(free, ideal - whole, -1.0))
-    rank = jnp.argsort(jnp.argsort(-fraction, stable=True), stable=True)
-    return whole + (rank < slots - jnp.sum(whole)).astype(jnp.int32)
+    fraction = ideal - whole
+
+    def settle(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        whole, rest = state
+        sign = jnp.sign(rest)
+        able = jnp.where(rest > 0, whole < length, whole > lower)
+        priority = jnp.where(able, jnp.where(free, sign * fraction, -2.0), -jnp.inf)  # held layers after free ones
+        rank = jnp.argsort(jnp.argsort(-priority, stable=True), stable=True)
+        step = sign * (able & (rank < jnp.abs(rest)))
+        return whole + step, rest - jnp.sum(step)
+
+    # One pass gives the largest fractional parts their slots. Only where float32 cannot count the total exactly
+    # (tens of millions of slots) may there be slots to take back, or another pass.
+    return jax.lax.while_loop(lambda state: state[1] != 0, settle, (whole, slots - jnp.sum(whole)))[0]
 
 
 def total_slots(layers: int, length: jax.Array | int, budget: float) -> jax.Array | int:

@@ -16,9 +16,13 @@ def as_fraction(value: float) -> fractions.Fraction:
 
 
 def floor_fraction(count: Count, value: float) -> Count:
-    """floor(value * count) for `value` in [0, 1], exact for the decimal that `value` stands for.
+    """floor(value * count) for `value` in [0, 1], exact for the decimal of up to four places that it stands for.
 
     Works on Python integers and on i32 arrays; no product exceeds max(count, 1e8).
+
+    Example:
+      >>> floor_fraction(100, 0.29), int(0.29 * 100)
+      (29, 28)
     """
     part = as_fraction(value)
     return count // part.denominator * part.numerator + (count % part.denominator * part.numerator // part.denominator)
