@@ -7,7 +7,12 @@ from vlcache_jax.state import ALIGNMENT, PackedStore, align
 
 
 def capacity(slots: int, layers: int) -> int:
-    """Pool size that holds `layers` aligned segments of `slots` slots in all, however they are shared out."""
+    """Pool size that holds `layers` aligned segments of `slots` slots in all, however they are shared out.
+
+    Example:
+      >>> capacity(100, layers=4)
+      160
+    """
     return int(align(slots + layers * (ALIGNMENT - 1)))
 
 

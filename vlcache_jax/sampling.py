@@ -15,7 +15,12 @@ class Sampling:
     Attributes:
       temperature: divides the logits; above 0. (Greedy decoding is `sampling=None`.)
       top_k: keep only the k largest logits (ties with the k-th too).
-      top_p: keep only the smallest set of tokens whose probabilities reach p, in (0, 1]; at least one.
+      top_p: keep only the smallest set of tokens whose probabilities reach p, in (0, 1]; at least one, and ties with
+        the last too.
+
+    Example:
+      >>> Sampling(temperature=0.7, top_p=0.9)
+      Sampling(temperature=0.7, top_k=None, top_p=0.9)
     """
 
     temperature: float = 1.0

@@ -9,11 +9,14 @@ from vlcache_jax.fractions import floor_fraction
 def _best(scores: jax.Array, positions: jax.Array, lengths: jax.Array, recent: jax.Array, count: int) -> jax.Array:
     """Indices of the `count` first entries: recent ones, then by falling score, ties to the lower; padding last.
 
+    A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
+
     scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32 [batch],
     recent i32 [batch] -> i32 [batch, heads, count].
     """
     end = lengths[:, None, None]
-    priority = jnp.where(positions >= end - recent[:, None, None], jnp.inf, scores)
+    finite = jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
+    priority = jnp.where(positions >= end - recent[:, None, None], jnp.inf, finite)
     priority = jnp.where(positions < end, priority, -jnp.inf)
     return jax.lax.top_k(priority, count)[1]  # equal values: lower index first
 
@@ -53,6 +56,11 @@ def select(scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: j
     Returns:
       i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
         `entries`.
+
+    Example:
+      >>> scores = jnp.array([[[0.5, 0.9, 0.7, 0.0]]])
+      >>> select(scores, jnp.arange(4)[None, None], jnp.array([4]), jnp.array([2]), recent=0.1).tolist()
+      [[[1, 3, 4, 4]]]
     """
     entries = scores.shape[-1]
     latest = jnp.maximum(1, floor_fraction(slots, recent))

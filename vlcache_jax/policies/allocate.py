@@ -51,7 +51,12 @@ class SparsityAware:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """The same for every layer, up to one slot: the exact total, remainders to the lower layers."""
+    """The same for every layer, up to one slot: the exact total, remainders to the lower layers.
+
+    Example:
+      >>> Uniform().slots(jnp.ones((1, 4)), jnp.array([10]), 0.29).tolist()
+      [[3, 3, 3, 2]]
+    """
 
     @property
     def threshold(self) -> float | None:

@@ -30,6 +30,10 @@ def policy_by_name(name: str, **options: Any) -> Policy:
 
     Raises:
       PolicyError: a name or option that does not exist (with the nearest), or an option out of range.
+
+    Example:
+      >>> policy_by_name("vl_cache", budget=0.2).budget
+      0.2
     """
     if name not in POLICIES:
         raise PolicyError(f"policy {name!r} does not exist{_nearest(name, list(POLICIES))}")

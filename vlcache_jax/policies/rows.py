@@ -25,6 +25,10 @@ class PostVision:
 
     fallback: int = 32
 
+    def __post_init__(self) -> None:
+        if self.fallback < 1:
+            raise PolicyError(f"PostVision(fallback={self.fallback}): give at least 1 row")
+
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
         index = jnp.arange(vision_mask.shape[1])

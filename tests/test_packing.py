@@ -1,0 +1,98 @@
+"""Every kept token lands in its segment, with its own key, value and position."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlcache_jax.packing import capacity, pack
+from vlcache_jax.state import ALIGNMENT, align
+
+LAYERS, BATCH, KV_HEADS, ENTRIES, HEAD_DIM = 3, 2, 2, 37, 4
+TOTAL = 50  # slots of all layers
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+packed = functools.partial(jax.jit, static_argnums=5)(pack)
+
+
+def candidates(heads, position_heads, seed, slots):
+    """Random keys, values, ascending positions, and an order of ascending indices that ends in `ENTRIES`."""
+    rng = np.random.default_rng(seed)
+    shape = (LAYERS, BATCH, KV_HEADS, ENTRIES, HEAD_DIM)
+    keys, values = rng.normal(size=(2, *shape)).astype(np.float32)
+    positions = np.sort(
+        rng.permuted(np.tile(np.arange(90), (LAYERS, BATCH, position_heads, 1)), axis=-1)[..., :ENTRIES]
+    )
+    order = np.full((LAYERS, BATCH, heads, ENTRIES), ENTRIES)
+    for l, b, h in np.ndindex(LAYERS, BATCH, heads):
+        order[l, b, h, : slots[l, b]] = np.sort(rng.permutation(ENTRIES)[: slots[l, b]])
+    return keys, values, positions.astype(np.int32), order.astype(np.int32)
+
+
+@st.composite
+def splits(draw):
+    """i32 [layers, batch]: splits of up to TOTAL slots, from the even to the most lopsided."""
+    slots = np.zeros((LAYERS, BATCH), np.int32)
+    for b in range(BATCH):
+        rest = TOTAL
+        for l in draw(st.permutations(range(LAYERS))):
+            most = min(ENTRIES, rest - 2)  # leave one for each other layer
+            slots[l, b] = draw(
+                st.sampled_from([n for n in (1, 15, 16, 17, 33, most) if n <= most]) | st.integers(1, most)
+            )
+            rest = max(rest - slots[l, b], 3)
+    return slots
+
+
+@pytest.mark.parametrize(("heads", "position_heads"), [(KV_HEADS, 1), (KV_HEADS, KV_HEADS), (1, 1)])
+@quick
+@given(slots=splits(), seed=st.integers(0, 10))
+def test_every_kept_token(heads, position_heads, slots, seed):
+    pool = capacity(TOTAL + 4, LAYERS)
+    keys, values, positions, order = candidates(heads, position_heads, seed, slots)
+    store = packed(keys, values, positions, order, slots, pool)
+    assert store.keys.shape == store.values.shape == (BATCH, KV_HEADS, pool, HEAD_DIM)
+    np.testing.assert_array_equal(store.lengths[..., 0], slots.T)
+    taken = np.zeros((BATCH, pool), bool)
+    for b in range(BATCH):
+        end = 0
+        for l in range(LAYERS):
+            first, count = int(store.offsets[b, l, 0]), int(slots[l, b])
+            assert first % ALIGNMENT == 0
+            assert end <= first <= end + ALIGNMENT - 1
+            end = first + count
+            assert end <= pool
+            taken[b, first:end] = True
+            for h in range(KV_HEADS):
+                chosen = order[l, b, h if heads > 1 else 0, :count]
+                np.testing.assert_array_equal(store.keys[b, h, first:end], keys[l, b, h, chosen])
+                np.testing.assert_array_equal(store.values[b, h, first:end], values[l, b, h, chosen])
+                wanted = positions[l, b, h if position_heads > 1 else 0, chosen]
+                np.testing.assert_array_equal(store.positions[b, h, first:end], wanted)
+    free = np.broadcast_to(~taken[:, None], store.positions.shape)
+    assert np.all(np.asarray(store.positions)[free] == -1)
+    assert np.all(np.asarray(store.positions)[~free] >= 0)
+
+
+@quick
+@given(slots=st.lists(st.integers(1, 100), min_size=1, max_size=12))
+def test_capacity_suffices_for_every_split(slots):
+    assert sum(align(n) for n in slots) <= capacity(sum(slots), len(slots))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 32])
+def test_capacity_of_the_worst_split(layers):
+    # Segments of one slot more than a multiple of the alignment waste the most.
+    total = layers * (ALIGNMENT + 1)
+    assert capacity(total, layers) == layers * 2 * ALIGNMENT
+    assert capacity(total, layers) % ALIGNMENT == 0
+
+
+def test_free_slots_never_take_nan_from_nowhere():
+    """What free slots hold comes from the candidates: finite keys stay finite."""
+    slots = np.ones((LAYERS, BATCH), np.int32)
+    store = packed(*candidates(KV_HEADS, 1, 0, slots), slots, capacity(TOTAL + 4, LAYERS))
+    assert np.isfinite(store.keys).all()
+    assert np.isfinite(store.values).all()

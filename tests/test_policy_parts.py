@@ -1,0 +1,278 @@
+"""Policies and their parts: options, rows, scores, allocation, and the checks before a prefill."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlcache_jax import InputError, PolicyError
+from vlcache_jax.batch import Batch
+from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.policies import (
+    POLICIES,
+    AccumulatedAttention,
+    AllRows,
+    FullCache,
+    LastRow,
+    LastRows,
+    LayerInputs,
+    Policy,
+    PostVision,
+    RandomEviction,
+    RandomScore,
+    SparsityAware,
+    Uniform,
+    VLCache,
+    policy_by_name,
+)
+from vlcache_jax.validation import check_prefill
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VLCache(budget=0.0), r"budget=0.0 is out of range: give a fraction in \(0, 1\]"),
+        (lambda: VLCache(budget=1.2), "budget=1.2 is out of range"),
+        (lambda: VLCache(budget=10), "budget=10 is out of range"),
+        (lambda: VLCache(budget=0.00001), "budget=1e-05 is out of range.*not below 0.0001"),
+        (lambda: VLCache(budget="0.1"), "budget='0.1' is out of range"),
+        (lambda: VLCache(budget=True), "budget=True is out of range"),
+        (lambda: VLCache(budget=float("nan")), "budget=nan is out of range"),
+        (lambda: VLCache(recent=-0.1), r"recent=-0.1 is out of range: give a fraction in \[0, 1\]"),
+        (lambda: VLCache(recent=1.1), "recent=1.1 is out of range"),
+        (lambda: VLCache(candidate_fraction=0), "candidate_fraction=0 is out of range"),
+        (lambda: VLCache(budget=0.3, candidate_fraction=0.2), "candidate_fraction=0.2 is below budget=0.3.*raise"),
+        (lambda: VLCache(threshold=0.0), r"threshold=0.0 is out of range: it must lie in \(0, 1\]"),
+        (lambda: VLCache(threshold=1.5), "threshold=1.5 is out of range"),
+        (lambda: VLCache(total="about"), "total='about' is not known: use 'exact' or 'paper'"),
+        (lambda: VLCache(heads="all"), "heads='all' is not known: use 'each' or 'shared'"),
+        (lambda: VLCache(rows=LastRows(0)), r"LastRows\(0\): give at least 1 row"),
+        (lambda: VLCache(rows=PostVision(fallback=0)), r"PostVision\(fallback=0\): give at least 1 row"),
+        (lambda: RandomEviction(budget=2.0), "budget=2.0 is out of range"),
+    ],
+)
+def test_options_out_of_range(build, message):
+    with pytest.raises(PolicyError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [FullCache, VLCache, RandomEviction, lambda: VLCache(0.2, rows=LastRows(50), heads="shared", total="paper")],
+)
+def test_equal_options_make_equal_policies(build):
+    assert build() == build()
+    assert hash(build()) == hash(build())
+    assert build() != dataclasses.replace(build(), budget=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        build().budget = 0.5
+
+
+def test_every_option_tells_policies_apart():
+    options = [
+        {},
+        {"budget": 0.2},
+        {"threshold": 0.02},
+        {"recent": 0.2},
+        {"rows": LastRows(50)},
+        {"heads": "shared"},
+        {"total": "paper"},
+        {"candidate_fraction": 0.5},
+    ]
+    assert len({VLCache(**o) for o in options}) == len(options)
+    assert len({RandomEviction(seed=seed) for seed in range(3)}) == 3
+
+
+def test_keeps_all():
+    assert FullCache().keeps_all
+    assert VLCache(budget=1).keeps_all
+    assert not VLCache(budget=0.9).keeps_all
+
+
+# Names
+
+
+def test_by_name():
+    assert policy_by_name("vl_cache", budget=0.2, heads="shared") == VLCache(0.2, heads="shared")
+    assert policy_by_name("full_cache") == FullCache()
+    for name in POLICIES:
+        assert policy_by_name(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vlcache", {}, "policy 'vlcache' does not exist: did you mean 'vl_cache'.*full_cache, vl_cache, random"),
+        ("ful_cache", {}, "did you mean 'full_cache'"),
+        ("zzz", {}, "policy 'zzz' does not exist: Known: full_cache"),
+        ("vl_cache", {"bugdet": 0.1}, "'vl_cache' has no option 'bugdet': did you mean 'budget'.*candidate_fraction"),
+        ("full_cache", {"budget": 0.1}, "'full_cache' has no option 'budget'; it has no options"),
+        ("random", {"budget": 7}, "budget=7 is out of range"),
+    ],
+)
+def test_by_name_errors(name, options, message):
+    with pytest.raises(PolicyError, match=message):
+        policy_by_name(name, **options)
+
+
+# Rows
+
+
+def span(rows, lengths, mask):
+    first, count = rows.span(jnp.asarray(lengths, jnp.int32), jnp.asarray(mask))
+    assert first.dtype == count.dtype == jnp.int32
+    return list(zip(first.tolist(), count.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fallback", "wanted"),
+    [
+        ("ttvvvttt", 32, (5, 3)),  # after the image
+        ("vvtt....", 32, (2, 2)),  # padding does not count
+        ("tvvtvvtt", 32, (6, 2)),  # several images: after the last
+        ("tvvnvvnt", 32, (7, 1)),  # newline embeddings are visual
+        ("tttttttt", 32, (0, 8)),  # text only: all of a short prompt
+        ("tttttttt", 3, (5, 3)),  # text only: its last rows
+        ("tttt....", 3, (1, 3)),
+        ("ttvvvv..", 2, (4, 2)),  # ends in its image: its last rows
+        ("vvvvvvvv", 32, (0, 8)),
+        ("t.......", 32, (0, 1)),
+        ("v.......", 32, (0, 1)),
+    ],
+)
+def test_post_vision(prompt, fallback, wanted):
+    length = len(prompt.rstrip("."))
+    mask = [[letter in "vn" for letter in prompt]]
+    assert span(PostVision(fallback), [length], mask) == [wanted]
+
+
+def test_post_vision_of_a_batch():
+    mask = np.zeros((3, 40), bool)
+    mask[0, 5:9] = mask[2, 30:40] = True
+    assert span(PostVision(), [40, 38, 40], mask) == [(9, 31), (6, 32), (8, 32)]
+
+
+def test_other_rows():
+    mask = np.zeros((2, 9), bool)
+    assert span(LastRows(4), [9, 3], mask) == [(5, 4), (0, 3)]
+    assert span(LastRow(), [9, 1], mask) == [(8, 1), (0, 1)]
+    assert span(AllRows(), [9, 3], mask) == [(0, 9), (0, 3)]
+
+
+# Scores
+
+
+def layer_inputs(length, layer=0, sums=None, kv_heads=2):
+    key = jnp.zeros((2, length, kv_heads, 4))
+    statistics = None if sums is None else ColumnStatistics(jnp.asarray(sums), jnp.ones(sums.shape[:2]))
+    return LayerInputs(key, key, jnp.full(2, length), jnp.zeros((2, length), bool), jnp.int32(layer), statistics)
+
+
+def test_accumulated_attention():
+    sums = np.random.default_rng(0).random((2, 6, 5), np.float32)
+    inputs = layer_inputs(5, sums=sums)
+    each, shared = AccumulatedAttention()(inputs), AccumulatedAttention("shared")(inputs)
+    np.testing.assert_allclose(each[:, 0], sums[:, :3].mean(1), rtol=1e-6)  # query heads 0, 1, 2 share KV head 0
+    np.testing.assert_allclose(each[:, 1], sums[:, 3:].mean(1), rtol=1e-6)
+    assert shared.shape == (2, 1, 5)
+    np.testing.assert_allclose(shared[:, 0], sums.mean(1), rtol=1e-6)
+
+
+def test_random_scores_do_not_depend_on_the_padding():
+    score = jax.jit(lambda length, layer: RandomScore(3)(layer_inputs(length, layer)), static_argnums=0)
+    short, long = score(7, 1), score(20, 1)
+    assert short.shape == (2, 2, 7)
+    np.testing.assert_array_equal(short, long[..., :7])
+    np.testing.assert_array_equal(long[0], long[1])  # every row of a batch draws alike
+    assert not np.array_equal(long[:, 0], long[:, 1])  # KV heads do not
+    assert not np.array_equal(long, score(20, 2))  # nor do layers
+    assert not np.array_equal(RandomScore(4)(layer_inputs(7, 1)), short)  # nor seeds
+    assert 0.2 < float(jnp.mean(long[0])) < 0.8
+    assert not RandomScore().needs_attention
+    assert AccumulatedAttention().needs_attention
+
+
+# Allocation
+
+
+def test_uniform():
+    density = jnp.ones((3, 4))
+    slots = Uniform().slots(density, jnp.array([100, 10, 1]), 0.29)
+    assert slots.tolist() == [[29, 29, 29, 29], [3, 3, 3, 2], [1, 1, 1, 1]]  # floor(4 * 10 * 0.29) = 11
+    assert Uniform().threshold is None
+    assert Uniform().capacity(4, 100, 0.29) == 116
+
+
+@pytest.mark.parametrize("allocate", [Uniform(), SparsityAware(), SparsityAware(total="paper")])
+@pytest.mark.parametrize("budget", [0.05, 0.5, 1.0])
+def test_no_prompt_needs_more_than_the_capacity(allocate, budget):
+    layers, lengths = 5, np.array([1, 2, 19, 99, 100], np.int32)
+    density = np.exp(np.random.default_rng(0).normal(0, 2, (5, layers))).astype(np.float32)
+    slots = jax.jit(lambda d, n: allocate.slots(d, n, budget))(density, lengths)
+    assert slots.shape == (5, layers)
+    assert np.all(slots >= 1)
+    assert np.all(slots <= lengths[:, None])
+    assert np.all(np.sum(slots, axis=1) <= allocate.capacity(layers, 100, budget))
+
+
+# Checks before a prefill
+
+SPEC = ModelSpec(num_layers=2, num_kv_heads=1, head_dim=4, max_positions=20, dtype=jnp.float32)
+
+
+def batch(rows=2, length=10, lengths=(10, 4), **changes):
+    arrays = {
+        "tokens": np.zeros((rows, length), np.int32),
+        "lengths": np.array(lengths, np.int32),
+        "vision_index": np.full((rows, length), -1, np.int32),
+        "pixels": np.zeros((rows, 0, 4, 4, 3), np.float32),
+    }
+    return Batch(**(arrays | changes))
+
+
+def test_a_fitting_prefill_passes():
+    check_prefill(SPEC, batch(), FullCache(), 10)
+    check_prefill(SPEC, batch(), FullCache(), np.int64(10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((batch(), "vl_cache", 4), PolicyError, r"policy='vl_cache' is not a policy.*VLCache\(budget=0.1\)"),
+        ((batch(), FullCache, 4), PolicyError, "is not a policy"),
+        ((batch(), FullCache(), 0), InputError, "max_new_tokens=0 leaves no room.*at least 1"),
+        ((batch(), FullCache(), 4.0), InputError, "max_new_tokens=4.0 is not an integer"),
+        ((batch(), FullCache(), True), InputError, "max_new_tokens=True is not an integer"),
+        ((batch(lengths=(10,)), FullCache(), 4), InputError, r"disagree.*lengths': \(1,\)"),
+        ((batch(vision_index=np.zeros((2, 9))), FullCache(), 4), InputError, r"disagree.*vision_index': \(2, 9\)"),
+        ((batch(lengths=(10, 0)), FullCache(), 4), InputError, r"lengths \[10, 0\] must lie between 1 and .* 10"),
+        ((batch(lengths=(11, 4)), FullCache(), 4), InputError, r"lengths \[11, 4\] must lie"),
+        ((batch(), FullCache(), 11), InputError, "row 0 needs 21 positions .10 prompt.*has 20: shorten"),
+    ],
+)
+def test_a_prefill_that_cannot_work(arguments, error, message):
+    with pytest.raises(error, match=message):
+        check_prefill(SPEC, *arguments)
+
+
+def test_lengths_are_not_checked_while_tracing():
+    def traced(lengths):
+        check_prefill(SPEC, batch(lengths=(1, 1)).__class__(**fields(lengths)), FullCache(), 11)
+        return lengths
+
+    def fields(lengths):
+        other = batch()
+        return {"tokens": other.tokens, "lengths": lengths, "vision_index": other.vision_index, "pixels": other.pixels}
+
+    assert jax.eval_shape(traced, jnp.array([10, 4])).shape == (2,)
+
+
+def test_a_policy_needs_a_name_and_a_budget():
+    with pytest.raises(TypeError):
+        Policy(name="mine")
+    assert Policy(name="mine", budget=0.5).allocate == Uniform()
