@@ -20,7 +20,8 @@ Kept = list[np.ndarray]
 _PAPER, _INK, _GREY, _TRACK, _LINE = (255, 255, 255), (28, 35, 43), (110, 120, 131), (238, 240, 243), (221, 225, 230)
 _VISUAL, _TEXT = (222, 91, 36), (43, 98, 150)  # kept visual tokens and kept text tokens
 _WIDTH, _MARGIN, _GAP = 1600, 56, 20
-_MAIN_HEIGHT = 600  # of the large overlay and the bars beside it, at most
+_SHEET_WIDTH, _SHEET_HEIGHT, _SHEET_GAP = 860, 600, 12  # of the large overlay, at most; between its images
+_SHEET_COLUMN = 520  # width of its column, at least
 _MAX_TILES = 12
 
 
@@ -122,7 +123,7 @@ class _Shares:
 
 @dataclasses.dataclass(frozen=True)
 class _Sheet:
-    """Images side by side, scaled to one height.
+    """Images side by side in one or more rows, scaled to one height.
 
     Attributes:
       image: all of them; None if there are none.
@@ -138,22 +139,22 @@ class _Sheet:
     def arrange(cls, pictures: list[Image.Image], regions: list[np.ndarray]) -> "_Sheet":
         if not pictures:
             return cls(None, np.zeros((0, 4), np.float32), np.zeros((1, 1), bool))
-        # As large as the room for the overlay; a wide row of images is limited by the width.
-        room_width, gap = 860, 12
-        aspect = sum(p.width / p.height for p in pictures)
-        height = min(_MAIN_HEIGHT, round((room_width - gap * (len(pictures) - 1)) / aspect))
-        height = max(height, 48)
+        rows, height = _fit([p.width / p.height for p in pictures])
         widths = [max(1, round(p.width * height / p.height)) for p in pictures]
-        sheet = Image.new("RGB", (sum(widths) + gap * (len(pictures) - 1), height), _PAPER)
-        covered = np.zeros((height, sheet.width), bool)
-        placed, left = [], 0
-        for picture, boxes, width in zip(pictures, regions, widths, strict=True):
-            resample = Image.Resampling.LANCZOS if height < picture.height else Image.Resampling.BICUBIC
-            sheet.paste(picture.resize((width, height), resample), (left, 0))
-            covered[:, left : left + width] = True
-            scaled = boxes * np.array([width / picture.width, height / picture.height] * 2)
-            placed.append(np.clip(scaled, 0, [width, height] * 2) + np.array([left, 0] * 2))
-            left += width + gap
+        row_widths = [sum(widths[i] for i in row) + _SHEET_GAP * (len(row) - 1) for row in rows]
+        size = (max(row_widths), height * len(rows) + _SHEET_GAP * (len(rows) - 1))
+        sheet, covered = Image.new("RGB", size, _PAPER), np.zeros(size[::-1], bool)
+        placed, outline = [], ImageDraw.Draw(sheet)
+        for number, row in enumerate(rows):
+            left, top = 0, number * (height + _SHEET_GAP)
+            for i in row:
+                picture, width = pictures[i], widths[i]
+                sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+                covered[top : top + height, left : left + width] = True
+                outline.rectangle((left, top, left + width - 1, top + height - 1), outline=_LINE)
+                boxes = regions[i] * np.array([width / picture.width, height / picture.height] * 2)
+                placed.append(np.clip(boxes, 0, [width, height] * 2) + np.array([left, top] * 2))
+                left += width + _SHEET_GAP
         return cls(sheet, np.concatenate(placed), covered)
 
     def heat(self, share: np.ndarray) -> np.ndarray:
@@ -169,22 +170,34 @@ class _Sheet:
     def overlay(self, share: np.ndarray) -> Image.Image:
         """The dimmed image, with kept places lit in colour."""
         assert self.image is not None
-        original = np.asarray(self.image, np.float32)
-        grey = original @ np.array([0.299, 0.587, 0.114], np.float32)
-        dimmed = 255 - (255 - np.repeat(grey[..., None], 3, axis=2)) * 0.34
+        grey = np.asarray(self.image.convert("L"), np.float32)[..., None]
+        dimmed = 255 - (255 - grey) * 0.34
         heat = self.heat(share)[..., None]
-        strength = np.where(heat > 0, 0.25 + 0.75 * heat, 0)
-        # Multiplied like a marker pen, so that what the patch shows stays readable under the colour.
-        lit = original * (1 - 0.78 * (1 - np.array(_heat_colour(heat), np.float32) / 255))
+        strength = np.where(heat > 0, 0.5 + 0.5 * heat, 0)
+        # Like a marker pen on a pale print: one scale of colours, whatever the image's own.
+        lit = _heat_colour(heat) * (255 - (255 - grey) * 0.55) / 255
         out = dimmed * (1 - strength) + lit * strength
         out[~self.covered] = 255
         return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
 
 
+def _fit(aspects: list[float]) -> tuple[list[list[int]], int]:
+    """Rows of image numbers that fill the room for the sheet best, and the height of each row."""
+
+    def height(rows: list[list[int]]) -> float:
+        across = min((_SHEET_WIDTH - _SHEET_GAP * (len(row) - 1)) / sum(aspects[i] for i in row) for row in rows)
+        return min(across, (_SHEET_HEIGHT - _SHEET_GAP * (len(rows) - 1)) / len(rows))
+
+    numbers = np.arange(len(aspects))
+    splits = [[part.tolist() for part in np.array_split(numbers, count)] for count in range(1, len(aspects) + 1)]
+    best = max(splits, key=height)
+    return best, max(8, round(height(best)))
+
+
 def _heat_colour(heat: np.ndarray) -> np.ndarray:
-    """From amber to the colour of visual tokens, f32 [..., 3]."""
-    low, high = np.array((255, 205, 92), np.float32), np.array(_VISUAL, np.float32)
-    return low + (high - low) * heat
+    """From yellow over the colour of visual tokens to a dark red, f32 [..., 3]."""
+    low, middle, high = (np.array(colour, np.float32) for colour in ((255, 214, 79), _VISUAL, (176, 27, 46)))
+    return np.where(heat < 0.5, low + (middle - low) * 2 * heat, middle + (high - middle) * (2 * heat - 1))
 
 
 def _draw(sheet: _Sheet, shares: _Shares, report: Report, row: int, question: str, answer: str) -> Image.Image:
@@ -202,20 +215,26 @@ def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares
     label = names.get(report.policy, report.policy)
     y = _MARGIN + 22
     draw.text((_MARGIN, y), f"{label}  ·  budget {_percent(report.budget)}", _VISUAL, _font(25), anchor="ls")
-    y += 14
+    y += 12
     for line in _wrap(question, 40, _WIDTH - 2 * _MARGIN, 2):
-        y += 48
+        y += 50
         draw.text((_MARGIN, y), line, _INK, _font(40), anchor="ls")
-    for line in _wrap(answer, 30, _WIDTH - 2 * _MARGIN, 3):
-        y += 43
-        draw.text((_MARGIN, y), line, _GREY, _font(30), anchor="ls")
+    if answer:
+        y += 10
+        indent = _MARGIN + round(_font(30).getlength("Answer")) + 20
+        draw.text((_MARGIN, y + 42), "Answer", _GREY, _font(30), anchor="ls")
+        for line in _wrap(answer, 30, _WIDTH - _MARGIN - indent, 2):
+            y += 42
+            draw.text((indent, y), line, _VISUAL, _font(30), anchor="ls")
     y += 36
     draw.line((_MARGIN, y, _WIDTH - _MARGIN, y), _LINE, 2)
     visual = shares.visual.shape[1]
+    rows = len(report.prompt_lengths)
+    of_batch = f"of all {rows} rows, " if rows > 1 else ""
     figures = [
         (_percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
         (f"{shares.length:,}", f"prompt tokens: {visual:,} visual, {shares.length - visual:,} text"),
-        (_megabytes(report.state_bytes), f"cache in memory, full: {_megabytes(report.full_bytes)}"),
+        (_megabytes(report.state_bytes), f"cache {of_batch}instead of {_megabytes(report.full_bytes)}"),
     ]
     y += 62
     column = (_WIDTH - 2 * _MARGIN) // len(figures)
@@ -235,21 +254,25 @@ def _overlay(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, sheet: _She
     most = float(mean.max(initial=0.0))
     canvas.paste(sheet.overlay(mean / most if most else mean), (_MARGIN, y))
     y += sheet.image.height + 18
-    width = 120
-    colours = _heat_colour(np.linspace(0, 1, width)[None, :, None])
-    colours = 255 - (255 - colours) * 0.78
+    width, caption = 140, "share of layers and KV heads that kept a patch"
+    heat = np.linspace(0, 1, width)[None, :, None]
+    colours = 255 - (255 - _heat_colour(heat)) * (0.5 + 0.5 * heat)
     scale = Image.fromarray(np.repeat(colours, 14, axis=0).astype(np.uint8))
-    canvas.paste(scale, (_MARGIN, y))
-    caption = f"kept by more layers and KV heads; at most {_percent(most)} of them"
-    for line in _wrap(caption, 20, max(320, sheet.image.width - width - 14), 2):
-        draw.text((_MARGIN + width + 14, y + 14), line, _GREY, _font(20), anchor="ls")
-        y += 26
-    return y
+    x = _MARGIN + round(_font(20).getlength("0 %")) + 10
+    draw.text((_MARGIN, y + 14), "0 %", _GREY, _font(20), anchor="ls")
+    canvas.paste(scale, (x, y))
+    draw.text((x + width + 10, y + 14), _percent(most), _GREY, _font(20), anchor="ls")
+    x += width + 10 + round(_font(20).getlength(_percent(most))) + 24
+    end = _MARGIN + max(sheet.image.width, _SHEET_COLUMN)
+    if x + _font(20).getlength(caption) > end:
+        x, y = _MARGIN, y + 30
+    draw.text((x, y + 14), _cut(caption, 20, end - x), _GREY, _font(20), anchor="ls")
+    return y + 20
 
 
 def _bars(draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet, shares: _Shares) -> int:
     """Kept tokens per layer as horizontal bars; returns where they end."""
-    left = _MARGIN if sheet.image is None else _MARGIN + sheet.image.width + 64
+    left = _MARGIN if sheet.image is None else _MARGIN + max(sheet.image.width, _SHEET_COLUMN) + 64
     right, layers = _WIDTH - _MARGIN, len(shares.visual_count)
     draw.text((left, y), "How much: kept tokens per layer", _INK, _font(25), anchor="ls")
     y += 22
@@ -259,11 +282,11 @@ def _bars(draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet, shares: _Shares) -> 
         draw.text((x + 26, y + 22), name, _GREY, _font(20), anchor="ls")
         x += 26 + round(_font(20).getlength(name)) + 28
     y += 44
-    room = max(260, (_MAIN_HEIGHT if sheet.image is None else sheet.image.height) - 44)
-    pitch = min(48.0, max(13.0, room / layers))
-    thickness = max(6, round(pitch * 0.56))
-    size = int(min(21, max(13, pitch * 0.6)))
-    every = 1 if pitch >= 17 else 4
+    room = max(260, (_SHEET_HEIGHT if sheet.image is None else sheet.image.height) - 44)
+    pitch = min(84.0, max(9.0, room / layers))
+    thickness = min(30, max(5, round(pitch * 0.56)))
+    every = 1 if pitch >= 18 else 4 if pitch >= 12 else 8
+    size = 20 if pitch >= 24 else 17
     start, stop = left + 52, right - 66
     for layer in range(layers):
         top = y + pitch * layer + (pitch - thickness) / 2
@@ -288,27 +311,33 @@ def _tiles(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, sheet: _Sheet
     if sheet.image is None:
         return y
     layers = len(shares.visual_count)
-    count = min(layers, _MAX_TILES)
+    count = layers if layers <= _MAX_TILES else _MAX_TILES - 1  # with the image itself, two full rows
     chosen = [round(i * (layers - 1) / max(1, count - 1)) for i in range(count)]
-    columns = count if count <= 6 else -(-count // 2)
-    width = min(360, (_WIDTH - 2 * _MARGIN - _GAP * (columns - 1)) // columns)
-    height = round(sheet.image.height * width / sheet.image.width)
-    if height > 400:
-        width, height = round(width * 400 / height), 400
+    aspect = sheet.image.width / sheet.image.height
+    columns = count + 1
+    if _tile_width(columns) / aspect < 130:  # too small to see anything: two rows
+        columns = -(-columns // 2)
+    width = min(_tile_width(columns), round(300 * aspect))
+    height = round(width / aspect)
     y += 64
-    title = "Layer by layer" if count == layers else f"Layer by layer: {count} of {layers}"
+    title = "Layer by layer" if count == layers else f"Layer by layer ({count} of {layers})"
     draw.text((_MARGIN, y), title, _INK, _font(25), anchor="ls")
+    x = _MARGIN + round(_font(25).getlength(title)) + 18
+    draw.text((x, y), "share of KV heads that kept a patch, and kept visual tokens", _GREY, _font(20), anchor="ls")
     y += 22
-    for number, layer in enumerate(chosen):
+    captions = [("image", ""), *((f"L{layer}", f"{shares.visual_count[layer]:,.0f}") for layer in chosen)]
+    for number, (name, kept) in enumerate(captions):
+        picture = sheet.overlay(shares.visual[chosen[number - 1]]) if number else sheet.image
         x = _MARGIN + number % columns * (width + _GAP)
         top = y + number // columns * (height + 58)
-        tile = sheet.overlay(shares.visual[layer]).resize((width, height), Image.Resampling.LANCZOS)
-        canvas.paste(tile, (x, top))
-        draw.rectangle((x, top, x + width - 1, top + height - 1), outline=_LINE)
-        kept = f"{shares.visual_count[layer]:,.0f} visual"
-        draw.text((x, top + height + 26), f"L{layer}", _INK, _font(20), anchor="ls")
+        canvas.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, top))
+        draw.text((x, top + height + 26), name, _INK, _font(20), anchor="ls")
         draw.text((x + width, top + height + 26), kept, _GREY, _font(20), anchor="rs")
-    return y + -(-count // columns) * (height + 58) - 58 + 34
+    return y + -(-len(captions) // columns) * (height + 58) - 58 + 34
+
+
+def _tile_width(columns: int) -> int:
+    return (_WIDTH - 2 * _MARGIN - _GAP * (columns - 1)) // columns
 
 
 def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
@@ -330,6 +359,8 @@ def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
 
 def _cut(text: str, size: int, width: int) -> str:
     font = _font(size)
+    if font.getlength(text) <= width:
+        return text
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"

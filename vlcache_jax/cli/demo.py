@@ -171,11 +171,11 @@ def _page(
         blocks.append(_question(row, question, batch, texts, budget))
     blocks.append(_kept_table(questions, compressed, budget))
     blocks.append(_cost_table(questions, full, compressed, texts, budget))
-    compile_seconds = full.seconds["compile"] + compressed.seconds["compile"]
+    compiling = sum(answers.seconds["compile"] for answers in (full, compressed))
+    running = sum(answers.seconds[name] for answers in (full, compressed) for name in ("prefill", "decode"))
     blocks.append(
-        f"Total {seconds['total']:.1f} s: reading inputs {seconds['inputs']:.1f}, loading weights {seconds['load']:.1f}, "
-        f"compiling or\nreading compiled programs {compile_seconds:.1f}, running "
-        f"{sum(a.seconds[k] for a in (full, compressed) for k in ('prefill', 'decode')):.1f}"
+        f"Total {seconds['total']:.1f} s: reading inputs {seconds['inputs']:.1f}, loading weights "
+        f"{seconds['load']:.1f}, compiling or reading\ncompiled programs {compiling:.1f}, running {running:.1f}"
     )
     return "\n\n".join(blocks)
 
@@ -192,10 +192,12 @@ def _question(row: int, question: Question, batch: Batch, texts: dict[str, list[
         if text is None:
             continue
         mark = "" if expected is None else "  [right]" if is_right(text, expected) else "  [wrong]"
-        indent = " " * 20
-        lines += textwrap.wrap(
-            f"   {name:<17}{' '.join(text.split())}{mark}", WIDTH, subsequent_indent=indent, drop_whitespace=False
-        ) or [f"   {name}"]
+        words = " ".join(text.split()) or "(nothing)"
+        wrapped = textwrap.wrap(words, WIDTH - 30) or [""]
+        if len(wrapped) > 3:
+            wrapped = [*wrapped[:2], wrapped[2] + " ..."]
+        lines += [f"   {name if i == 0 else '':<17}{line}" for i, line in enumerate(wrapped)]
+        lines[-1] += mark
     return "\n".join(lines)
 
 

@@ -20,13 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments without the program's name; those of the process by default.
     """
+    status = 0
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.run(arguments)
+        try:
+            arguments = build_parser().parse_args(argv)
+            arguments.run(arguments)
+        except SystemExit as stop:  # argparse: --help, --version, bad arguments
+            status = stop.code if isinstance(stop.code, int) else 0
         sys.stdout.flush()  # here, where a closed pipe can still be handled
-        return 0
-    except SystemExit as stop:  # argparse: --help, --version, bad arguments
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+        return status
     except VLCacheError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -8,7 +8,7 @@ from typing import Any
 from vlcache_jax.cli.runtime import use_compilation_cache
 from vlcache_jax.errors import InputError
 
-_STATE = "state.safetensors"  # what an unfinished run leaves in its folder
+_LEFT_BEHIND = ("state.safetensors", "vision.safetensors")  # by an earlier run
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,11 +20,11 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {arguments.output!r} is a file: give a folder")
-    unfinished = (folder / _STATE).exists()
-    if unfinished and not arguments.resume:
+    earlier = any((folder / name).exists() for name in _LEFT_BEHIND)
+    if earlier and not arguments.resume:
         raise InputError(f"{folder} holds an earlier run: add --resume to go on with it, or choose another --output")
-    if arguments.resume and not unfinished:
-        raise InputError(f"{folder} holds no run to go on with ({_STATE} is missing): leave --resume out")
+    if arguments.resume and not earlier:
+        raise InputError(f"{folder} holds no run to go on with: leave --resume out, or correct --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

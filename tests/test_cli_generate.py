@@ -1,0 +1,135 @@
+"""`vlcache-jax generate` on a tiny random checkpoint."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoints import make_tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.budgets import total_slots
+from vlcache_jax.cli import runtime
+from vlcache_jax.cli.main import main
+
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_tiny_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def generate(capsys: pytest.CaptureFixture, model: Path, images: list[Path], prompt: str, *arguments: str) -> Any:
+    given = [part for path in images for part in ("--image", str(path))]
+    start = ["generate", "--model", str(model), *given, "--prompt", prompt, "--no-compilation-cache"]
+    assert main([*start, "--dtype", "float32", "--max-new-tokens", str(NEW_TOKENS), *arguments]) == 0
+    out, err = capsys.readouterr()
+    return (json.loads(out), err) if "--json" in arguments else (out, err)
+
+
+def test_answers_as_the_library_does(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--budget", "0.3", "--policy-option", "heads=shared"]
+    result, err = generate(capsys, checkpoint, [image], "w1 w2 w3", "--json", *options)
+    assert err == ""
+    vlm = vlc.load(checkpoint, dtype="float32")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "w1 w2 w3"}]
+    batch = vlm.processor.chat([[{"role": "user", "content": content}]])
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.3, heads="shared"), NEW_TOKENS)
+    assert result["answer"] == vlm.processor.decode(out)[0]
+    assert result["tokens"] == int(out.lengths[0])
+    assert result["token_ids"] == out.tokens[0, : result["tokens"]].tolist()
+    assert result["policy"] == "vl_cache"
+    assert result["budget"] == 0.3
+    assert result["prompt_tokens"] == int(batch.lengths[0])
+    assert result["visual_tokens"] == 16
+    assert result["kept"] == out.report.kept[0].tolist()
+    assert sum(result["kept"]) == total_slots(3, result["prompt_tokens"], 0.3)
+    assert result["kept_fraction"] == pytest.approx(sum(result["kept"]) / (3 * result["prompt_tokens"]))
+    assert (result["state_bytes"], result["full_bytes"]) == (out.report.state_bytes, out.report.full_bytes)
+    assert result["tail_bytes"] == out.report.tail_bytes
+    assert set(result["seconds"]) == {"load", "compile", "prefill", "decode"}
+    assert all(value > 0 for value in result["seconds"].values())
+    assert result["versions"]["jax"] == jax.__version__
+    assert result["device"]["platform"] == "cpu"
+
+    streamed, err = generate(capsys, checkpoint, [image], "w1 w2 w3", "--stream", *options)
+    assert streamed == result["answer"] + "\n"
+    assert "kept" in err
+    plain, _ = generate(capsys, checkpoint, [image], "w1 w2 w3", *options)
+    assert plain == streamed
+
+
+def test_prompts(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """By template, placed by the text, raw, and without a template: the same prompt gives the same answer."""
+    full = ["--policy", "full_cache", "--json"]
+    by_template, _ = generate(capsys, checkpoint, [image], "w1 w2", *full)
+    placed, _ = generate(capsys, checkpoint, [image], "<image> w1 w2", *full)
+    written = "user: <image> w1 w2 assistant: "
+    raw, _ = generate(capsys, checkpoint, [image], written, "--raw", *full)
+    plain = Path(shutil.copytree(checkpoint, tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    without, _ = generate(capsys, plain, [image], written, *full)
+    assert by_template["token_ids"] == placed["token_ids"] == raw["token_ids"] == without["token_ids"]
+    assert by_template["prompt_tokens"] == placed["prompt_tokens"] == raw["prompt_tokens"] == 16 + 5
+    assert by_template["kept_fraction"] == 1.0
+    behind, _ = generate(capsys, checkpoint, [image], "w1 <image> w2", *full)
+    assert behind["token_ids"] != by_template["token_ids"]
+
+
+def test_sampling_and_seed(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--temperature", "2.0", "--json"]
+    answers = [generate(capsys, checkpoint, [], "w1 w2 w3", *options, "--seed", seed)[0]["token_ids"] for seed in "112"]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_picture(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    generate(capsys, checkpoint, [image, image], "w1", "--explain", str(tmp_path / "kept.png"))
+    with Image.open(tmp_path / "kept.png") as picture:
+        assert picture.width == 1600
+
+
+def test_stopwatch_tells_compiling_from_running() -> None:
+    program = jax.jit(lambda x: jnp.sin(x) @ jax.jit(jnp.cos)(x))
+    x = np.ones((4, 4), np.float32)
+    with runtime.Stopwatch() as first:
+        program(x).block_until_ready()
+    with runtime.Stopwatch() as second:
+        program(x).block_until_ready()
+        time.sleep(0.05)
+    assert first.compile > 10 * first.run
+    assert second.compile == 0
+    assert second.run >= 0.05
+
+
+def test_nested_compilations_count_once() -> None:
+    assert runtime._covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 8.0)], 0.0) == 5.0
+    assert runtime._covered([(1.0, 4.0)], 2.0) == 2.0
+    assert runtime._covered([], 0.0) == 0.0
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("VLCACHE_JAX_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert runtime.cache_folder() == tmp_path / "vlcache_jax"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLCACHE_JAX_CACHE_DIR", str(tmp_path / "file" / "inside"))
+    before = jax.config.jax_compilation_cache_dir
+    runtime.use_compilation_cache(True)
+    assert "programs are compiled anew" in capsys.readouterr().err
+    assert jax.config.jax_compilation_cache_dir == before
