@@ -27,10 +27,13 @@ def documents(rng: np.random.Generator, grid: int, count: int) -> tuple[list[Dra
     drawn, values = [], {}
     for i in range(count):
         some = names[i * share : (i + 1) * share]
-        image, labels, on_page = _page(rng, grid, some, _four_digits(rng, len(some)))
+        # Small pages, which training starts with, often show a single field: copying comes before looking up.
+        least = 1 if grid <= 6 else _least_fields(grid)
+        image, labels, on_page = _page(rng, grid, some, _four_digits(rng, len(some)), least)
         drawn.append((image, labels))
         values |= on_page
-    asked = rng.permutation(list(values))
+    asked = [str(name) for name in rng.permutation(list(values))]
+    asked += asked[: 6 - len(asked)] if grid <= 6 else []
     return drawn, [
         (DOCUMENT_QUESTIONS[rng.integers(len(DOCUMENT_QUESTIONS))].format(name), values[name]) for name in asked
     ]
@@ -39,7 +42,8 @@ def documents(rng: np.random.Generator, grid: int, count: int) -> tuple[list[Dra
 def price_list(rng: np.random.Generator, grid: int) -> tuple[list[Drawn], Questions]:
     """A page of one-digit prices, and questions for the sum of two of them."""
     items = [str(n) for n in rng.permutation(ITEMS)][: _most_fields(grid)]
-    image, labels, prices = _page(rng, grid, items, [str(d) for d in rng.integers(1, 10, len(items))])
+    digits = [str(d) for d in rng.integers(1, 10, len(items))]
+    image, labels, prices = _page(rng, grid, items, digits, 2 if grid <= 6 else _least_fields(grid))
     listed, questions = list(prices), []
     for _ in range(12):
         a, b = rng.choice(listed, 2, replace=False)
@@ -53,7 +57,7 @@ def _most_fields(grid: int) -> int:
 
 
 def _least_fields(grid: int) -> int:
-    return max(2, grid // 2)
+    return grid // 2
 
 
 def _four_digits(rng: np.random.Generator, count: int) -> list[str]:
@@ -69,7 +73,7 @@ def _four_digits(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def _page(
-    rng: np.random.Generator, grid: int, names: list[str], values: list[str]
+    rng: np.random.Generator, grid: int, names: list[str], values: list[str], least: int
 ) -> tuple[np.ndarray, PatchLabels, dict[str, str]]:
     """Draws a page with some of the fields; returns those that found room."""
     tint = rng.integers(-10, 6, 3) + int(rng.integers(222, 241))
@@ -79,7 +83,9 @@ def _page(
     labels = PatchLabels.empty(grid * grid)
     _decorate(rng, image, grid, pale)
 
-    wanted = int(rng.integers(_least_fields(grid), len(names) + 1))
+    wanted = int(rng.integers(least, len(names) + 1))
+    if grid <= 6:
+        wanted = min(wanted, int(rng.integers(least, len(names) + 1)))
     pending = list(zip(names, values, strict=True))[:wanted][::-1]
     density = min(1.0, wanted / (grid * grid / 4) + rng.uniform(0, 0.3))
     placed: dict[str, str] = {}
@@ -104,8 +110,8 @@ def _page(
                 filler = str(rng.choice(FILLERS))
                 column += _clutter(rng, image, (int(row), column), baseline, filler, ink, pale)
             column += int(rng.random() < 0.35)
-    if len(placed) < 2:  # an unlucky layout: questions need two fields
-        return _page(rng, grid, names, values)
+    if len(placed) < min(least, 2):  # an unlucky layout: sums need two fields
+        return _page(rng, grid, names, values, least)
     return image, labels, placed
 
 

@@ -1,0 +1,36 @@
+"""Training and fine-tuning: answer-only cross entropy, a sharding-agnostic step, resumable state.
+
+Fine-tuning a loaded model:
+
+    vlm = vlc.load(folder, dtype="float32")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
+    trainable = ("decoder", "projector")
+    step = make_train_step(answer_loss(vlm.model), optimizer, trainable=trainable)
+    state = init_state(vlm.params, optimizer, trainable)
+    for batch in batches:  # TrainBatch, see `pack`
+        state, metrics = step(state, batch)
+"""
+
+from vlcache_jax.training.batch import Conversation, TrainBatch, pack
+from vlcache_jax.training.checkpoint import load_state, save_state
+from vlcache_jax.training.loop import ProgressLog, prefetch
+from vlcache_jax.training.loss import answer_loss, make_eval_step
+from vlcache_jax.training.metrics import anls, exact_match
+from vlcache_jax.training.state import TrainState, init_state, make_train_step
+
+__all__ = [
+    "Conversation",
+    "ProgressLog",
+    "TrainBatch",
+    "TrainState",
+    "anls",
+    "answer_loss",
+    "exact_match",
+    "init_state",
+    "load_state",
+    "make_eval_step",
+    "make_train_step",
+    "pack",
+    "prefetch",
+    "save_state",
+]

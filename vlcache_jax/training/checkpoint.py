@@ -21,7 +21,7 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    arrays = {jax.tree_util.keystr(key): np.ascontiguousarray(jax.device_get(leaf)) for key, leaf in leaves}
+    arrays = {jax.tree_util.keystr(key): np.asarray(jax.device_get(leaf), order="C") for key, leaf in leaves}
     partial = path.with_name(path.name + ".partial")
     save_file(arrays, partial, metadata={"progress": json.dumps(progress or {})})
     with open(partial, "rb+") as file:

@@ -17,9 +17,10 @@ import numpy as np
 import optax
 
 from vlcache_jax.demo.conversations import conversation
+from vlcache_jax.demo.evaluate import HELD_OUT_SEED
+from vlcache_jax.demo.export import export_demo, write_examples
 from vlcache_jax.demo.samples import FULL_GRID, PATCH, make_sample
 from vlcache_jax.demo.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
-from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.training.batch import TrainBatch, pack
@@ -28,9 +29,6 @@ from vlcache_jax.training.demo_vision import init_head, normalise, patch_batches
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
 from vlcache_jax.training.state import Loss, Metrics, Params, init_state, make_train_step
-
-HELD_OUT_SEED = 1_000_003
-"""Of the samples that evaluation draws; training never uses it."""
 
 
 class Shape(NamedTuple):
@@ -58,11 +56,13 @@ class Stage(NamedTuple):
       shapes: kinds of steps, in turn.
       until: go on to the next stage at this running exact match, ...
       latest: ... or at this share of the run.
+      first_weight: of an answer's first token, see `pack`.
     """
 
     shapes: tuple[Shape, ...]
     until: float
     latest: float
+    first_weight: float = 2.0
 
 
 _SINGLE = ("documents", "prices", "scenes", "documents", "prices", "counts")
@@ -79,10 +79,9 @@ class Recipe:
     vision_grid: int = 8
     vision_rows: int = 64
     vision_rate: float = 3e-3
-    rate: float = 1.5e-3
+    rate: float = 1.2e-3
     warmup: int = 100
     decay: float = 0.3  # the last share of the run, over which the learning rate falls to 0
-    first_weight: float = 4.0
     seed: int = 0
 
 
@@ -106,19 +105,12 @@ FULL = Recipe(
         {"hidden_size": 192, "intermediate_size": 512, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2,
          "head_dim": 32},
     ),
+    # Copying digits from a page with one or two fields comes first; only then is there something to look up.
     stages=(
-        Stage((Shape(_SINGLE, 6, 1, 60, 160), Shape(_PAIRS, 6, 2, 40, 256)), 0.88, 0.25),
-        Stage((Shape(_SINGLE, 10, 1, 36, 288), Shape(_PAIRS, 6, 2, 40, 256)), 0.90, 0.4),
-        Stage(
-            (
-                Shape(_SINGLE, 16, 1, 18, 512),
-                Shape(_SINGLE, 16, 1, 18, 512),
-                Shape(_SINGLE, 16, 1, 18, 512),
-                Shape(_PAIRS, 10, 2, 24, 384),
-            ),
-            2.0,
-            1.0,
-        ),
+        Stage((Shape(("documents",), 4, 1, 24, 128),), 0.5, 0.15, first_weight=1.0),
+        Stage((*3 * (Shape(_SINGLE, 6, 1, 20, 160),), Shape(_PAIRS, 6, 2, 12, 256)), 0.88, 0.4),
+        Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.90, 0.55),
+        Stage((*3 * (Shape(_SINGLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 15, 384)), 2.0, 1.0),
     ),
     vision_steps=1800,
 )  # fmt: skip
@@ -149,7 +141,9 @@ class DemoBatch(NamedTuple):
     patch_ids: jax.Array | np.ndarray
 
 
-def demo_batch(recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bool = True) -> DemoBatch:
+def demo_batch(
+    recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bool = True, first_weight: float = 1.0
+) -> DemoBatch:
     """Batch `number` of a shape: a pure function of the arguments."""
     rng = np.random.default_rng([seed, 2, number])
     conversations = []
@@ -158,7 +152,7 @@ def demo_batch(recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bo
         sample = make_sample(task, seed, number * shape.rows + row, shape.grid)
         conversations.append(conversation(sample, rng if blur else None))
     pad = recipe.config.pad_token_id or 0
-    batch = pack(conversations, shape.length, pad_token=pad, first_weight=recipe.first_weight)
+    batch = pack(conversations, shape.length, pad_token=pad, first_weight=first_weight)
     return DemoBatch(batch, window(rng, shape.grid))
 
 
@@ -179,13 +173,13 @@ def demo_loss(model: Llava) -> Loss:
 
 
 def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
-    """Trains the tower alone, or returns the one an earlier run left in `directory`."""
-    config, path = recipe.config, directory / "vision.safetensors"
-    tower = _init(recipe, recipe.seed)["vision"]
-    head = init_head(jax.random.key(recipe.seed + 1), config.vision.hidden_size)
-    params = {"vision": tower, "head": head}
+    """Trains tower and projector alone, or returns those an earlier run left in `directory`."""
+    path = directory / "vision.safetensors"
+    initial = _init(recipe, recipe.seed)
+    params = {name: initial[name] for name in ("vision", "projector")}
     if path.exists():
-        return load_state(path, params)[0]["vision"]
+        return load_state(path, params)[0]
+    params["head"] = init_head(jax.random.key(recipe.seed + 1), recipe.config.decoder.hidden_size)
     steps = recipe.vision_steps
     schedule = optax.join_schedules(
         [
@@ -196,7 +190,7 @@ def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
         [steps // 30 + 1, steps - int(0.4 * steps)],
     )
     optimizer = _optimizer(schedule, 0.01)
-    step = make_train_step(patch_loss(config.vision, config.feature_layers), optimizer)
+    step = make_train_step(patch_loss(Llava(recipe.config)), optimizer)
     state = init_state(params, optimizer)
     batches = prefetch(patch_batches(recipe.seed, recipe.vision_grid, recipe.vision_rows))
     for number in range(steps):
@@ -204,8 +198,9 @@ def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
         log.count(recipe.vision_rows * recipe.vision_grid**2)
         if number % 50 == 49 or number == steps - 1:
             log.report(stage="vision", step=number + 1, **{k: float(v) for k, v in metrics.items()})
-    save_state(path, state.params)
-    return state.params["vision"]
+    trained = {name: state.params[name] for name in ("vision", "projector")}
+    save_state(path, trained)
+    return trained
 
 
 def _optimizer(rate: float | optax.Schedule, decay: float) -> optax.GradientTransformation:
@@ -225,18 +220,13 @@ def _init(recipe: Recipe, seed: int) -> Params:
     return jax.jit(init)(jax.random.key(seed))
 
 
-def initial_params(recipe: Recipe, vision: Params) -> Params:
-    """Parameters of the whole model around a trained tower."""
-    params = _init(recipe, recipe.seed + 2) | {"vision": vision}
-    # Bring both kinds of embeddings to a size the layers can move: the features to about 1 before the projector,
-    # the tokens from 0.02 to 0.2.
-    shape = Shape(("documents",), FULL_GRID, 1, 4, 512)
-    pixels = normalise(jnp.asarray(demo_batch(recipe, shape, recipe.seed, 0).train.batch.pixels[:, 0]))
-    tower = ClipVisionTower(recipe.config.vision)
-    features = jax.jit(lambda p, x: tower.apply({"params": p}, x, recipe.config.feature_layers))(vision, pixels)
-    size = jnp.sqrt(jnp.mean(features**2))
-    params["projector"]["linear_1"]["kernel"] /= size
-    params["decoder"]["embed_tokens"]["embedding"] *= 10.0
+def initial_params(recipe: Recipe, trained: Params) -> Params:
+    """Parameters of the whole model around a trained tower and projector."""
+    params = _init(recipe, recipe.seed + 2) | trained
+    decoder = params["decoder"]
+    # The usual 0.02 is meant for wide models: at this width it starts with next to no attention.
+    decoder["layers"] = jax.tree.map(lambda x: 2.5 * x if x.ndim > 2 else x, decoder["layers"])
+    decoder["embed_tokens"]["embedding"] *= 10.0
     return params
 
 
@@ -290,10 +280,10 @@ def train_demo(
     save_every: float = 180.0,
     quiet: bool = False,
 ) -> Params:
-    """Trains the demo's model and returns its parameters.
+    """Trains the demo's model, writes `demo_model/` and `demo_images/`, and returns the parameters.
 
     Args:
-      output_dir: for the train state, the tower and the log.
+      output_dir: for those two, the train state, the tower and the log.
       minutes: how long to train the decoder (60 by default), or
       steps: for how many steps.
       resume: go on from the train state in `output_dir` if there is one.
@@ -344,11 +334,14 @@ def train_demo(
                 break
         batches.close()  # type: ignore[attr-defined]
     save()
+    export_demo(state.params, recipe.config, directory / "demo_model")
+    write_examples(directory / "demo_images")
     return state.params
 
 
 def _stage_batches(recipe: Recipe, stage: Stage, start: int) -> Iterator[DemoBatch]:
     number = start
     while True:
-        yield demo_batch(recipe, stage.shapes[number % len(stage.shapes)], recipe.seed, number)
+        shape = stage.shapes[number % len(stage.shapes)]
+        yield demo_batch(recipe, shape, recipe.seed, number, first_weight=stage.first_weight)
         number += 1

@@ -1,6 +1,6 @@
-"""First stage of the demo's recipe: the vision tower alone learns what every patch shows.
+"""First stage of the demo's recipe: tower and projector alone learn what every patch shows.
 
-A throw-away linear head on the tower's features predicts `PatchLabels`. The decoder then starts from features that
+A throw-away linear head on the projected features predicts `PatchLabels`. The decoder then starts from features that
 hold the words and digits, instead of having to discover reading through a few answer tokens.
 """
 
@@ -14,11 +14,14 @@ import optax
 
 from vlcache_jax.demo.labels import CLASSES, DIGIT_SLOTS, PatchLabels
 from vlcache_jax.demo.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, make_sample
-from vlcache_jax.models.clip import ClipVisionTower
-from vlcache_jax.models.config import VisionConfig
+from vlcache_jax.models.llava import Llava
 from vlcache_jax.training.state import Loss, Metrics, Params
 
 _WIDTHS = {name: classes * (DIGIT_SLOTS if name == "digits" else 1) for name, classes in CLASSES.items()}
+
+
+_SIZE = 0.3
+"""Root mean square of projected features, about that of the token embeddings."""
 
 
 class PatchBatch(NamedTuple):
@@ -74,24 +77,26 @@ def init_head(key: jax.Array, hidden_size: int) -> Params:
     return {
         "kernel": 0.02 * jax.random.normal(key, (hidden_size, width)),
         "bias": jnp.zeros(width),
-        "scale": jnp.ones(hidden_size),
     }
 
 
-def patch_loss(config: VisionConfig, feature_layers: tuple[int, ...]) -> Loss:
-    """Cross entropy of the patch labels; parameters {"vision": the tower's, "head": `init_head`}.
+def patch_loss(model: Llava) -> Loss:
+    """Cross entropy of the patch labels; parameters {"vision", "projector": the model's, "head": `init_head`}.
 
-    Metrics: the share of labelled patches whose class is right, per kind of label ("digits": all four of a value).
+    The head reads the projected features as the decoder will: normalised. Their size is held near `_SIZE`, so that
+    the residual stream neither drowns in them nor they in it.
+
+    Metrics: the share of labelled patches whose class is right, per kind of label ("digits": all four of a value),
+    and of unlabelled ones that are given a class ("..._false").
     """
-    tower = ClipVisionTower(config)
 
     def loss(params: Params, batch: PatchBatch) -> tuple[jax.Array, Metrics]:
-        features: Any = tower.apply(
-            {"params": params["vision"]}, normalise(batch.pixels), feature_layers, batch.patch_ids
-        )
-        features = features[:, 1:]
-        features = features * jax.lax.rsqrt(jnp.mean(features**2, -1, keepdims=True) + 1e-6)
-        logits = (features * params["head"]["scale"]) @ params["head"]["kernel"] + params["head"]["bias"]
+        body = {name: params[name] for name in ("vision", "projector")}
+        features: Any = model.apply({"params": body}, normalise(batch.pixels), batch.patch_ids, method="encode_images")
+        size = jnp.mean(features**2, -1, keepdims=True) + 1e-6
+        features = features * jax.lax.rsqrt(size)
+        logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+        oversize = jnp.mean(jnp.log(size / _SIZE**2) ** 2)
         total, metrics = jnp.zeros(()), {}
         ends = np.cumsum(list(_WIDTHS.values()))
         for (name, classes), end in zip(CLASSES.items(), ends, strict=True):
@@ -108,6 +113,6 @@ def patch_loss(config: VisionConfig, feature_layers: tuple[int, ...]) -> Loss:
                 right, shown = right.all(-1), shown.max(-1)
             metrics[name] = jnp.sum(right * shown) / jnp.maximum(shown.sum(), 1)
             metrics[name + "_false"] = jnp.sum(~right * (1 - shown)) / jnp.maximum((1 - shown).sum(), 1)
-        return total, metrics
+        return total + 0.02 * oversize, metrics
 
     return loss

@@ -126,7 +126,7 @@ def make_train_step(
         grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
         tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
-        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

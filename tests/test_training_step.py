@@ -1,0 +1,176 @@
+"""The train step: the loss counts answers only, packing equals asking alone, freezing, accumulation, meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.tiny_models import IMAGE_TOKEN, PATCHES, tiny_llava
+from vlcache_jax.errors import InputError
+from vlcache_jax.training import Conversation, TrainBatch, answer_loss, init_state, make_train_step, pack
+from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
+from vlcache_jax.training.state import merge, split
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, params = tiny_llava(layers=2)
+    return model, jax.tree.map(lambda x: x / 6 if x.ndim > 2 else x, params)
+
+
+def conversations(rows=8, seed=0):
+    rng = np.random.default_rng(seed)
+    result = []
+    for row in range(rows):
+        questions = [
+            (rng.integers(6, 64, rng.integers(2, 6)).tolist(), rng.integers(6, 64, rng.integers(2, 5)).tolist())
+            for _ in range(1 + row % 3)
+        ]
+        prefix = [1, 7] + [IMAGE_TOKEN] * PATCHES
+        pixels = rng.normal(size=(1, 16, 16, 3)).astype(np.float32)
+        result.append(Conversation(prefix, [-1, -1, *range(PATCHES)], questions, pixels))
+    return result
+
+
+def copied(tree):
+    return jax.tree.map(lambda x: x + 0, tree)
+
+
+def run(loss, params, batch, steps=3, optimizer=None, **options):
+    optimizer = optimizer or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    step = make_train_step(loss, optimizer, **options)
+    state = init_state(copied(params), optimizer, options.get("trainable"))
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_loss_falls_on_one_batch(tiny):
+    model, params = tiny
+    _, losses = run(answer_loss(model), params, pack(conversations(), LENGTH), steps=12)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_packed_questions_give_the_logits_of_each_asked_alone(tiny):
+    model, params = tiny
+    conversation = conversations(3)[2]
+    packed = pack([conversation], LENGTH)
+    logits = model.apply({"params": params}, packed.batch, packed.positions, packed.segments, method="forward")
+    for segment, question in enumerate(conversation.questions, start=1):
+        alone = pack([conversation._replace(questions=[question])], LENGTH)
+        alone_logits = model.apply({"params": params}, alone.batch, method="forward")
+        np.testing.assert_allclose(
+            logits[0][packed.segments[0] == segment], alone_logits[0][alone.segments[0] == 1], atol=2e-5
+        )
+
+
+def test_only_answer_tokens_count():
+    batch = pack(conversations(2), LENGTH, first_weight=4.0)
+    logits = jax.random.normal(jax.random.key(0), (2, LENGTH, 64))
+    loss, metrics = weighted_cross_entropy(logits, batch)
+    log_p = jax.nn.log_softmax(logits)
+    total = weight = 0.0
+    for row, conversation in enumerate(conversations(2)):
+        at = len(conversation.prefix)
+        for question, answer in conversation.questions:
+            for i, token in enumerate(answer):
+                w = 4.0 if i == 0 else 1.0
+                total -= w * float(log_p[row, at + len(question) - 1 + i, token])
+                weight += w
+            at += len(question) + len(answer)
+    assert float(loss) == pytest.approx(total / weight, rel=1e-5)
+    assert float(metrics["weight"]) == weight
+
+
+def test_exact_match_needs_every_token_of_an_answer():
+    batch = pack(conversations(3), LENGTH)
+    logits = np.array(jax.nn.one_hot(batch.targets, 64))
+    right, asked = answers_right(logits, batch)
+    assert int(asked.sum()) == 1 + 2 + 3
+    assert (right == asked).all()
+    spoiled = int(np.flatnonzero((batch.segments[2] == 2) & (batch.weights[2] > 0))[-1])
+    logits[2, spoiled] = -logits[2, spoiled]
+    right, _ = answers_right(logits, batch)
+    assert int(right.sum()) == 5
+    assert not right[2, 2]
+
+
+def test_frozen_parts_stay_and_have_no_optimizer_state(tiny):
+    model, params = tiny
+    trainable = ("decoder/layers/attention", "projector")
+    state, _ = run(answer_loss(model), params, pack(conversations(), LENGTH), trainable=trainable)
+    tuned, frozen = split(state.params, trainable)
+    before_tuned, before_frozen = split(params, trainable)
+    jax.tree.map(np.testing.assert_array_equal, frozen, before_frozen)
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(before_tuned)))
+    sizes = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert sizes == 2 * sum(x.size for x in jax.tree.leaves(tuned))
+
+
+def test_split_and_merge_are_inverse_and_prefixes_are_whole_names(tiny):
+    params = tiny[1]
+    tuned, frozen = split(params, ("decoder/layers",))
+    assert jax.tree.structure(merge(tuned, frozen)) == jax.tree.structure(params)
+    with pytest.raises(InputError, match=r"'deco'.*decoder, projector, vision"):
+        split(params, ("deco",))
+
+
+def test_accumulated_gradients_equal_the_whole_batch(tiny):
+    model, params = tiny
+    batch, sgd = pack(conversations(), LENGTH, first_weight=3.0), optax.sgd(0.1)
+    whole, _ = run(answer_loss(model), params, batch, steps=2, optimizer=sgd)
+    parts, _ = run(answer_loss(model), params, batch, steps=2, optimizer=sgd, accumulate=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, parts.params)
+
+
+def test_scale_multiplies_the_update(tiny):
+    model, params = tiny
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(answer_loss(model), optimizer)
+    batch = pack(conversations(4), LENGTH)
+    still, _ = step(init_state(copied(params), optimizer), batch, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, still.params, params)
+    assert int(still.step) == 1
+
+
+def test_eight_devices_train_as_one(tiny):
+    model, params = tiny
+    batch = pack(conversations(8), LENGTH, first_weight=2.0)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))
+    single, losses = run(answer_loss(model), params, batch, steps=2, optimizer=optimizer)
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    sharded: TrainBatch = jax.device_put(batch, rows)
+    spread, spread_losses = run(
+        answer_loss(model), jax.device_put(params, everywhere), sharded, steps=2, optimizer=optimizer
+    )
+    np.testing.assert_allclose(spread_losses, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), spread.params, single.params)
+    assert len(spread.params["decoder"]["embed_tokens"]["embedding"].sharding.device_set) == 8
+
+
+def test_questions_that_do_not_fit():
+    some = conversations(3)
+    short = pack(some, 30)
+    assert short.segments.max() < 3  # later questions are left out
+    with pytest.raises(InputError, match="raise the length"):
+        pack(some, 20)
+    with pytest.raises(InputError, match="empty"):
+        pack([some[0]._replace(questions=[([5, 6], [])])], LENGTH)
+
+
+def test_batch_fields_line_up():
+    batch = pack(conversations(4), LENGTH, first_weight=4.0)
+    for row in range(4):
+        for column in np.flatnonzero(batch.weights[row]):
+            assert batch.targets[row, column] == batch.batch.tokens[row, column + 1]
+            assert batch.segments[row, column] == batch.segments[row, column + 1] > 0
+            assert batch.positions[row, column] + 1 == batch.positions[row, column + 1]
+    assert jnp.all(batch.batch.lengths <= LENGTH)

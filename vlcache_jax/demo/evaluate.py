@@ -1,0 +1,60 @@
+"""How well a checkpoint answers the demo's held-out questions under a cache policy."""
+
+from typing import NamedTuple
+
+from vlcache_jax.demo.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.tokenizer import prompt
+from vlcache_jax.generation import generate
+from vlcache_jax.loading import VLM
+from vlcache_jax.policies import Policy
+from vlcache_jax.training.metrics import anls, exact_match
+
+HELD_OUT_SEED = 1_000_003
+"""Of the samples that evaluation draws; training never uses it."""
+
+
+class Score(NamedTuple):
+    """Means over samples, in [0, 1], and how many there were."""
+
+    exact_match: float
+    anls: float
+    samples: int
+
+
+def evaluate_demo(
+    vlm: VLM,
+    task: str,
+    policy: Policy,
+    *,
+    samples: int = 256,
+    batch_size: int = 32,
+    grid: int = FULL_GRID,
+    max_new_tokens: int = 24,
+    seed: int = HELD_OUT_SEED,
+) -> Score:
+    """Greedy answers to the first question of `samples` held-out samples of a task.
+
+    Args:
+      vlm: a loaded checkpoint that takes images of `grid` patches.
+      task: see `vlcache_jax.demo.samples.TASKS`.
+      policy: what the cache keeps.
+      samples: how many.
+      batch_size: prompts answered together.
+      grid: patches along a side of the images.
+      max_new_tokens: the longest answer.
+      seed: of the data set.
+    """
+    exact = similar = 0.0
+    for start in range(0, samples, batch_size):
+        rows = [
+            make_sample(task, seed, start + i, grid, max_questions=1) for i in range(min(batch_size, samples - start))
+        ]
+        batch = vlm.processor(
+            images=[list(row.images) for row in rows],
+            text=[prompt(row.questions[0][0], len(row.images)) for row in rows],
+        )
+        texts = vlm.processor.decode(generate(vlm.model, vlm.params, batch, policy, max_new_tokens))
+        for row, text in zip(rows, texts, strict=True):
+            exact += exact_match(text, row.questions[0][1])
+            similar += anls(text, row.questions[0][1])
+    return Score(exact / samples, similar / samples, samples)

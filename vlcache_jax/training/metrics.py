@@ -1,0 +1,37 @@
+"""Scores of answers given as text."""
+
+from collections.abc import Iterable
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1.0 if both are the same but for case and white space, else 0.0."""
+    return float(_normal(prediction) == _normal(answer))
+
+
+def anls(prediction: str, answers: str | Iterable[str], threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one prediction, DocVQA's score (arXiv 1907.00490).
+
+    1 - distance / longer length, over the most similar of the accepted answers; 0 where that is below `threshold`.
+    Case and the amount of white space do not count.
+    """
+    accepted = [answers] if isinstance(answers, str) else list(answers)
+    best = 0.0
+    for answer in accepted:
+        a, b = _normal(prediction), _normal(answer)
+        longest = max(len(a), len(b))
+        best = max(best, 1.0 - edit_distance(a, b) / longest if longest else 1.0)
+    return best if best >= threshold else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions of one character."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
