@@ -1,0 +1,70 @@
+"""The benchmark scripts run, at sizes that say nothing about speed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import vlcache_jax as vlc
+from vlcache_jax.models.decoder import unstack_layers
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(tmp_path: Path, script: str, *options: str) -> dict:
+    record = tmp_path / "record.json"
+    command = [sys.executable, str(BENCHMARKS / script), *options, "--json", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "|" in done.stdout
+    result = json.loads(record.read_text())
+    assert result["machine"]["cores"] > 0
+    assert result["versions"]["jax"] == jax.__version__
+    assert str(Path.home()) not in record.read_text()
+    return result
+
+
+def test_decode_speed(tmp_path):
+    options = ["--shape", "smoke", "--batch", "2", "--length", "32", "--steps", "4", "--repeats", "1"]
+    result = run(tmp_path, "decode_speed.py", *options, "--layers", "unstacked")
+    assert [row["policy"] for row in result["rows"]] == ["full_cache", "vl_cache"]
+    assert all(row["speed_up"]["median"] > 0 for row in result["rows"])
+    assert all(row["same_tokens"] == 1 for row in result["rows"] if row["policy"] == "full_cache")
+
+
+def test_prefill_overhead(tmp_path):
+    result = run(
+        tmp_path, "prefill_overhead.py", "--shape", "smoke", "--length", "64", "--scored", "8", "--repeats", "1"
+    )
+    assert all(row["ratio"]["median"] > 0 for row in result["rows"])
+
+
+def test_state_bytes(tmp_path):
+    result = run(tmp_path, "state_bytes.py", "--lengths", "1024", "--budgets", "0.1", "--shapes", "7b")
+    assert [row["ratio"] <= 0.13 for row in result["rows"]] == [True]
+
+
+def test_compile_count(tmp_path):
+    result = run(tmp_path, "compile_count.py", "--shape", "smoke", "--bucket", "64", "--prompts", "5")
+    assert result["rows"]
+    for row in result["rows"]:
+        assert (row["prefill"], row["decode"], row["other"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(budget=0.2)])
+def test_unstacked_layers_generate_the_same_tokens(policy, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import harness
+
+    config = harness.SHAPES["smoke"]
+    model = harness.Llava(config)
+    params = harness.random_params(model)
+    batch = harness.random_batch(config, rows=2, length=40)
+    outs = [vlc.generate(model, p, batch, policy, 8, eos_token_ids=()) for p in (params, unstack_layers(params))]
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+    np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)
+    assert len(set(np.asarray(outs[0].tokens).ravel().tolist())) > 1
