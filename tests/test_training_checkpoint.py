@@ -1,0 +1,157 @@
+"""Saving, resuming bit for bit, and refusing what does not fit; progress; prefetching; scores."""
+
+import json
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.training import (
+    ProgressLog,
+    anls,
+    exact_match,
+    init_state,
+    load_state,
+    make_train_step,
+    prefetch,
+    save_state,
+)
+
+
+def regression(params, batch):
+    return jnp.mean((batch["x"] @ params["w"]["kernel"] + params["b"] - batch["y"]) ** 2), {}
+
+
+def batches(start=0):
+    for number in range(start, 100):
+        rng = np.random.default_rng(number)
+        x = rng.normal(size=(16, 3)).astype(np.float32)
+        yield {"x": x, "y": x.sum(1, keepdims=True)}
+
+
+@pytest.fixture
+def training():
+    optimizer = optax.adamw(3e-2)
+    params = {"w": {"kernel": jnp.zeros((3, 1))}, "b": jnp.zeros(1, jnp.bfloat16)}
+    return make_train_step(regression, optimizer), lambda: init_state(jax.tree.map(jnp.copy, params), optimizer)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(training, tmp_path):
+    step, new = training
+    state = new()
+    for number, batch in zip(range(10), batches()):
+        state, _ = step(state, batch)
+        if number == 3:
+            save_state(tmp_path / "run" / "state.safetensors", state, {"step": 4, "note": "é"})
+    resumed, progress = load_state(tmp_path / "run" / "state.safetensors", new())
+    assert progress == {"step": 4, "note": "é"}
+    for _, batch in zip(range(6), batches(progress["step"])):
+        resumed, _ = step(resumed, batch)
+    assert_same(resumed, state)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.safetensors"]
+
+
+def test_a_crash_while_saving_leaves_the_earlier_state(training, tmp_path, monkeypatch):
+    _, new = training
+    path = tmp_path / "state.safetensors"
+    save_state(path, new(), {"step": 1})
+
+    def full_disk(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("vlcache_jax.training.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_state(path, new(), {"step": 2})
+    assert load_state(path, new())[1] == {"step": 1}
+
+
+def test_states_that_do_not_fit(training, tmp_path):
+    _, new = training
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(CheckpointError, match=r"no train state at .*state.safetensors"):
+        load_state(path, new())
+    save_state(path, new())
+    with pytest.raises(CheckpointError, match="another model or optimizer"):
+        load_state(path, new().params)
+    wider = new()._replace(params={"w": {"kernel": jnp.zeros((4, 1))}, "b": jnp.zeros(1, jnp.bfloat16)})
+    with pytest.raises(CheckpointError, match=r"kernel.*\[3, 1\].*\[4, 1\]"):
+        load_state(path, wider)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(CheckpointError, match="not a readable train state"):
+        load_state(path, new())
+
+
+def test_sharding_is_taken_over(training, tmp_path):
+    _, new = training
+    save_state(tmp_path / "s.safetensors", new())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state, _ = load_state(tmp_path / "s.safetensors", jax.device_put(new(), everywhere))
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
+
+
+def test_progress_is_one_json_object_a_line(tmp_path, capsys):
+    log = ProgressLog(tmp_path / "logs" / "log.jsonl")
+    log.count(500)
+    log.report(step=1, loss=0.1234567)
+    log.report(step=2, loss=2.0)
+    first, second = (json.loads(line) for line in (tmp_path / "logs" / "log.jsonl").read_text().splitlines())
+    assert (first["step"], first["loss"]) == (1, 0.12346)
+    assert first["tokens_per_second"] > 0
+    assert "tokens_per_second" not in second
+    assert "step 2  loss 2.0" in capsys.readouterr().err
+
+
+def test_prefetch_keeps_order_passes_errors_on_and_stops_its_thread():
+    assert list(prefetch(iter(range(20)), 3)) == list(range(20))
+
+    def broken():
+        yield 1
+        raise ValueError("no more data")
+
+    items = prefetch(broken())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no more data"):
+        next(items)
+
+    before = threading.active_count()
+    endless = prefetch(iter(int, 1))
+    next(endless)
+    endless.close()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(timeout=2)
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("4821", "4821", 1.0),
+        (" Red  Circle", "red circle", 1.0),
+        ("4821", "4921", 0.75),
+        ("4821", ["1111", "4822"], 0.75),
+        ("4821", "4999", 0.0),  # below the threshold
+        ("", "4821", 0.0),
+        ("", "", 1.0),
+        ("kitten", "sitting", 4 / 7),
+    ],
+)
+def test_anls(prediction, answers, score):
+    assert anls(prediction, answers) == pytest.approx(score)
+
+
+def test_exact_match():
+    assert exact_match("Red circle,  blue square ", "red circle, blue square") == 1.0
+    assert exact_match("4821", "482") == 0.0
