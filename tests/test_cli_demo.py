@@ -43,15 +43,18 @@ def test_page_and_json(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     result = json.loads(capsys.readouterr().out)
 
     vlm = vlc.load(assets / "demo_model", dtype="float32")
+    conversations = []
     for entry, names in zip(result["questions"], (["a"], ["a", "b"]), strict=True):
         content = [{"type": "image", "image": assets / "demo_images" / f"{name}.png"} for name in names]
         content.append({"type": "text", "text": entry["question"]})
-        batch = vlm.processor.chat([[{"role": "user", "content": content}]])
-        for name, policy in (("full", vlc.FullCache()), ("vl_cache", vlc.VLCache(0.2))):
-            out = vlc.generate(vlm.model, vlm.params, batch, policy, MAX_NEW_TOKENS)
-            assert entry["answers"][name] == vlm.processor.decode(out)[0]
-        assert entry["kept"] == out.report.kept[0].tolist()
-        assert entry["visual_tokens"] == 16 * len(names)
+        conversations.append([{"role": "user", "content": content}])
+    batch = vlm.processor.chat(conversations)
+    for name, policy in (("full", vlc.FullCache()), ("vl_cache", vlc.VLCache(0.2))):
+        out = vlc.generate(vlm.model, vlm.params, batch, policy, MAX_NEW_TOKENS)
+        assert [entry["answers"][name] for entry in result["questions"]] == vlm.processor.decode(out)
+    assert [entry["kept"] for entry in result["questions"]] == out.report.kept.tolist()
+    assert [entry["visual_tokens"] for entry in result["questions"]] == [16, 32]
+    for entry in result["questions"]:
         assert all(str(count) in page for count in entry["kept"])
         assert f"question         {entry['question']}" in page
     assert result["runs"]["full"]["state_bytes"] == result["full_bytes"]

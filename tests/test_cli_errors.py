@@ -154,7 +154,7 @@ class TestBeforeWeights:
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
         message = refused(images=(path,))
         assert "size.png" in message
-        assert size[0] == 0 or "limit of 100 million" in message
+        assert size[0] == 0 or "too many pixels" in message
 
     def test_missing_folder(self, refused: Run, tmp_path: Path) -> None:
         assert "does not exist" in refused(model=tmp_path / "absent")
