@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vlcache_jax import generation
 from vlcache_jax.batch import Batch
 from vlcache_jax.cli.runtime import Stopwatch
 from vlcache_jax.explain import Kept, kept_by_layer
+from vlcache_jax.generation import decode, stream_decode
 from vlcache_jax.loading import VLM
 from vlcache_jax.policies import Policy
 from vlcache_jax.prefill import prefill
@@ -54,25 +54,21 @@ def answer(
       max_new_tokens: answers are cut there.
       sampling: None for greedy decoding.
       seed: of the sampling.
-      on_token: called with each token of the first row as it comes.
+      on_token: called with each token as it comes; for a batch of one row.
     """
     model, params = vlm.model, vlm.params
     with Stopwatch() as of_prefill:
         logits, state = jax.block_until_ready(prefill(model, params, batch, policy, max_new_tokens))
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    kept = [kept_by_layer(state, row) for row in range(batch.size)]  # before decoding gives the state's buffers away
-    seeds, stop = generation._seeds(seed, batch.size), generation._stop_ids(model, None)
+    kept = [kept_by_layer(state, row) for row in range(batch.size)]
     with Stopwatch() as of_decode:
         if on_token is None:
-            decoded = generation._decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+            decoded = decode(model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seed)
             tokens, lengths = map(np.asarray, decoded)
         else:
-            loop = generation._start(logits, state, seeds, sampling, stop)
-            ids = [int(loop.token[0])]
-            on_token(ids[0])
-            while len(ids) < max_new_tokens and not bool(loop.finished[0]):
-                loop = generation._stream_step(model, params, loop, seeds, sampling, stop)
-                ids.append(int(loop.token[0]))
+            ids = []
+            for step in stream_decode(model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seed):
+                ids.append(int(step[0]))
                 on_token(ids[-1])
             tokens, lengths = np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32)
     seconds = {
