@@ -59,9 +59,10 @@ class Llava(nn.Module):
     def abstract_params(self) -> dict[str, Any]:
         """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
         size = self.config.vision.image_size
-        one = jnp.zeros((1, 1), jnp.int32)
-        batch = Batch(one, jnp.ones((1,), jnp.int32), one, jnp.zeros((1, 1, size, size, 3), jnp.float32))
-        return jax.eval_shape(self.init, jax.random.key(0), batch)["params"]
+        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        pixels = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32)
+        batch = Batch(ids, jax.ShapeDtypeStruct((1,), jnp.int32), ids, pixels)  # type: ignore[arg-type]
+        return jax.eval_shape(lambda batch: self.init(jax.random.key(0), batch), batch)["params"]
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits of every position, f32 [batch, length, vocab]: `forward` of plain prompts."""

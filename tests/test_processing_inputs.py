@@ -126,6 +126,10 @@ def test_buckets_and_pad_to(checkpoint):
     for pad_to in (0, -1, 2.5, True, "9", 1):
         with pytest.raises(InputError, match=r"pad_to="):
             processor(text="What is it?", pad_to=pad_to)
+    assert processor(images=[[picture(9, 9)], []], text=[WHAT, "Hi"], pad_tiles_to=3).pixels.shape[:2] == (2, 3)
+    for tiles in (1, 2.5, True):
+        with pytest.raises(InputError, match=r"pad_tiles_to=.* does not hold 2 tiles"):
+            processor(images=[[picture(9, 9)] * 2], text=[WHAT * 2], pad_tiles_to=tiles)
     for buckets in ([], [0], [2.5], [True], ["64"]):
         with pytest.raises(InputError, match="buckets="):
             Processor.from_folder(checkpoint, buckets=buckets)

@@ -138,9 +138,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     whole = dataclasses.replace(policy, budget=1.0, candidate_fraction=1.0)
     one, full = (vlc.prefill(model, params, batch, p, NEW) for p in (whole, vlc.FullCache()))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one, full))
-    np.testing.assert_array_equal(
-        generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens
-    )
+    np.testing.assert_array_equal(generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens)
 
 
 @methods_and_full
@@ -152,9 +150,7 @@ def test_free_slots_are_never_read(llava, policy):
     free = (state.context.positions < 0)[..., None]
     assert bool(jnp.any(free))
     poison = lambda x: jnp.where(free, jnp.nan, x)  # noqa: E731
-    context = dataclasses.replace(
-        state.context, keys=poison(state.context.keys), values=poison(state.context.values)
-    )
+    context = dataclasses.replace(state.context, keys=poison(state.context.keys), values=poison(state.context.values))
     tail = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim == 4 else x, state.tail)
     poisoned = dataclasses.replace(state, context=context, tail=tail)
     for _ in range(3):

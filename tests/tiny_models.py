@@ -37,9 +37,16 @@ def tiny_llava(dtype="float32", layers=3, heads=4, kv_heads=2, newline=False, **
         pad_token_id=0,
     )
     model = Llava(config, jax.numpy.dtype(dtype))
-    params = model.init(jax.random.key(1), ragged_batch(rows=1))["params"]
-    params = jax.tree.map(lambda x: (x * (6.0 if x.ndim > 2 else 1.0)).astype(dtype), params)
-    return model, params
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):  # numpy is far quicker than compiling `model.init`
+        name = path[-1].key
+        if name == "scale":
+            return np.ones(leaf.shape, dtype)
+        size = 0.12 if len(leaf.shape) > 2 else 0.02
+        return (size * rng.normal(size=leaf.shape)).astype(dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
 def ragged_batch(rows=3, length=48, seed=0, tiles=2, newline=False):

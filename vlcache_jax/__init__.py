@@ -4,7 +4,7 @@ from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import layer_budgets
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
-from vlcache_jax.generation import Generation, generate, stream
+from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
 from vlcache_jax.loading import VLM, load
 from vlcache_jax.policies import FullCache, LastRows, Policy, PostVision, RandomEviction, VLCache, policy_by_name
 from vlcache_jax.prefill import prefill
@@ -15,6 +15,7 @@ from vlcache_jax.state import KVState
 __version__ = "0.1.0"
 
 __all__ = [
+    "VLM",
     "Batch",
     "CheckpointError",
     "FullCache",
@@ -28,9 +29,9 @@ __all__ = [
     "RandomEviction",
     "Report",
     "Sampling",
-    "VLM",
     "VLCache",
     "VLCacheError",
+    "decode",
     "decode_step",
     "generate",
     "layer_budgets",
@@ -38,4 +39,5 @@ __all__ = [
     "policy_by_name",
     "prefill",
     "stream",
+    "stream_decode",
 ]

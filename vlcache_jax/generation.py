@@ -17,7 +17,7 @@ from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.prefill import prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling, next_token
-from vlcache_jax.state import KVState
+from vlcache_jax.state import KVState, PackedStore
 
 
 @jax.tree_util.register_dataclass
@@ -39,10 +39,12 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Loop:
+    """What a step changes; the context is read-only and stays outside."""
+
     step: jax.Array  # i32 [], tokens chosen so far
     token: jax.Array  # i32 [batch], the last one
     finished: jax.Array  # bool [batch]
-    state: KVState
+    state: KVState  # without its context
 
 
 def generate(
@@ -83,11 +85,11 @@ def generate(
       texts = vlm.processor.decode(out)
     """
     policy = FullCache() if policy is None else policy
-    seeds = _seeds(seeds, batch.size)
-    stop = _stop_ids(model, eos_token_ids)
+    _check_seeds(seeds, batch.size)
     logits, state = prefill(model, params, batch, policy, max_new_tokens)
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    tokens, lengths = _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids}
+    tokens, lengths = decode(model, params, logits, state, max_new_tokens, **options)
     return Generation(tokens, lengths, report)
 
 
@@ -110,23 +112,81 @@ def stream(
       i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have.
     """
     policy = FullCache() if policy is None else policy
-    seeds = _seeds(seeds, batch.size)
-    stop = _stop_ids(model, eos_token_ids)
+    _check_seeds(seeds, batch.size)
     logits, state = prefill(model, params, batch, policy, max_new_tokens)
+    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids}
+    return stream_decode(model, params, logits, state, max_new_tokens, **options)
+
+
+def decode(
+    model: VisionLanguageModel,
+    params: Params,
+    logits: jax.Array,
+    state: KVState,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seeds: int | Sequence[int] | jax.Array = 0,
+    eos_token_ids: Sequence[int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The second half of `generate`: answers from what `prefill` returned.
+
+    Args:
+      model, params, sampling, seeds, eos_token_ids: as in `generate`.
+      logits: of the first token, f32 [batch, vocab].
+      state: as `prefill` returned it. It stays valid: several answers may be drawn from one.
+      max_new_tokens: at most what the state was made for.
+
+    Returns:
+      (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
+
+    Raises:
+      InputError: a number of seeds other than rows, or max_new_tokens beyond the state's room.
+    """
+    _check_room(state, max_new_tokens)
+    seeds = _check_seeds(seeds, logits.shape[0])
+    stop = _stop_ids(model, eos_token_ids)
+    return _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+
+
+def stream_decode(
+    model: VisionLanguageModel,
+    params: Params,
+    logits: jax.Array,
+    state: KVState,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    seeds: int | Sequence[int] | jax.Array = 0,
+    eos_token_ids: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """The second half of `stream`; arguments as in `decode`."""
+    _check_room(state, max_new_tokens)
+    seeds = _check_seeds(seeds, logits.shape[0])
+    stop = _stop_ids(model, eos_token_ids)
 
     def tokens() -> Iterator[np.ndarray]:
-        loop = _start(logits, state, seeds, sampling, stop)
+        context, own = state.context, dataclasses.replace(state, tail=jax.tree.map(jnp.copy, state.tail))
+        loop = _start(logits, own, seeds, sampling, stop)
         yield np.asarray(loop.token)
         for _ in range(max_new_tokens - 1):
             if bool(jnp.all(loop.finished)):
                 return
-            loop = _stream_step(model, params, loop, seeds, sampling, stop)
+            loop = _stream_step(model, params, context, loop, seeds, sampling, stop)
             yield np.asarray(loop.token)
 
     return tokens()
 
 
-def _seeds(seeds: int | Sequence[int] | jax.Array, rows: int) -> jax.Array:
+def _check_room(state: KVState, max_new_tokens: int) -> None:
+    if not 1 <= max_new_tokens <= state.tail.capacity:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this state: "
+            "prefill with a larger max_new_tokens"
+        )
+
+
+def _check_seeds(seeds: int | Sequence[int] | jax.Array, rows: int) -> jax.Array:
     seeds = jnp.asarray(seeds, jnp.int32)
     if seeds.ndim > 1 or seeds.size not in (1, rows):
         raise InputError(f"seeds of shape {seeds.shape} do not fit {rows} rows: give one integer or one per row")
@@ -146,24 +206,29 @@ def _start(
     logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
 ) -> _Loop:
     token = next_token(logits, sampling, seeds, 0)
-    return _Loop(jnp.int32(1), token, _is_stop(token, stop), state)
+    return _Loop(jnp.int32(1), token, _is_stop(token, stop), _replace_context(state, None))
 
 
 def _step(
     model: VisionLanguageModel,
     params: Params,
+    context: PackedStore,
     loop: _Loop,
     seeds: jax.Array,
     sampling: Sampling | None,
     stop: tuple[int, ...],
 ) -> _Loop:
-    logits, state = advance(model, params, loop.token, loop.state)
+    logits, state = advance(model, params, loop.token, _replace_context(loop.state, context))
     token = next_token(logits, sampling, seeds, loop.step)
     token = jnp.where(loop.finished, model.spec.pad_token_id, token)
-    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), state)
+    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _replace_context(state, None))
 
 
 _stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop"), donate_argnames=("loop",))
+
+
+def _replace_context(state: KVState, context: PackedStore | None) -> KVState:
+    return dataclasses.replace(state, context=context)
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop"))
@@ -177,14 +242,6 @@ def _decode(
     sampling: Sampling | None,
     stop: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    context = state.context  # read-only, so kept out of the loop's carry
-
-    def with_context(loop: _Loop) -> _Loop:
-        return dataclasses.replace(loop, state=dataclasses.replace(loop.state, context=context))
-
-    def without_context(loop: _Loop) -> _Loop:
-        return dataclasses.replace(loop, state=dataclasses.replace(loop.state, context=None))
-
     def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, _ = carry
         return (loop.step < max_new_tokens) & ~jnp.all(loop.finished)
@@ -192,13 +249,12 @@ def _decode(
     def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
         loop, tokens, lengths = carry
         lengths = lengths + ~loop.finished
-        new = without_context(_step(model, params, with_context(loop), seeds, sampling, stop))
+        new = _step(model, params, state.context, loop, seeds, sampling, stop)
         tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
         return new, tokens, lengths
 
     loop = _start(logits, state, seeds, sampling, stop)
     rows = loop.token.shape[0]
     tokens = jnp.full((rows, max_new_tokens), model.spec.pad_token_id, jnp.int32).at[:, 0].set(loop.token)
-    carry = (without_context(loop), tokens, jnp.ones((rows,), jnp.int32))
-    _, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
+    _, tokens, lengths = jax.lax.while_loop(unfinished, body, (loop, tokens, jnp.ones((rows,), jnp.int32)))
     return tokens, lengths

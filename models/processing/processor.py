@@ -118,6 +118,7 @@ class Processor:
         text: str | Sequence[str] = (),
         *,
         pad_to: int | None = None,
+        pad_tiles_to: int | None = None,
     ) -> Batch:
         """A batch from prompts that hold one image token per image.
 
@@ -128,6 +129,8 @@ class Processor:
           text: the prompts. A single str is a batch of one; its images may be given as `image` or `[image,
             image]`.
           pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
+          pad_tiles_to: the tiles of a row; by default the most that a row of this batch has. LLaVA-NeXT cuts images
+            of different shapes into different numbers of tiles: fix it to compile once for all of them.
 
         Returns:
           Batch with tokens i32 [batch, length], lengths i32 [batch], vision_index i32 [batch, length] and
@@ -135,7 +138,7 @@ class Processor:
 
         Raises:
           InputError: prompts and images that do not match, an empty prompt, an image that cannot be used, or
-            a prompt longer than `pad_to` or the largest bucket.
+            a prompt longer than `pad_to` or the largest bucket, or with more tiles than `pad_tiles_to`.
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
@@ -143,7 +146,7 @@ class Processor:
         if not texts:
             raise InputError("text is empty: give at least one prompt")
         rows = _image_rows(images, len(texts), single=isinstance(text, str))
-        return self._batch(list(texts), rows, [True] * len(texts), pad_to)
+        return self._batch(list(texts), rows, [True] * len(texts), pad_to, pad_tiles_to)
 
     def chat(
         self,
@@ -151,6 +154,7 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         pad_to: int | None = None,
+        pad_tiles_to: int | None = None,
     ) -> Batch:
         """A batch from conversations, by the checkpoint's chat template.
 
@@ -159,7 +163,7 @@ class Processor:
             whose content is a str or a list of `{"type": "text", "text": ...}` and `{"type": "image",
             "image": ...}` (or `"path"`); a single conversation is a batch of one.
           add_generation_prompt: end with what starts the assistant's answer.
-          pad_to: as in `__call__`.
+          pad_to, pad_tiles_to: as in `__call__`.
 
         Raises:
           InputError: a malformed message, one that the template refuses, or what `__call__` raises.
@@ -179,7 +183,7 @@ class Processor:
         bos = self.tokenizer.bos_token
         # Many templates write the beginning-of-sequence token themselves; it must not come twice.
         add_special_tokens = [bos is None or not text.startswith(bos) for text in texts]
-        return self._batch(texts, [images for _, images in pairs], add_special_tokens, pad_to)
+        return self._batch(texts, [images for _, images in pairs], add_special_tokens, pad_to, pad_tiles_to)
 
     def decode(self, out: Any) -> list[str]:
         """The texts of generated tokens, special tokens left out.
@@ -214,6 +218,7 @@ class Processor:
         images: list[list[ImageLike]],
         add_special_tokens: list[bool],
         pad_to: int | None,
+        pad_tiles_to: int | None,
     ) -> Batch:
         for row, (prompt, row_images) in enumerate(zip(texts, images, strict=True)):
             if not prompt.strip():
@@ -230,8 +235,11 @@ class Processor:
             tiles.append(row_tiles)
             indices.append(row_index)
             tokens.append(self._encode_text(texts[row], counts, add_special_tokens[row], row))
-        length = self._padded_length(max(map(len, tokens)), pad_to)
-        return self._assemble(tokens, indices, tiles, length)
+        length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
+        _check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
+        most = max(sum(map(len, row)) for row in tiles)
+        _check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
+        return self._assemble(tokens, indices, tiles, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
 
     def _encode_images(self, images: list[ImageLike], row: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
         """Per image u8 tiles [n, size, size, 3]; i32 indices of all features; how many each image has."""
@@ -264,24 +272,18 @@ class Processor:
             )
         return tokens
 
-    def _padded_length(self, longest: int, pad_to: int | None) -> int:
-        if pad_to is None:
-            return bucket_length(longest, self._buckets)
-        if isinstance(pad_to, bool) or not isinstance(pad_to, (int, np.integer)) or pad_to < longest:
-            raise InputError(
-                f"pad_to={pad_to!r} does not hold the longest prompt, {longest} tokens with its visual "
-                "ones: give a whole number at least that large"
-            )
-        return int(pad_to)
-
     def _assemble(
-        self, tokens: list[np.ndarray], indices: list[np.ndarray], tiles: list[list[np.ndarray]], length: int
+        self,
+        tokens: list[np.ndarray],
+        indices: list[np.ndarray],
+        tiles: list[list[np.ndarray]],
+        length: int,
+        most: int,
     ) -> Batch:
         size = len(tokens)
         token_rows = np.full((size, length), self.tokenizer.pad_token_id, np.int32)
         vision_index = np.full((size, length), TEXT, np.int32)
         side = self.config.vision.image_size
-        most = max(sum(map(len, row)) for row in tiles)
         pixels = np.zeros((size, most, side, side, 3), np.float32)
         for row, ids in enumerate(tokens):
             token_rows[row, : len(ids)] = ids
@@ -293,6 +295,13 @@ class Processor:
                 start += len(of_image)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)
+
+
+def _check_room(name: str, room: int | None, needed: int, what: str) -> None:
+    if room is None:
+        return
+    if isinstance(room, bool) or not isinstance(room, (int, np.integer)) or room < needed:
+        raise InputError(f"{name}={room!r} does not hold {needed} {what}: give a whole number at least that large")
 
 
 def _image_rows(images: Any, size: int, single: bool) -> list[list[ImageLike]]:
