@@ -1,0 +1,58 @@
+"""Training batches from images, prompts and answers, by the processor of a loaded checkpoint."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlcache_jax.batch import TEXT
+from vlcache_jax.errors import InputError
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.training.batch import Conversation, TrainBatch, pack
+
+
+def make_train_batch(
+    processor: Processor,
+    images: Sequence[Sequence[Any]],
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    length: int,
+    *,
+    pad_tiles_to: int | None = None,
+) -> TrainBatch:
+    """One example per row: the loss is on the answer and its end-of-sequence token only.
+
+    Args:
+      processor: `vlm.processor`.
+      images: for each row its images, as for the processor.
+      prompts: the whole prompts, image tokens included, up to where the answer starts.
+      answers: what the model should say.
+      length: padded length of the rows, prompt and answer together.
+      pad_tiles_to: as for the processor.
+
+    Returns:
+      The batch, of numpy arrays.
+
+    Raises:
+      InputError: different numbers of rows, an empty answer, a row longer than `length`, or what the processor raises.
+
+    Example:
+      batch = make_train_batch(vlm.processor, [["a.png"]], ["USER: <image>\\nTotal? ASSISTANT:"], ["48.20"], 1024)
+    """
+    if len(prompts) != len(answers):
+        raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: give one answer for each prompt")
+    batch = processor(images=images, text=list(prompts), pad_tiles_to=pad_tiles_to)
+    tokenizer = processor.tokenizer
+    conversations = []
+    for row, answer in enumerate(answers):
+        if not answer.strip():
+            raise InputError(f"row {row}: the answer is empty")
+        tokens = np.asarray(batch.tokens[row, : batch.lengths[row]])
+        index = np.asarray(batch.vision_index[row, : batch.lengths[row]])
+        start = 1 + int(np.max(np.flatnonzero(index != TEXT), initial=0))
+        ids = tokenizer.encode(answer, False)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        conversations.append(
+            Conversation(tokens[:start], index[:start], [(tokens[start:], [*ids, *end])], batch.pixels[row])
+        )
+    return pack(conversations, length, pad_token=tokenizer.pad_token_id)
