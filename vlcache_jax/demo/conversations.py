@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vlcache_jax.batch import TEXT
+from vlcache_jax.demo.labels import WORDS
 from vlcache_jax.demo.samples import Sample
 from vlcache_jax.demo.tokenizer import EOS, IMAGE, UNKNOWN, build_tokenizer
 from vlcache_jax.demo.words import ITEMS, NAMES, SHAPES, plural
@@ -47,6 +48,12 @@ def conversation(sample: Sample, rng: np.random.Generator | None = None) -> Conv
             asked = _blur(rng, asked)
         questions.append((asked + _ids("ASSISTANT:"), [*_ids(answer), _tokenizer().token_to_id(EOS)]))
     return Conversation(prefix, vision_index, questions, sample.images)
+
+
+def name_tokens(owners: np.ndarray) -> np.ndarray:
+    """Token ids of the names of `PatchLabels.owner`, -1 where there is none."""
+    ids = np.array([-1, *(_tokenizer().token_to_id(word) for word in WORDS)], np.int32)
+    return ids[owners]
 
 
 def _blur(rng: np.random.Generator, ids: list[int]) -> list[int]:

@@ -35,7 +35,8 @@ def documents(rng: np.random.Generator, grid: int, count: int) -> tuple[list[Dra
     asked = [str(name) for name in rng.permutation(list(values))]
     asked += asked[: 6 - len(asked)] if grid <= 6 else []
     return drawn, [
-        (DOCUMENT_QUESTIONS[rng.integers(len(DOCUMENT_QUESTIONS))].format(name), values[name]) for name in asked
+        (DOCUMENT_QUESTIONS[rng.integers(len(DOCUMENT_QUESTIONS))].format(name), f"{name} {values[name]}")
+        for name in asked
     ]
 
 
@@ -48,7 +49,7 @@ def price_list(rng: np.random.Generator, grid: int) -> tuple[list[Drawn], Questi
     for _ in range(12):
         a, b = rng.choice(listed, 2, replace=False)
         question = PRICE_QUESTIONS[rng.integers(len(PRICE_QUESTIONS))].format(a, b)
-        questions.append((question, f"{prices[a]} + {prices[b]} = {int(prices[a]) + int(prices[b])}"))
+        questions.append((question, f"{a} {prices[a]} + {b} {prices[b]} = {int(prices[a]) + int(prices[b])}"))
     return [(image, labels)], questions
 
 

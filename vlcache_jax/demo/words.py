@@ -35,12 +35,12 @@ FILLERS = (
 TITLES = ("STATEMENT", "DELIVERY", "REGISTER", "CONTRACT", "SCHEDULE", "INSPECTION", "RECORD", "CERTIFICATE")
 
 DOCUMENT_QUESTIONS = (
-    "What is the {0} on this page? Answer with the digits only.",
-    "Read the value of {0} on this page and answer with the digits only.",
-    "Please tell me the {0} printed in this document, digits only.",
+    "What is the {0} on this page? Answer with the name and the digits only.",
+    "Read the value of {0} on this page and answer with the name and the number.",
+    "Please tell me the {0} printed in this document.",
     "Which number is written next to {0} in the image?",
     "Find {0} on the page and give me its value.",
-    "What does the document say for {0}? Reply with the number only.",
+    "What does the document say for {0}? Reply with the name and the number only.",
     "What is the {0}?",
     "What is the value of {0} shown in the image?",
     "I need the {0} from this form, please read it for me.",

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlcache_jax.demo.conversations import conversation
+from vlcache_jax.demo.conversations import conversation, name_tokens
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.export import export_demo, write_examples
 from vlcache_jax.demo.samples import FULL_GRID, PATCH, make_sample
 from vlcache_jax.demo.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
+from vlcache_jax.training import demo_init
 from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.demo_vision import init_head, normalise, patch_batches, patch_loss, window
@@ -62,10 +63,10 @@ class Stage(NamedTuple):
     shapes: tuple[Shape, ...]
     until: float
     latest: float
-    first_weight: float = 2.0
+    first_weight: float = 1.0
 
 
-_SINGLE = ("documents", "prices", "scenes", "documents", "prices", "counts")
+_SINGLE = ("documents", "prices", "documents", "scenes", "documents", "counts")
 _PAIRS = ("document_pairs",)
 
 
@@ -90,7 +91,9 @@ def _config(vision: dict[str, int], decoder: dict[str, int]) -> LlavaConfig:
     return LlavaConfig(
         model_type="llava",
         vision=VisionConfig(**vision, image_size=FULL_GRID * PATCH, patch_size=PATCH),
-        decoder=DecoderConfig(**decoder, family="llama", vocab_size=tokenizer.get_vocab_size(), max_positions=2048),
+        decoder=DecoderConfig(
+            **decoder, family="llama", vocab_size=tokenizer.get_vocab_size(), max_positions=2048, tie_embeddings=True
+        ),
         image_token_id=tokenizer.token_to_id(IMAGE),
         feature_layers=(vision["num_layers"],),
         bos_token_id=tokenizer.token_to_id(BOS),
@@ -107,9 +110,9 @@ FULL = Recipe(
     ),
     # Copying digits from a page with one or two fields comes first; only then is there something to look up.
     stages=(
-        Stage((Shape(("documents",), 4, 1, 24, 128),), 0.5, 0.15, first_weight=1.0),
-        Stage((*3 * (Shape(_SINGLE, 6, 1, 20, 160),), Shape(_PAIRS, 6, 2, 12, 256)), 0.88, 0.4),
-        Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.90, 0.55),
+        Stage((Shape(("documents",), 4, 1, 24, 128),), 0.5, 0.1),
+        Stage((Shape(_SINGLE, 6, 1, 20, 160),), 0.8, 0.4),
+        Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.85, 0.55),
         Stage((*3 * (Shape(_SINGLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 15, 384)), 2.0, 1.0),
     ),
     vision_steps=1800,
@@ -135,10 +138,17 @@ SMOKE = Recipe(
 
 
 class DemoBatch(NamedTuple):
-    """A `TrainBatch` with u8 pixels, and which window of the tower's position table its images take."""
+    """A `TrainBatch` with u8 pixels, and what else the demo's loss needs.
+
+    Attributes:
+      train: prompts and answers.
+      patch_ids: i32 [grid²], the window of the tower's position table that the images take.
+      owners: i32 [batch, length]. At a patch that shows a field's value the token of the field's name, else -1.
+    """
 
     train: TrainBatch
     patch_ids: jax.Array | np.ndarray
+    owners: jax.Array | np.ndarray
 
 
 def demo_batch(
@@ -146,14 +156,17 @@ def demo_batch(
 ) -> DemoBatch:
     """Batch `number` of a shape: a pure function of the arguments."""
     rng = np.random.default_rng([seed, 2, number])
-    conversations = []
+    conversations, owners = [], np.full((shape.rows, shape.length), -1, np.int32)
     for row in range(shape.rows):
         task = shape.tasks[(number + row) % len(shape.tasks)]
         sample = make_sample(task, seed, number * shape.rows + row, shape.grid)
         conversations.append(conversation(sample, rng if blur else None))
+        shown = name_tokens(sample.labels.owner.reshape(-1))
+        end = len(conversations[-1].prefix)
+        owners[row, end - len(shown) : end] = shown
     pad = recipe.config.pad_token_id or 0
     batch = pack(conversations, shape.length, pad_token=pad, first_weight=first_weight)
-    return DemoBatch(batch, window(rng, shape.grid))
+    return DemoBatch(batch, window(rng, shape.grid), owners)
 
 
 def _logits(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
@@ -163,11 +176,25 @@ def _logits(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
     )
 
 
+_OWNER_WEIGHT = 0.5
+
+
 def demo_loss(model: Llava) -> Loss:
-    """`answer_loss` for `DemoBatch`."""
+    """`answer_loss` for `DemoBatch`, and a hint: the row of a value's patch has to predict the name beside it.
+
+    Looking a name up takes two steps, binding names to values and matching, neither of which pays without the other;
+    the hint pays for the first one.
+    """
 
     def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
-        return weighted_cross_entropy(_logits(model, params, batch), batch.train)
+        logits = _logits(model, params, batch)
+        value, metrics = weighted_cross_entropy(logits, batch.train)
+        valued = batch.owners >= 0
+        count = jnp.maximum(jnp.sum(valued), 1)
+        owners = jnp.maximum(batch.owners, 0)
+        hint = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, owners) * valued) / count
+        bound = jnp.sum((jnp.argmax(logits, -1) == owners) & valued) / count
+        return value + _OWNER_WEIGHT * hint, metrics | {"answer_loss": value, "bound": bound}
 
     return loss
 
@@ -221,12 +248,20 @@ def _init(recipe: Recipe, seed: int) -> Params:
 
 
 def initial_params(recipe: Recipe, trained: Params) -> Params:
-    """Parameters of the whole model around a trained tower and projector."""
+    """Parameters of the whole model around a trained tower and projector; see `demo_init`."""
     params = _init(recipe, recipe.seed + 2) | trained
     decoder = params["decoder"]
     # The usual 0.02 is meant for wide models: at this width it starts with next to no attention.
     decoder["layers"] = jax.tree.map(lambda x: 2.5 * x if x.ndim > 2 else x, decoder["layers"])
     decoder["embed_tokens"]["embedding"] *= 10.0
+    model = Llava(recipe.config)
+    batches = patch_batches(recipe.seed + 3, recipe.vision_grid, recipe.vision_rows)
+    ids, directions = demo_init.word_directions(model, params, batches)
+    embedding = decoder["embed_tokens"]["embedding"]
+    decoder["embed_tokens"]["embedding"] = embedding.at[ids].set(0.2 * directions)
+    decoder["layers"]["attention"] = demo_init.matching_attention(
+        jax.random.key(recipe.seed + 4), decoder["layers"]["attention"], recipe.config.decoder
+    )
     return params
 
 

@@ -1,0 +1,89 @@
+"""The demo's recipe at a size that runs in seconds: stages, resuming, export, and what transformers makes of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+import vlcache_jax as vlc
+from vlcache_jax.demo.evaluate import evaluate_demo
+from vlcache_jax.demo.export import EXAMPLES
+from vlcache_jax.demo.samples import make_sample
+from vlcache_jax.demo.tokenizer import prompt
+from vlcache_jax.training.demo import SMOKE, demo_batch, train_demo
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    train_demo(folder, steps=2, recipe=SMOKE, quiet=True)
+    params = train_demo(folder, steps=4, recipe=SMOKE, quiet=True)
+    return folder, params
+
+
+@pytest.fixture(scope="module")
+def vlm(run):
+    return vlc.load(run[0] / "demo_model", dtype="float32")
+
+
+def test_a_second_call_resumes(run):
+    entries = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    assert sum(entry.get("stage") == "vision" for entry in entries) == 1  # the tower was not trained again
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(run[1]))
+
+
+def test_data_is_a_function_of_the_number():
+    shape = SMOKE.stages[0].shapes[0]
+    one, same, other = (demo_batch(SMOKE, shape, 0, n) for n in (5, 5, 6))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert (one.train.batch.tokens != other.train.batch.tokens).any()
+
+
+def test_export_holds_what_was_trained(run, vlm):
+    jax.tree.map(np.testing.assert_array_equal, vlm.params, jax.device_get(run[1]))
+    assert vlm.config == SMOKE.config
+
+
+@pytest.mark.parametrize("task", ["documents", "document_pairs"])
+def test_transformers_generates_the_same_tokens(run, vlm, task):
+    folder = run[0] / "demo_model"
+    processor = LlavaProcessor.from_pretrained(folder)
+    reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    sample = make_sample(task, 0, 0)
+    images = [Image.fromarray(image) for image in sample.images]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": sample.questions[0][0]}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text == prompt(sample.questions[0][0], len(images))
+
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    batch = vlm.processor(images=[images], text=[text])
+    length = int(batch.lengths[0])
+    assert inputs["input_ids"][0].tolist() == batch.tokens[0, :length].tolist()
+    theirs = reference.generate(**inputs, max_new_tokens=12, do_sample=False)[0, length:].tolist()
+    ours = vlc.generate(vlm.model, vlm.params, batch, max_new_tokens=12)
+    assert np.asarray(ours.tokens)[0, : int(ours.lengths[0])].tolist() == theirs
+    assert processor.decode(theirs, skip_special_tokens=True) == vlm.processor.decode(ours)[0]
+
+
+def test_examples_are_small_and_answerable(run):
+    folder = run[0] / "demo_images"
+    entries = json.loads((folder / "questions.json").read_text())
+    assert len(entries) == len(EXAMPLES)
+    for entry in entries:
+        assert entry["question"]
+        assert len(entry["answer"].split()) >= 2
+        for name in entry["images"]:
+            assert (folder / name).stat().st_size < 100_000
+            with Image.open(folder / name) as image:
+                assert image.size == (512, 512)
+    assert max(len(entry["images"]) for entry in entries) == 2
+
+
+def test_evaluation_scores_every_sample(vlm):
+    score = evaluate_demo(vlm, "documents", vlc.FullCache(), samples=3, batch_size=2, max_new_tokens=4)
+    assert score.samples == 3
+    assert 0.0 <= score.exact_match <= score.anls <= 1.0
