@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from vlcache_jax.models import rope
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.config import DecoderConfig

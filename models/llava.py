@@ -9,14 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from vlcache_jax.batch import NEWLINE, TEXT, Batch
+from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.decoder import Attend, Decoder
 from vlcache_jax.models.projector import Projector
-
-from vlcache_jax.batch import NEWLINE, TEXT, Batch
-from vlcache_jax.interfaces import ModelSpec
 
 
 class Llava(nn.Module):

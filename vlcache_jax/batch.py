@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 TEXT = -1
 """`Batch.vision_index` of a text token or of padding."""
 NEWLINE = -2
@@ -32,10 +34,10 @@ class Batch:
         with zeros that no `vision_index` refers to. `tiles` is 0 for a batch without images.
     """
 
-    tokens: jax.Array | np.ndarray
-    lengths: jax.Array | np.ndarray
-    vision_index: jax.Array | np.ndarray
-    pixels: jax.Array | np.ndarray
+    tokens: Array
+    lengths: Array
+    vision_index: Array
+    pixels: Array
 
     @property
     def size(self) -> int:

@@ -62,7 +62,8 @@ def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state
             query, context.keys, context.values, context.offsets[:, layer], context.lengths[:, layer]
         )
         length = tail.length[:, None] + 1
-        new = decode_attention(query, *pools, jnp.full_like(length, layer * tail.capacity), length)
+        keys, values = pools
+        new = decode_attention(query, keys, values, jnp.full_like(length, layer * tail.capacity), length)
         return merge([kept, new])[0][:, None], pools, None
 
     variables = {"params": params}

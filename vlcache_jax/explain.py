@@ -342,7 +342,8 @@ def _tile_width(columns: int) -> int:
 
 def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
     """At most `lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
-    font, done, line = _font(size), [], ""
+    font, line = _font(size), ""
+    done: list[str] = []
     words = text.split()
     for number, word in enumerate(words):
         longer = f"{line} {word}".strip()

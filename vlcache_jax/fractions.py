@@ -1,11 +1,11 @@
 """Exact integer parts of fractions of token counts: floats would lose a slot at 0.29 * 100."""
 
 import fractions
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
-Count = TypeVar("Count", int, jax.Array)
+Count = TypeVar("Count", bound=int | jax.Array)
 
 _DENOMINATOR = 10_000
 
@@ -25,4 +25,5 @@ def floor_fraction(count: Count, value: float) -> Count:
       (29, 28)
     """
     part = as_fraction(value)
-    return count // part.denominator * part.numerator + (count % part.denominator * part.numerator // part.denominator)
+    whole: Any = count  # the same expression on integers and arrays
+    return whole // part.denominator * part.numerator + (count % part.denominator * part.numerator // part.denominator)

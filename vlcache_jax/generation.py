@@ -88,8 +88,9 @@ def generate(
     _check_seeds(seeds, batch.size)
     logits, state = prefill(model, params, batch, policy, max_new_tokens)
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids}
-    tokens, lengths = decode(model, params, logits, state, max_new_tokens, **options)
+    tokens, lengths = decode(
+        model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seeds, eos_token_ids=eos_token_ids
+    )
     return Generation(tokens, lengths, report)
 
 
@@ -114,8 +115,9 @@ def stream(
     policy = FullCache() if policy is None else policy
     _check_seeds(seeds, batch.size)
     logits, state = prefill(model, params, batch, policy, max_new_tokens)
-    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids}
-    return stream_decode(model, params, logits, state, max_new_tokens, **options)
+    return stream_decode(
+        model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seeds, eos_token_ids=eos_token_ids
+    )
 
 
 def decode(
@@ -228,7 +230,7 @@ _stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop"), don
 
 
 def _replace_context(state: KVState, context: PackedStore | None) -> KVState:
-    return dataclasses.replace(state, context=context)
+    return dataclasses.replace(state, context=context)  # type: ignore[arg-type]  # None only while looping
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop"))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.batch import Array
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.state import KVState, align
@@ -44,7 +45,7 @@ class Report:
         return jnp.sum(self.kept, axis=1) / (layers * self.prompt_lengths)
 
 
-def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: jax.Array, padded: int) -> Report:
+def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
     """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
     kept = jnp.max(state.context.lengths, axis=2)
     return Report(

@@ -58,7 +58,12 @@ def _rows(q, first, row_segments, k, v, segments, *, scale):
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
     row_segments = jnp.pad(row_segments, (0, pad)).reshape(chunks, _CHUNK)
     starts = first + _CHUNK * jnp.arange(chunks)
-    out, lse = jax.lax.map(lambda c: _chunk(*c, k, v, segments, scale=scale), (q, starts, row_segments))
+
+    def one_chunk(chunk):
+        q, first, row_segments = chunk
+        return _chunk(q, first, row_segments, k, v, segments, scale=scale)
+
+    out, lse = jax.lax.map(one_chunk, (q, starts, row_segments))
     out = out.swapaxes(0, 1).reshape(group, -1, head_dim)
     return out[:, :rows], lse.swapaxes(0, 1).reshape(group, -1)[:, :rows]
 

@@ -185,7 +185,10 @@ def _question(row: int, question: Question, batch: Batch, texts: dict[str, list[
     visual = int(np.sum(np.asarray(batch.vision_index)[row] != TEXT))
     length = int(batch.lengths[row])
     lines = [f"{row + 1}. {question.task} ({images}: {visual} visual tokens of {length})"]
-    entries = [("question", question.question, None), ("expected", question.expected, None)]
+    entries: list[tuple[str, str | None, str | None]] = [
+        ("question", question.question, None),
+        ("expected", question.expected, None),
+    ]
     entries += [("full cache", texts["full"][row], question.expected)]
     entries += [(f"VL-Cache {budget}", texts["vl_cache"][row], question.expected)]
     for name, text, expected in entries:

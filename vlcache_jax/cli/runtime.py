@@ -67,10 +67,10 @@ class Stopwatch:
         self.compile = _covered(self._spans, self._start)
         self.run = stop - self._start - self.compile
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith(_COMPILE_EVENTS):
             now = time.monotonic()
-            self._spans.append((now - duration, now))
+            self._spans.append((now - duration_secs, now))
 
 
 def _covered(spans: list[tuple[float, float]], start: float) -> float:

@@ -52,7 +52,7 @@ def make_train_batch(
         start = 1 + int(np.max(np.flatnonzero(index != TEXT), initial=0))
         ids = tokenizer.encode(answer, False)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        conversations.append(
-            Conversation(tokens[:start], index[:start], [(tokens[start:], [*ids, *end])], batch.pixels[row])
-        )
+        questions = [(tokens[start:].tolist(), [*ids, *end])]
+        pixels = np.asarray(batch.pixels[row])
+        conversations.append(Conversation(tokens[:start].tolist(), index[:start].tolist(), questions, pixels))
     return pack(conversations, length, pad_token=tokenizer.pad_token_id)

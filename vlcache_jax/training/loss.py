@@ -1,6 +1,7 @@
 """Cross entropy of the answers, and how many of them are right."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,7 @@ def answer_loss(model: nn.Module) -> Loss:
     """
 
     def loss(params: Params, batch: TrainBatch) -> tuple[jax.Array, Metrics]:
-        logits = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
+        logits: Any = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
         return weighted_cross_entropy(logits, batch)
 
     return loss
@@ -57,7 +58,7 @@ def make_eval_step(model: nn.Module) -> Callable[[Params, TrainBatch], tuple[jax
     """A jitted `(params, batch) -> (right, asked)`; see `answers_right`."""
 
     def evaluate(params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
+        logits: Any = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
         return answers_right(logits, batch)
 
     return jax.jit(evaluate)
