@@ -50,10 +50,16 @@ def conversation(sample: Sample, rng: np.random.Generator | None = None) -> Conv
     return Conversation(prefix, vision_index, questions, sample.images)
 
 
-def name_tokens(owners: np.ndarray) -> np.ndarray:
-    """Token ids of the names of `PatchLabels.owner`, -1 where there is none."""
-    ids = np.array([-1, *(_tokenizer().token_to_id(word) for word in WORDS)], np.int32)
-    return ids[owners]
+def patch_hints(sample: Sample) -> np.ndarray:
+    """What the row of each patch can tell from what came before it, as token ids i32 [images * patches]; else -1.
+
+    A field's value: the name of the field. A shape: its number in reading order.
+    """
+    names = np.array([-1, *(_tokenizer().token_to_id(word) for word in WORDS)], np.int32)
+    hints = names[sample.labels.owner.reshape(-1)]
+    shapes = np.flatnonzero(sample.labels.colour.reshape(-1))
+    hints[shapes] = [_tokenizer().token_to_id(str(i)) for i in range(1, len(shapes) + 1)]
+    return hints
 
 
 def _blur(rng: np.random.Generator, ids: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlcache_jax.demo.conversations import conversation, name_tokens
+from vlcache_jax.demo.conversations import conversation, patch_hints
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.export import export_demo, write_examples
 from vlcache_jax.demo.samples import FULL_GRID, PATCH, make_sample
@@ -66,7 +66,7 @@ class Stage(NamedTuple):
     first_weight: float = 1.0
 
 
-_SINGLE = ("documents", "prices", "documents", "scenes", "documents", "counts")
+_SINGLE = ("documents", "scenes", "documents", "prices", "scenes", "counts")
 _PAIRS = ("document_pairs",)
 
 
@@ -82,7 +82,7 @@ class Recipe:
     vision_rate: float = 3e-3
     rate: float = 1.2e-3
     warmup: int = 100
-    decay: float = 0.3  # the last share of the run, over which the learning rate falls to 0
+    decay: float = 0.25  # the last share of the run, over which the learning rate falls to 0
     seed: int = 0
 
 
@@ -111,9 +111,9 @@ FULL = Recipe(
     # Copying digits from a page with one or two fields comes first; only then is there something to look up.
     stages=(
         Stage((Shape(("documents",), 4, 1, 24, 128),), 0.5, 0.1),
-        Stage((Shape(_SINGLE, 6, 1, 20, 160),), 0.8, 0.4),
-        Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.85, 0.55),
-        Stage((*3 * (Shape(_SINGLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 15, 384)), 2.0, 1.0),
+        Stage((Shape(_SINGLE, 6, 1, 20, 160),), 0.65, 0.4),
+        Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.75, 0.55),
+        Stage((*5 * (Shape(_SINGLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 12, 384)), 2.0, 1.0),
     ),
     vision_steps=1800,
 )  # fmt: skip
@@ -143,12 +143,12 @@ class DemoBatch(NamedTuple):
     Attributes:
       train: prompts and answers.
       patch_ids: i32 [grid²], the window of the tower's position table that the images take.
-      owners: i32 [batch, length]. At a patch that shows a field's value the token of the field's name, else -1.
+      hints: i32 [batch, length]. At patches the token that `patch_hints` gives, -1 elsewhere.
     """
 
     train: TrainBatch
     patch_ids: jax.Array | np.ndarray
-    owners: jax.Array | np.ndarray
+    hints: jax.Array | np.ndarray
 
 
 def demo_batch(
@@ -156,17 +156,16 @@ def demo_batch(
 ) -> DemoBatch:
     """Batch `number` of a shape: a pure function of the arguments."""
     rng = np.random.default_rng([seed, 2, number])
-    conversations, owners = [], np.full((shape.rows, shape.length), -1, np.int32)
+    conversations, hints = [], np.full((shape.rows, shape.length), -1, np.int32)
     for row in range(shape.rows):
         task = shape.tasks[(number + row) % len(shape.tasks)]
         sample = make_sample(task, seed, number * shape.rows + row, shape.grid)
         conversations.append(conversation(sample, rng if blur else None))
-        shown = name_tokens(sample.labels.owner.reshape(-1))
-        end = len(conversations[-1].prefix)
-        owners[row, end - len(shown) : end] = shown
+        hint, end = patch_hints(sample), len(conversations[-1].prefix)
+        hints[row, end - len(hint) : end] = hint
     pad = recipe.config.pad_token_id or 0
     batch = pack(conversations, shape.length, pad_token=pad, first_weight=first_weight)
-    return DemoBatch(batch, window(rng, shape.grid), owners)
+    return DemoBatch(batch, window(rng, shape.grid), hints)
 
 
 def _logits(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
@@ -176,25 +175,24 @@ def _logits(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
     )
 
 
-_OWNER_WEIGHT = 0.5
+_HINT_WEIGHT = 0.5
 
 
 def demo_loss(model: Llava) -> Loss:
-    """`answer_loss` for `DemoBatch`, and a hint: the row of a value's patch has to predict the name beside it.
+    """`answer_loss` for `DemoBatch`, and hints: the row of a value's patch has to predict the name beside it.
 
     Looking a name up takes two steps, binding names to values and matching, neither of which pays without the other;
-    the hint pays for the first one.
+    the hint pays for the first one. Likewise a shape's row predicts how many shapes there were so far.
     """
 
     def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
         logits = _logits(model, params, batch)
         value, metrics = weighted_cross_entropy(logits, batch.train)
-        valued = batch.owners >= 0
-        count = jnp.maximum(jnp.sum(valued), 1)
-        owners = jnp.maximum(batch.owners, 0)
-        hint = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, owners) * valued) / count
-        bound = jnp.sum((jnp.argmax(logits, -1) == owners) & valued) / count
-        return value + _OWNER_WEIGHT * hint, metrics | {"answer_loss": value, "bound": bound}
+        hinted, hints = batch.hints >= 0, jnp.maximum(batch.hints, 0)
+        count = jnp.maximum(jnp.sum(hinted), 1)
+        hint = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, hints) * hinted) / count
+        accuracy = jnp.sum((jnp.argmax(logits, -1) == hints) & hinted) / count
+        return value + _HINT_WEIGHT * hint, metrics | {"answer_loss": value, "hint_accuracy": accuracy}
 
     return loss
 
