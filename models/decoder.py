@@ -10,6 +10,7 @@ passes plain causal attention; prefill one that also gathers statistics; decodin
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -117,7 +118,13 @@ class Decoder(nn.Module):
         self.layers = DecoderLayer(c, self.dtype)
         self.final_norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_embeddings:
-            self.lm_head = _dense(c.vocab_size, False, self.dtype)
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(0.02),
+                dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32 [batch, length] -> [batch, length, hidden]."""
@@ -161,9 +168,11 @@ class Decoder(nn.Module):
         return self.final_norm(hidden), carry, ys
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """[..., hidden_size] -> f32 logits [..., vocab_size]."""
-        logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""
+        if self.config.tie_embeddings:
+            table = self.embed_tokens.embedding.astype(self.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden)
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:

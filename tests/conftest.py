@@ -7,7 +7,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 _NEEDS_REFERENCE = re.compile(
-    r"^\s*(import|from) (torch|transformers|build|tiny_checkpoints|checkpoint_models)\b", re.MULTILINE
+    r"^\s*(import|from) (torch|transformers|build|tiny_checkpoints|checkpoint_models|processing_checkpoint)\b",
+    re.MULTILINE,
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch  # noqa: F401  (decode_speed.py compares with it: not part of --core)
 
 import vlcache_jax as vlc
 from vlcache_jax.models.decoder import unstack_layers
