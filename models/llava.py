@@ -105,6 +105,23 @@ class Llava(nn.Module):
         """[..., hidden] -> f32 logits [..., vocab]."""
         return self.decoder.unembed(hidden)
 
+    def hidden_states(
+        self,
+        batch: Batch,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """What `unembed` makes logits of, [batch, length, hidden], with full causal attention; see `forward`."""
+        hidden = self.embed(batch, position_ids)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(batch.length), batch.tokens.shape)
+
+        def attend(query, key, value, carry, xs):
+            return attention(query, key, value, segments=segments)[0], carry, None
+
+        return self.decoder(hidden, positions, attend)[0]
+
     def forward(
         self,
         batch: Batch,
@@ -123,12 +140,4 @@ class Llava(nn.Module):
         Returns:
           f32 [batch, length, vocab].
         """
-        hidden = self.embed(batch, position_ids)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(batch.length), batch.tokens.shape)
-
-        def attend(query, key, value, carry, xs):
-            return attention(query, key, value, segments=segments)[0], carry, None
-
-        hidden, _, _ = self.decoder(hidden, positions, attend)
-        return self.unembed(hidden)
+        return self.unembed(self.hidden_states(batch, positions, segments, position_ids))

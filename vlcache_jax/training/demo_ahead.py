@@ -1,0 +1,62 @@
+"""Look-ahead: the last row of a question also predicts the tokens after the answer's first one.
+
+A large model's prompt rows already gather what the answer will need, which is what post-vision scores rely on. A small
+one trained on next tokens alone puts every look-up off to the row that writes the token, so that prompt rows attend to
+little of it. Predicting several tokens ahead from one row (Gloeckle et al., arXiv 2404.19737) makes up for it. The heads
+are thrown away after training.
+
+    prompt row         ... ASSISTANT :
+    next token (the model's own head)  water
+    heads 0, 1, 2, ...                       3 3 4 9 </s>
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vlcache_jax.training.batch import TrainBatch
+
+
+class Ahead(NamedTuple):
+    """What the rows before the answers shall predict.
+
+    Attributes:
+      rows: i32 [batch, questions], the row before each answer; 0 where there is no question.
+      targets: i32 [batch, questions, tokens], what follows the answer's first token; -1 beyond its end.
+    """
+
+    rows: jax.Array | np.ndarray
+    targets: jax.Array | np.ndarray
+
+
+def ahead_targets(batch: TrainBatch, questions: int, tokens: int) -> Ahead:
+    """Finds the answers of a packed batch."""
+    size = batch.segments.shape[0]
+    rows = np.zeros((size, questions), np.int32)
+    targets = np.full((size, questions, tokens), -1, np.int32)
+    for row in range(size):
+        for number in range(int(np.max(batch.segments[row]))):
+            answer = np.flatnonzero((batch.segments[row] == number + 1) & (batch.weights[row] > 0))
+            rows[row, number] = answer[0]
+            later = batch.targets[row, answer[1 : tokens + 1]]
+            targets[row, number, : len(later)] = later
+    return Ahead(rows, targets)
+
+
+def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
+    """Heads f32 [tokens, width, vocab], at zero: they start with every token equally likely."""
+    return jnp.zeros((tokens, width, vocab))
+
+
+def ahead_loss(heads: jax.Array, hidden: jax.Array, ahead: Ahead) -> tuple[jax.Array, jax.Array]:
+    """(mean cross entropy, accuracy) of the heads on hidden states [batch, length, width]."""
+    rows = jnp.take_along_axis(hidden, jnp.asarray(ahead.rows)[..., None], axis=1)
+    logits = jnp.einsum("bqw,twv->bqtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
+    wanted, targets = ahead.targets >= 0, jnp.maximum(ahead.targets, 0)
+    count = jnp.maximum(jnp.sum(wanted), 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    hits = (jnp.argmax(logits, -1) == targets) & wanted
+    return jnp.sum(losses * wanted) / count, jnp.sum(hits) / count
