@@ -2,8 +2,8 @@
 
 A large model's prompt rows already gather what the answer will need, which is what post-vision scores rely on. A small
 one trained on next tokens alone puts every look-up off to the row that writes the token, so that prompt rows attend to
-little of it. Predicting several tokens ahead from one row (Gloeckle et al., arXiv 2404.19737) makes up for it. The heads
-are thrown away after training.
+little of it. Predicting several tokens ahead from one row (Gloeckle et al., arXiv 2404.19737) makes up for it. The
+heads are thrown away after training.
 
     prompt row         ... ASSISTANT :
     next token (the model's own head)  water
