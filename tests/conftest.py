@@ -1,15 +1,28 @@
-"""Eight fake CPU devices, so that sharding is tested everywhere; and the option to leave torch out."""
+"""Eight fake CPU devices, so that sharding is tested everywhere; and the option to leave torch out.
+
+The tests also need the TPU's compiler (libtpu), but never a TPU: the settings below keep JAX from starting one, and let
+several processes load the compiler at once. They must be there before JAX is imported.
+"""
 
 import os
+import platform
 import re
+import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 _NEEDS_REFERENCE = re.compile(
     r"^\s*(import|from) (torch|transformers|build|tiny_checkpoints|checkpoint_models|processing_checkpoint)\b",
     re.MULTILINE,
 )
+_NEEDS_TPU_COMPILER = re.compile(r"^(import|from) tpu\b", re.MULTILINE)
+_HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  # where libtpu is published
 
 
 def pytest_addoption(parser):
@@ -18,7 +31,10 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path: Path, config):
-    """See `pytest_addoption`."""
-    if config.getoption("--core") and collection_path.suffix == ".py":
-        return True if _NEEDS_REFERENCE.search(collection_path.read_text(encoding="utf-8")) else None
-    return None
+    """See `pytest_addoption`; and files that compile for TPUs are left out where libtpu does not exist."""
+    if collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    if config.getoption("--core") and _NEEDS_REFERENCE.search(text):
+        return True
+    return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
