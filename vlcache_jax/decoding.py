@@ -61,9 +61,8 @@ def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state
         kept = decode_attention(
             query, context.keys, context.values, context.offsets[:, layer], context.lengths[:, layer]
         )
-        length = tail.length[:, None] + 1
-        keys, values = pools
-        new = decode_attention(query, keys, values, jnp.full_like(length, layer * tail.capacity), length)
+        start = jnp.full((1, 1), layer * tail.capacity, jnp.int32)
+        new = decode_attention(query, *pools, start, tail.length[:, None] + 1, max_length=tail.capacity)
         return merge([kept, new])[0][:, None], pools, None
 
     variables = {"params": params}

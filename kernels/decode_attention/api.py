@@ -15,6 +15,7 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float | None = None,
+    max_length: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Grouped-query attention of one query per row over one segment per (row, KV head) of a packed store.
@@ -30,9 +31,11 @@ def decode_attention(
       query: [batch, heads, head_dim].
       keys: [batch, lanes, slots, head_dim].
       values: like `keys`.
-      offsets: i32 [batch, kv_heads], or [batch, 1] if the heads of a row share one segment. First slot.
-      lengths: i32, like `offsets`. Number of slots; 0 is allowed.
+      offsets: i32 [batch, kv_heads]; [batch, 1] if the heads of a row share one segment; [1, 1] if all rows' segments
+        start at the same slot. First slot.
+      lengths: i32, like `offsets`, or [batch, 1]. Number of slots; 0 is allowed.
       scale: factor of the logits, head_dim ** -0.5 by default.
+      max_length: a bound on `lengths` known when the program is built, or None.
       implementation: "xla" (default) or "reference".
 
     Returns:
@@ -45,12 +48,13 @@ def decode_attention(
     lanes = keys.shape[1]
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim:
         raise ValueError(f"keys {keys.shape} and values {values.shape} do not fit query {query.shape}")
-    if offsets.shape != lengths.shape or offsets.ndim != 2 or offsets.shape[0] != batch:
-        raise ValueError(f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1]")
+    if offsets.shape not in (lengths.shape, (1, 1)) or lengths.ndim != 2 or lengths.shape[0] != batch:
+        raise ValueError(f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1] or offsets [1, 1]")
     kv_heads = lanes if offsets.shape[1] == 1 else offsets.shape[1]
     if heads % kv_heads or kv_heads % lanes:
         raise ValueError(f"{heads} query heads, {kv_heads} KV heads and {lanes} lanes do not divide one another")
     if implementation not in (None, *_IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
     function = _IMPLEMENTATIONS[implementation or "xla"]
-    return function(query, keys, values, offsets, lengths, head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    return function(query, keys, values, offsets, lengths, scale, max_length)

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 
 
 def decode_attention(
-    query: jax.Array, keys: jax.Array, values: jax.Array, offsets: jax.Array, lengths: jax.Array, scale: float
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    offsets: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    max_length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`."""
     heads, (lanes, slots) = query.shape[1], keys.shape[1:3]
+    offsets = jnp.broadcast_to(offsets, lengths.shape)
     kv_heads = lanes if offsets.shape[1] == 1 else offsets.shape[1]
     lane = jnp.arange(heads) * lanes // heads
     segment = jnp.arange(heads) * kv_heads // heads if offsets.shape[1] > 1 else jnp.zeros(heads, jnp.int32)
