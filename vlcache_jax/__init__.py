@@ -1,5 +1,7 @@
 """Vision-language models in JAX/Flax with a compressed, fixed-shape KV cache."""
 
+from typing import TYPE_CHECKING, Any
+
 from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import layer_budgets
 from vlcache_jax.decoding import decode_step
@@ -11,6 +13,9 @@ from vlcache_jax.prefill import prefill
 from vlcache_jax.report import Report
 from vlcache_jax.sampling import Sampling
 from vlcache_jax.state import KVState
+
+if TYPE_CHECKING:
+    from vlcache_jax.planning import plan
 
 __version__ = "0.1.0"
 
@@ -36,8 +41,17 @@ __all__ = [
     "generate",
     "layer_budgets",
     "load",
+    "plan",
     "policy_by_name",
     "prefill",
     "stream",
     "stream_decode",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plan":  # imported when it is asked for: few programs plan
+        from vlcache_jax.planning import plan
+
+        return plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

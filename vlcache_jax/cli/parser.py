@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     _demo(commands)
     _generate(commands)
+    _plan(commands)
     _train_demo(commands)
     return parser
 
@@ -101,6 +102,62 @@ def _generate(commands: Any) -> None:
     output.add_argument("--stream", action="store_true", help="print the answer as it comes")
     _explain(parser, "draw what was kept")
     _compilation_cache(parser)
+
+
+def _plan(commands: Any) -> None:
+    parser = _command(
+        commands, "plan", "see whether a model, a batch and a prompt fit on a TPU slice, without having one", "plan"
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|DIR",
+        help="llava-1.5-7b, llava-v1.6-mistral-7b, llava-v1.6-34b, or a folder with a config.json (no weights needed)",
+    )
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:2x4, v6e:1x1 or v5p:2x2x1"
+    )
+    parser.add_argument("--batch", type=_whole, default=1, metavar="N", help="prompts at once (default: 1)")
+    parser.add_argument(
+        "--prompt", type=_whole, default=4096, metavar="N", help="padded prompt length in tokens (default: 4096)"
+    )
+    parser.add_argument("--new", type=_whole, default=256, metavar="N", help="room for new tokens (default: 256)")
+    parser.add_argument("--images", type=_whole, default=1, metavar="N", help="images of each prompt (default: 1)")
+    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
+    parser.add_argument(
+        "--budget", type=_number, metavar="FRACTION", help="fraction of the cache to keep (default: 0.1)"
+    )
+    parser.add_argument(
+        "--policy-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the policy"
+    )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME[:BUDGET]",
+        help="another policy to put beside it: full, or such as vl_cache:0.3; repeat for several",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="such as data=2,model=4: data splits the batch, model the heads (default: as much model as the KV heads "
+        "allow)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="bfloat16",
+        help="of parameters and cache (default: bfloat16)",
+    )
+    parser.add_argument("--no-search", action="store_true", help="do not look for the largest batch and longest prompt")
+    parser.add_argument(
+        "--max-compilations",
+        type=_whole,
+        default=5,
+        metavar="N",
+        help="prefills compiled for each search at most (default: 5)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _train_demo(commands: Any) -> None:

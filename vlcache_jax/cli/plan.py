@@ -1,0 +1,129 @@
+"""`vlcache-jax plan`: what a run needs on a TPU slice."""
+
+import argparse
+import json
+import sys
+
+import jax
+
+from vlcache_jax.cli.options import build_policy
+from vlcache_jax.cli.table import table
+from vlcache_jax.errors import InputError
+from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
+from vlcache_jax.policies import Policy
+
+_GIB = 2**30
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
+    compare = [_other_policy(text) for text in arguments.compare]
+    if arguments.max_compilations < 1:
+        raise InputError(f"max_compilations={arguments.max_compilations} must be at least 1; or give --no-search")
+    mesh = None if arguments.mesh is None else _mesh(arguments.mesh)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
+    found = plan(
+        arguments.model,
+        arguments.topology,
+        batch=arguments.batch,
+        prompt=arguments.prompt,
+        new_tokens=arguments.new,
+        images=arguments.images,
+        policy=policy,
+        compare=compare,
+        mesh=mesh,
+        dtype=arguments.dtype,
+        search=not arguments.no_search,
+        max_compilations=arguments.max_compilations,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(found.as_dict(), indent=2) if arguments.json else describe(found))
+
+
+def _other_policy(text: str) -> Policy:
+    name, colon, budget = text.partition(":")
+    try:
+        fraction = float(budget) if colon else None
+    except ValueError:
+        raise InputError(
+            f"--compare {text!r}: {budget!r} is no budget; give NAME or NAME:BUDGET, as in vl_cache:0.3"
+        ) from None
+    return build_policy("full_cache" if name == "full" else name, fraction, [])
+
+
+def _mesh(text: str) -> dict[str, int]:
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not size.isdecimal() or name in axes:
+            raise InputError(f"--mesh {text!r} is not of the form data=2,model=4")
+        axes[name] = int(size)
+    return axes
+
+
+def describe(found: Plan) -> str:
+    """The plan as a page of text."""
+    per = "chip" if found.devices_per_chip == 1 else f"device ({found.devices_per_chip} a chip)"
+    mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
+    head = [
+        f"{found.model}, {found.parameters:,} parameters in {found.dtype}, on {found.topology} ({mesh})",
+        f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each",
+        f"GiB per {per}; {_gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
+        f"{_gib(found.available_bytes)}",
+    ]
+    plans = found.policies
+    rows: list[list[str]] = [["", *(_name(p) for p in plans)]]
+
+    def add(label: str, cells: list[str]) -> None:
+        rows.append([label, *cells])
+
+    add("weights", [_gib(found.weight_bytes)] * len(plans))
+    add("KV state: prompt", [_gib(p.context_bytes) for p in plans])
+    add("KV state: new tokens", [_gib(p.tail_bytes) for p in plans])
+    for label, programs in (
+        ("prefill", [p.prefill for p in plans]),
+        ("decoding", [p.decode for p in plans]),
+        ("one decode step", [p.decode_step for p in plans]),
+    ):
+        add(f"{label}: temporaries", [_gib(p.temporary_bytes) for p in programs])
+        add(f"{label}: peak", [_gib(p.peak_bytes) for p in programs])
+    add("fits", ["yes" if p.fits else "no" for p in plans])
+    if any(p.largest_batch for p in plans):
+        add("largest batch that fits", [_limit(p.largest_batch) for p in plans])
+        add("longest prompt that fits", [_limit(p.longest_prompt) for p in plans])
+    add("read by one step *", [_gib(p.step_read_bytes) for p in plans])
+    add("tokens/s at most **", [f"{p.bound_tokens_per_second:,.0f}" for p in plans])
+    add("compile seconds", [_seconds(p) for p in plans])
+    notes = [
+        "*  weights of the decoder and KV state, once",
+        f"** of the whole slice: that reading alone, at the published {found.hbm_bytes_per_second / 1e9:,.0f} GB/s",
+    ]
+    if any(limit is not None and limit.refused is None for p in plans for limit in (p.largest_batch, p.longest_prompt)):
+        notes.append("+  nothing larger was tried: the ceiling of the search, or the end of its compilations")
+    reasons = sorted(
+        {program.refused for p in plans for program in (p.prefill, p.decode, p.decode_step) if program.refused}
+    )
+    notes += [f"!  the compiler: {reason}" for reason in reasons]
+    return "\n".join([*head, "", table(rows), "", *notes])
+
+
+def _name(plan: PolicyPlan) -> str:
+    return plan.policy if plan.budget == 1 else f"{plan.policy} {plan.budget:g}"
+
+
+def _gib(count: int | None) -> str:
+    return "?" if count is None else f"{count / _GIB:.3f}" if count < _GIB / 10 else f"{count / _GIB:.2f}"
+
+
+def _limit(limit: Limit | None) -> str:
+    if limit is None:
+        return "?"
+    if limit.fits is None:
+        return "none" if limit.refused is None else f"below {limit.refused}"
+    return f"{limit.fits}{'+' if limit.refused is None else ''}"
+
+
+def _seconds(plan: PolicyPlan) -> str:
+    programs: list[Program] = [plan.prefill, plan.decode, plan.decode_step]
+    return " + ".join(f"{program.compile_seconds:.0f}" for program in programs)

@@ -1,0 +1,80 @@
+"""Where the parts of a run lie on a mesh: batch over "data"; projections and KV heads over "model"."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.errors import InputError
+from vlcache_jax.models.sharding import MODEL_AXIS, param_shardings
+from vlcache_jax.planning.compiling import abstract
+from vlcache_jax.state import KVState
+
+DATA_AXIS = "data"
+
+
+def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
+    """As much tensor parallelism as the KV heads can be divided by; the batch is split over what is left.
+
+    Example:
+      >>> default_axes(8, kv_heads=8), default_axes(16, kv_heads=8)
+      ({'data': 1, 'model': 8}, {'data': 2, 'model': 8})
+    """
+    model = math.gcd(devices, kv_heads)
+    return {DATA_AXIS: devices // model, MODEL_AXIS: model}
+
+
+def check_axes(axes: Mapping[str, int], devices: int, kv_heads: int, batch: int) -> dict[str, int]:
+    """Both axes, in order.
+
+    Raises:
+      InputError: an unknown axis, a size that does not divide what it splits, or devices left over.
+    """
+    unknown = set(axes) - {DATA_AXIS, MODEL_AXIS}
+    if unknown:
+        raise InputError(f"mesh axis {sorted(unknown)[0]!r} is not known: use data (the batch) and model (the heads)")
+    sizes = {name: axes.get(name, 1) for name in (DATA_AXIS, MODEL_AXIS)}
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    default = ",".join(f"{name}={size}" for name, size in default_axes(devices, kv_heads).items())
+    if any(type(size) is not int or size < 1 for size in sizes.values()) or math.prod(sizes.values()) != devices:
+        raise InputError(
+            f"mesh {text} does not use the {devices} devices of the slice: their product must; try {default}"
+        )
+    if kv_heads % sizes[MODEL_AXIS]:
+        raise InputError(
+            f"mesh {text}: the model's {kv_heads} KV heads cannot be split {sizes[MODEL_AXIS]} ways; try {default}"
+        )
+    if batch % sizes[DATA_AXIS]:
+        raise InputError(
+            f"batch={batch} cannot be split over {sizes[DATA_AXIS]} groups of devices (mesh {text}): give a multiple "
+            f"of {sizes[DATA_AXIS]}, or another mesh"
+        )
+    return sizes
+
+
+def place_params(params: Any, mesh: Mesh) -> Any:
+    """Abstract parameters, split as `vlcache_jax.load(mesh=...)` does."""
+    return abstract(params, mesh, param_shardings(params, mesh))
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays with the batch as their first axis."""
+    return abstract(tree, mesh, PartitionSpec(DATA_AXIS))
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """An abstract batch, its rows split."""
+    return place_rows(batch, mesh)
+
+
+def place_state(state: KVState, mesh: Mesh) -> KVState:
+    """An abstract state: rows over "data", KV heads (lanes) over "model"."""
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        has_lanes = path[-1].name in ("keys", "values", "positions")
+        return abstract(leaf, mesh, PartitionSpec(DATA_AXIS, MODEL_AXIS) if has_lanes else PartitionSpec(DATA_AXIS))
+
+    return jax.tree_util.tree_map_with_path(place, state)

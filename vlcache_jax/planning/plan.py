@@ -1,0 +1,303 @@
+"""`plan`: does it fit, what does it cost, how far can it go."""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.presets import preset
+from vlcache_jax.planning.chips import CHIPS
+from vlcache_jax.planning.placement import DATA_AXIS, check_axes, default_axes
+from vlcache_jax.planning.programs import Program, Programs, Workload
+from vlcache_jax.planning.search import Limit, largest
+from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
+from vlcache_jax.policies import Policy, VLCache
+
+_LARGEST_BATCH = 1024
+_PROMPT_STEP = 128
+_TILES_OF_AN_IMAGE = {"llava": 1, "llava_next": 5}  # LLaVA-NeXT: the whole image and a grid of at most four
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyPlan:
+    """One policy on one slice; bytes are of one device.
+
+    Attributes:
+      policy, budget: which.
+      fits: whether prefill and decoding both compile within the device's memory.
+      context_bytes: the compressed cache of the prompts.
+      tail_bytes: the cache of generated tokens.
+      peak_bytes: the larger peak of prefill and decoding; None if the compiler names none.
+      prefill, decode, decode_step: what the compiler says. `decode` is the whole loop of `generate`; `decode_step` one
+        step with the state donated.
+      step_read_bytes: weights of the decoder and state, which every step reads once if the budget is used up.
+      bound_tokens_per_second: of the whole slice, if that reading at the published bandwidth were all; an upper bound,
+        not a prediction.
+      largest_batch, longest_prompt: see `Limit`; None if not searched for, or if the compiler refuses the program for
+        another reason than its size.
+    """
+
+    policy: str
+    budget: float
+    fits: bool
+    context_bytes: int
+    tail_bytes: int
+    peak_bytes: int | None
+    prefill: Program
+    decode: Program
+    decode_step: Program
+    step_read_bytes: int
+    bound_tokens_per_second: float
+    largest_batch: Limit | None
+    longest_prompt: Limit | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` found out; bytes are of one device (one chip, or half of one: see `devices_per_chip`).
+
+    Attributes:
+      model: preset or folder.
+      parameters: of the model as it runs (vision layers behind the last one used are not loaded).
+      topology, devices, devices_per_chip: the slice.
+      mesh: size of each axis.
+      dtype: of parameters and cache.
+      batch, prompt, new_tokens, tiles: the workload; see `Workload`.
+      hbm_bytes: published memory of a device.
+      available_bytes: what the compiler lets a program use of it.
+      hbm_bytes_per_second: published bandwidth of a device.
+      weight_bytes: parameters on a device.
+      policies: the one asked for, then those to compare with.
+      versions: of jax and libtpu.
+    """
+
+    model: str
+    parameters: int
+    topology: str
+    devices: int
+    devices_per_chip: int
+    mesh: dict[str, int]
+    dtype: str
+    batch: int
+    prompt: int
+    new_tokens: int
+    tiles: int
+    hbm_bytes: int
+    available_bytes: int
+    hbm_bytes_per_second: float
+    weight_bytes: int
+    policies: tuple[PolicyPlan, ...]
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, for JSON."""
+        found = dataclasses.asdict(self)
+        return found | {"policies": list(found["policies"])}
+
+
+def plan(
+    model: str | os.PathLike[str] | LlavaConfig,
+    topology: str,
+    *,
+    batch: int = 1,
+    prompt: int = 4096,
+    new_tokens: int = 256,
+    images: int = 1,
+    policy: Policy | None = None,
+    compare: Sequence[Policy] = (),
+    mesh: Mapping[str, int] | None = None,
+    dtype: str = "bfloat16",
+    search: bool = True,
+    max_compilations: int = 5,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Compiles a run for a TPU slice and says what it needs. Neither a TPU nor weights are needed; nothing runs.
+
+    Args:
+      model: a preset (`vlcache_jax.models.presets.PRESETS`), a folder with a `config.json`, or a configuration.
+      topology: generation and chips, such as "v5e:2x4", "v6e:1x1" or "v5p:2x2x1".
+      batch: prompts at once.
+      prompt: padded prompt length in tokens, visual ones included.
+      new_tokens: room for generated tokens.
+      images: of each prompt; LLaVA-NeXT cuts one into 5 tiles.
+      policy: what to keep; `VLCache(budget=0.1)` by default.
+      compare: other policies, such as `FullCache()`.
+      mesh: sizes of the axes "data" (splits the batch) and "model" (splits heads and MLPs). By default "model" is the
+        largest common divisor of devices and KV heads, and "data" takes the rest.
+      dtype: of parameters and cache: "bfloat16", "float32" or "float16".
+      search: also look for the largest batch and the longest prompt that fit.
+      max_compilations: prefills compiled for each of these searches.
+      progress: is called with a line for every compilation.
+
+    Returns:
+      The plan. A program that does not fit is not an error: see `PolicyPlan.fits`.
+
+    Raises:
+      CheckpointError: the folder's `config.json` is missing or not supported.
+      InputError: an unknown model, topology or mesh, a workload that the model cannot serve, or libtpu is missing.
+
+    Example:
+      plan = vlc.plan("llava-v1.6-mistral-7b", "v5e:2x4", batch=16, prompt=8192, compare=[vlc.FullCache()])
+      print(plan.policies[0].fits, plan.policies[0].peak_bytes)
+    """
+    config, name = _config(model)
+    if dtype not in ("bfloat16", "float32", "float16"):
+        raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
+    work = _workload(config, batch, prompt, new_tokens, images)
+    chip = CHIPS[parse_topology(topology)[0]]
+    devices = tpu_devices(topology)
+    kv_heads = config.decoder.num_kv_heads
+    axes = check_axes(mesh or default_axes(len(devices), kv_heads), len(devices), kv_heads, batch)
+    programs = Programs(Llava(config, jnp.dtype(dtype)), make_mesh(devices, axes))
+    planner = _Planner(programs, work, chip.hbm_bytes_per_second / chip.devices, max_compilations, search, progress)
+    policies = [VLCache(budget=0.1) if policy is None else policy, *compare]
+    return Plan(
+        model=name,
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.params)),
+        topology=topology,
+        devices=len(devices),
+        devices_per_chip=chip.devices,
+        mesh=axes,
+        dtype=dtype,
+        **dataclasses.asdict(work),
+        hbm_bytes=chip.hbm_bytes // chip.devices,
+        available_bytes=planner.available,
+        hbm_bytes_per_second=planner.bandwidth,
+        weight_bytes=planner.weights,
+        policies=tuple(planner.plan(policy) for policy in policies),
+        versions={package: importlib.metadata.version(package) for package in ("jax", "libtpu")},
+    )
+
+
+class _Planner:
+    def __init__(
+        self,
+        programs: Programs,
+        work: Workload,
+        bandwidth: float,
+        max_compilations: int,
+        search: bool,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.programs, self.work, self.bandwidth = programs, work, bandwidth
+        self.max_compilations, self.search, self.progress = max_compilations, search, progress
+        self.available = programs.available_bytes()
+        self.weights = programs.bytes_of(programs.params)
+        decoder = programs.params["decoder"]
+        tied = programs.model.config.decoder.tie_embeddings
+        used = {key: value for key, value in decoder.items() if tied or key != "embed_tokens"}
+        self.decoder_weights = programs.bytes_of(used)
+
+    def plan(self, policy: Policy) -> PolicyPlan:
+        work, programs = self.work, self.programs
+        state = programs.state(work, policy)
+        context, tail = programs.bytes_of(state.context), programs.bytes_of(state.tail)
+        kept = programs.bytes_of((state.context.keys, state.context.values))
+        prefill = self._prefill(work, policy)
+        decode = self._report(programs.decode(work, policy)[0], "decoding", work, policy)
+        step = self._report(programs.decode_step(work, policy)[0], "decode step", work, policy)
+        peaks = [program.peak_bytes for program in (prefill, decode)]
+        read = self.decoder_weights + kept + tail
+        return PolicyPlan(
+            policy=policy.name,
+            budget=policy.budget,
+            fits=self._fits(prefill) and self._fits(decode),
+            context_bytes=context,
+            tail_bytes=tail,
+            peak_bytes=None if None in peaks else max(p for p in peaks if p is not None),
+            prefill=prefill,
+            decode=decode,
+            decode_step=step,
+            step_read_bytes=read,
+            bound_tokens_per_second=work.batch * self.bandwidth / read,
+            largest_batch=self._largest_batch(policy, prefill) if self._searchable(prefill) else None,
+            longest_prompt=self._longest_prompt(policy, prefill) if self._searchable(prefill) else None,
+        )
+
+    def _searchable(self, prefill: Program) -> bool:
+        return self.search and (prefill.refused is None or prefill.out_of_memory)
+
+    def _largest_batch(self, policy: Policy, prefill: Program) -> Limit:
+        step = self.programs.mesh.shape[DATA_AXIS]
+        return self._largest(policy, prefill, "batch", step, max(_LARGEST_BATCH, self.work.batch))
+
+    def _longest_prompt(self, policy: Policy, prefill: Program) -> Limit:
+        room = self.programs.model.spec.max_positions - self.work.new_tokens
+        return self._largest(policy, prefill, "prompt", _PROMPT_STEP if room >= _PROMPT_STEP else 1, room)
+
+    def _largest(self, policy: Policy, prefill: Program, field: str, step: int, ceiling: int) -> Limit:
+        def peak(size: int) -> tuple[bool, int | None]:
+            # Decoding is compiled only where the prefill, which needs more as a rule, fits.
+            work = dataclasses.replace(self.work, **{field: size})
+            first = self._prefill(work, policy)
+            if not self._fits(first):
+                return False, first.peak_bytes
+            second = self._report(self.programs.decode(work, policy)[0], "decoding", work, policy)
+            peaks = [p.peak_bytes for p in (first, second) if p.peak_bytes is not None]
+            return self._fits(second), max(peaks, default=None)
+
+        return largest(
+            peak,
+            getattr(self.work, field),
+            known=(self._fits(prefill), prefill.peak_bytes),
+            fixed_bytes=self.weights,
+            available_bytes=self.available,
+            step=step,
+            ceiling=ceiling,
+            max_compilations=self.max_compilations,
+        )
+
+    def _prefill(self, work: Workload, policy: Policy) -> Program:
+        return self._report(self.programs.prefill(work, policy)[0], "prefill", work, policy)
+
+    def _fits(self, program: Program) -> bool:
+        return program.refused is None and program.peak_bytes is not None and program.peak_bytes <= self.available
+
+    def _report(self, program: Program, name: str, work: Workload, policy: Policy) -> Program:
+        size = "peak unknown" if program.peak_bytes is None else f"peak {program.peak_bytes / 2**30:.2f} GiB"
+        verdict = size if self._fits(program) else f"{size}, does not fit"
+        self.progress(
+            f"{name}, {policy.name} {policy.budget:g}, batch {work.batch}, prompt {work.prompt}: {verdict} "
+            f"(compiled in {program.compile_seconds:.1f} s)"
+        )
+        return program
+
+
+def _config(model: str | os.PathLike[str] | LlavaConfig) -> tuple[LlavaConfig, str]:
+    if isinstance(model, LlavaConfig):
+        return model, model.model_type
+    name = os.fspath(model)
+    folder = Path(name)
+    if folder.is_dir() or os.sep in name:
+        return read_config(folder), name
+    return preset(name), name
+
+
+def _workload(config: LlavaConfig, batch: int, prompt: int, new_tokens: int, images: int) -> Workload:
+    for field, value, least in (
+        ("batch", batch, 1),
+        ("prompt", prompt, 1),
+        ("new_tokens", new_tokens, 1),
+        ("images", images, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
+    positions = config.decoder.max_positions
+    if prompt + new_tokens > positions:
+        raise InputError(
+            f"prompt={prompt} and new_tokens={new_tokens} need {prompt + new_tokens} positions but the model has "
+            f"{positions}: lower one of them"
+        )
+    return Workload(
+        batch=batch, prompt=prompt, new_tokens=new_tokens, tiles=images * _TILES_OF_AN_IMAGE[config.model_type]
+    )

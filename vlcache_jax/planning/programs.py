@@ -1,0 +1,182 @@
+"""The programs of a run, compiled from shapes: the ones that `generate` runs, not models of them."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.decoding import decode_step
+from vlcache_jax.generation import decode
+from vlcache_jax.interfaces import Params
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.planning.compiling import abstract, compile_on
+from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.prefill import prefill
+from vlcache_jax.state import KVState
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is asked of a model.
+
+    Attributes:
+      batch: prompts at once.
+      prompt: their padded length, visual tokens included.
+      new_tokens: room for generated tokens.
+      tiles: image tiles of each prompt that go through the vision tower.
+    """
+
+    batch: int
+    prompt: int
+    new_tokens: int
+    tiles: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler says about one program, in bytes of one device.
+
+    Attributes:
+      argument_bytes: its arguments: parameters and batch, or parameters and state.
+      output_bytes: its results; those that take the memory of an argument count in `alias_bytes` too.
+      alias_bytes: results that take the memory of a donated argument.
+      temporary_bytes: everything else it needs while it runs.
+      peak_bytes: the most memory in use at any moment, arguments included.
+      compile_seconds: of tracing, lowering and compiling.
+      refused: None, or the compiler's reason for not compiling it: then the other numbers are None, except the peak
+        where the reason names it.
+    """
+
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    alias_bytes: int | None = None
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
+    compile_seconds: float
+    refused: str | None = None
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it was refused because it does not fit in a device's memory."""
+        return self.refused is not None and self.refused.startswith("RESOURCE_EXHAUSTED")
+
+
+class Programs:
+    """The programs of one model on one mesh.
+
+    Args:
+      model: the model; no parameters are made.
+      mesh: of described devices, with the axes "data" and "model".
+    """
+
+    def __init__(self, model: Llava, mesh: Mesh) -> None:
+        self.model, self.mesh = model, mesh
+        shapes = model.abstract_params()
+        self.params: Params = place_params(jax.tree.map(lambda x: _struct(x.shape, model.dtype), shapes), mesh)
+
+    def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+        """`vlcache_jax.prefill`, its state split over devices; (what the compiler says, the compiled program)."""
+        run = self._prefill(work, policy)
+        state = self.state(work, policy)
+        shardings = (None, jax.tree.map(lambda x: x.sharding, state))
+        return self._compile(run, self.params, self._batch(work), out_shardings=shardings)
+
+    def decode_step(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+        """`vlcache_jax.decode_step`, with the state donated."""
+        tokens = place_rows(_struct((work.batch,), jnp.int32), self.mesh)
+        state = self.state(work, policy)
+
+        def step(params: Params, tokens: jax.Array, state: KVState) -> Any:
+            return decode_step(self.model, params, tokens, state)
+
+        shardings = (None, jax.tree.map(lambda x: x.sharding, state))
+        return self._compile(step, self.params, tokens, state, donate=(2,), out_shardings=shardings)
+
+    def decode(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+        """`vlcache_jax.decode`: the whole loop of `generate`, greedy. The state stays valid, so its tail is copied."""
+        logits, _ = self._outputs(work, policy)
+
+        def loop(params: Params, logits: jax.Array, state: KVState) -> Any:
+            return decode(self.model, params, logits, state, work.new_tokens)
+
+        return self._compile(loop, self.params, place_rows(logits, self.mesh), self.state(work, policy))
+
+    def state(self, work: Workload, policy: Policy) -> KVState:
+        """The abstract state that the prefill makes."""
+        return place_state(self._outputs(work, policy)[1], self.mesh)
+
+    def bytes_of(self, tree: Any) -> int:
+        """Bytes of arrays on one device, in the compiler's layouts (tiles may be padded)."""
+        jitted = jax.jit(lambda _: jnp.int32(0), keep_unused=True)
+        with jax.set_mesh(self.mesh):
+            compiled = jitted.trace(tree).lower(lowering_platforms=("tpu",)).compile()
+        return compiled.memory_analysis().argument_size_in_bytes
+
+    def available_bytes(self) -> int:
+        """Memory of one device that programs may use: what the compiler names when it refuses one that is too large."""
+        too_large = abstract(_struct((2**13, 2**30), jnp.int8), self.mesh)
+        program, _ = self._compile(lambda x: x + 1, too_large)
+        found = re.search(r"available HBM \(([\d.]+)([KMGT]?)\)|of ([\d.]+)([KMGT]?) hbm", program.refused or "")
+        if found is None:
+            raise RuntimeError(f"the TPU compiler does not name the memory of a device: {program.refused!r}")
+        return _bytes(*[group for group in found.groups() if group is not None])
+
+    def _prefill(self, work: Workload, policy: Policy) -> Callable[..., Any]:
+        return lambda params, batch: prefill(self.model, params, batch, policy, work.new_tokens)
+
+    def _outputs(self, work: Workload, policy: Policy) -> tuple[jax.ShapeDtypeStruct, KVState]:
+        with jax.set_mesh(self.mesh):
+            return jax.eval_shape(self._prefill(work, policy), self.params, self._batch(work))
+
+    def _batch(self, work: Workload) -> Batch:
+        side = self.model.config.vision.image_size
+        tokens = _struct((work.batch, work.prompt), jnp.int32)
+        pixels = _struct((work.batch, work.tiles, side, side, 3), jnp.float32)
+        batch = Batch(tokens, _struct((work.batch,), jnp.int32), tokens, pixels)  # type: ignore[arg-type]
+        return place_batch(batch, self.mesh)
+
+    def _compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
+        start = time.monotonic()
+        try:
+            compiled = compile_on(self.mesh, function, *args, **options)
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            seconds = time.monotonic() - start
+            return Program(compile_seconds=seconds, refused=_reason(error), peak_bytes=_needed(str(error))), None
+        memory = compiled.memory_analysis()
+        program = Program(
+            argument_bytes=memory.argument_size_in_bytes,
+            output_bytes=memory.output_size_in_bytes,
+            alias_bytes=memory.alias_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            peak_bytes=memory.peak_memory_in_bytes,
+            compile_seconds=time.monotonic() - start,
+        )
+        return program, compiled
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _needed(message: str) -> int | None:
+    """The memory a program would have needed, where the compiler's message names it."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    return _bytes(*found.groups()) if found else None
+
+
+def _bytes(number: str, unit: str = "") -> int:
+    return math.floor(float(number) * _UNITS[unit])

@@ -1,0 +1,85 @@
+"""The largest size that fits, with few compilations."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Result of a search.
+
+    Attributes:
+      fits: the largest size that was compiled and fits; None if none did.
+      refused: the smallest size that was compiled and does not fit; None if none was (the search ended at its ceiling
+        or ran out of compilations).
+      compilations: sizes compiled for this search.
+    """
+
+    fits: int | None
+    refused: int | None
+    compilations: int
+
+
+def largest(
+    peak: Callable[[int], tuple[bool, int | None]],
+    start: int,
+    *,
+    known: tuple[bool, int | None],
+    fixed_bytes: int,
+    available_bytes: int,
+    step: int,
+    ceiling: int,
+    max_compilations: int,
+) -> Limit:
+    """Searches for the largest size that fits.
+
+    Memory grows nearly linearly with the size, so a straight line through the two nearest measurements says where to
+    look next. Only what was compiled counts as fitting.
+
+    Args:
+      peak: compiles a size; (fits, peak bytes of a device or None where unknown).
+      start: a size that was compiled already.
+      known: its result.
+      fixed_bytes: what is used whatever the size (the weights).
+      available_bytes: of a device.
+      step: sizes are multiples of it.
+      ceiling: the largest size worth asking for.
+      max_compilations: bound of the work.
+
+    Returns:
+      The limit, to within a step or a thirty-second of its value.
+
+    Example:
+      >>> largest(lambda n: (n <= 100, 10 * n), 8, known=(True, 80), fixed_bytes=0, available_bytes=1000, step=1,
+      ...         ceiling=4096, max_compilations=8)
+      Limit(fits=100, refused=101, compilations=2)
+    """
+    ceiling = ceiling // step * step
+    low, high = (start, None) if known[0] else (None, start)
+    points = {0: fixed_bytes} | ({start: known[1]} if known[1] is not None else {})
+    count = 0
+    while count < max_compilations:
+        if high is None and low >= ceiling:
+            break
+        floor = 0 if low is None else low
+        if high is not None and high - floor <= (step if low is None else max(step, floor // 32)):
+            break
+        size = _guess(points, floor, high, available_bytes, step, ceiling)
+        fits, bytes_needed = peak(size)
+        count += 1
+        if bytes_needed is not None:
+            points[size] = bytes_needed
+        low, high = (size, high) if fits else (low, size)
+    return Limit(fits=low, refused=high, compilations=count)
+
+
+def _guess(points: dict[int, int], floor: int, high: int | None, available: int, step: int, ceiling: int) -> int:
+    """The next size to try, above `floor` and below `high`."""
+    top = ceiling if high is None else high - step
+    near = sorted(sorted(points, key=lambda n: abs(points[n] - available))[:2])
+    if len(near) == 2 and points[near[1]] > points[near[0]]:
+        a, b = near
+        size = a + (available - points[a]) * (b - a) // (points[b] - points[a])
+    else:
+        size = 2 * floor if high is None else (floor + high) // 2
+    return max(floor + step, min(size // step * step, top))
