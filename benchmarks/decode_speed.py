@@ -19,18 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlcache_jax as vlc
-from vlcache_jax.generation import _decode
 from vlcache_jax.models.checkpoint import load_params
 from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.decoder import unstack_layers
+from vlcache_jax.models.cpu_layout import cpu_layout
 from vlcache_jax.models.llava import Llava
 
 
 def ours(model: Llava, params: Any, batch: vlc.Batch, policy: vlc.Policy, steps: int) -> Callable[[], np.ndarray]:
     """A function that decodes `steps` tokens after the prompts' first one: the program that `vlc.generate` runs."""
-    seeds = jnp.zeros((batch.size,), jnp.int32)
     logits, state = jax.block_until_ready(vlc.prefill(model, params, batch, policy, steps + 1))
-    return lambda: jax.block_until_ready(_decode(model, params, logits, state, seeds, steps + 1, None, ())[0])
+    return lambda: jax.block_until_ready(vlc.decode(model, params, logits, state, steps + 1, eos_token_ids=())[0])
 
 
 def theirs(model: Any, batch: vlc.Batch, steps: int) -> Callable[[], tuple[float, np.ndarray]]:
@@ -60,7 +58,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=290, help="tokens of every prompt, visual ones included")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--layers", choices=("stacked", "unstacked", "both"), default="both")
+    parser.add_argument("--layout", choices=("stacked", "cpu", "both"), default="both", help="of the parameters")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -73,9 +71,9 @@ def main() -> None:
         params = load_params(args.model, model.abstract_params(), jnp.float32)
     batch = harness.random_batch(config, args.batch, args.length)
     reference = theirs(harness.in_transformers(config, params, args.threads), batch, args.steps)
-    layouts = {"stacked": lambda p: p, "unstacked": unstack_layers}
-    if args.layers != "both":
-        layouts = {args.layers: layouts[args.layers]}
+    layouts = {"stacked": lambda p: p, "cpu": cpu_layout}
+    if args.layout != "both":
+        layouts = {args.layout: layouts[args.layout]}
 
     tokens: dict[str, np.ndarray] = {}
 
@@ -92,7 +90,7 @@ def main() -> None:
             decode = ours(model, weights, batch, policy, args.steps)
             tokens[name] = np.asarray(decode())
             sides[name] = lambda decode=decode: harness.timed(decode)
-            described[name] = {"policy": policy.name, "budget": policy.budget, "layers": layout}
+            described[name] = {"policy": policy.name, "budget": policy.budget, "layout": layout}
     timings = harness.alternate(sides, args.repeats)
 
     base = timings["transformers"]

@@ -53,12 +53,20 @@ class SelfAttention(nn.Module):
         c = self.config
         batch, length, _ = x.shape
         cos, sin = rotation
-        query = _dense(c.num_heads * c.head_dim, c.qkv_bias, self.dtype, "query")(x)
-        key = _dense(c.num_kv_heads * c.head_dim, c.qkv_bias, self.dtype, "key")(x)
-        value = _dense(c.num_kv_heads * c.head_dim, c.qkv_bias, self.dtype, "value")(x)
-        query = rope.rotate(query.reshape(batch, length, c.num_heads, c.head_dim), cos, sin)
-        key = rope.rotate(key.reshape(batch, length, c.num_kv_heads, c.head_dim), cos, sin)
-        value = value.reshape(batch, length, c.num_kv_heads, c.head_dim)
+
+        def project(heads: int, name: str) -> jax.Array:
+            x_heads = _dense(heads * c.head_dim, c.qkv_bias, self.dtype, name)(x)
+            return x_heads.reshape(batch, length, heads, c.head_dim)
+
+        if self.has_variable("params", "qkv"):  # see `cpu_layout`
+            projected = project(c.num_heads + 2 * c.num_kv_heads, "qkv")
+            rotated = rope.rotate(projected[:, :, : -c.num_kv_heads], cos, sin)
+            query, key = jnp.split(rotated, [c.num_heads], axis=2)
+            value = projected[:, :, -c.num_kv_heads :]
+        else:
+            query = rope.rotate(project(c.num_heads, "query"), cos, sin)
+            key = rope.rotate(project(c.num_kv_heads, "key"), cos, sin)
+            value = project(c.num_kv_heads, "value")
         out, carry, ys = attend(query, key, value, carry, xs)
         out = out.astype(self.dtype).reshape(batch, length, c.num_heads * c.head_dim)
         return _dense(c.hidden_size, c.output_bias, self.dtype, "output")(out), carry, ys
@@ -73,8 +81,11 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "gate")(x)
-        up = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "up")(x)
+        if self.has_variable("params", "gate_up"):  # see `cpu_layout`
+            gate, up = jnp.split(_dense(2 * c.intermediate_size, c.mlp_bias, self.dtype, "gate_up")(x), 2, axis=-1)
+        else:
+            gate = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "gate")(x)
+            up = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "up")(x)
         return _dense(c.hidden_size, c.mlp_bias, self.dtype, "down")(activation(c.activation)(gate) * up)
 
 
@@ -154,7 +165,7 @@ class Decoder(nn.Module):
             return (x, carry), ys
 
         layers = None if self.is_initializing() else self.get_variable("params", "layers")
-        if isinstance(layers, tuple):  # see `unstack_layers`
+        if isinstance(layers, tuple):  # see `cpu_layout`
             layer, outputs = DecoderLayer(c, self.dtype, parent=None), []
             for i, params in enumerate(layers):
                 item = jax.tree.map(lambda x: x[i], xs)  # noqa: B023
@@ -173,22 +184,3 @@ class Decoder(nn.Module):
             table = self.embed_tokens.embedding.astype(self.dtype)
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return self.lm_head(hidden)
-
-
-def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The same parameters with the decoder's layers as a tuple of trees, which the model takes too.
-
-    For CPUs: from stacked layers XLA copies the weights of each layer before it multiplies with them, at every decoded
-    token; without the copy a step takes about half the time. The price is a program that grows with the number of
-    layers, and so does its compile time. Elsewhere, and for training, leave the layers stacked.
-
-    Args:
-      params: of a model, layers stacked. They are copied, once; drop the old ones to have the memory back.
-
-    Returns:
-      Parameters for `generate`, `prefill`, `decode_step` and `stream`; tokens are the same.
-    """
-    decoder = params["decoder"]
-    count = len(jax.tree.leaves(decoder["layers"])[0])
-    layers = tuple(jax.tree.map(lambda x: x[i], decoder["layers"]) for i in range(count))  # noqa: B023
-    return {**params, "decoder": {**decoder, "layers": layers}}

@@ -11,7 +11,7 @@ import pytest
 import torch  # noqa: F401  (decode_speed.py compares with it: not part of --core)
 
 import vlcache_jax as vlc
-from vlcache_jax.models.decoder import unstack_layers
+from vlcache_jax.models.cpu_layout import cpu_layout
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -31,7 +31,7 @@ def run(tmp_path: Path, script: str, *options: str) -> dict:
 
 def test_decode_speed(tmp_path):
     options = ["--shape", "smoke", "--batch", "2", "--length", "32", "--steps", "4", "--repeats", "1"]
-    result = run(tmp_path, "decode_speed.py", *options, "--layers", "unstacked")
+    result = run(tmp_path, "decode_speed.py", *options, "--layout", "cpu")
     assert [row["policy"] for row in result["rows"]] == ["full_cache", "vl_cache"]
     assert all(row["speed_up"]["median"] > 0 for row in result["rows"])
     assert all(row["same_tokens"] == 1 for row in result["rows"] if row["policy"] == "full_cache")
@@ -57,7 +57,7 @@ def test_compile_count(tmp_path):
 
 
 @pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(budget=0.2)])
-def test_unstacked_layers_generate_the_same_tokens(policy, monkeypatch):
+def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import harness
 
@@ -65,7 +65,7 @@ def test_unstacked_layers_generate_the_same_tokens(policy, monkeypatch):
     model = harness.Llava(config)
     params = harness.random_params(model)
     batch = harness.random_batch(config, rows=2, length=40)
-    outs = [vlc.generate(model, p, batch, policy, 8, eos_token_ids=()) for p in (params, unstack_layers(params))]
+    outs = [vlc.generate(model, p, batch, policy, 8, eos_token_ids=()) for p in (params, cpu_layout(params))]
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
     np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)
     assert len(set(np.asarray(outs[0].tokens).ravel().tolist())) > 1
