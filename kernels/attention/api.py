@@ -1,11 +1,14 @@
 """The public function of the prefill attention op."""
 
+from functools import partial
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
-from vlcache_jax.kernels.attention import reference, xla
+from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla
+from vlcache_jax.kernels.dispatch import dispatch
 
-_IMPLEMENTATIONS = {"xla": xla.attention, "reference": reference.attention}
+_ORDER = {"tpu": ("splash_tpu", "xla"), "default": ("xla",)}
 
 
 def attention(
@@ -14,13 +17,16 @@ def attention(
     value: jax.Array,
     *,
     segments: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    with_lse: bool = True,
+    implementation: str | tuple[str, ...] | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """Causal grouped-query attention of a prompt with itself; softmax in float32. Differentiable.
 
     Prompts are right-padded, so causality alone keeps padding out of every true row; padding values must be finite
-    (0 * NaN is NaN), and the outputs of padding rows mean nothing.
+    (0 * NaN is NaN), and the outputs of padding rows are finite but mean nothing.
 
     Args:
       query: [batch, length, heads, head_dim].
@@ -28,24 +34,53 @@ def attention(
       value: like `key`.
       segments: i32 [batch, length]. Row t sees column j <= t only if column j is of segment 0 (a shared prefix)
         or of row t's own segment. None: no segments.
+      lengths: i32 [batch], true lengths of the rows, for implementations that can leave the padding out.
       scale: factor of the logits, head_dim ** -0.5 by default.
-      implementation: "xla" (default: rows in chunks, never length x length for all heads at once) or "reference".
+      with_lse: whether the log-sum-exp is wanted. "splash_tpu" writes 128 numbers for each of them, and has a backward
+        kernel only without.
+      implementation: None takes the first of the platform's order that serves the arguments. A name is tried alone, a
+        tuple of names one after the other:
+          "splash_tpu"  JAX's splash attention for TPUs. No segments. With the log-sum-exp its gradient is that of "xla".
+          "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
+                        capability 8.0 and later. No segments, bfloat16 or float16. It is never a default, because a
+                        program that holds it can only be made where JAX finds cuDNN, and whether the card has it shows
+                        only when it is compiled: pass ("cudnn", "xla") where such a card is attached.
+          "xla"         rows in chunks, never length x length for all heads at once.
+          "reference"   the definition.
+      interpret: for the Pallas implementations, as in `pallas_call`.
 
     Returns:
       (out, lse): out [batch, length, heads, head_dim] in the dtype of `value`; lse f32 [batch, length, heads], the
-      log-sum-exp of the scaled logits of each row.
+      log-sum-exp of the scaled logits of each row, or None without `with_lse`. "cudnn" cannot give it: JAX rounds it to
+      the dtype of the output there, too coarse for the probabilities of single entries.
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
+      NotImplementedError: none of the named implementations can serve the arguments.
     """
     batch, length, heads, head_dim = query.shape
     if key.shape != value.shape or key.shape[:2] != (batch, length) or key.shape[3] != head_dim:
         raise ValueError(f"key {key.shape} and value {value.shape} do not fit query {query.shape}")
     if heads % key.shape[2]:
         raise ValueError(f"{heads} query heads are not a multiple of {key.shape[2]} KV heads")
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
-    if segments is None:
-        segments = jnp.zeros((batch, length), jnp.int32)
-    function = _IMPLEMENTATIONS[implementation or "xla"]
-    return function(query, key, value, segments, head_dim**-0.5 if scale is None else scale)
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(f"segments {segments.shape} must be [{batch}, {length}]")
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
+    scale = head_dim**-0.5 if scale is None else scale
+    implementations = {
+        "splash_tpu": partial(splash_tpu.attention, scale=scale, with_lse=with_lse, interpret=interpret),
+        "cudnn": partial(cudnn.attention, scale=scale, with_lse=with_lse),
+        "xla": partial(xla.attention, scale=scale, with_lse=with_lse),
+        "reference": partial(reference.attention, scale=scale, with_lse=with_lse),
+    }
+    args = query, key, value, segments, lengths
+    if not isinstance(implementation, tuple):
+        return dispatch(implementation, implementations, _ORDER, *args)
+    reasons = []
+    for name in implementation:
+        try:
+            return dispatch(name, implementations, _ORDER, *args)
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError("no implementation serves the arguments. " + "; ".join(reasons))

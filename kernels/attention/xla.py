@@ -18,12 +18,21 @@ _SPANS = 8  # static slices of the triangle: bounds the size of the program for 
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """See `api.attention`."""
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    lengths: jax.Array | None,
+    *,
+    scale: float,
+    with_lse: bool = True,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `api.attention`. `lengths` changes nothing: causality keeps the padding out."""
+    del lengths
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
+    segments = jnp.zeros((batch, length), jnp.int32) if segments is None else segments
     # [batch, length, heads, d] -> [batch * kv_heads, group, length, d]
     q = query.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch * kv_heads, group, length, head_dim)
@@ -35,7 +44,7 @@ def attention(
     out, lse = jax.lax.map(one_head, (q, k, v, jnp.repeat(segments, kv_heads, axis=0)))
     out = out.reshape(batch, kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(batch, kv_heads, group, length).transpose(0, 3, 1, 2)
-    return out.reshape(query.shape), lse.reshape(batch, length, heads)
+    return out.reshape(query.shape), lse.reshape(batch, length, heads) if with_lse else None
 
 
 def _one_head(q, k, v, segments, *, scale):  # q [group, length, d], k v [length, d], segments [length]

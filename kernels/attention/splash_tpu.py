@@ -1,0 +1,78 @@
+"""JAX's splash attention for TPUs: grouped queries, blocks above the diagonal skipped, the log-sum-exp returned."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from vlcache_jax.kernels.attention import xla
+
+_SHORTEST = 128  # the smallest block; shorter prompts are cheap in XLA
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    lengths: jax.Array | None,
+    *,
+    scale: float,
+    with_lse: bool = True,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `api.attention`. `lengths` changes nothing: causality keeps the padding out."""
+    del lengths
+    length, head_dim = query.shape[1], query.shape[3]
+    if segments is not None:
+        raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla'")
+    if length < _SHORTEST:
+        raise NotImplementedError(f"splash_tpu takes prompts of at least {_SHORTEST} tokens, not {length}")
+    if head_dim > 256:
+        raise NotImplementedError(f"splash_tpu serves heads of up to 256, not {head_dim}")
+    if with_lse:
+        return _attention(query, key, value, scale, interpret)
+    return _forward(query, key, value, scale, interpret, with_lse=False)
+
+
+def _forward(query, key, value, scale, interpret, with_lse=True):
+    length, heads = query.shape[1:3]
+    block = 512 if length >= 1024 else 256 if length >= 512 else 128
+    padded = -(-length // block) * block
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel has no scale of its own
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
+    mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
+    names = ("block_q", "block_kv")
+    if not with_lse:  # with it there is no backward kernel
+        names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
+    make = splash.make_splash_mha_single_device
+    kernel = jax.vmap(make(mask, block_sizes=sizes, save_residuals=with_lse, interpret=interpret))
+
+    def by_row(x: jax.Array) -> jax.Array:  # [batch, heads, padded, ...] -> [batch, length, heads, ...]
+        return x[:, :, :length].swapaxes(1, 2)
+
+    if not with_lse:
+        return by_row(kernel(q, k, v)).astype(value.dtype), None
+    out, (lse,) = kernel(q, k, v)
+    return by_row(out).astype(value.dtype), by_row(lse)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(query, key, value, scale, interpret):
+    return _forward(query, key, value, scale, interpret)
+
+
+def _with_inputs(query, key, value, scale, interpret):
+    return _forward(query, key, value, scale, interpret), (query, key, value)
+
+
+def _gradient(scale, interpret, inputs, cotangents):
+    """JAX's kernel has no gradient where it returns the log-sum-exp; the chunked version has."""
+    _, pull_back = jax.vjp(lambda q, k, v: xla.attention(q, k, v, None, None, scale=scale), *inputs)
+    return pull_back(cotangents)
+
+
+_attention.defvjp(_with_inputs, _gradient)

@@ -1,0 +1,53 @@
+"""The TPU's compiler takes the column statistics kernels, at the shapes of real models."""
+
+import functools
+
+import jax
+import pytest
+from tpu import compile_for, shape, temporaries
+
+from vlcache_jax.kernels.column_statistics import column_statistics
+from vlcache_jax.kernels.column_statistics.shapes import SHAPES
+
+CHIPS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+
+
+def compiled(chip, model, length=4096, dtype="bfloat16", batch=2, **options):
+    heads, kv_heads, head_dim = SHAPES[model]
+    query = shape(batch, length, heads, head_dim, dtype=dtype)
+    key = shape(batch, length, kv_heads, head_dim, dtype=dtype)
+    index = shape(batch, dtype="int32")
+    given = {name: shape(batch, length, heads, dtype="float32") for name in options.pop("given", ())}
+
+    def run(query, key, first, count, given):
+        return column_statistics(query, key, first, count, **given, **options)
+
+    return compile_for(chip, run, query, key, index, index, given)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("model", SHAPES)
+def test_slice_of_rows(model, chip):
+    program = compiled(chip, model, max_rows=50, given=("lse",), implementation="pallas_tpu")
+    assert "tpu_custom_call" in program.as_text()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("model", "length"), [("llava-v1.6-mistral-7b", 2880), ("llava-1.5-7b", 1024)])
+def test_all_rows(model, length, chip):
+    program = compiled(chip, model, length, column_maximum=True, implementation="pallas_tpu")
+    heads, kv_heads, head_dim = SHAPES[model]
+    copies = 2 * 2 * length * (heads + kv_heads) * head_dim  # query and key with heads before rows, in bfloat16
+    assert temporaries(program) < copies + 16 * 2 * heads * length * 4  # and some numbers a row: never rows x length
+
+
+@pytest.mark.parametrize(("length", "max_rows", "dtype"), [(1000, 17, "bfloat16"), (40, None, "float32")])
+def test_ragged_shapes_and_float32(length, max_rows, dtype):
+    compiled("v5e:2x2", "qwen2.5-vl-7b", length, dtype, max_rows=max_rows, implementation="pallas_tpu")
+
+
+def test_the_default_on_a_tpu_is_the_kernel_and_memory_does_not_follow_rows_times_length():
+    program = compiled("v5e:2x2", "llava-v1.6-mistral-7b", 32768, batch=1, max_rows=64)
+    assert "tpu_custom_call" in program.as_text()
+    key = 32768 * 8 * 128 * 2
+    assert temporaries(program) < 1.5 * key
