@@ -1,10 +1,16 @@
 """The public function of the decode attention op."""
 
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
-from vlcache_jax.kernels.decode_attention import reference, xla
+from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.dispatch import dispatch
 
-_IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
+_ORDER = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
 
 
 def decode_attention(
@@ -14,47 +20,107 @@ def decode_attention(
     offsets: jax.Array,
     lengths: jax.Array,
     *,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
     scale: float | None = None,
+    causal: bool = False,
     max_length: int | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Grouped-query attention of one query per row over one segment per (row, KV head) of a packed store.
+    """Grouped-query attention of one query per row, or a few, over one segment per (row, KV head) of a packed store.
 
         keys[b, lane]:   | layer 0 ....... | layer 1 .. free | layer 2 ............ free |
                                            ^ offsets[b, h]
                                            <-------> lengths[b, h]
 
-    Only the slots of the segments are read: the rest of the store may hold anything, NaN included. The work follows
-    the longest segment, not the size of the store. KV head h lies in lane `h * lanes // kv_heads`.
+    Only the slots of the segments count: the rest of the store may hold anything, NaN included. The work follows
+    the segments (on a TPU each, elsewhere the longest), not the size of the store. KV head h lies in lane
+    `h * lanes // kv_heads`.
+
+    Segments start at multiples of 16 slots for "pallas_tpu", and in a quantised store always at multiples of
+    `quantisation.group_size(bits)`: 32, 64 or 128 slots of 8, 4 or 2 bits. Other offsets give wrong results unnoticed.
 
     Args:
-      query: [batch, heads, head_dim].
-      keys: [batch, lanes, slots, head_dim].
+      query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries.
+      keys: [batch, lanes, slots, head_dim]; of a quantised store the codes,
+        i8 [batch, lanes, slots * bits / 8, head_dim].
       values: like `keys`.
       offsets: i32 [batch, kv_heads]; [batch, 1] if the heads of a row share one segment; [1, 1] if all rows' segments
         start at the same slot. First slot.
       lengths: i32, like `offsets`, or [batch, 1]. Number of slots; 0 is allowed.
+      key_scales: f32 [batch, lanes, slots / group, 2, head_dim], from `quantisation.quantise_keys`, or None.
+      value_scales: f32 [batch, lanes, 2, slots], from `quantisation.quantise_values`, or None.
       scale: factor of the logits, head_dim ** -0.5 by default.
+      causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
+        Otherwise every query sees the whole segment.
       max_length: a bound on `lengths` known when the program is built, or None.
-      implementation: "xla" (default) or "reference".
+      implementation: "xla", "pallas_tpu" or "reference"; None takes the best of the platform.
+      interpret: runs the Pallas implementation that was named in an interpreter: True, or Pallas' own parameters.
 
     Returns:
-      (out f32 [batch, heads, head_dim], lse f32 [batch, heads]). An empty segment gives 0 and -inf.
+      (out f32 like `query`, lse f32 [batch, heads] or [batch, n, heads]). A query that sees no slot gets 0 and -inf.
 
     Raises:
       ValueError: shapes that do not fit together, or an unknown implementation.
+      NotImplementedError: the named implementation cannot serve the arguments.
     """
-    batch, heads, head_dim = query.shape
+    single = query.ndim == 3
+    if query.ndim not in (3, 4):
+        raise ValueError(f"query {query.shape}: want [batch, heads, head_dim] or [batch, n, heads, head_dim]")
+    if single:
+        query = query[:, None]
+    store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths)
+    _check(query, store, segments)
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "causal": causal and query.shape[1] > 1,
+        "max_length": max_length,
+    }
+    implementations = {
+        "pallas_tpu": partial(pallas_tpu.decode_attention, interpret=interpret, **options),
+        "xla": partial(_xla, **options),
+        "reference": partial(reference.decode_attention, **options),
+    }
+    out, lse = dispatch(implementation, implementations, _ORDER, query, store, segments)
+    return (out[:, 0], lse[:, 0]) if single else (out, lse)
+
+
+def _xla(
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, max_length: int | None
+) -> tuple[jax.Array, jax.Array]:
+    if query.shape[1] > 1 or store.packing > 1 or store.key_scales is not None:
+        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal, max_length=max_length)
+    out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale)
+    return out[:, None], lse[:, None]
+
+
+def _check(query: jax.Array, store: Store, segments: Segments) -> None:
+    batch, _, heads, head_dim = query.shape
+    keys, values, offsets, lengths = store.keys, store.values, segments.offsets, segments.lengths
     lanes = keys.shape[1]
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim:
         raise ValueError(f"keys {keys.shape} and values {values.shape} do not fit query {query.shape}")
-    if offsets.shape not in (lengths.shape, (1, 1)) or lengths.ndim != 2 or lengths.shape[0] != batch:
-        raise ValueError(f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1] or offsets [1, 1]")
-    kv_heads = lanes if offsets.shape[1] == 1 else offsets.shape[1]
+    common = offsets.shape == (1, 1) and lengths.shape == (batch, 1)
+    if lengths.ndim != 2 or lengths.shape[0] != batch or (offsets.shape != lengths.shape and not common):
+        raise ValueError(
+            f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1] or offsets [1, 1]"
+        )
+    kv_heads = lanes if lengths.shape[1] == 1 else lengths.shape[1]
     if heads % kv_heads or kv_heads % lanes:
         raise ValueError(f"{heads} query heads, {kv_heads} KV heads and {lanes} lanes do not divide one another")
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
-    function = _IMPLEMENTATIONS[implementation or "xla"]
-    scale = head_dim**-0.5 if scale is None else scale
-    return function(query, keys, values, offsets, lengths, scale, max_length)
+    _check_scales(store)
+
+
+def _check_scales(store: Store) -> None:
+    quantised = store.keys.dtype == jnp.int8
+    given = [x is not None for x in (store.key_scales, store.value_scales)]
+    if given != [quantised] * 2:
+        raise ValueError(f"a store of {store.keys.dtype} wants {'both' if quantised else 'no'} scales")
+    if store.key_scales is None or store.value_scales is None:
+        return
+    batch, lanes, rows, head_dim = store.keys.shape
+    if store.key_scales.shape != (batch, lanes, rows // 32, 2, head_dim) or rows % 32:
+        raise ValueError(f"key_scales {store.key_scales.shape} do not fit codes {store.keys.shape}")
+    if store.value_scales.shape not in [(batch, lanes, 2, rows * packing) for packing in (1, 2, 4)]:
+        raise ValueError(f"value_scales {store.value_scales.shape} do not fit codes {store.keys.shape}")

@@ -3,28 +3,51 @@
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.decode_attention.types import Segments, Store
+
 
 def decode_attention(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    offsets: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    max_length: int | None = None,
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, max_length: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.decode_attention`."""
-    heads, (lanes, slots) = query.shape[1], keys.shape[1:3]
-    offsets = jnp.broadcast_to(offsets, lengths.shape)
-    kv_heads = lanes if offsets.shape[1] == 1 else offsets.shape[1]
+    """See `api.decode_attention`; `query` is [batch, n, heads, head_dim]."""
+    del max_length
+    keys, values = _dequantised(store)
+    lengths = segments.lengths
+    offsets = jnp.broadcast_to(segments.offsets, lengths.shape)
+    n, heads = query.shape[1:3]
+    lanes, slots = keys.shape[1:3]
+    kv_heads = lanes if lengths.shape[1] == 1 else lengths.shape[1]
     lane = jnp.arange(heads) * lanes // heads
-    segment = jnp.arange(heads) * kv_heads // heads if offsets.shape[1] > 1 else jnp.zeros(heads, jnp.int32)
-    first, length = offsets[:, segment, None], lengths[:, segment, None]  # [batch, heads, 1]
-    inside = (jnp.arange(slots) >= first) & (jnp.arange(slots) < first + length)
-    k = jnp.where(inside[..., None], keys[:, lane].astype(jnp.float32), 0)
-    v = jnp.where(inside[..., None], values[:, lane].astype(jnp.float32), 0)
-    logits = scale * jnp.einsum("bhd,bhsd->bhs", query.astype(jnp.float32), k, precision="highest")
-    logits = jnp.where(inside, logits, -jnp.inf)
+    segment = jnp.arange(heads) * kv_heads // heads if lengths.shape[1] > 1 else jnp.zeros(heads, jnp.int32)
+    first, last = offsets[:, segment, None, None], (offsets + lengths)[:, segment, None, None]  # [batch, heads, 1, 1]
+    slot = jnp.arange(slots)
+    hidden = (n - 1 - jnp.arange(n))[:, None] if causal else 0
+    inside = ((slot >= first) & (slot < last))[:, :, 0, :, None]  # [batch, heads, slots, 1]
+    seen = jnp.broadcast_to((slot >= first) & (slot < last - hidden), (*last.shape[:2], n, slots))
+    k = jnp.where(inside, keys[:, lane].astype(jnp.float32), 0)
+    v = jnp.where(inside, values[:, lane].astype(jnp.float32), 0)
+    logits = scale * jnp.einsum("bnhd,bhsd->bhns", query.astype(jnp.float32), k, precision="highest")
+    logits = jnp.where(seen, logits, -jnp.inf)
     lse = jax.scipy.special.logsumexp(logits, axis=-1)
-    weights = jnp.where(inside, jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
-    return jnp.einsum("bhs,bhsd->bhd", weights, v, precision="highest"), lse
+    weights = jnp.where(seen, jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
+    return jnp.einsum("bhns,bhsd->bnhd", weights, v, precision="highest"), lse.swapaxes(1, 2)
+
+
+def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [batch, lanes, slots, head_dim]."""
+    if store.key_scales is None or store.value_scales is None:
+        return store.keys, store.values
+    bits = 8 * store.keys.shape[2] // store.value_scales.shape[3]
+    group = 256 // bits
+    slot = jnp.arange(store.value_scales.shape[3])
+    row = slot // group * 32 + slot % 32
+    low_bit = slot % group // 32 * bits
+
+    def codes(packed: jax.Array) -> jax.Array:
+        unsigned = (packed.astype(jnp.int32)[:, :, row] % 256 // 2 ** low_bit[:, None]) % 2**bits
+        return jnp.where(unsigned < 2 ** (bits - 1), unsigned, unsigned - 2**bits).astype(jnp.float32)
+
+    key_scales = store.key_scales[:, :, slot // group]  # [batch, lanes, slots, 2, head_dim]
+    keys = codes(store.keys) * key_scales[:, :, :, 0] + key_scales[:, :, :, 1]
+    values = codes(store.values) * store.value_scales[:, :, 0, :, None] + store.value_scales[:, :, 1, :, None]
+    return keys, values

@@ -1,0 +1,366 @@
+"""The TPU kernel: segments are read from HBM by asynchronous copies, a few blocks ahead of the arithmetic.
+
+The segments of all rows form one sequence of blocks, so that a copy is in flight even between a short segment and the
+next. An *item* is a segment in one or several lanes: one KV head, or, if the heads of a row share a segment, as many of
+its lanes as are read at once. The grid goes over chunks of items; its first axis is for chips with two cores.
+
+    items       | row 0, head 0 | row 0, head 1 | row 1, head 0 ...
+    blocks      | 0 | 1 | 2     | 0             | 0 | 1 ...
+                      ^ computed  ^ being copied ^ being copied next
+
+XLA keeps an array whose last axis does not fill the 128 lanes of a tile (head_dim 64, 80, 96) with slots last, so that
+no memory is wasted. The kernel then reads it like that, `[head_dim, slots]`, from multiples of 128 slots; anything else
+would be a copy of the store.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vlcache_jax.kernels.decode_attention.types import Segments, Store
+
+_ALIGNMENT = 16  # rows of a TPU tile in bfloat16
+_GROUP_ROWS = 32  # byte rows of a quantised group, a TPU tile of bytes
+_LANES = 128  # of a TPU tile
+_BUFFERS = 3  # blocks being copied or computed
+_BLOCK_BYTES = 1 << 19  # wanted size of a block of keys
+_MAX_BLOCK = 512  # tokens
+_MAX_ROWS_BYTES = 1 << 21  # of the output of one grid step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes.
+
+    Attributes:
+      block: slots of a block.
+      copy: slots of one copy; a block is copied in pieces, so that little beyond the end of a segment is read.
+      packing: slots in a byte row of the store (1 but for 4 and 2 bits).
+      alignment: of the first slot that is read.
+      transposed: slots are the last axis.
+      slots: of the store.
+      lanes: of the store.
+      item_lanes: lanes read at once.
+      items: of a row.
+      chunk: items of a grid step.
+      cores: first axis of the grid.
+      scale_window: slots of value scales that are read to get those of a block; 0 in a float store.
+    """
+
+    block: int
+    copy: int
+    packing: int
+    alignment: int
+    transposed: bool
+    slots: int
+    lanes: int
+    item_lanes: int
+    items: int
+    chunk: int
+    cores: int
+    scale_window: int
+
+
+def decode_attention(
+    query: jax.Array,
+    store: Store,
+    segments: Segments,
+    *,
+    scale: float,
+    causal: bool,
+    max_length: int | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.decode_attention`; `query` is [batch, n, heads, head_dim].
+
+    Raises:
+      NotImplementedError: sizes that the copies cannot be aligned to.
+    """
+    batch, n, heads, head_dim = query.shape
+    plan = _plan(query, store, segments, max_length)
+    group_heads = heads // (plan.items * plan.item_lanes)
+    rows = n * group_heads
+    total = batch * plan.items
+
+    def per_item(table: jax.Array) -> jax.Array:  # a shared segment is that of every group of lanes
+        return jnp.broadcast_to(table, (batch, plan.items)).reshape(total).astype(jnp.int32)
+
+    offsets, lengths = per_item(segments.offsets), per_item(segments.lengths)
+    # The first item from i on that has a block.
+    index = jnp.where(lengths > 0, jnp.arange(total, dtype=jnp.int32), total)
+    following = jnp.append(jax.lax.cummin(index, reverse=True), total)
+
+    q = query.reshape(batch, n, plan.items, plan.item_lanes, group_heads, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4, 5).reshape(total, plan.item_lanes, rows, head_dim)
+
+    steps = total // (plan.cores * plan.chunk)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # ANY would let XLA copy a small store to VMEM
+
+    def per_chunk(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (plan.chunk, plan.item_lanes, rows, width), lambda core, step, *_: (core * steps + step, 0, 0, 0)
+        )
+
+    def buffer(*shape: int, dtype: Any) -> Any:
+        return pltpu.VMEM((_BUFFERS, plan.item_lanes, *shape), dtype)
+
+    byte_rows = plan.block // plan.packing
+    stores = [store.keys, store.values]
+    if plan.transposed:
+        stores = [x.swapaxes(2, 3) for x in stores]
+    shape = (head_dim, byte_rows) if plan.transposed else (byte_rows, head_dim)
+    buffers = [buffer(*shape, dtype=x.dtype) for x in stores]
+    if plan.scale_window:
+        stores += [store.key_scales, store.value_scales]
+        buffers += [
+            buffer(byte_rows // _GROUP_ROWS, 2, head_dim, dtype=jnp.float32),
+            buffer(2, plan.scale_window, dtype=jnp.float32),
+        ]
+    kernel = functools.partial(_kernel, plan=plan, scale=scale, queries=n if causal else 1, stores=len(stores))
+    out, lse = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((total, plan.item_lanes, rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((total, plan.item_lanes, rows, 1), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(plan.cores, steps),
+            in_specs=[per_chunk(head_dim), *[in_hbm] * len(stores)],
+            out_specs=(per_chunk(head_dim), per_chunk(1)),
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, _BUFFERS)), pltpu.SMEM((4,), jnp.int32)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="decode_attention",
+    )(offsets, lengths, following, q, *stores)
+
+    def per_row(x: jax.Array) -> jax.Array:  # [total, item_lanes, rows, width]
+        x = x.reshape(batch, plan.items, plan.item_lanes, n, group_heads, x.shape[-1])
+        return x.transpose(0, 3, 1, 2, 4, 5).reshape(batch, n, heads, x.shape[-1])
+
+    return per_row(out), per_row(lse)[..., 0]
+
+
+def _plan(query: jax.Array, store: Store, segments: Segments, max_length: int | None) -> _Plan:
+    batch, n, heads, head_dim = query.shape
+    slots, lanes, packing = store.slots, store.lanes, store.packing
+    quantised = store.key_scales is not None
+    transposed = head_dim % _LANES != 0
+    if quantised and transposed:
+        raise NotImplementedError(f"a quantised store of head size {head_dim}, not a multiple of {_LANES}")
+    alignment = _GROUP_ROWS * packing if quantised else _LANES if transposed else _ALIGNMENT
+    unit = max(_LANES, alignment) if quantised else alignment
+    if slots % unit:
+        raise NotImplementedError(f"{slots} slots are not a multiple of {unit}: copies of a TPU are whole tiles")
+    width = -(-head_dim // _LANES) * _LANES
+    slot_bytes = head_dim * store.keys.dtype.itemsize // packing
+    shared = segments.lengths.shape[1] == 1
+    item_lanes = 1
+    if shared:  # as many lanes as a block of the smallest size can hold
+        fits = max(1, 2 * _BLOCK_BYTES // (_LANES * slot_bytes))
+        item_lanes = max(x for x in range(1, lanes + 1) if lanes % x == 0 and x <= fits)
+    items = lanes // item_lanes if shared else segments.lengths.shape[1]
+
+    copy = _LANES if slots >= _LANES else slots
+    block = _BLOCK_BYTES // (slot_bytes * item_lanes) // copy * copy
+    longest = slots if max_length is None else min(slots, max_length + (alignment if transposed else 0))
+    block = max(copy, min(block, _MAX_BLOCK, -(-longest // copy) * copy, slots // copy * copy))
+
+    total = batch * items
+    cores = 2 if total % 2 == 0 else 1
+    per_core = total // cores
+    rows = heads // items * n
+    row_bytes = -(-rows // 8) * 8 * width * 4
+    chunk = max(x for x in range(1, per_core + 1) if per_core % x == 0 and (x == 1 or x * row_bytes <= _MAX_ROWS_BYTES))
+    return _Plan(
+        block=block,
+        copy=copy,
+        packing=packing,
+        alignment=alignment,
+        transposed=transposed,
+        slots=slots,
+        lanes=lanes,
+        item_lanes=item_lanes,
+        items=items,
+        chunk=chunk,
+        cores=cores,
+        scale_window=min(block + _LANES, slots) if quantised else 0,
+    )
+
+
+def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) -> None:
+    offsets_ref, lengths_ref, following_ref = refs[:3]  # i32 [total], [total], [total + 1] in SMEM
+    q_ref = refs[3]  # [chunk, item_lanes, rows, head_dim]
+    store_refs = refs[4 : 4 + stores]  # [batch, lanes, ...] in HBM
+    out_ref, lse_ref = refs[4 + stores : 6 + stores]  # f32 [chunk, item_lanes, rows, head_dim or 1]
+    buffers = refs[6 + stores : 6 + 2 * stores]  # [_BUFFERS, item_lanes, ...]
+    semaphores, state = refs[6 + 2 * stores :]  # [keys or values, _BUFFERS]; i32 [4]
+    _, _, rows, head_dim = q_ref.shape
+
+    core, step = pl.program_id(0), pl.program_id(1)
+    per_core = pl.num_programs(1) * plan.chunk
+    end_item = (core + 1) * per_core
+
+    def base(item: Any) -> Any:
+        """The slot from which the segment's blocks are counted."""
+        return offsets_ref[item] // _LANES * _LANES if plan.transposed else offsets_ref[item]
+
+    def blocks_of(item: Any) -> Any:
+        end = offsets_ref[item] + lengths_ref[item]
+        return jnp.where(lengths_ref[item] > 0, pl.cdiv(end - base(item), plan.block), 0)
+
+    def bounds(item: Any, block: Any) -> tuple[Any, Any, Any]:
+        """First slot that is read, first that counts, and the end of the segment."""
+        first = base(item) + block * plan.block
+        end = offsets_ref[item] + lengths_ref[item]
+        # The last block of the store is shifted back to fit.
+        return jnp.minimum(first, plan.slots - plan.block), jnp.maximum(first, offsets_ref[item]), end
+
+    def copies(buffer: Any, item: Any, block: Any, act: Any) -> None:
+        """Starts or awaits the copies of a block."""
+        row, within = item // plan.items, item % plan.items
+        lanes = pl.ds(within * plan.lanes // plan.items, plan.item_lanes)
+        start, wanted, end = bounds(item, block)
+
+        def copy(store: int, source: tuple[Any, ...], target: tuple[Any, ...]) -> None:
+            source_ref = store_refs[store].at[(row, lanes, *source)]
+            target_ref = buffers[store].at[(buffer, slice(None), *target)]
+            act(pltpu.make_async_copy(source_ref, target_ref, semaphores.at[store % 2, buffer]))
+
+        for piece in range(plan.block // plan.copy):
+            first = start + piece * plan.copy
+
+            @pl.when((first < end) & (first + plan.copy > wanted))
+            def _(piece=piece, first=first):
+                aligned = pl.multiple_of(first // plan.packing, plan.alignment // plan.packing)
+                size = plan.copy // plan.packing
+                before = (slice(None),) if plan.transposed else ()
+                for store in (0, 1):
+                    copy(store, (*before, pl.ds(aligned, size)), (*before, pl.ds(piece * size, size)))
+
+        if plan.scale_window:
+            groups = plan.block // plan.alignment
+            copy(2, (pl.ds(start // plan.alignment, groups),), ())
+            copy(3, (slice(None), pl.ds(window_start(start), plan.scale_window)), ())
+
+    def window_start(start: Any) -> Any:
+        first = jnp.minimum(start // _LANES * _LANES, plan.slots - plan.scale_window)
+        return pl.multiple_of(first, _LANES)
+
+    # state: item and block to copy next, blocks copied, blocks computed
+    def produce() -> None:
+        item, block = state[0], state[1]
+
+        @pl.when(item < end_item)
+        def _():
+            copies(jax.lax.rem(state[2], _BUFFERS), item, block, lambda c: c.start())
+            last = block + 1 >= blocks_of(item)
+            state[0] = jnp.where(last, following_ref[item + 1], item)
+            state[1] = jnp.where(last, 0, block + 1)
+            state[2] += 1
+
+    @pl.when(step == 0)
+    def _():
+        state[0] = following_ref[core * per_core]
+        state[1] = state[2] = state[3] = 0
+        for _ in range(_BUFFERS - 1):
+            produce()
+
+    # Query i of a causal block does not see the last queries - 1 - i slots.
+    hidden: Any = 0
+    if queries > 1:
+        row = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1)
+        hidden = jnp.full((1, rows, 1), queries - 1, jnp.int32)
+        for i in range(1, queries):
+            hidden -= (row >= i * (rows // queries)).astype(jnp.int32)
+
+    def load(store: int, buffer: Any, dtype: Any) -> jax.Array:
+        """[item_lanes, block, head_dim], or transposed; value codes of a quantised store are not scaled."""
+        x = buffers[store][buffer]
+        if not plan.scale_window:
+            return x.astype(dtype)
+        bits = 8 // plan.packing
+        x = x.astype(jnp.int32).reshape(-1, _GROUP_ROWS, head_dim)
+        parts = [(x << (32 - bits * (i + 1))) >> (32 - bits) for i in range(plan.packing)]
+        x = jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
+        if store == 0:
+            scales = buffers[2][buffer].reshape(-1, 2, head_dim)
+            x = x * scales[:, 0:1] + scales[:, 1:2]
+        return x.reshape(plan.item_lanes, plan.block, head_dim).astype(dtype)
+
+    def compute(item: Any, block: Any, q: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        highest, total, out = carry
+        buffer = jax.lax.rem(state[3], _BUFFERS)
+        copies(buffer, item, block, lambda c: c.wait())
+        produce()  # into the buffer computed before this one
+        state[3] += 1
+        start, wanted, end = bounds(item, block)
+        slot = start + jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.block), 2)
+        seen = (slot >= wanted) & (slot < end - hidden)  # [1, rows or 1, block]
+
+        if not plan.scale_window:
+
+            @pl.when((start < wanted) | (start + plan.block > end))
+            def _():  # 0 * NaN would be NaN
+                shape = (1, 1, plan.block) if plan.transposed else (1, plan.block, 1)
+                slot = start + jax.lax.broadcasted_iota(jnp.int32, shape, shape.index(plan.block))
+                inside = (slot >= wanted) & (slot < end)
+                v = buffers[1][buffer]
+                buffers[1][buffer] = jnp.where(inside, v.astype(jnp.float32), 0).astype(v.dtype)
+
+        k = load(0, buffer, q.dtype)
+        logits = scale * _batched_dot(q, k, transposed=not plan.transposed)
+        logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(logits - new_highest), 0)
+        decay = jnp.exp(highest - new_highest)
+        total = total * decay + jnp.sum(weights, axis=-1, keepdims=True)
+        v = load(1, buffer, q.dtype)
+        if plan.scale_window:
+            scales = buffers[3][buffer].reshape(plan.item_lanes * 2, plan.scale_window)
+            shift = start - window_start(start)
+            scales = pltpu.roll(scales, jax.lax.rem(plan.scale_window - shift, plan.scale_window), 1)
+            scales = scales[:, : plan.block].reshape(plan.item_lanes, 2, plan.block)
+            scales = jnp.where((slot >= wanted) & (slot < end), scales, 0)
+            zero = jnp.sum(weights * scales[:, 1:2], axis=-1, keepdims=True)
+            out = out * decay + _batched_dot((weights * scales[:, 0:1]).astype(v.dtype), v) + zero
+        else:
+            out = out * decay + _batched_dot(weights.astype(v.dtype), v, transposed=plan.transposed)
+        return new_highest, total, out
+
+    dtype = jnp.promote_types(q_ref.dtype, q_ref.dtype if plan.scale_window else buffers[0].dtype)
+
+    def item_step(i: Any, _: None) -> None:
+        item = core * per_core + step * plan.chunk + i
+        q = q_ref[i].astype(dtype)
+        start = (
+            jnp.full((plan.item_lanes, rows, 1), jnp.finfo(jnp.float32).min, jnp.float32),
+            jnp.zeros((plan.item_lanes, rows, 1), jnp.float32),
+            jnp.zeros((plan.item_lanes, rows, head_dim), jnp.float32),
+        )
+        body = lambda block, carry: compute(item, block, q, carry)  # noqa: E731
+        highest, total, out = jax.lax.fori_loop(0, blocks_of(item), body, start)
+        empty = total == 0
+        safe = jnp.where(empty, 1, total)
+        out_ref[i] = out / safe
+        lse_ref[i] = jnp.where(empty, -math.inf, highest + jnp.log(safe))
+
+    jax.lax.fori_loop(0, plan.chunk, item_step, None)
+
+
+def _batched_dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """f32 [lanes, m, n] from [lanes, m, k] and [lanes, k, n], or [lanes, n, k] if transposed."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract = 1 if transposed else 0
+    if a.shape[0] == 1:
+        dims = (((1,), (contract,)), ((), ()))
+        return jax.lax.dot_general(a[0], b[0], dims, precision, preferred_element_type=jnp.float32)[None]
+    dims = (((2,), (contract + 1,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
