@@ -168,7 +168,7 @@ def demo_batch(
         hints[row, end - len(hint) : end] = hint
     pad = recipe.config.pad_token_id or 0
     batch = pack(conversations, shape.length, pad_token=pad, first_weight=first_weight)
-    return DemoBatch(batch, window(rng, shape.grid), hints, ahead_targets(batch, _QUESTIONS, _AHEAD))
+    return DemoBatch(batch, window(rng, shape.grid), hints, ahead_targets(batch, _QUESTIONS, _AHEAD_ROWS, _AHEAD))
 
 
 def _hidden(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
@@ -184,6 +184,7 @@ def _logits(model: Llava, params: Params, hidden: jax.Array) -> jax.Array:
 _HINT_WEIGHT = 0.5
 _AHEAD_WEIGHT = 0.5
 _AHEAD = 10  # tokens
+_AHEAD_ROWS = 4  # of each question: by then it has named what it asks for
 _QUESTIONS = 12
 
 

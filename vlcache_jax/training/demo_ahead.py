@@ -1,13 +1,13 @@
-"""Look-ahead: the last row of a question also predicts the tokens after the answer's first one.
+"""Look-ahead: the last rows of a question also predict the tokens after the answer's first one.
 
 A large model's prompt rows already gather what the answer will need, which is what post-vision scores rely on. A small
 one trained on next tokens alone puts every look-up off to the row that writes the token, so that prompt rows attend to
 little of it. Predicting several tokens ahead from one row (Gloeckle et al., arXiv 2404.19737) makes up for it. The
 heads are thrown away after training.
 
-    prompt row         ... ASSISTANT :
-    next token (the model's own head)  water
-    heads 0, 1, 2, ...                       3 3 4 9 </s>
+    prompt                ... water ? ASSISTANT :
+    heads 0, 1, 2, ...        3349  3349  3349  3349 </s>    from each of the last rows
+    next token                                  water        the model's own head
 """
 
 from typing import NamedTuple
@@ -24,26 +24,26 @@ class Ahead(NamedTuple):
     """What the rows before the answers shall predict.
 
     Attributes:
-      rows: i32 [batch, questions], the row before each answer; 0 where there is no question.
-      targets: i32 [batch, questions, tokens], what follows the answer's first token; -1 beyond its end.
+      rows: i32 [batch, questions * depth], the last rows before each answer; 0 where there is no question.
+      targets: i32 [batch, questions * depth, tokens], what follows the answer's first token; -1 beyond its end.
     """
 
     rows: jax.Array | np.ndarray
     targets: jax.Array | np.ndarray
 
 
-def ahead_targets(batch: TrainBatch, questions: int, tokens: int) -> Ahead:
-    """Finds the answers of a packed batch."""
+def ahead_targets(batch: TrainBatch, questions: int, depth: int, tokens: int) -> Ahead:
+    """Finds the answers of a packed batch, and the last `depth` rows before each."""
     size = batch.segments.shape[0]
-    rows = np.zeros((size, questions), np.int32)
-    targets = np.full((size, questions, tokens), -1, np.int32)
+    rows = np.zeros((size, questions, depth), np.int32)
+    targets = np.full((size, questions, depth, tokens), -1, np.int32)
     for row in range(size):
         for number in range(int(np.max(batch.segments[row]))):
             answer = np.flatnonzero((batch.segments[row] == number + 1) & (batch.weights[row] > 0))
-            rows[row, number] = answer[0]
+            rows[row, number] = answer[0] - np.arange(depth)
             later = batch.targets[row, answer[1 : tokens + 1]]
-            targets[row, number, : len(later)] = later
-    return Ahead(rows, targets)
+            targets[row, number, :, : len(later)] = later
+    return Ahead(rows.reshape(size, -1), targets.reshape(size, -1, tokens))
 
 
 def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
