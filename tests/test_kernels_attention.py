@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax.kernels.attention import attention, xla
+from vlcache_jax.kernels.attention import attention, splash_tpu, xla
 
 CHUNK, SPANS = 8, 3
 # (batch, length, heads, kv_heads, head_dim). A span is one chunk up to 24 rows, two up to 48, three up to 72.
+IMPLEMENTATIONS = ["xla", "reference", "splash_tpu"]
 SHAPES = [(2, 1, 2, 1, 4), (2, 8, 2, 2, 4), (1, 9, 4, 2, 4), (2, 24, 4, 2, 8), (1, 70, 6, 2, 4), (1, 43, 3, 3, 4)]
 
 
@@ -31,10 +32,22 @@ def expected(query, key, value, segments=None, scale=None):
 
 
 @functools.cache
-def compiled(implementation, scale=None):
+def compiled(implementation, scale=None, with_lse=True):
     def run(query, key, value, segments=None):
-        with mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS):  # read while tracing
-            return attention(query, key, value, segments=segments, scale=scale, implementation=implementation)
+        with (  # read while tracing
+            mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS),
+            mock.patch.object(splash_tpu, "_SHORTEST", 1),
+        ):
+            return attention(
+                query,
+                key,
+                value,
+                segments=segments,
+                scale=scale,
+                with_lse=with_lse,
+                implementation=implementation,
+                interpret=True,
+            )
 
     return jax.jit(run)
 
@@ -52,8 +65,8 @@ def assert_close(actual, wanted, most, all_of):
     assert error.max() <= all_of
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 300, 4, 2, 4)])
 def test_formula(shape, implementation):
     q, k, v = inputs(shape)
     out, lse = compiled(implementation)(q, k, v)
@@ -80,7 +93,7 @@ def test_segments(length, implementation):
     assert np.abs(wanted - expected(q, k, v)[0]).max() > 0.1  # the segments matter
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scale(implementation):
     q, k, v = inputs(SHAPES[2])
     out, lse = compiled(implementation, scale=0.7)(q, k, v)
@@ -89,7 +102,7 @@ def test_scale(implementation):
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation):
     q, k, v = inputs(SHAPES[4], dtype=jnp.bfloat16)
     out, lse = compiled(implementation)(q, k, v)
@@ -119,7 +132,76 @@ def test_gradients_of_xla_equal_those_of_the_reference(shape):
         assert_close(actual, wanted, 1e-5, 5e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES[2:5])
+def test_without_lse(shape, implementation):
+    out, lse = compiled(implementation, with_lse=False)(*inputs(shape))
+    assert lse is None
+    np.testing.assert_allclose(out, compiled(implementation)(*inputs(shape))[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_gradients_of_splash_attention(with_lse):
+    q, k, v = inputs((1, 150, 2, 1, 8), seed=3)
+    rng = np.random.default_rng(4)
+    weight, lse_weight = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
+
+    def loss(implementation, q, k, v):
+        out, lse = compiled(implementation, with_lse=with_lse)(q, k, v)
+        return jnp.sum(out * weight) + (jnp.sum(lse * lse_weight) if with_lse else 0)
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1, 2)))(q, k, v)
+        for name in ("splash_tpu", "reference")
+    ]
+    for actual, wanted in zip(*gradients):
+        assert np.abs(wanted).max() > 0.1
+        assert_close(actual, wanted, 1e-5, 5e-5)
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_the_default_is_differentiable_and_lowers_for_every_platform(with_lse):
+    """All branches are traced and differentiated, whatever the platform; a machine without a GPU has no cuDNN."""
+    q, k, v = inputs((1, 128, 2, 1, 64), dtype=jnp.bfloat16)
+
+    def loss(q, k, v, **options):
+        out, lse = attention(q, k, v, with_lse=with_lse, **options)
+        return jnp.sum(out.astype(jnp.float32) ** 2) + (jnp.sum(lse) if with_lse else 0)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    wanted = jax.jit(jax.grad(functools.partial(loss, implementation="xla"), argnums=(0, 1, 2)))(q, k, v)
+    jax.tree.map(np.testing.assert_array_equal, gradient(q, k, v), wanted)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = gradient.trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+        assert ("tpu_custom_call" in text) == (platform == "tpu")
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash_tpu"])
+def test_a_tuple_of_names_is_tried_in_turn(name):
+    q, k, v = inputs((1, 128, 2, 1, 8))
+    segments = jnp.ones((1, 128), jnp.int32)
+    with pytest.raises(NotImplementedError, match="segments"):
+        attention(q, k, v, segments=segments, with_lse=False, implementation=name)
+    with pytest.raises(NotImplementedError, match=f"no implementation serves the arguments. {name}: .*segments"):
+        attention(q, k, v, segments=segments, with_lse=False, implementation=(name,))
+    out, _ = attention(q, k, v, segments=segments, with_lse=False, implementation=(name, "xla"))
+    np.testing.assert_array_equal(out, attention(q, k, v, segments=segments, implementation="xla")[0])
+
+
+def test_named_implementations_say_what_they_cannot():
+    q, k, v = inputs((1, 128, 2, 1, 8))
+    with pytest.raises(NotImplementedError, match="pass with_lse=False"):
+        attention(q, k, v, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="not float32"):
+        attention(q, k, v, with_lse=False, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="at least 128 tokens, not 100"):
+        attention(q[:, :100], k[:, :100], v[:, :100], implementation="splash_tpu")
+    wide = jnp.zeros((1, 128, 1, 512))
+    with pytest.raises(NotImplementedError, match="up to 256, not 512"):
+        attention(wide, wide, wide, implementation="splash_tpu")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("length", "true_length"), [(70, 41), (9, 3)])
 def test_padding_does_not_touch_true_rows(length, true_length, implementation):
     q, k, v = inputs((1, length, 4, 2, 4), seed=5)
@@ -157,6 +239,8 @@ def test_no_square_matrix_for_all_heads():
         (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "do not fit"),
         (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)), {}, "do not fit"),
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "3 query heads are not a multiple of 2"),
+        (((1, 4, 2, 8),) * 3, {"segments": np.zeros((1, 5))}, "segments .* must be .1, 4."),
+        (((1, 4, 2, 8),) * 3, {"lengths": np.zeros(2)}, "lengths .* must be .1."),
         (((1, 4, 2, 8),) * 3, {"implementation": "cuda"}, "'cuda' is not one of"),
     ],
 )

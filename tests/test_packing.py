@@ -96,3 +96,16 @@ def test_free_slots_never_take_nan_from_nowhere():
     store = packed(*candidates(KV_HEADS, 1, 0, slots), slots, capacity(TOTAL + 4, LAYERS))
     assert np.isfinite(store.keys).all()
     assert np.isfinite(store.values).all()
+
+
+@pytest.mark.parametrize(("heads", "position_heads"), [(4, 4), (1, 1)])
+def test_packing_needs_little_more_than_the_pool(heads, position_heads):
+    """The indices of the slots, but no copy of the candidates or of the pool."""
+    layers, batch, kv_heads, entries, head_dim, pool = 4, 2, 4, 256, 64, 512
+    keys = jax.ShapeDtypeStruct((layers, batch, kv_heads, entries, head_dim), np.float32)
+    positions = jax.ShapeDtypeStruct((layers, batch, position_heads, entries), np.int32)
+    order = jax.ShapeDtypeStruct((layers, batch, heads, entries), np.int32)
+    slots = jax.ShapeDtypeStruct((layers, batch), np.int32)
+    memory = packed.lower(keys, keys, positions, order, slots, pool).compile().memory_analysis()
+    one_copy = min(keys.size, batch * kv_heads * pool * head_dim) * 4
+    assert memory.temp_size_in_bytes < one_copy / 2

@@ -1,8 +1,5 @@
 """The TPU's compiler takes the column statistics kernels, at the shapes of real models."""
 
-import functools
-
-import jax
 import pytest
 from tpu import compile_for, shape, temporaries
 

@@ -40,7 +40,7 @@ def attention(
         kernel only without.
       implementation: None takes the first of the platform's order that serves the arguments. A name is tried alone, a
         tuple of names one after the other:
-          "splash_tpu"  JAX's splash attention for TPUs. No segments. With the log-sum-exp its gradient is that of "xla".
+          "splash_tpu"  JAX's splash attention for TPUs. No segments. Its gradient with lse is that of "xla".
           "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
                         capability 8.0 and later. No segments, bfloat16 or float16. It is never a default, because a
                         program that holds it can only be made where JAX finds cuDNN, and whether the card has it shows

@@ -185,7 +185,7 @@ def _measure(options, q, k, tables, height, width, with_lse, interpret):
 
 
 def _add(options, q, k, tables, lse, maximum, height, width, interpret):
-    """Sums over the rows [batch, kv_heads, group, length], counts i32 [..., 128] and column maxima; None if unwanted."""
+    """Sums [batch, kv_heads, group, length], counts i32 [..., 128], and column maxima over rows; None if unwanted."""
     batch, kv_heads, group, size, head_dim = q.shape
     length, row_blocks = k.shape[2], size // height
     count = options.log_threshold is not None

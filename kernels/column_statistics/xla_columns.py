@@ -17,7 +17,7 @@ def column_statistics(
     options: Options, query: jax.Array, key: jax.Array, rows: Rows, lse: jax.Array | None, maximum: jax.Array | None
 ) -> ColumnStatistics:
     """See `api.column_statistics`."""
-    batch, size, heads, head_dim = query.shape
+    batch, size, heads = query.shape[:3]
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads
     height, width = min(_ROWS, size), min(_COLUMNS, length)

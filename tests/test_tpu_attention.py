@@ -1,0 +1,47 @@
+"""The TPU's compiler takes splash attention as the op calls it, at the shapes of real models."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tpu import compile_for, shape, temporaries
+
+from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.column_statistics.shapes import SHAPES
+
+CHIPS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+
+
+def arguments(model, length, batch=1, dtype="bfloat16"):
+    heads, kv_heads, head_dim = SHAPES[model]
+    return [shape(batch, length, h, head_dim, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("model", SHAPES)
+def test_splash_attention(model, chip):
+    program = compile_for(chip, lambda *x: attention(*x, implementation="splash_tpu"), *arguments(model, 2880))
+    assert "tpu_custom_call" in program.as_text()
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(700, "bfloat16"), (130, "float32")])
+def test_ragged_lengths_and_float32(length, dtype):
+    arrays = arguments("smolvlm2-500m", length, 2, dtype)
+    compile_for("v5e:2x2", lambda *x: attention(*x, implementation="splash_tpu"), *arrays)
+
+
+def test_the_default_on_a_tpu_is_splash_attention_and_its_memory_does_not_follow_the_square():
+    length = 16384
+    program = compile_for(
+        "v5e:2x2", lambda *x: attention(*x, with_lse=False)[0], *arguments("llava-v1.6-mistral-7b", length)
+    )
+    assert "tpu_custom_call" in program.as_text()
+    copies = length * (2 * 32 + 2 * 8) * 128 * 2  # queries, keys, values and outputs with heads before rows
+    assert temporaries(program) < 1.1 * copies
+
+
+def test_backward_kernel():
+    def loss(*arrays):
+        return jnp.sum(attention(*arrays, with_lse=False)[0].astype(jnp.float32))
+
+    program = compile_for("v5e:2x2", jax.grad(loss, (0, 1, 2)), *arguments("llava-v1.6-mistral-7b", 1024))
+    assert program.as_text().count("tpu_custom_call") >= 3  # forward, and the gradients of queries, and of keys

@@ -1,0 +1,19 @@
+"""Compiled for a TPU, packing makes nothing of the size of the candidates or the pool but the pool itself."""
+
+import pytest
+from tpu import compile_for, shape, temporaries
+
+from vlcache_jax.packing import capacity, pack
+
+
+@pytest.mark.parametrize(("heads", "position_heads"), [(8, 8), (1, 1)])
+def test_packing_makes_no_copies(heads, position_heads):
+    layers, batch, kv_heads, entries, head_dim = 32, 8, 8, 2048, 128
+    pool = capacity(layers * 8192 // 10, layers)
+    keys = shape(layers, batch, kv_heads, entries, head_dim)
+    positions = shape(layers, batch, position_heads, entries, dtype="int32")
+    order = shape(layers, batch, heads, entries, dtype="int32")
+    slots = shape(layers, batch, dtype="int32")
+    program = compile_for("v5e:2x2", lambda *x: pack(*x, pool), keys, keys, positions, order, slots)
+    written = 2 * batch * kv_heads * pool * head_dim * 2
+    assert temporaries(program) < written / 50
