@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.interfaces import Params, VisionLanguageModel
-from vlcache_jax.kernels.decode_attention import decode_attention
-from vlcache_jax.kernels.merge import merge
+from vlcache_jax.kernels.decode_attention import Segments, Store, union_attention
 from vlcache_jax.state import KVState, TailStore
 
 
@@ -57,13 +56,11 @@ def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state
             jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
             for pool, x in zip(pools, (key, value))
         )
-        query = query[:, 0]
-        kept = decode_attention(
-            query, context.keys, context.values, context.offsets[:, layer], context.lengths[:, layer]
-        )
-        start = jnp.full((1, 1), layer * tail.capacity, jnp.int32)
-        new = decode_attention(query, *pools, start, tail.length[:, None] + 1, max_length=tail.capacity)
-        return merge([kept, new])[0][:, None], pools, None
+        kept = Segments(context.offsets[:, layer], context.lengths[:, layer])
+        length = tail.length[:, None] + 1
+        new = Segments(jnp.full_like(length, layer * tail.capacity), length)
+        out, _ = union_attention(query[:, 0], [(Store(context.keys, context.values), kept), (Store(*pools), new)])
+        return out[:, None], pools, None
 
     variables = {"params": params}
     hidden = model.apply(variables, tokens[:, None], method="embed_tokens")

@@ -1,68 +1,46 @@
-"""A loop over blocks of slots in plain XLA, as many as the longest segment needs."""
+"""Blocks of slots in plain XLA, as many as the longest segment needs.
+
+Several segments of a query, the kept prompt and the generated tokens, share one softmax: their first blocks are read
+together, which for short segments is all there is, and what is left of each in a loop of its own.
+
+    segment 0   [ first block ][ block ][ block ] ...
+    segment 1   [ first block ][ block ] ...
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.decode_attention.types import Segments, Store
+
 _SMALLEST, _LARGEST = 32, 512  # slots read at once
 _BLOCKS = 8  # of the store
-_SINGLE = 128  # segments that cannot be longer are read at once, without a loop
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _LOWEST = _MASKED / 2  # exp(_MASKED - _LOWEST) = 0: a block without slots needs no second mask
 
-
-def block_size(slots: int) -> int:
-    """Slots read at once: a share of the store, since short segments come in small stores, in which each
-    layer has its part; large blocks save iterations where segments are long."""
-    share = slots // _BLOCKS // 16 * 16
-    return min(slots, max(_SMALLEST, min(_LARGEST, share)))
+Part = tuple[Store, Segments]
 
 
-def decode_attention(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    offsets: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    max_length: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """See `api.decode_attention`.
+def decode_attention(query: jax.Array, parts: Sequence[Part], *, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Attention of query [batch, heads, head_dim] over the union of its segments in float stores.
 
-    The heads of an item share their segment: all heads of a row if `offsets` is [batch, 1], else one KV head.
+    The heads of an item share their segment: all heads of a row if offsets are [batch, 1], else one KV head.
     """
     batch, heads, head_dim = query.shape
-    lanes, slots = keys.shape[1:3]
-    items = offsets.shape[1]  # items of a row
-    heads_per_item = heads // items if items > 1 else heads // lanes
-    bound = slots if max_length is None else min(max_length, slots)
-    block = bound if bound <= _SINGLE else block_size(slots)
+    lanes = parts[0][0].lanes
+    items = max(segments.lengths.shape[1] for _, segments in parts)  # of a row
     lanes_per_item = lanes if items == 1 else 1
-    lane = jnp.arange(items) * lanes // items
     # [batch, items, lanes of the item, query heads of the lane, head_dim]
-    q = query.reshape(batch, items, lanes_per_item, heads_per_item, head_dim)
-    ends = offsets + lengths
+    q = query.reshape(batch, items, lanes_per_item, -1, head_dim)
 
-    def slice_block(store: jax.Array, start: jax.Array) -> jax.Array:  # start [batch or 1, items]
-        if offsets.shape == (1, 1):  # one slice instead of a gather
-            where = (0, 0, start[0, 0], 0)
-            return jax.lax.dynamic_slice(store, where, (batch, lanes, block, head_dim))[:, None]
-
-        def one(row, lane, first):
-            return jax.lax.dynamic_slice(row, (lane, first, 0), (lanes_per_item, block, head_dim))
-
-        return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, 0))(store, lane, start)
-
-    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(state: tuple[jax.Array, ...], i: jax.Array | int, parts: Sequence[Part]) -> tuple[jax.Array, ...]:
         highest, total, out = state
-        wanted = offsets + i * block
-        start = jnp.clip(wanted, 0, slots - block)  # the last block of the store is shifted back to fit
-        slot = start[..., None] + jnp.arange(block)
-        inside = ((slot >= wanted[..., None]) & (slot < ends[..., None]))[:, :, None, None]
-        k, v = slice_block(keys, start), slice_block(values, start)
-        v = jnp.where(inside.swapaxes(3, 4), v, 0)  # 0 * NaN would be NaN
+        blocks = [_block(store, segments, i, items, lanes_per_item) for store, segments in parts]
+        k, v, inside = (jnp.concatenate(x, axis=3) if len(x) > 1 else x[0] for x in zip(*blocks, strict=True))
         logits = scale * jnp.einsum("bilhd,bilsd->bilhs", q, k, preferred_element_type=jnp.float32)
-        logits = jnp.where(inside, logits, _MASKED)
+        logits = jnp.where(inside.swapaxes(3, 4), logits, _MASKED)
         new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
         weights = jnp.exp(logits - new_highest[..., None])
         decay = jnp.exp(highest - new_highest)
@@ -74,12 +52,43 @@ def decode_attention(
         jnp.zeros(q.shape[:-1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    if block >= bound:
-        highest, total, out = step(jnp.int32(0), start)
-    else:
-        blocks = (jnp.max(lengths) + block - 1) // block
-        highest, total, out = jax.lax.fori_loop(0, blocks, step, start)
+    state = step(start, 0, parts)
+    for part in parts:
+        block = block_size(part[0].slots)
+        if block < part[0].slots:
+            blocks = (jnp.max(part[1].lengths) + block - 1) // block
+            state = jax.lax.fori_loop(1, blocks, lambda i, state, part=part: step(state, i, [part]), state)
+    highest, total, out = state
     empty = total == 0
     out = out / jnp.where(empty, 1, total)[..., None]
     lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
     return out.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
+
+
+def block_size(slots: int) -> int:
+    """Slots read at once: a share of the store, since segments are short where stores are small."""
+    share = slots // _BLOCKS // 16 * 16
+    return min(slots, max(_SMALLEST, min(_LARGEST, share)))
+
+
+def _block(
+    store: Store, segments: Segments, i: jax.Array | int, items: int, lanes_per_item: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], and which slots are inside it."""
+    batch, lanes, slots, head_dim = store.keys.shape
+    block = block_size(slots)
+    offsets, lengths = (jnp.broadcast_to(x, (batch, items)) for x in (segments.offsets, segments.lengths))
+    lane = jnp.arange(items) * lanes // items
+    wanted = offsets + i * block
+    start = jnp.clip(wanted, 0, slots - block)  # the last block of the store is shifted back to fit
+    slot = start[..., None] + jnp.arange(block)
+    inside = (slot >= wanted[..., None]) & (slot < (offsets + lengths)[..., None])
+    inside = inside[:, :, None, :, None]
+
+    def read(row: jax.Array, lane: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(row, (lane, first, 0), (lanes_per_item, block, head_dim))
+
+    keys, values = (
+        jax.vmap(jax.vmap(read, (None, 0, 0)), (0, None, 0))(x, lane, start) for x in (store.keys, store.values)
+    )
+    return keys, jnp.where(inside, values, 0), inside  # 0 * NaN would be NaN
