@@ -264,8 +264,10 @@ class _Planner:
         return program.refused is None and program.peak_bytes is not None and program.peak_bytes <= self.available
 
     def _report(self, program: Program, name: str, work: Workload, policy: Policy) -> Program:
-        size = "peak unknown" if program.peak_bytes is None else f"peak {program.peak_bytes / 2**30:.2f} GiB"
-        verdict = size if self._fits(program) else f"{size}, does not fit"
+        verdict = f"peak {program.peak_bytes / 2**30:.2f} GiB" if program.peak_bytes else "peak unknown"
+        if not self._fits(program):
+            small = program.refused is not None and not program.out_of_memory
+            verdict = f"refused ({program.refused})" if small else f"{verdict}, does not fit"
         self.progress(
             f"{name}, {policy.name} {policy.budget:g}, batch {work.batch}, prompt {work.prompt}: {verdict} "
             f"(compiled in {program.compile_seconds:.1f} s)"

@@ -62,9 +62,13 @@ def largest(
         if high is None and low >= ceiling:
             break
         floor = 0 if low is None else low
-        if high is not None and high - floor <= (step if low is None else max(step, floor // 32)):
+        precision = max(step, floor // 32 // step * step)
+        if high is not None and high - floor <= precision:
             break
-        size = _guess(points, floor, high, available_bytes, step, ceiling)
+        size = _guess(points, floor, high, available_bytes)
+        # Not closer to a known end than the precision: one more compilation there then ends the search.
+        size = max(size // step * step, floor + precision)
+        size = min(size, ceiling if high is None else max(high - precision, floor + step))
         fits, bytes_needed = peak(size)
         count += 1
         if bytes_needed is not None:
@@ -73,13 +77,14 @@ def largest(
     return Limit(fits=low, refused=high, compilations=count)
 
 
-def _guess(points: dict[int, int], floor: int, high: int | None, available: int, step: int, ceiling: int) -> int:
-    """The next size to try, above `floor` and below `high`."""
-    top = ceiling if high is None else high - step
-    near = sorted(sorted(points, key=lambda n: abs(points[n] - available))[:2])
-    if len(near) == 2 and points[near[1]] > points[near[0]]:
-        a, b = near
-        size = a + (available - points[a]) * (b - a) // (points[b] - points[a])
-    else:
-        size = 2 * floor if high is None else (floor + high) // 2
-    return max(floor + step, min(size // step * step, top))
+def _guess(points: dict[int, int], floor: int, high: int | None, available: int) -> int:
+    """Where the line through two measurements meets the available memory."""
+    known = sorted(points)
+    # The ends of the bracket, as far as they were measured; else the last two.
+    below = [n for n in known if n <= floor]
+    above = [n for n in known if high is not None and n >= high]
+    ends = [below[-1], above[0]] if below and above else known[-2:]
+    if len(ends) < 2 or points[ends[1]] <= points[ends[0]]:
+        return 2 * floor if high is None else (floor + high) // 2
+    a, b = ends
+    return a + (available - points[a]) * (b - a) // (points[b] - points[a])
