@@ -74,7 +74,7 @@ def block_size(slots: int) -> int:
 def _block(
     store: Store, segments: Segments, i: jax.Array | int, items: int, lanes_per_item: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], and which slots are inside it."""
+    """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], and which slots count."""
     batch, lanes, slots, head_dim = store.keys.shape
     block = block_size(slots)
     offsets, lengths = (jnp.broadcast_to(x, (batch, items)) for x in (segments.offsets, segments.lengths))
