@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla, xla_blocks
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import dispatch
 
@@ -55,7 +55,7 @@ def decode_attention(
       causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
         Otherwise every query sees the whole segment.
       max_length: a bound on `lengths` known when the program is built, or None.
-      implementation: "xla", "pallas_tpu" or "reference"; None takes the best of the platform.
+      implementation: "xla", "pallas_tpu", "pallas_gpu" or "reference"; None takes the best of the platform.
       interpret: runs the Pallas implementation that was named in an interpreter: True, or Pallas' own parameters.
 
     Returns:
@@ -78,6 +78,7 @@ def decode_attention(
         "max_length": max_length,
     }
     implementations = {
+        "pallas_gpu": partial(pallas_gpu.decode_attention, interpret=interpret, **options),
         "pallas_tpu": partial(pallas_tpu.decode_attention, interpret=interpret, **options),
         "xla": partial(_xla, **options),
         "reference": partial(reference.decode_attention, **options),

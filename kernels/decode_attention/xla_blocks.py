@@ -1,4 +1,4 @@
-"""Blocks of queries and quantised stores in plain XLA: a loop over as many blocks of slots as the longest segment needs.
+"""Blocks of queries and quantised stores in plain XLA: a loop over blocks of slots, as far as the longest segment goes.
 
 One query per row over a float store, the case of every decoding step, has its own file.
 """

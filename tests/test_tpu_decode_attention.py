@@ -1,0 +1,89 @@
+"""The decode attention kernel compiled by the real TPU compiler: every named shape, every store, and no copy of a store."""
+
+import re
+
+import pytest
+from tpu import compile_for, shape, temporaries
+
+from vlcache_jax.kernels.decode_attention import decode_attention
+from vlcache_jax.kernels.decode_attention.shapes import SHAPES
+from vlcache_jax.kernels.quantisation import group_size
+
+TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+BATCH, SLOTS = 4, 8192
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+def arguments(heads, kv_heads, head_dim, store, queries=0, shared=False):
+    """(positional, named) abstract arguments."""
+    lead = (BATCH, queries) if queries else (BATCH,)
+    lanes = (BATCH, kv_heads)
+    segments = shape(BATCH, 1 if shared else kv_heads, dtype="int32")
+    query = shape(*lead, heads, head_dim, dtype="float32" if store == "float32" else "bfloat16")
+    if store not in BITS:
+        keys = shape(*lanes, SLOTS, head_dim, dtype=store)
+        return (query, keys, keys, segments, segments), {}
+    bits = BITS[store]
+    keys = shape(*lanes, SLOTS * bits // 8, head_dim, dtype="int8")
+    scales = {
+        "key_scales": shape(*lanes, SLOTS // group_size(bits), 2, head_dim, dtype="float32"),
+        "value_scales": shape(*lanes, 2, SLOTS, dtype="float32"),
+    }
+    return (query, keys, keys, segments, segments), scales
+
+
+def compiled(topology, calls):
+    """A program of several calls: (positional, named) abstract arguments, and static options."""
+    static = [options for _, options in calls]
+
+    def run(arrays):
+        return [decode_attention(*a, **n, **o) for (a, n), o in zip(arrays, static)]
+
+    return compile_for(topology, run, [arrays for arrays, _ in calls])
+
+
+def check(program, kernels):
+    """As many kernels as wanted; stores are neither copied nor moved."""
+    text = program.as_text()
+    calls = re.findall(r'custom-call\(.*custom_call_target="tpu_custom_call"', text)
+    assert len(calls) == kernels
+    store_bytes = program.memory_analysis().argument_size_in_bytes
+    assert temporaries(program) <= 0.01 * store_bytes
+    for kind, sizes in re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|copy-start|fusion|transpose)\(", text):
+        count = 1
+        for size in sizes.split(","):
+            count *= int(size)
+        assert count < 0.1 * BATCH * SLOTS * 64, f"{kind}[{sizes}] is made: a store is copied"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_float_stores(topology, name):
+    """One program of four calls: float32 and bfloat16; heads that share a segment; a block of queries."""
+    calls = [
+        (arguments(*SHAPES[name], "float32"), {}),
+        (arguments(*SHAPES[name], "bfloat16"), {}),
+        (arguments(*SHAPES[name], "bfloat16", shared=True), {"max_length": 256}),
+        (arguments(*SHAPES[name], "bfloat16", queries=4), {"causal": True}),
+    ]
+    check(compiled(topology, calls), kernels=4)
+
+
+@pytest.mark.parametrize("name", [name for name, s in SHAPES.items() if s.head_dim % 128 == 0])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_quantised_stores(topology, name):
+    """One program of four calls: 8, 4 and 2 bits; a block of queries and a shared segment."""
+    calls = [(arguments(*SHAPES[name], store), {}) for store in BITS]
+    calls.append((arguments(*SHAPES[name], "int4", queries=4, shared=True), {}))
+    check(compiled(topology, calls), kernels=4)
+
+
+@pytest.mark.parametrize("queries", [8, 16])
+def test_large_blocks_of_queries(queries):
+    call = arguments(*SHAPES["llava-1.5-7b"], "bfloat16", queries=queries)
+    check(compiled("v5e:2x2", [(call, {"causal": True})]), kernels=1)
+
+
+def test_a_store_that_the_kernel_cannot_read_is_left_to_xla():
+    call = arguments(*SHAPES["qwen2-0.5b"], "int8")
+    assert "tpu_custom_call" not in compiled("v5e:2x2", [(call, {})]).as_text()
