@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vlcache_jax.batch import Batch
 from vlcache_jax.demo.conversations import conversation, patch_hints
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.export import export_demo, write_examples
 from vlcache_jax.demo.samples import FULL_GRID, PATCH, make_sample
 from vlcache_jax.demo.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
+from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.training import demo_init
 from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.demo_ahead import Ahead, ahead_loss, ahead_targets, init_ahead
+from vlcache_jax.training.demo_alignment import alignment
 from vlcache_jax.training.demo_vision import init_head, normalise, patch_batches, patch_loss, window
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
@@ -171,10 +174,22 @@ def demo_batch(
     return DemoBatch(batch, window(rng, shape.grid), hints, ahead_targets(batch, _QUESTIONS, _AHEAD_ROWS, _AHEAD))
 
 
-def _hidden(model: Llava, params: Params, batch: DemoBatch) -> jax.Array:
-    plain = dataclasses.replace(batch.train.batch, pixels=normalise(jnp.asarray(batch.train.batch.pixels)))
-    inputs = (plain, batch.train.positions, batch.train.segments, batch.patch_ids)
-    return model.apply({"params": params}, *inputs, method="hidden_states")
+def _plain(batch: DemoBatch) -> Batch:
+    return dataclasses.replace(batch.train.batch, pixels=normalise(jnp.asarray(batch.train.batch.pixels)))
+
+
+def _run(model: Llava, params: Params, batch: DemoBatch) -> tuple[jax.Array, jax.Array]:
+    """Hidden states, and the mean alignment loss of the layers."""
+    variables, train = {"params": params}, batch.train
+    columns = train.batch.pixels.shape[1] * batch.patch_ids.shape[0] + _PREFIX
+
+    def attend(query, key, value, carry, xs):
+        out, _ = attention(query, key, value, segments=train.segments)
+        return out, carry, alignment(query, key, columns, batch.ahead)
+
+    hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed")
+    hidden, _, losses = model.apply(variables, hidden, train.positions, attend, method="decode")
+    return hidden, jnp.mean(losses)
 
 
 def _logits(model: Llava, params: Params, hidden: jax.Array) -> jax.Array:
@@ -183,23 +198,25 @@ def _logits(model: Llava, params: Params, hidden: jax.Array) -> jax.Array:
 
 _HINT_WEIGHT = 0.5
 _AHEAD_WEIGHT = 0.5
+_ALIGNMENT_WEIGHT = 0.2
+_PREFIX = 8  # at least the tokens in front of the images
 _AHEAD = 10  # tokens
 _AHEAD_ROWS = 4  # of each question: by then it has named what it asks for
 _QUESTIONS = 12
 
 
 def demo_loss(model: Llava) -> Loss:
-    """`answer_loss` for `DemoBatch`, and two auxiliary losses.
+    """`answer_loss` for `DemoBatch`, and three auxiliary losses.
 
     Hints: the row of a value's patch has to predict the name beside it. Looking a name up takes two steps, binding
     names to values and matching, neither of which pays without the other; the hint pays for the first one. Likewise a
     shape's row predicts how many shapes there were so far.
 
-    Look-ahead: see `demo_ahead`; its heads are `params["ahead"]`.
+    Look-ahead: see `demo_ahead`; its heads are `params["ahead"]`. Alignment: see `demo_alignment`.
     """
 
     def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
-        hidden = _hidden(model, params, batch)
+        hidden, aligned = _run(model, params, batch)
         logits = _logits(model, params, hidden)
         value, metrics = weighted_cross_entropy(logits, batch.train)
         hinted, hints = batch.hints >= 0, jnp.maximum(batch.hints, 0)
@@ -208,7 +225,9 @@ def demo_loss(model: Llava) -> Loss:
         accuracy = jnp.sum((jnp.argmax(logits, -1) == hints) & hinted) / count
         ahead, ahead_accuracy = ahead_loss(params["ahead"], hidden, batch.ahead)
         extra = {"answer_loss": value, "hint_accuracy": accuracy, "ahead_accuracy": ahead_accuracy}
-        return value + _HINT_WEIGHT * hint + _AHEAD_WEIGHT * ahead, metrics | extra
+        extra["alignment"] = aligned
+        total = value + _HINT_WEIGHT * hint + _AHEAD_WEIGHT * ahead + _ALIGNMENT_WEIGHT * aligned
+        return total, metrics | extra
 
     return loss
 
@@ -301,7 +320,7 @@ _EVAL_STEPS: dict[Llava, Any] = {}
 def _eval_step(model: Llava) -> Any:
     if model not in _EVAL_STEPS:
         _EVAL_STEPS[model] = jax.jit(
-            lambda params, batch: answers_right(_logits(model, params, _hidden(model, params, batch)), batch.train)
+            lambda params, batch: answers_right(_logits(model, params, _run(model, params, batch)[0]), batch.train)
         )
     return _EVAL_STEPS[model]
 

@@ -21,11 +21,12 @@ from vlcache_jax.training.batch import TrainBatch
 
 
 class Ahead(NamedTuple):
-    """What the rows before the answers shall predict.
+    """Where the questions of a packed batch end, and what their last rows shall predict.
 
     Attributes:
-      rows: i32 [batch, questions * depth], the last rows before each answer; 0 where there is no question.
-      targets: i32 [batch, questions * depth, tokens], what follows the answer's first token; -1 beyond its end.
+      rows: i32 [batch, questions, depth], the last rows before each answer, the very last first; 0 where there is no
+        question.
+      targets: i32 [batch, questions, tokens], what follows the answer's first token; -1 beyond its end.
     """
 
     rows: jax.Array | np.ndarray
@@ -36,14 +37,14 @@ def ahead_targets(batch: TrainBatch, questions: int, depth: int, tokens: int) ->
     """Finds the answers of a packed batch, and the last `depth` rows before each."""
     size = batch.segments.shape[0]
     rows = np.zeros((size, questions, depth), np.int32)
-    targets = np.full((size, questions, depth, tokens), -1, np.int32)
+    targets = np.full((size, questions, tokens), -1, np.int32)
     for row in range(size):
         for number in range(int(np.max(batch.segments[row]))):
             answer = np.flatnonzero((batch.segments[row] == number + 1) & (batch.weights[row] > 0))
             rows[row, number] = answer[0] - np.arange(depth)
             later = batch.targets[row, answer[1 : tokens + 1]]
-            targets[row, number, :, : len(later)] = later
-    return Ahead(rows.reshape(size, -1), targets.reshape(size, -1, tokens))
+            targets[row, number, : len(later)] = later
+    return Ahead(rows, targets)
 
 
 def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
@@ -53,9 +54,12 @@ def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
 
 def ahead_loss(heads: jax.Array, hidden: jax.Array, ahead: Ahead) -> tuple[jax.Array, jax.Array]:
     """(mean cross entropy, accuracy) of the heads on hidden states [batch, length, width]."""
-    rows = jnp.take_along_axis(hidden, jnp.asarray(ahead.rows)[..., None], axis=1)
-    logits = jnp.einsum("bqw,twv->bqtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
-    wanted, targets = ahead.targets >= 0, jnp.maximum(ahead.targets, 0)
+    batch, questions, depth = ahead.rows.shape
+    rows = jnp.take_along_axis(hidden, jnp.asarray(ahead.rows).reshape(batch, -1, 1), axis=1)
+    rows = rows.reshape(batch, questions, depth, -1)
+    logits = jnp.einsum("bqdw,twv->bqdtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
+    targets = jnp.broadcast_to(jnp.asarray(ahead.targets)[:, :, None], logits.shape[:-1])
+    wanted, targets = targets >= 0, jnp.maximum(targets, 0)
     count = jnp.maximum(jnp.sum(wanted), 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     hits = (jnp.argmax(logits, -1) == targets) & wanted
