@@ -16,7 +16,7 @@ from vlcache_jax.models.llava import Llava
 from vlcache_jax.models.presets import PRESETS, preset
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import check_axes, default_axes
-from vlcache_jax.planning.programs import Programs, Workload
+from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
 
@@ -173,10 +173,14 @@ def test_search_without_peaks():
 # --- the numbers are the compiler's ---
 
 
+def _programs(topology: str, **axes: int) -> Programs:
+    mesh = make_mesh(tpu_devices(topology), {"data": 1, "model": 1} | axes)
+    return Programs(Llava(_config(), jnp.dtype("bfloat16")), mesh)
+
+
 @pytest.fixture(scope="module")
 def programs() -> Programs:
-    axes = {"data": 2, "model": 2}
-    return Programs(Llava(_config(), jnp.dtype("bfloat16")), make_mesh(tpu_devices("v5e:2x2"), axes))
+    return _programs("v5e:1x1")
 
 
 WORK = Workload(batch=4, prompt=64, new_tokens=16, tiles=1)
@@ -197,7 +201,8 @@ def test_memory_is_the_compilers(programs):
     assert program.alias_bytes >= programs.bytes_of((state.context, state.tail))
 
 
-def test_state_is_split_over_both_axes(programs):
+def test_state_is_split_over_both_axes():
+    programs = _programs("v5e:2x2", data=2, model=2)
     state = programs.state(WORK, vlc.VLCache(budget=0.5))
     assert state.context.keys.sharding.spec == state.tail.values.sharding.spec == P("data", "model")
     assert state.context.offsets.sharding.spec == P("data")
@@ -208,9 +213,7 @@ def test_state_is_split_over_both_axes(programs):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_available_memory_is_just_below_the_published(chip):
     topology = f"{chip}:{'x'.join(['2', '2', '1'][: CHIPS[chip].axes])}"
-    programs = Programs(
-        Llava(_config(), jnp.dtype("bfloat16")), make_mesh(tpu_devices(topology), {"data": 1, "model": 1})
-    )
+    programs = _programs(topology)
     published = CHIPS[chip].hbm_bytes / CHIPS[chip].devices
     assert 0.9 * published < programs.available_bytes() <= 1.01 * published
 
@@ -250,12 +253,27 @@ def test_plan():
     assert json.loads(json.dumps(found.as_dict()))["policies"][0]["budget"] == 0.5
 
 
-def test_plan_searches():
-    config = _config(max_positions=160)
-    found = vlc.plan(config, "v6e:1x1", prompt=64, new_tokens=32, images=0, policy=vlc.FullCache(), max_compilations=1)
-    limit = found.policies[0].longest_prompt
-    assert limit == Limit(fits=128, refused=None, compilations=1)  # as far as the model's positions go
-    assert found.policies[0].largest_batch.fits > 1
+def test_plan_searches(monkeypatch):
+    """Both searches, with a compiler that says: 1 GiB a row and 4 MiB a token and row."""
+    compiled = []
+
+    def compile_(_, work, policy):
+        compiled.append((work.batch, work.prompt))
+        return Program(peak_bytes=work.batch * (2**30 + work.prompt * 2**22), compile_seconds=0.0), None
+
+    for name in ("prefill", "decode", "decode_step"):
+        monkeypatch.setattr(Programs, name, compile_)
+    found = vlc.plan(_config(max_positions=4096), "v5e:1x1", prompt=256, new_tokens=32, images=0)
+    policy = found.policies[0]
+    assert (policy.largest_batch.fits, policy.largest_batch.refused) == (7, 8)  # 15.75 GiB, 2 GiB a row
+    # 3776 tokens would fit: within a step (128) of it
+    assert 3584 <= policy.longest_prompt.fits <= 3712
+    assert 0 < policy.longest_prompt.refused - policy.longest_prompt.fits <= 128
+    assert len(compiled) <= 3 + 4 * 5
+    found = vlc.plan(_config(max_positions=1000), "v5e:1x1", prompt=256, new_tokens=32, images=0)
+    assert found.policies[0].longest_prompt == Limit(fits=896, refused=None, compilations=1)
+    found = vlc.plan(_config(), "v5e:1x1", prompt=256, images=0, search=False)
+    assert found.policies[0].largest_batch is None
 
 
 @pytest.mark.parametrize(

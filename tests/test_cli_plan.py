@@ -1,0 +1,152 @@
+"""`vlcache-jax plan`: the page, the JSON object and the errors. A config.json is all it needs of a model."""
+
+import json
+
+import pytest
+import tpu  # noqa: F401  (left out where the TPU compiler is not published)
+
+from vlcache_jax.cli.main import main
+from vlcache_jax.planning.programs import Program, Programs
+
+CONFIG = {
+    "model_type": "llava",
+    "image_token_index": 5,
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+SMALL = ["--topology", "v5e:1x1", "--batch", "2", "--prompt", "64", "--new", "16"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    return str(tmp_path)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """A compiler that answers at once; the real one is in test_planning.py."""
+
+    def compile_(_, work, policy):
+        fits = work.batch * work.prompt <= 2**14
+        size = 2**20 * work.batch * work.prompt
+        return Program(
+            argument_bytes=size if fits else None,
+            output_bytes=0 if fits else None,
+            alias_bytes=0 if fits else None,
+            temporary_bytes=0 if fits else None,
+            peak_bytes=size,
+            compile_seconds=1.0,
+            refused=None if fits else "RESOURCE_EXHAUSTED: too large",
+        ), None
+
+    for name in ("prefill", "decode", "decode_step"):
+        monkeypatch.setattr(Programs, name, compile_)
+
+
+def test_page(folder, capsys):
+    """The real compiler."""
+    status = main(["plan", "--model", folder, *SMALL, "--policy", "full_cache", "--no-search"])
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert "on v5e:1x1 (data 1 x model 1)" in out
+    assert "16.00 of memory, of which the compiler lets a program use 15.75" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.strip().startswith("fits")] == ["yes"]
+    assert [line.split(",")[0] for line in err.splitlines() if "compiled in" in line] == [
+        "prefill",
+        "decoding",
+        "decode step",
+    ]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_json(folder, capsys):
+    status = main(["plan", "--model", folder, *SMALL, "--compare", "full", "--compare", "vl_cache:0.3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert set(found) == {
+        "model", "parameters", "topology", "devices", "devices_per_chip", "mesh", "dtype", "batch", "prompt",
+        "new_tokens", "tiles", "hbm_bytes", "available_bytes", "hbm_bytes_per_second", "weight_bytes", "policies",
+        "versions",
+    }  # fmt: skip
+    assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
+        ("vl_cache", 0.1), ("full_cache", 1.0), ("vl_cache", 0.3),
+    ]  # fmt: skip
+    for policy in found["policies"]:
+        assert set(policy) == {
+            "policy", "budget", "fits", "context_bytes", "tail_bytes", "peak_bytes", "prefill", "decode", "decode_step",
+            "step_read_bytes", "bound_tokens_per_second", "largest_batch", "longest_prompt",
+        }  # fmt: skip
+        assert set(policy["prefill"]) == {
+            "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "compile_seconds",
+            "refused",
+        }  # fmt: skip
+        assert policy["largest_batch"]["fits"] == 251  # 15.75 GiB at 64 MiB a row: 252, within a thirty-second
+    assert set(found["versions"]) == {"jax", "libtpu"}
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_page_of_what_does_not_fit(folder, capsys):
+    arguments = ["--topology", "v5e:1x1", "--batch", "300", "--prompt", "64", "--new", "16", "--compare", "full"]
+    assert main(["plan", "--model", folder, *arguments]) == 0
+    out, err = capsys.readouterr()
+    rows = {line.strip()[:16].strip(): line.split() for line in out.splitlines()}
+    assert rows["fits"][-2:] == ["no", "no"]
+    assert "RESOURCE_EXHAUSTED: too large" in out
+    assert "does not fit" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "llava-1.6-mistral"], "use one of llava-v1.6-mistral-7b"),
+        (["--topology", "v5:2x4"], "is no known TPU: use one of v5"),
+        (["--topology", "v5e"], "as in v5e:2x2"),
+        (["--policy", "vl_cahce"], "did you mean 'vl_cache'?"),
+        (["--budget", "2"], "budget=2.0 is out of range"),
+        (["--compare", "fulll"], "did you mean 'full_cache'?"),
+        (["--compare", "vl_cache:much"], "'much' is no budget"),
+        (["--mesh", "model"], "is not of the form data=2,model=4"),
+        (["--mesh", "modle=1"], "mesh axis 'modle' is not known"),
+        (["--mesh", "model=2"], "their product must; try data=1,model=1"),
+        (["--batch", "0"], "batch=0 must be"),
+        (["--prompt", "512"], "need 528 positions but the model has 512"),
+        (["--max-compilations", "0"], "max_compilations=0"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_errors(folder, capsys, arguments, message):
+    assert main(["plan", "--model", folder, *SMALL, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("vlcache-jax: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_without_libtpu(folder, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "--model", folder, *SMALL]) == 2
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
+def test_folder_without_config(tmp_path, capsys):
+    assert main(["plan", "--model", str(tmp_path), *SMALL]) == 2
+    assert "config.json" in capsys.readouterr().err
