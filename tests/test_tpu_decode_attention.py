@@ -1,4 +1,4 @@
-"""The decode attention kernel compiled by the real TPU compiler: every named shape, every store, and no copy of a store."""
+"""The decode attention kernel compiled by the real TPU compiler: all named shapes and stores, no copy of a store."""
 
 import re
 

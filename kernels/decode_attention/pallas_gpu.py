@@ -223,7 +223,7 @@ class _TensorCore:
         """f32 [_ROWS, _BLOCK]."""
 
         def dot(accumulator: Any) -> jax.Array:
-            plgpu.wgmma(accumulator, q_ref, plgpu.transpose_ref(k_ref, (1, 0)))
+            plgpu.wgmma(accumulator, q_ref, k_ref.transpose((1, 0)))
             return accumulator[...]
 
         return pl.run_scoped(dot, plgpu.ACC((_ROWS, _BLOCK), jnp.float32))
