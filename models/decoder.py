@@ -178,6 +178,11 @@ class Decoder(nn.Module):
         (hidden, carry), ys = scan(self.layers, (hidden, carry), xs)
         return self.final_norm(hidden), carry, ys
 
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length], any sign."""
+        c = self.config
+        return rope.rotate(x, *rope.rotation(positions, *rope.frequencies(c.rope, c.head_dim, c.max_positions)))
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""
         if self.config.tie_embeddings:

@@ -101,6 +101,10 @@ class Llava(nn.Module):
         """Embeddings of generated tokens, i32 [batch, length] -> [batch, length, hidden]."""
         return self.decoder.embed(tokens)
 
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length]; no parameters."""
+        return self.decoder.rotate(x, positions)
+
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden] -> f32 logits [..., vocab]."""
         return self.decoder.unembed(hidden)

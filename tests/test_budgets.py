@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.budgets import layer_budgets, total_slots
+from vlcache_jax.budgets import Bytes, SlotBudget, Tokens, layer_budgets, share_slots, slot_budget, total_slots
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.packing import capacity
 from vlcache_jax.policies import SparsityAware
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -152,7 +154,7 @@ def test_paper_total(density, length, budget):
     # The integer part, but for products within float32 of an integer.
     assert np.all(slots >= np.maximum(1, np.floor(wanted - 1e-6 * length)))
     assert np.all(slots <= np.maximum(1, np.floor(wanted + 1e-6 * length)))
-    assert slots.sum() <= SparsityAware(total="paper").capacity(len(density), length, float(budget))
+    assert slots.sum() <= SparsityAware(total="paper").capacity(length, SlotBudget(len(density), float(budget)))
 
 
 @pytest.mark.parametrize("length", [131_072, 1_048_576])
@@ -183,7 +185,7 @@ def test_eager_compiled_and_batched_agree():
     rng = np.random.default_rng(1)
     density = np.exp(rng.normal(0, 2, (8, 32))).astype(np.float32)
     lengths = rng.integers(1, 3000, 8).astype(np.int32)
-    batched = jax.jit(lambda d, n: SparsityAware().slots(d, n, 0.29))(density, lengths)
+    batched = jax.jit(lambda d, n: SparsityAware().slots(d, n, SlotBudget(32, 0.29)))(density, lengths)
     for row in range(8):
         alone = compiled(0.29)(density[row], lengths[row])
         np.testing.assert_array_equal(batched[row], alone)
@@ -206,3 +208,57 @@ def test_budget_out_of_range(budget):
 def test_unknown_total():
     with pytest.raises(PolicyError, match=r"total='about'.*'exact' or 'paper'"):
         layer_budgets(jnp.ones(2), 10, 0.5, "about")
+
+
+# Budgets in other units
+
+SPEC = ModelSpec(num_layers=4, num_kv_heads=2, head_dim=8, max_positions=1000, dtype=jnp.bfloat16)
+SLOT = 2 * (2 * 8 * 2 + 4)  # bytes of a slot in all KV heads: key and value in bfloat16, position
+
+
+def test_tokens_are_an_average_over_layers_and_never_more_than_the_prompt():
+    budget = slot_budget(Tokens(10), SPEC)
+    assert budget.total(100) == 40
+    assert budget.total(7) == 28
+    assert budget.total(jnp.array([100, 7])).tolist() == [40, 28]
+    assert slot_budget(0.29, SPEC).total(100) == 116
+
+
+@pytest.mark.parametrize("pool", [64, 80, 1000, 4096])
+def test_bytes_are_what_the_buffers_of_one_prompt_take(pool):
+    offsets_and_lengths = 2 * 4 * 4
+    budget = slot_budget(Bytes(pool * SLOT + offsets_and_lengths), SPEC)
+    room = capacity(budget.total(10**6), layers=4)
+    assert pool - 16 < room <= pool  # the pool is a multiple of the alignment
+    assert budget.total(3) == min(12, budget.slots)
+    with pytest.raises(PolicyError, match=f"cannot hold one token for each of the 4 layers: give at least {64 * SLOT}"):
+        slot_budget(Bytes(64 * SLOT + offsets_and_lengths - 1), SPEC)
+
+
+@pytest.mark.parametrize("build", [lambda: Tokens(-1), lambda: Tokens(1.5), lambda: Tokens(True), lambda: Bytes(0)])
+def test_amounts_that_are_no_amounts(build):
+    with pytest.raises(PolicyError, match="give a whole number"):
+        build()
+
+
+@quick
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.1, 1, 5]))
+def test_shared_slots_add_up_within_their_bounds(seed, spread):
+    rng = np.random.default_rng(seed)
+    weight = np.exp(rng.normal(0, spread, 5)).astype(np.float32)
+    upper, lower = int(rng.integers(1, 50)), int(rng.integers(0, 4))
+    slots = int(rng.integers(0, 5 * upper + 1))
+    found = np.asarray(shared(weight, slots, lower, upper))
+    assert found.sum() == slots
+    assert found.max() <= upper
+    assert found.min() >= min(lower, slots // 5, upper)
+
+
+@jax.jit
+def shared(weight, slots, lower, upper):
+    return share_slots(weight, slots, lower, upper)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_do_not_make_it_endless(bad):
+    assert int(shared(np.array([1, bad, 2], np.float32), 10, 1, 10).sum()) == 10

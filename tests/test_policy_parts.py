@@ -7,23 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax import InputError, PolicyError
+from vlcache_jax import Bytes, InputError, PolicyError, Tokens
 from vlcache_jax.batch import Batch
+from vlcache_jax.budgets import SlotBudget
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.policies import (
     POLICIES,
     AccumulatedAttention,
+    AirCache,
     AllRows,
+    ExpectedAttention,
     FullCache,
     LastRow,
     LastRows,
     LayerInputs,
+    MaskVisualSinks,
     Policy,
     PostVision,
+    Pyramid,
+    PyramidKV,
     RandomEviction,
     RandomScore,
+    SnapKV,
     SparsityAware,
+    StreamingLLM,
     Uniform,
     VLCache,
     policy_by_name,
@@ -38,13 +46,31 @@ from vlcache_jax.validation import check_prefill
     [
         (lambda: VLCache(budget=0.0), r"budget=0.0 is out of range: give a fraction in \(0, 1\]"),
         (lambda: VLCache(budget=1.2), "budget=1.2 is out of range"),
-        (lambda: VLCache(budget=10), "budget=10 is out of range"),
+        (lambda: VLCache(budget=10.0), "budget=10.0 is out of range.*or tokens a layer as an integer from 2 on"),
         (lambda: VLCache(budget=0.00001), "budget=1e-05 is out of range.*not below 0.0001"),
         (lambda: VLCache(budget="0.1"), "budget='0.1' is out of range"),
         (lambda: VLCache(budget=True), "budget=True is out of range"),
         (lambda: VLCache(budget=float("nan")), "budget=nan is out of range"),
         (lambda: VLCache(recent=-0.1), r"recent=-0.1 is out of range: give a fraction in \[0, 1\]"),
-        (lambda: VLCache(recent=1.1), "recent=1.1 is out of range"),
+        (lambda: VLCache(recent=1.1), r"recent=1.1 is out of range: .*or Tokens\(n\)"),
+        (lambda: VLCache(recent=Bytes(5)), r"recent=Bytes\(count=5\) is out of range"),
+        (lambda: VLCache(candidate_fraction=Tokens(5)), "candidate_fraction=Tokens.*is out of range"),
+        (lambda: VLCache(0, pool=3), "budget=0 is out of range"),
+        (lambda: VLCache(pool=4), "pool=4: give an odd number"),
+        (lambda: VLCache(pool=3, pooling="median"), "pooling='median' is not known: use 'mean' or 'max'"),
+        (lambda: VLCache(pool=5, grid_side=4), "grid_side=4 is no grid for pool=5"),
+        (lambda: VLCache(budget=64, total="paper"), "total='paper' is a rule for fractions.*64 tokens.*use 'exact'"),
+        (lambda: VLCache(budget=Bytes(9), total="paper"), "total='paper' is a rule for fractions.*9 bytes"),
+        (lambda: Policy(name="p", budget=0.1, sinks=-1), "sinks=-1 is out of range"),
+        (lambda: Policy(name="p", budget=0.1, protect="images"), "protect='images' is not known: use 'text', 'vision'"),
+        (lambda: StreamingLLM(budget=4), "streaming_llm: sinks=4 and a window of 1 .* do not fit into budget=4 tokens"),
+        (lambda: SnapKV(budget=16), "snap_kv: sinks=0 and a window of 32 recent tokens do not fit into budget=16"),
+        (lambda: SnapKV(window=0), r"LastRows\(0\): give at least 1 row"),
+        (lambda: SnapKV(heads="any"), "heads='any' is not known"),
+        (lambda: PyramidKV(beta=0), "beta=0: give a whole number"),
+        (lambda: AirCache(ratio=0.0), "ratio=0.0 is out of range"),
+        (lambda: ExpectedAttention(future=0), "future=0 is out of range: give a whole number, at least 1"),
+        (lambda: MaskVisualSinks(AccumulatedAttention(), outlier=-1), "outlier=-1 and value=0.5 must not be negative"),
         (lambda: VLCache(candidate_fraction=0), "candidate_fraction=0 is out of range"),
         (lambda: VLCache(budget=0.3, candidate_fraction=0.2), "candidate_fraction=0.2 is below budget=0.3.*raise"),
         (lambda: VLCache(threshold=0.0), r"threshold=0.0 is out of range: it must lie in \(0, 1\]"),
@@ -88,6 +114,14 @@ def test_every_option_tells_policies_apart():
     assert len({RandomEviction(seed=seed) for seed in range(3)}) == 3
 
 
+def test_whole_numbers_are_tokens_a_layer_except_for_one():
+    assert VLCache(budget=2).budget == Tokens(2)
+    assert VLCache(budget=256) == VLCache(budget=Tokens(256))
+    assert not VLCache(budget=256).keeps_all
+    assert SnapKV(budget=256).recent == Tokens(32)
+    assert f"{Tokens(256):g} {Bytes(7):g}" == "256 tokens 7 bytes"  # as reports print a fraction
+
+
 def test_keeps_all():
     assert FullCache().keeps_all
     assert VLCache(budget=1).keeps_all
@@ -107,12 +141,12 @@ def test_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vlcache", {}, "policy 'vlcache' does not exist: did you mean 'vl_cache'.*full_cache, vl_cache, random"),
+        ("vlcache", {}, "policy 'vlcache' does not exist: did you mean 'vl_cache'.*full_cache, vl_cache, snap_kv"),
         ("ful_cache", {}, "did you mean 'full_cache'"),
         ("zzz", {}, "policy 'zzz' does not exist: Known: full_cache"),
         ("vl_cache", {"bugdet": 0.1}, "'vl_cache' has no option 'bugdet': did you mean 'budget'.*candidate_fraction"),
         ("full_cache", {"budget": 0.1}, "'full_cache' has no option 'budget'; it has no options"),
-        ("random", {"budget": 7}, "budget=7 is out of range"),
+        ("random", {"budget": 7.0}, "budget=7.0 is out of range"),
     ],
 )
 def test_by_name_errors(name, options, message):
@@ -169,8 +203,20 @@ def test_other_rows():
 
 def layer_inputs(length, layer=0, sums=None, kv_heads=2):
     key = jnp.zeros((2, length, kv_heads, 4))
-    statistics = None if sums is None else ColumnStatistics(jnp.asarray(sums), jnp.ones(sums.shape[:2]))
-    return LayerInputs(key, key, jnp.full(2, length), jnp.zeros((2, length), bool), jnp.int32(layer), statistics)
+    statistics = None
+    if sums is not None:
+        statistics = ColumnStatistics(*(jnp.asarray(sums) for _ in ColumnStatistics._fields))
+    return LayerInputs(
+        query=key,
+        key=key,
+        value=key,
+        lengths=jnp.full(2, length),
+        vision_index=jnp.full((2, length), -1),
+        layer=jnp.int32(layer),
+        density=jnp.ones(2),
+        rows=jnp.full(2, length),
+        statistics=statistics,
+    )
 
 
 def test_accumulated_attention():
@@ -202,22 +248,23 @@ def test_random_scores_do_not_depend_on_the_padding():
 
 def test_uniform():
     density = jnp.ones((3, 4))
-    slots = Uniform().slots(density, jnp.array([100, 10, 1]), 0.29)
+    slots = Uniform().slots(density, jnp.array([100, 10, 1]), SlotBudget(4, 0.29))
     assert slots.tolist() == [[29, 29, 29, 29], [3, 3, 3, 2], [1, 1, 1, 1]]  # floor(4 * 10 * 0.29) = 11
     assert Uniform().threshold is None
-    assert Uniform().capacity(4, 100, 0.29) == 116
+    assert Uniform().capacity(100, SlotBudget(4, 0.29)) == 116
 
 
-@pytest.mark.parametrize("allocate", [Uniform(), SparsityAware(), SparsityAware(total="paper")])
+@pytest.mark.parametrize("allocate", [Uniform(), SparsityAware(), SparsityAware(total="paper"), Pyramid()])
 @pytest.mark.parametrize("budget", [0.05, 0.5, 1.0])
 def test_no_prompt_needs_more_than_the_capacity(allocate, budget):
     layers, lengths = 5, np.array([1, 2, 19, 99, 100], np.int32)
+    budget = SlotBudget(layers, budget)
     density = np.exp(np.random.default_rng(0).normal(0, 2, (5, layers))).astype(np.float32)
     slots = jax.jit(lambda d, n: allocate.slots(d, n, budget))(density, lengths)
     assert slots.shape == (5, layers)
     assert np.all(slots >= 1)
     assert np.all(slots <= lengths[:, None])
-    assert np.all(np.sum(slots, axis=1) <= allocate.capacity(layers, 100, budget))
+    assert np.all(np.sum(slots, axis=1) <= allocate.capacity(100, budget))
 
 
 # Checks before a prefill

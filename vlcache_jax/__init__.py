@@ -3,12 +3,33 @@
 from typing import TYPE_CHECKING, Any
 
 from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import layer_budgets
+from vlcache_jax.budgets import Bytes, Tokens, layer_budgets
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
 from vlcache_jax.loading import VLM, load
-from vlcache_jax.policies import FullCache, LastRows, Policy, PostVision, RandomEviction, VLCache, policy_by_name
+from vlcache_jax.ops import Kernels
+from vlcache_jax.policies import (
+    H2O,
+    TOVA,
+    AirCache,
+    ExpectedAttention,
+    FullCache,
+    KeyDifference,
+    KeyNorm,
+    LastRows,
+    LookM,
+    MixKV,
+    Policy,
+    PostVision,
+    PrefixKV,
+    PyramidKV,
+    RandomEviction,
+    SnapKV,
+    StreamingLLM,
+    VLCache,
+    policy_by_name,
+)
 from vlcache_jax.prefill import prefill
 from vlcache_jax.report import Report
 from vlcache_jax.sampling import Sampling
@@ -20,20 +41,35 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "H2O",
+    "TOVA",
     "VLM",
+    "AirCache",
     "Batch",
+    "Bytes",
     "CheckpointError",
+    "ExpectedAttention",
     "FullCache",
     "Generation",
     "InputError",
     "KVState",
+    "Kernels",
+    "KeyDifference",
+    "KeyNorm",
     "LastRows",
+    "LookM",
+    "MixKV",
     "Policy",
     "PolicyError",
     "PostVision",
+    "PrefixKV",
+    "PyramidKV",
     "RandomEviction",
     "Report",
     "Sampling",
+    "SnapKV",
+    "StreamingLLM",
+    "Tokens",
     "VLCache",
     "VLCacheError",
     "decode",

@@ -1,12 +1,118 @@
-"""How many slots each layer gets."""
+"""How many slots all layers get together, and each of them."""
+
+import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
+from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.state import ALIGNMENT
+
+Count = TypeVar("Count", bound=int | jax.Array)
 
 _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.23317, Algorithm 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A number of prompt tokens: as a budget, of one layer on average; as `Policy.recent`, of the window.
+
+    Example:
+      >>> Tokens(256)
+      Tokens(count=256)
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
+            raise PolicyError(f"Tokens({self.count!r}): give a whole number of tokens")
+
+    def __format__(self, _: str) -> str:
+        return f"{self.count} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """A budget in bytes: of the buffers of one prompt's compressed context, alignment and positions included.
+
+    It is a promise for every prompt of a batch, not for the batch, so that a prompt keeps what it keeps alone. The
+    tail of generated tokens is not counted. A prompt that needs less keeps everything.
+
+    Example:
+      >>> Bytes(2**28)
+      Bytes(count=268435456)
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise PolicyError(f"Bytes({self.count!r}): give a whole number of bytes, at least 1")
+
+    def __format__(self, _: str) -> str:
+        return f"{self.count} bytes"
+
+
+Budget = float | Tokens | Bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotBudget:
+    """A budget for a model with `layers` layers; build it with `slot_budget`.
+
+    Attributes:
+      layers: of the model.
+      fraction: of the prompt's full cache; None if the budget is not a fraction.
+      per_layer: slots of a layer on average, or None.
+      slots: slots of all layers together, or None.
+    """
+
+    layers: int
+    fraction: float | None = None
+    per_layer: int | None = None
+    slots: int | None = None
+
+    def total(self, length: Count) -> Count:
+        """Slots of all layers together for a prompt of `length` tokens; never more than it has. int in, int out.
+
+        Monotone in `length`: the total of the padded length is the static capacity.
+
+        Example:
+          >>> SlotBudget(layers=4, per_layer=10).total(7)
+          28
+        """
+        if self.fraction is not None:
+            return total_slots(self.layers, length, self.fraction)
+        cap = self.slots if self.per_layer is None else self.layers * self.per_layer
+        assert cap is not None
+        full = self.layers * length
+        return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)
+
+
+def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:
+    """What a budget means for a model.
+
+    Raises:
+      PolicyError: bytes that hold less than one token a layer.
+    """
+    layers = spec.num_layers
+    if isinstance(budget, Tokens):
+        return SlotBudget(layers, per_layer=budget.count)
+    if not isinstance(budget, Bytes):
+        return SlotBudget(layers, fraction=budget)
+    slot = spec.num_kv_heads * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
+    fixed = 2 * 4 * layers  # offsets, lengths
+    slots = (budget.count - fixed) // slot // ALIGNMENT * ALIGNMENT - layers * (ALIGNMENT - 1)
+    if slots < layers:
+        least = fixed + slot * layers * ALIGNMENT
+        raise PolicyError(
+            f"budget={budget.count} bytes cannot hold one token for each of the {layers} layers: give at least {least}"
+        )
+    return SlotBudget(layers, slots=slots)
 
 
 def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, total: str = "exact") -> jax.Array:
@@ -44,15 +150,34 @@ def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, to
         raise PolicyError(f"total={total!r} is not known: use 'exact' or 'paper'")
     layers = density.shape[0]
     length = jnp.asarray(length, jnp.int32)
-    weight = jnp.where(density > 0, density, jnp.finfo(jnp.float32).tiny).astype(jnp.float32)
-    weight = weight / jnp.sum(weight)
     if total == "paper":
-        share = jnp.clip(weight * (budget * layers), _LOWEST_SHARE, 1.0)
+        share = jnp.clip(_normalised(density) * (budget * layers), _LOWEST_SHARE, 1.0)
         return jnp.clip((share * length).astype(jnp.int32), 1, length)
 
     slots = total_slots(layers, length, budget)
-    lower = jnp.minimum(jnp.maximum(1, floor_fraction(length, _LOWEST_SHARE)), slots // layers)
-    ideal, free = _share(weight, slots, lower, length)
+    return share_slots(density, slots, jnp.maximum(1, floor_fraction(length, _LOWEST_SHARE)), length)
+
+
+def share_slots(weight: jax.Array, slots: jax.Array | int, lower: jax.Array | int, upper: jax.Array) -> jax.Array:
+    """Shares `slots` among layers in proportion to `weight`, within bounds, so that they add up exactly.
+
+    The rule of `layer_budgets(total="exact")`.
+
+    Args:
+      weight: f32 [layers], not negative.
+      slots: to share out; between layers and layers * upper.
+      lower: the least a layer gets, at least 1; if that is more than there is, all get slots // layers at least.
+      upper: the most a layer gets.
+
+    Returns:
+      i32 [layers] with sum `slots`.
+
+    Example:
+      >>> share_slots(jnp.array([3.0, 1.0]), 10, 1, jnp.int32(6)).tolist()
+      [6, 4]
+    """
+    lower, length = jnp.minimum(lower, slots // weight.shape[0]), upper
+    ideal, free = _share(_normalised(weight), slots, lower, length)
     whole = jnp.clip(jnp.floor(ideal).astype(jnp.int32), lower, length)
     fraction = ideal - whole
 
@@ -74,6 +199,12 @@ def total_slots(layers: int, length: jax.Array | int, budget: float) -> jax.Arra
     """Slots of all layers together: max(layers, floor(budget * layers * length)); int in, int out."""
     slots = floor_fraction(layers * length, budget)
     return max(layers, slots) if isinstance(slots, int) else jnp.maximum(layers, slots)
+
+
+def _normalised(weight: jax.Array) -> jax.Array:
+    usable = (weight > 0) & jnp.isfinite(weight)  # a broken checkpoint must not make the loops below endless
+    weight = jnp.where(usable, weight, jnp.finfo(jnp.float32).tiny).astype(jnp.float32)
+    return weight / jnp.sum(weight)
 
 
 def _share(

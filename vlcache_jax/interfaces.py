@@ -40,7 +40,8 @@ class VisionLanguageModel(Protocol):
         """Linen's `apply`; `method` is one of
 
         embed(batch) -> [batch, length, hidden], embed_tokens(tokens) -> [batch, length, hidden],
-        decode(hidden, positions, attend, carry, xs) -> (hidden, carry, ys), unembed(hidden) -> f32 logits.
+        decode(hidden, positions, attend, carry, xs) -> (hidden, carry, ys), unembed(hidden) -> f32 logits,
+        rotate(x, positions) -> x with rotary positions (without parameters; only expected attention asks for it).
         """
 
 

@@ -8,22 +8,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vlcache_jax import ops
 from vlcache_jax.batch import Batch
+from vlcache_jax.budgets import slot_budget
+from vlcache_jax.errors import CheckpointError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
-from vlcache_jax.kernels.attention import attention
-from vlcache_jax.kernels.column_statistics import column_statistics
-from vlcache_jax.packing import capacity, pack
+from vlcache_jax.ops import Kernels, on_mesh_of
+from vlcache_jax.packing import capacity
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.scores import LayerInputs
-from vlcache_jax.selection import candidates, select
+from vlcache_jax.selection import candidates, protected_first, select
 from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align
 from vlcache_jax.validation import check_prefill
 
 
 def prefill(
-    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy,
+    max_new_tokens: int,
+    *,
+    kernels: Kernels | None = None,
 ) -> tuple[jax.Array, KVState]:
     """Runs the prompts and compresses their cache. Pure, and compiled once per (shapes, policy, max_new_tokens).
 
@@ -33,6 +42,7 @@ def prefill(
       batch: prompts, right-padded.
       policy: what to keep.
       max_new_tokens: room in the tail for generated tokens.
+      kernels: which implementations to use; the platform's best by default.
 
     Returns:
       (logits of the next token f32 [batch, vocab], state).
@@ -40,14 +50,29 @@ def prefill(
     Raises:
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
         only outside `jit`, where they are known).
+      CheckpointError: scores that are not finite: no token can be told from another (outside `jit` only; inside,
+        `Allocation.density` is NaN in such a layer).
+      PolicyError: a budget in bytes that holds less than one token a layer.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
-    return _prefill(model, params, batch, policy, max_new_tokens)
+    with on_mesh_of(params, batch):
+        logits, state = _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
+    density = state.allocation.density
+    if not policy.keeps_all and not isinstance(density, jax.core.Tracer) and density.is_fully_addressable:
+        bad = np.argwhere(~np.isfinite(np.asarray(density)))
+        if len(bad):
+            row, layer = (int(x) for x in bad[0])
+            raise CheckpointError(
+                f"policy {policy.name!r}: layer {layer} has scores that are not finite for row {row} of the batch, so "
+                "no token can be told from another: the checkpoint or the input holds NaN or infinity, or overflows in "
+                f"{jnp.dtype(model.spec.dtype).name}; check the logits with FullCache()"
+            )
+    return logits, state
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens"))
+@partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))
 def _prefill(
-    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int
+    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
     variables = {"params": params}
     hidden = model.apply(variables, batch, method="embed")
@@ -55,7 +80,8 @@ def _prefill(
     run = partial(model.apply, variables, hidden, positions, method="decode")
     lengths = jnp.asarray(batch.lengths)
     fill = _keep_all if policy.keeps_all else _compress
-    hidden, context, allocation = fill(run, model.spec, batch, lengths, policy)
+    rotate = partial(model.apply, {}, method="rotate")
+    hidden, context, allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
     return logits, KVState(context, _empty_tail(model.spec, batch.size, max_new_tokens), lengths, allocation)
@@ -69,13 +95,13 @@ def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
 
 
 def _keep_all(
-    run: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy
+    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
 ) -> tuple[jax.Array, PackedStore, Allocation]:
     """The uncompressed cache: each layer writes its segment of the pool in place."""
     room, layers = int(align(batch.length)), spec.num_layers
 
     def attend(query, key, value, pools, layer):
-        out, _ = attention(query, key, value)
+        out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
         start = (0, 0, layer * room, 0)
         pools = tuple(
             jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
@@ -99,10 +125,11 @@ def _keep_all(
 
 
 def _compress(
-    run: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy
+    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
 ) -> tuple[jax.Array, PackedStore, Allocation]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
+    budget = slot_budget(policy.budget, spec)
     count = max(1, floor_fraction(length, policy.candidate_fraction))
     threshold = policy.allocate.threshold
     measure = threshold is not None or policy.score.needs_attention
@@ -110,25 +137,43 @@ def _compress(
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):
-        out, _ = attention(query, key, value)
+        out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
-            statistics = column_statistics(query, key, first, rows, threshold=threshold or 1.0)
-            density = jnp.mean(statistics.counts, axis=1) / pairs
-        inputs = LayerInputs(key, value, lengths, batch.vision_mask, layer, statistics)
+            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, threshold=threshold)
+            if threshold is not None:
+                density = jnp.mean(statistics.counts, axis=1) / pairs
+        inputs = LayerInputs(
+            query=query,
+            key=key,
+            value=value,
+            lengths=lengths,
+            vision_index=jnp.asarray(batch.vision_index),
+            layer=layer,
+            density=density,
+            rows=rows,
+            statistics=statistics,
+            rotate=rotate,
+        )
         scores = policy.score(inputs)
+        finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
+        measured = policy.allocate.measure(inputs, scores)
+        if policy.protect is not None:
+            scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
         positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
-            positions = candidates(scores, lengths, policy.recent, count)
+            positions = candidates(scores, lengths, policy.recent, count, policy.sinks)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
-        return out, carry, (key, value, scores, positions, density)
+        density = jnp.where(finite, density, jnp.nan)
+        return out, carry, (key, value, scores, positions, density, measured)
 
-    hidden, _, (keys, values, scores, positions, density) = run(attend, None, jnp.arange(layers))
-    requested = policy.allocate.slots(density.T, lengths, policy.budget)  # [batch, layers]
+    hidden, _, (keys, values, scores, positions, density, measured) = run(attend, None, jnp.arange(layers))
+    requested = policy.allocate.slots(jnp.moveaxis(measured, 0, 1), lengths, budget)  # [batch, layers]
     slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
-    order = jax.vmap(partial(select, recent=policy.recent), (0, 0, None, 0))(scores, positions, lengths, slots)
-    pool = capacity(policy.allocate.capacity(layers, length, policy.budget), layers)
-    context = pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
+    choose = partial(select, recent=policy.recent, sinks=policy.sinks)
+    order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
+    pool = capacity(policy.allocate.capacity(length, budget), layers)
+    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
     return hidden, context, Allocation(requested=requested, density=density.T)

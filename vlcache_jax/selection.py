@@ -1,48 +1,115 @@
-"""Which tokens a layer keeps: the recent ones, and the best scores among the rest."""
+"""Which tokens a layer keeps: the last ones, the first ones, and the best scores among the rest."""
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.budgets import Tokens
 from vlcache_jax.fractions import floor_fraction
 
+Count = TypeVar("Count", bound=int | jax.Array)
+Recent = float | Tokens
 
-def _best(scores: jax.Array, positions: jax.Array, lengths: jax.Array, recent: jax.Array, count: int) -> jax.Array:
-    """Indices of the `count` first entries: recent ones, then by falling score, ties to the lower; padding last.
+
+def forced(slots: Count, recent: Recent, sinks: int = 0) -> tuple[Count, Count]:
+    """How many of a layer's slots go to the latest and to the first tokens of the prompt, whatever they score.
+
+    latest = max(1, min(window, slots - sinks)) and first = min(sinks, slots - 1), where the window is floor(recent *
+    slots) tokens, or a fixed number of them: the last token comes first, then the sinks, then the window. Neither
+    number, nor what they leave to the others, ever falls when a slot is added.
+
+    Args:
+      slots: of the layer, at least 1; an int or an i32 array.
+      recent: fraction of the slots, or `Tokens`.
+      sinks: first tokens of the prompt.
+
+    Returns:
+      (latest, first), like `slots`.
+
+    Example:
+      >>> forced(100, 0.1, sinks=4), forced(5, Tokens(32), sinks=4), forced(2, 0.1, sinks=4)
+      ((10, 4), (1, 4), (1, 1))
+    """
+    window = recent.count if isinstance(recent, Tokens) else floor_fraction(slots, recent)
+    if isinstance(slots, int):
+        return max(1, min(window, slots - sinks)), min(sinks, slots - 1)
+    return jnp.maximum(1, jnp.minimum(window, slots - sinks)), jnp.minimum(sinks, slots - 1)
+
+
+def protected_first(scores: jax.Array, lengths: jax.Array, protected: jax.Array) -> jax.Array:
+    """Scores that rank all protected tokens before all others, and each kind among itself as before.
+
+    The new scores are whole numbers (ranks), so nothing is lost to rounding as it would be by adding a large number.
+
+    Args:
+      scores: f32 [batch, heads, length].
+      lengths: i32 [batch].
+      protected: bool [batch, length].
+
+    Returns:
+      f32 [batch, heads, length], no two of a head alike below 2 ** 24 tokens.
+
+    Example:
+      >>> scores = jnp.array([[[0.5, 0.9, 0.7, 0.0]]])
+      >>> protected_first(scores, jnp.array([4]), jnp.array([[True, False, False, True]])).tolist()
+      [[[3.0, 1.0, 0.0, 2.0]]]
+    """
+    length = scores.shape[-1]
+    valid = jnp.arange(length) < lengths[:, None]
+    class_ = jnp.where(valid, jnp.where(protected, 0, 1), 2)[:, None]
+    index = jnp.broadcast_to(jnp.arange(length), scores.shape)
+    keys = (jnp.broadcast_to(class_, scores.shape), -_finite(scores), index)
+    order = jax.lax.sort(keys, num_keys=2, is_stable=True)[2]
+    rank = jnp.argsort(order, axis=-1)
+    return (lengths[:, None, None] - 1 - rank).astype(jnp.float32)
+
+
+def _finite(scores: jax.Array) -> jax.Array:
+    return jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
+
+
+def _best(
+    scores: jax.Array, positions: jax.Array, lengths: jax.Array, latest: jax.Array, first: jax.Array, count: int
+) -> jax.Array:
+    """Indices of the `count` best entries: forced ones, then by falling score, ties to the lower; padding last.
 
     A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
 
-    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32 [batch],
-    recent i32 [batch] -> i32 [batch, heads, count].
+    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths, latest and first
+    i32 [batch] -> i32 [batch, heads, count].
     """
-    end = lengths[:, None, None]
-    finite = jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
-    priority = jnp.where(positions >= end - recent[:, None, None], jnp.inf, finite)
+    end, latest, first = (x[:, None, None] for x in (lengths, latest, first))
+    priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
     priority = jnp.where(positions < end, priority, -jnp.inf)
     return jax.lax.top_k(priority, count)[1]  # equal values: lower index first
 
 
-def candidates(scores: jax.Array, lengths: jax.Array, recent: float, count: int) -> jax.Array:
+def candidates(scores: jax.Array, lengths: jax.Array, recent: Recent, count: int, sinks: int = 0) -> jax.Array:
     """The tokens a layer hands on when it may hand on only `count`; they contain every selection of up to `count`.
 
-    If a layer gets s <= count slots it keeps its r(s) = max(1, floor(recent * s)) latest tokens and the s - r(s) best
-    others. Both r and s - r grow with s, so the r(count) latest and the count - r(count) best others contain them.
+    A layer that gets s <= count slots keeps its r(s) latest, its f(s) first and the s - r(s) - f(s) best other tokens
+    (`forced`). None of the three falls with s, so those of `count` contain those of s.
 
     Args:
       scores: f32 [batch, heads, length].
       lengths: i32 [batch].
       recent: as in `Policy`.
       count: tokens to hand on, at most length.
+      sinks: as in `Policy`.
 
     Returns:
       i32 [batch, heads, count] prompt positions, ascending. For prompts shorter than `count`, padding comes last.
     """
     batch, _, length = scores.shape
     positions = jnp.arange(length)[None, None]
-    latest = jnp.full((batch,), max(1, floor_fraction(count, recent)), jnp.int32)
-    return jnp.sort(_best(scores, positions, lengths, latest, count), axis=-1)
+    latest, first = (jnp.full((batch,), x, jnp.int32) for x in forced(count, recent, sinks))
+    return jnp.sort(_best(scores, positions, lengths, latest, first, count), axis=-1)
 
 
-def select(scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: jax.Array, recent: float) -> jax.Array:
+def select(
+    scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: jax.Array, recent: Recent, sinks: int = 0
+) -> jax.Array:
     """The tokens a layer keeps, in ascending order.
 
     Args:
@@ -52,6 +119,7 @@ def select(scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: j
       lengths: i32 [batch].
       slots: i32 [batch], tokens to keep, at most min(entries, length).
       recent: as in `Policy`.
+      sinks: as in `Policy`.
 
     Returns:
       i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
@@ -63,7 +131,6 @@ def select(scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: j
       [[[1, 3, 4, 4]]]
     """
     entries = scores.shape[-1]
-    latest = jnp.maximum(1, floor_fraction(slots, recent))
-    order = _best(scores, positions, lengths, latest, entries)
+    order = _best(scores, positions, lengths, *forced(slots, recent, sinks), entries)
     kept = jnp.arange(entries) < slots[:, None, None]
     return jnp.sort(jnp.where(kept, order, entries), axis=-1)

@@ -2,31 +2,52 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import layer_budgets, total_slots
+from vlcache_jax.budgets import Budget, Bytes, SlotBudget, Tokens, layer_budgets, share_slots
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.fractions import floor_fraction
+
+if TYPE_CHECKING:
+    from vlcache_jax.policies.scores import LayerInputs
 
 
-class Allocate(Protocol):
-    """A hashable rule."""
+class Allocate:
+    """A rule. Subclasses are frozen dataclasses, so that a policy can be hashed, and define `slots` at least.
 
-    @property
-    def threshold(self) -> float | None:
-        """Relative threshold of the density it needs, or None if it needs none."""
+    Attributes:
+      threshold: relative threshold of the density it needs (`LayerInputs.density`), or None if it needs none.
+    """
 
-    def capacity(self, layers: int, length: int, budget: float) -> int:
+    threshold: float | None = None
+
+    def check(self, budget: Budget) -> None:
+        """Raises PolicyError if it cannot share such a budget; called when a policy is made."""
+
+    def capacity(self, length: int, budget: SlotBudget) -> int:
         """The most slots that all layers together can get, for prompts of up to `length` tokens (static)."""
+        return budget.total(length)
 
-    def slots(self, density: jax.Array, lengths: jax.Array, budget: float) -> jax.Array:
-        """i32 [batch, layers] slots from density f32 [batch, layers] and true lengths i32 [batch]."""
+    def measure(self, inputs: "LayerInputs", scores: jax.Array) -> jax.Array:
+        """What must be known of a layer: f32 [batch, ...] from its inputs and scores [batch, heads, length]."""
+        return inputs.density
+
+    def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
+        """i32 [batch, layers] slots, each between 1 and the prompt's length, at most `capacity` together.
+
+        Args:
+          measured: f32 [batch, layers, ...], `measure` of every layer.
+          lengths: i32 [batch], true prompt lengths.
+          budget: of the policy, for this model.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityAware:
+class SparsityAware(Allocate):
     """In proportion to the density of each layer's attention (VL-Cache, Algorithm 1); see `layer_budgets`."""
 
     threshold: float = 0.01
@@ -38,37 +59,38 @@ class SparsityAware:
         if self.total not in ("exact", "paper"):
             raise PolicyError(f"total={self.total!r} is not known: use 'exact' or 'paper'")
 
-    def capacity(self, layers: int, length: int, budget: float) -> int:
+    def check(self, budget: Budget) -> None:
+        """See `Allocate.check`."""
+        if self.total == "paper" and isinstance(budget, Tokens | Bytes):
+            raise PolicyError(f"total='paper' is a rule for fractions of the prompt, not for {budget}: use 'exact'")
+
+    def capacity(self, length: int, budget: SlotBudget) -> int:
         """See `Allocate.capacity`."""
         if self.total == "exact":
-            return int(total_slots(layers, length, budget))
-        return min(layers * length, math.floor((budget + 0.01) * layers * length) + layers)
+            return budget.total(length)
+        assert budget.fraction is not None
+        full = budget.layers * length
+        return min(full, math.floor((budget.fraction + 0.01) * full) + budget.layers)
 
-    def slots(self, density: jax.Array, lengths: jax.Array, budget: float) -> jax.Array:
+    def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""
-        return jax.vmap(lambda d, n: layer_budgets(d, n, budget, self.total))(density, lengths)
+        fraction = budget.fraction
+        if fraction is not None:
+            return jax.vmap(lambda density, n: layer_budgets(density, n, fraction, self.total))(measured, lengths)
+        lower = jnp.maximum(1, floor_fraction(lengths, 0.01))  # as in `layer_budgets`
+        return jax.vmap(share_slots)(measured, budget.total(lengths), lower, lengths)
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocate):
     """The same for every layer, up to one slot: the exact total, remainders to the lower layers.
 
     Example:
-      >>> Uniform().slots(jnp.ones((1, 4)), jnp.array([10]), 0.29).tolist()
+      >>> Uniform().slots(jnp.ones((1, 4)), jnp.array([10]), SlotBudget(layers=4, fraction=0.29)).tolist()
       [[3, 3, 3, 2]]
     """
 
-    @property
-    def threshold(self) -> float | None:
-        """None: no density is needed."""
-        return None
-
-    def capacity(self, layers: int, length: int, budget: float) -> int:
-        """See `Allocate.capacity`."""
-        return int(total_slots(layers, length, budget))
-
-    def slots(self, density: jax.Array, lengths: jax.Array, budget: float) -> jax.Array:
+    def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""
-        layers = density.shape[1]
-        total = jnp.asarray(total_slots(layers, lengths, budget))[:, None]
-        return total // layers + (jnp.arange(layers) < total % layers)
+        total = jnp.asarray(budget.total(lengths))[:, None]
+        return total // budget.layers + (jnp.arange(budget.layers) < total % budget.layers)

@@ -2,52 +2,88 @@
 
 import dataclasses
 
+from vlcache_jax.budgets import Budget, Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
+from vlcache_jax.selection import Recent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """Frozen and hashable: a static argument of the compiled programs.
 
-    After the prefill each layer has a score for every token and KV head; `allocate` gives the layer its slots; the
-    most recent floor(recent * slots) tokens, and always the last one, are kept, and the rest of the slots go to the
-    best scores, ties to the lower position. Free of padding: it never scores, is never kept, never counts.
+    After the prefill each layer has a score for every token and KV head; `allocate` gives the layer its slots; the last
+    token, then the `sinks` first and the `recent` latest ones are kept whatever they score (`selection.forced`), and
+    the rest of the slots go to the best scores, ties to the lower position. Free of padding: it never scores, is never
+    kept, never counts.
 
     Attributes:
       name: for reports.
-      budget: fraction of the prompt's full cache to keep, in [0.0001, 1]. At 1 nothing is scored and all is kept.
+      budget: what to keep of the prompt's cache. A fraction of it in [0.0001, 1]; `Tokens(n)`, or just the integer n
+        from 2 on: n tokens a layer on average, everything if the prompt is shorter; `Bytes(n)`: n bytes of context for
+        every prompt of the batch. At 1 (or 1.0) nothing is scored and all is kept.
       rows: which prompt rows score the keys.
       score: from the rows' attention (or anything else in a layer) to a score.
       allocate: slots per layer.
-      recent: fraction of a layer's slots for its most recent tokens, in [0, 1].
+      recent: the window of most recent tokens: a fraction of a layer's slots, in [0, 1], or `Tokens(n)`.
+      sinks: how many of the prompt's first tokens are kept.
+      protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
+
+    Raises:
+      PolicyError: a value out of range, or a combination that cannot work.
     """
 
     name: str
-    budget: float
+    budget: Budget
     rows: Rows = dataclasses.field(default_factory=PostVision)
     score: Score = dataclasses.field(default_factory=AccumulatedAttention)
     allocate: Allocate = dataclasses.field(default_factory=Uniform)
-    recent: float = 0.1
+    recent: Recent = 0.1
+    sinks: int = 0
+    protect: str | None = None
     candidate_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1e-4), ("recent", 0.0), ("candidate_fraction", 1e-4)):
+        if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
+            object.__setattr__(self, "budget", Tokens(self.budget))
+        for name, low, kinds, others in (
+            ("budget", 1e-4, Tokens | Bytes, ", or tokens a layer as an integer from 2 on, or Bytes(n)"),
+            ("recent", 0.0, Tokens, ", or Tokens(n)"),
+            ("candidate_fraction", 1e-4, (), ""),
+        ):
             value = getattr(self, name)
+            if isinstance(value, kinds):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
                 span = f"[{low:g}, 1]" if low == 0 else "(0, 1], and not below 0.0001"
-                raise PolicyError(f"{name}={value!r} is out of range: give a fraction in {span}")
-        if not self.keeps_all and as_fraction(self.candidate_fraction) < as_fraction(self.budget):
+                raise PolicyError(f"{name}={value!r} is out of range: give a fraction in {span}{others}")
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
+        if self.protect not in (None, "text", "vision"):
+            raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        budget = self.budget
+        if isinstance(budget, Tokens):
+            window = max(1, self.recent.count if isinstance(self.recent, Tokens) else 1)
+            if self.sinks + window > budget.count:
+                raise PolicyError(
+                    f"{self.name}: sinks={self.sinks} and a window of {window} recent tokens do not fit into "
+                    f"budget={budget.count} tokens a layer: raise the budget, or lower sinks or recent"
+                )
+        elif not isinstance(budget, Bytes) and as_fraction(self.candidate_fraction) < as_fraction(budget) < 1:
             raise PolicyError(
-                f"candidate_fraction={self.candidate_fraction} is below budget={self.budget}: the layers together "
-                "could not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
+                f"candidate_fraction={self.candidate_fraction} is below budget={budget}: the layers together could "
+                "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
             )
+        self.allocate.check(budget)
 
     @property
     def keeps_all(self) -> bool:

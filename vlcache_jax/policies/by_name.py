@@ -6,14 +6,38 @@ from collections.abc import Callable
 from typing import Any
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.policies.air_cache import AirCache
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.expected_attention import ExpectedAttention
 from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.h2o import H2O
+from vlcache_jax.policies.key_difference import KeyDifference
+from vlcache_jax.policies.key_norm import KeyNorm
+from vlcache_jax.policies.look_m import LookM
+from vlcache_jax.policies.mix_kv import MixKV
+from vlcache_jax.policies.prefix_kv import PrefixKV
+from vlcache_jax.policies.pyramid_kv import PyramidKV
 from vlcache_jax.policies.random_eviction import RandomEviction
+from vlcache_jax.policies.snap_kv import SnapKV
+from vlcache_jax.policies.streaming_llm import StreamingLLM
+from vlcache_jax.policies.tova import TOVA
 from vlcache_jax.policies.vl_cache import VLCache
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full_cache": FullCache,
     "vl_cache": VLCache,
+    "snap_kv": SnapKV,
+    "pyramid_kv": PyramidKV,
+    "h2o": H2O,
+    "tova": TOVA,
+    "streaming_llm": StreamingLLM,
+    "look_m": LookM,
+    "prefix_kv": PrefixKV,
+    "air_cache": AirCache,
+    "mix_kv": MixKV,
+    "expected_attention": ExpectedAttention,
+    "key_norm": KeyNorm,
+    "key_difference": KeyDifference,
     "random": RandomEviction,
 }
 

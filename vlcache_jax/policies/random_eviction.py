@@ -1,14 +1,15 @@
 """Keeping tokens at random."""
 
+from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.scores import RandomScore
 
 
-def RandomEviction(budget: float = 0.1, *, recent: float = 0.1, seed: int = 0) -> Policy:
+def RandomEviction(budget: Budget = 0.1, *, recent: float = 0.1, seed: int = 0) -> Policy:
     """Keeps random tokens, the same number in every layer, besides the recent ones: what a score must beat.
 
     Args:
-      budget: fraction of the full cache to keep, in (0, 1].
+      budget: see `Policy.budget`.
       recent: fraction of each layer's slots for its most recent tokens.
       seed: of the random scores; they depend on layer, KV head and position only.
 

@@ -1,65 +1,83 @@
 """What a key is worth: one number for each token and KV head of a layer."""
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.batch import TEXT
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInputs:
     """What a score may look at, in one layer of the prefill.
 
     Attributes:
+      query: [batch, length, heads, head_dim], rotated.
       key: [batch, length, kv_heads, head_dim], rotated.
       value: like `key`.
       lengths: i32 [batch].
-      vision_mask: bool [batch, length].
+      vision_index: i32 [batch, length], as in `Batch`.
       layer: i32 [], index of the layer.
+      density: f32 [batch], share of large attention entries; 1 unless `Allocate.threshold` asks for it.
+      rows: i32 [batch], how many rows score the keys: the last ones of the prompt, for every `Rows` here.
       statistics: of the policy's rows; None unless the policy needs them.
+      rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
     """
 
+    query: jax.Array
     key: jax.Array
     value: jax.Array
     lengths: jax.Array
-    vision_mask: jax.Array
+    vision_index: jax.Array
     layer: jax.Array
-    statistics: ColumnStatistics | None
+    density: jax.Array
+    rows: jax.Array
+    statistics: ColumnStatistics | None = None
+    rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    @property
+    def vision_mask(self) -> jax.Array:
+        """bool [batch, length]: True where the token is visual."""
+        return self.vision_index != TEXT
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool [batch, length]: False where there is padding."""
+        return jnp.arange(self.key.shape[1]) < self.lengths[:, None]
 
 
-class Score(Protocol):
-    """A hashable function of a layer's inputs."""
+class Score:
+    """A function of a layer's inputs. Subclasses are frozen dataclasses, so that a policy can be hashed."""
 
     @property
     def needs_attention(self) -> bool:
-        """Whether `LayerInputs.statistics` must be there."""
+        """Whether `LayerInputs.statistics` must be there. A subclass may write `needs_attention = False`."""
+        return True
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """f32 [batch, kv_heads or 1, length]; higher is kept first. Padding may hold anything."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class AccumulatedAttention:
+class AccumulatedAttention(Score):
     """Attention received from the policy's rows, averaged over query heads (VL-Cache, section 3.2).
 
     `heads="each"` ranks the tokens for every KV head by the mean over its query heads; `heads="shared"` ranks them
-    once for the layer by the mean over all query heads. The paper does not say which.
+    once for the layer by the mean over all query heads. The paper does not say which. `normalised` divides the score of
+    token j by the number of rows that see it, for scores from all rows.
     """
 
     heads: str = "each"
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         if self.heads not in ("each", "shared"):
             raise PolicyError(f"heads={self.heads!r} is not known: use 'each' or 'shared'")
-
-    @property
-    def needs_attention(self) -> bool:
-        """True."""
-        return True
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """See `Score.__call__`."""
@@ -67,19 +85,19 @@ class AccumulatedAttention:
         sums = inputs.statistics.sums
         batch, heads, length = sums.shape
         groups = 1 if self.heads == "shared" else inputs.key.shape[2]
-        return jnp.mean(sums.reshape(batch, groups, heads // groups, length), axis=2)
+        mean = jnp.mean(sums.reshape(batch, groups, heads // groups, length), axis=2)
+        if not self.normalised:
+            return mean
+        seen = jnp.minimum(inputs.lengths[:, None] - jnp.arange(length), inputs.rows[:, None])
+        return mean / jnp.maximum(seen, 1)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomScore:
+class RandomScore(Score):
     """Uniform random numbers: the yardstick that every method must beat. The same for every row of a batch."""
 
+    needs_attention = False
     seed: int = 0
-
-    @property
-    def needs_attention(self) -> bool:
-        """False."""
-        return False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """See `Score.__call__`."""
@@ -88,3 +106,14 @@ class RandomScore:
         # One number per position, drawn position by position: it does not depend on the padding.
         draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (kv_heads,)))
         return jnp.broadcast_to(draw(jnp.arange(length)).T, (batch, kv_heads, length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recency(Score):
+    """The position: later tokens first."""
+
+    needs_attention = False
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        return jnp.broadcast_to(jnp.arange(inputs.key.shape[1], dtype=jnp.float32), inputs.valid.shape)[:, None]

@@ -1,19 +1,26 @@
 """VL-Cache (Tu, Vashchilenko, Lu, Xu: arXiv 2410.23317, ICLR 2025)."""
 
+from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.allocate import SparsityAware
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention
+from vlcache_jax.policies.visual_sinks import without_sinks
 
 
 def VLCache(
-    budget: float = 0.1,
+    budget: Budget = 0.1,
     *,
     threshold: float = 0.01,
     recent: float = 0.1,
     rows: Rows | None = None,
     heads: str = "each",
     total: str = "exact",
+    pool: int = 1,
+    pooling: str = "mean",
+    grid_side: int | None = None,
+    mask_visual_sinks: bool = False,
     candidate_fraction: float = 1.0,
 ) -> Policy:
     """Layer budgets from the sparsity of post-vision attention, token scores from the same attention.
@@ -28,12 +35,16 @@ def VLCache(
     scores. Kept keys and values stay as computed; generated tokens are appended and never evicted.
 
     Args:
-      budget: fraction of the full cache to keep, in (0, 1].
+      budget: fraction of the full cache to keep, in (0, 1]; or tokens or bytes, see `Policy.budget`.
       threshold: relative threshold p of equation 1.
       recent: fraction of each layer's slots for its most recent tokens (section 5).
       rows: scoring rows; the rows after the last visual token by default. The paper's speed test uses `LastRows(50)`.
       heads: "each" ranks for every KV head, "shared" once per layer. The paper does not say which.
       total: "exact" makes the layers add up to the budget; "paper" clips without sharing again.
+      pool: odd number of neighbours over which scores are pooled; 1, for none, is the paper's.
+      pooling: "mean" or "max".
+      grid_side: pool visual tokens over pool x pool patches of their grid instead; see `GridPooled`.
+      mask_visual_sinks: see `MaskVisualSinks`; not the paper's.
       candidate_fraction: see `Policy`.
 
     Returns:
@@ -50,7 +61,7 @@ def VLCache(
         name="vl_cache",
         budget=budget,
         rows=PostVision() if rows is None else rows,
-        score=AccumulatedAttention(heads),
+        score=pooled(without_sinks(AccumulatedAttention(heads), mask_visual_sinks), pool, pooling, grid_side),
         allocate=SparsityAware(threshold, total),
         recent=recent,
         candidate_fraction=candidate_fraction,

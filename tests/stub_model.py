@@ -1,0 +1,82 @@
+"""A model that is nothing but queries, keys and values: what a policy sees, without the cost of a model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.interfaces import ModelSpec
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 8, 11
+SIDE = 4  # patches along one side of a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class StubModel:
+    """Its parameters are the rotated queries, keys and values of every layer, [layers, batch, length, heads, d]."""
+
+    dtype: str = "float32"
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=512, dtype=jnp.dtype(self.dtype)
+        )
+
+    def apply(self, variables: Any, *args: Any, method: str) -> Any:
+        return getattr(self, method)(*([variables["params"]] if "params" in variables else []), *args)
+
+    def embed(self, params, batch):
+        return jnp.zeros((*batch.tokens.shape, 1))
+
+    def decode(self, params, hidden, positions, attend, carry=None, xs=None):
+        def layer(carry, item):
+            (query, key, value), x = item
+            _, carry, ys = attend(query, key, value, carry, x)
+            return carry, ys
+
+        carry, ys = jax.lax.scan(layer, carry, ((params["query"], params["key"], params["value"]), xs))
+        return hidden, carry, ys
+
+    def unembed(self, params, hidden):
+        return jnp.zeros((*hidden.shape[:-1], VOCAB))
+
+    def rotate(self, x, positions):
+        angle = positions[..., None, None] * (100.0 ** (-jnp.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
+        first, second = jnp.split(x, 2, axis=-1)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def stub_params(batch: Batch, seed: int = 0, dtype: str = "float32"):
+    """Random queries, keys and values with a common direction and a few heavy keys, as real ones have."""
+    rng = np.random.default_rng(seed)
+
+    def draw(heads):
+        return rng.normal(size=(LAYERS, batch.size, batch.length, heads, HEAD_DIM))
+
+    sharp = np.array([0.6, 1.2, 2.0])[:, None, None, None, None]  # layers differ in sparsity
+    mean = rng.normal(size=(LAYERS, 1, 1, 1, HEAD_DIM))
+    query, key, value = sharp * draw(HEADS), draw(KV_HEADS) + 0.5 * mean, draw(KV_HEADS)
+    heavy = rng.random((LAYERS, batch.size, batch.length, 1, 1)) < 0.1
+    value = np.where(heavy, 0.2, 1) * value
+    key = key + heavy * query.mean(axis=(2, 3), keepdims=True) * 3
+    return {"query": query.astype(dtype), "key": key.astype(dtype), "value": value.astype(dtype)}
+
+
+def stub_batch(length: int = 40, seed: int = 0) -> Batch:
+    """Rows in turn: one image, two images with some patches left out, text only, ending in its image, very short."""
+    rng = np.random.default_rng(seed)
+    size = 5
+    index = np.full((size, length), TEXT, np.int32)
+    index[0, 2 : 2 + SIDE**2] = np.arange(SIDE**2)
+    patches = np.sort(rng.permutation(2 * SIDE**2)[:20])
+    index[1, 1 : 1 + len(patches)] = patches
+    index[3, 5 : 5 + SIDE**2] = np.arange(SIDE**2)
+    index[4, 1] = 0
+    lengths = np.array([rng.integers(24, 41), rng.integers(26, 41), rng.integers(10, 41), 5 + SIDE**2, 3], np.int32)
+    index = np.where(np.arange(length) < lengths[:, None], index, TEXT)
+    return Batch(np.zeros((size, length), np.int32), lengths, index, np.zeros((size, 0, 4, 4, 3), np.float32))

@@ -1,0 +1,51 @@
+"""Key norm (Devoto et al., "A Simple and Effective L2 Norm-Based Strategy", arXiv 2406.11430, EMNLP 2024)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.budgets import Budget
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.scores import LayerInputs, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyNormScore(Score):
+    """Minus the Euclidean norm of the key."""
+
+    needs_attention = False
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        return -jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+
+
+def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0) -> Policy:
+    """The tokens with the smallest keys: a small norm goes with much attention, in text models.
+
+        score_j = -|k_j|_2, for every KV head
+
+    Choices. Every layer is compressed (the paper spares the first two of some models), with a window of recent tokens
+    like the other methods here; `recent=0.0` keeps only the last token besides. The source is from memory.
+
+    Query-agnostic: no attention is needed, and the answer does not depend on the question.
+
+    Args:
+      budget: see `Policy.budget`.
+      recent: fraction of a layer's slots for its most recent tokens.
+      candidate_fraction: see `Policy`.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: an option out of range.
+
+    Example:
+      >>> KeyNorm().score.needs_attention
+      False
+    """
+    return Policy(
+        name="key_norm", budget=budget, score=KeyNormScore(), recent=recent, candidate_fraction=candidate_fraction
+    )

@@ -1,0 +1,112 @@
+"""MixKV (arXiv 2510.20707, ICLR 2026), on SnapKV's votes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.budgets import Budget, Tokens
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.key_difference import unit_keys
+from vlcache_jax.policies.rows import LastRows
+from vlcache_jax.policies.scores import LayerInputs, Score
+from vlcache_jax.policies.snap_kv import snap_score
+from vlcache_jax.selection import Recent
+
+
+@dataclasses.dataclass(frozen=True)
+class DiversityMixed(Score):
+    """Importance mixed with diversity, more of the latter where the keys of a head are alike.
+
+    For each KV head, over the tokens j before the last `skip` ones:
+
+        importance_j = vote_j + scaled(|v_j|)
+        diversity_j  = scaled(-cos(k_j, m)),   m = mean over the prompt of k_i / |k_i|
+        scaled(x)    = minmax(x) * mean(vote) / mean(minmax(x)),   minmax(x) = (x - min x) / (max x - min x)
+        score_j      = rho * diversity_j + (1 - rho) * importance_j
+        rho          = (n |m|^2 - 1) / (n - 1), the mean cosine of two different keys, within [0, 1]
+
+    Attributes:
+      score: the votes, not negative.
+      skip: last tokens that are left out of the means and extremes; they keep their own score.
+    """
+
+    score: Score
+    skip: int = 0
+
+    @property
+    def needs_attention(self) -> bool:
+        """That of the votes."""
+        return self.score.needs_attention
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        vote = self.score(inputs).astype(jnp.float32)
+        length = vote.shape[-1]
+        inside = jnp.broadcast_to((jnp.arange(length) < inputs.lengths[:, None] - self.skip)[:, None], vote.shape)
+        count = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
+
+        def mean(x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(inside, x, 0), axis=-1, keepdims=True) / count
+
+        def scaled(x: jax.Array) -> jax.Array:
+            low = jnp.min(jnp.where(inside, x, jnp.inf), axis=-1, keepdims=True)
+            high = jnp.max(jnp.where(inside, x, -jnp.inf), axis=-1, keepdims=True)
+            spread = jnp.where(high > low, high - low, 1)
+            unit = jnp.where(inside & (high > low), (x - low) / spread, 0)
+            return unit * mean(vote) / jnp.maximum(mean(unit), 1e-30)
+
+        key, anchor = unit_keys(inputs)
+        square = jnp.sum(anchor * anchor, axis=-1)[..., None]  # [batch, kv_heads, 1]
+        cosine = jnp.einsum("bhld,bhd->bhl", key, anchor, precision="highest") / jnp.sqrt(jnp.maximum(square, 1e-24))
+        n = inputs.lengths[:, None, None]
+        rho = jnp.clip((n * square - 1) / jnp.maximum(n - 1, 1), 0, 1)
+        norm = jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        mixed = rho * scaled(-cosine) + (1 - rho) * (vote + scaled(norm))
+        return jnp.where(inside, mixed, vote)
+
+
+def MixKV(
+    budget: Budget = 0.1,
+    *,
+    window: int = 32,
+    pool: int = 5,
+    recent: Recent | None = None,
+    candidate_fraction: float = 1.0,
+) -> Policy:
+    """SnapKV's votes mixed with the diversity of the keys, so that near-duplicates do not fill the slots.
+
+    The formulas are those of `DiversityMixed`; window, pooling and budgets those of `SnapKV`.
+
+    Choices. rho is measured on the prompt, as in the paper's formula; the authors' release reads it from a file
+    measured beforehand.
+
+    Query-aware in its votes, query-agnostic in its diversity.
+
+    Args:
+      budget: see `Policy.budget`.
+      window: rows that vote, and recent tokens that are kept.
+      pool: odd number of neighbours, 1 for none.
+      recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
+      candidate_fraction: see `Policy`.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
+
+    Example:
+      >>> MixKV().rows
+      LastRows(count=32)
+    """
+    rows = LastRows(window)
+    recent = Tokens(window) if recent is None else recent
+    return Policy(
+        name="mix_kv",
+        budget=budget,
+        rows=rows,
+        score=DiversityMixed(snap_score(pool, recent=recent), recent.count if isinstance(recent, Tokens) else 0),
+        recent=recent,
+        candidate_fraction=candidate_fraction,
+    )

@@ -1,0 +1,34 @@
+"""StreamingLLM (Xiao et al., arXiv 2309.17453, ICLR 2024)."""
+
+from vlcache_jax.budgets import Budget
+from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.scores import Recency
+
+
+def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4) -> Policy:
+    """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
+
+        kept = {0 .. sinks - 1} and {n - (slots - sinks) .. n - 1}
+
+    Choices. Positions are not re-assigned: kept keys keep the rotary position they were computed with, as in kvpress;
+    the paper rotates keys by their place in the cache, which matters only beyond the length a model was trained for.
+    This is the prompt's compression alone: generated tokens are appended and never evicted.
+
+    Query-agnostic: what is kept does not depend on the question's content. A lower bound that any score must beat when
+    the answer lies in the image.
+
+    Args:
+      budget: see `Policy.budget`.
+      sinks: first tokens to keep; the paper uses 4.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: an option out of range, or sinks that leave no room for the last token.
+
+    Example:
+      >>> StreamingLLM(budget=256).sinks
+      4
+    """
+    return Policy(name="streaming_llm", budget=budget, score=Recency(), recent=1.0, sinks=sinks)
