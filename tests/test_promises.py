@@ -248,7 +248,7 @@ def test_mesh_gives_the_same_tokens(llava, policy, shape):
 def test_a_step_updates_the_state_in_place(llava, policy):
     model, params = llava
     _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy, 128)
-    step = jax.jit(lambda p, t, s: advance(model, p, t, s), donate_argnums=2)
+    step = jax.jit(lambda p, t, s: advance(model, p, t, s, vlc.Kernels()), donate_argnums=2)
     compiled = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile()
     memory = compiled.memory_analysis()
     buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail)))

@@ -5,14 +5,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax import ops
 from vlcache_jax.errors import InputError
 from vlcache_jax.interfaces import Params, VisionLanguageModel
-from vlcache_jax.kernels.decode_attention import Segments, Store, union_attention
+from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.state import KVState, TailStore
 
 
 def decode_step(
-    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState
+    model: VisionLanguageModel,
+    params: Params,
+    tokens: jax.Array,
+    state: KVState,
+    *,
+    kernels: Kernels | None = None,
 ) -> tuple[jax.Array, KVState]:
     """Appends one token per row and returns the logits of the next.
 
@@ -22,6 +29,7 @@ def decode_step(
       tokens: i32 [batch], the tokens to append.
       state: from `prefill` or the previous step. Its context is passed on as it is; its tail is copied, so that the
         old state stays valid (branches may share it). To update in place, jit your own loop and donate the state.
+      kernels: which implementations to use; the platform's best by default.
 
     Returns:
       (logits f32 [batch, vocab], new state).
@@ -35,17 +43,20 @@ def decode_step(
             f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger "
             "max_new_tokens"
         )
-    return _decode_step(model, params, jnp.asarray(tokens, jnp.int32), state)
+    with on_mesh_of(params, tokens, state):
+        return _decode_step(model, params, jnp.asarray(tokens, jnp.int32), state, kernels or Kernels())
 
 
-@partial(jax.jit, static_argnames=("model",))
+@partial(jax.jit, static_argnames=("model", "kernels"))
 def _decode_step(
-    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState
+    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
-    return advance(model, params, tokens, state)
+    return advance(model, params, tokens, state, kernels)
 
 
-def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState) -> tuple[jax.Array, KVState]:
+def advance(
+    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
+) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
     context, tail = state.context, state.tail
     slot = jnp.max(tail.length)
@@ -59,7 +70,8 @@ def advance(model: VisionLanguageModel, params: Params, tokens: jax.Array, state
         kept = Segments(context.offsets[:, layer], context.lengths[:, layer])
         length = tail.length[:, None] + 1
         new = Segments(jnp.full_like(length, layer * tail.capacity), length)
-        out, _ = union_attention(query[:, 0], [(Store(context.keys, context.values), kept), (Store(*pools), new)])
+        parts = [(Store(context.keys, context.values), kept), (Store(*pools), new)]
+        out, _ = ops.union_attention(kernels, query[:, 0], parts)
         return out[:, None], pools, None
 
     variables = {"params": params}

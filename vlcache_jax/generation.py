@@ -12,6 +12,7 @@ from vlcache_jax.batch import Batch
 from vlcache_jax.decoding import advance
 from vlcache_jax.errors import InputError
 from vlcache_jax.interfaces import Params, VisionLanguageModel
+from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.prefill import prefill
@@ -57,6 +58,7 @@ def generate(
     sampling: Sampling | None = None,
     seeds: int | Sequence[int] | jax.Array = 0,
     eos_token_ids: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> Generation:
     """Answers a batch of prompts with a compressed cache.
 
@@ -73,6 +75,7 @@ def generate(
       seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to
         draw several answers to one prompt, repeat the prompt with different seeds.
       eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
+      kernels: which implementation of each op to use; the platform's best by default.
 
     Returns:
       The answers and a report.
@@ -86,11 +89,10 @@ def generate(
     """
     policy = FullCache() if policy is None else policy
     _check_seeds(seeds, batch.size)
-    logits, state = prefill(model, params, batch, policy, max_new_tokens)
+    logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    tokens, lengths = decode(
-        model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seeds, eos_token_ids=eos_token_ids
-    )
+    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
+    tokens, lengths = decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
     return Generation(tokens, lengths, report)
 
 
@@ -104,6 +106,7 @@ def stream(
     sampling: Sampling | None = None,
     seeds: int | Sequence[int] | jax.Array = 0,
     eos_token_ids: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of `generate` as they come.
 
@@ -114,10 +117,9 @@ def stream(
     """
     policy = FullCache() if policy is None else policy
     _check_seeds(seeds, batch.size)
-    logits, state = prefill(model, params, batch, policy, max_new_tokens)
-    return stream_decode(
-        model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seeds, eos_token_ids=eos_token_ids
-    )
+    logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
+    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
+    return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
 
 
 def decode(
@@ -130,11 +132,12 @@ def decode(
     sampling: Sampling | None = None,
     seeds: int | Sequence[int] | jax.Array = 0,
     eos_token_ids: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The second half of `generate`: answers from what `prefill` returned.
 
     Args:
-      model, params, sampling, seeds, eos_token_ids: as in `generate`.
+      model, params, sampling, seeds, eos_token_ids, kernels: as in `generate`.
       logits: of the first token, f32 [batch, vocab].
       state: as `prefill` returned it. It stays valid: several answers may be drawn from one.
       max_new_tokens: at most what the state was made for.
@@ -148,7 +151,8 @@ def decode(
     _check_room(state, max_new_tokens)
     seeds = _check_seeds(seeds, logits.shape[0])
     stop = _stop_ids(model, eos_token_ids)
-    return _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop)
+    with on_mesh_of(params, logits, state):
+        return _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop, kernels or Kernels())
 
 
 def stream_decode(
@@ -161,6 +165,7 @@ def stream_decode(
     sampling: Sampling | None = None,
     seeds: int | Sequence[int] | jax.Array = 0,
     eos_token_ids: Sequence[int] | None = None,
+    kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`."""
     _check_room(state, max_new_tokens)
@@ -174,7 +179,8 @@ def stream_decode(
         for _ in range(max_new_tokens - 1):
             if bool(jnp.all(loop.finished)):
                 return
-            loop = _stream_step(model, params, context, loop, seeds, sampling, stop)
+            with on_mesh_of(params, loop):
+                loop = _stream_step(model, params, context, loop, seeds, sampling, stop, kernels or Kernels())
             yield np.asarray(loop.token)
 
     return tokens()
@@ -219,21 +225,22 @@ def _step(
     seeds: jax.Array,
     sampling: Sampling | None,
     stop: tuple[int, ...],
+    kernels: Kernels,
 ) -> _Loop:
-    logits, state = advance(model, params, loop.token, _replace_context(loop.state, context))
+    logits, state = advance(model, params, loop.token, _replace_context(loop.state, context), kernels)
     token = next_token(logits, sampling, seeds, loop.step)
     token = jnp.where(loop.finished, model.spec.pad_token_id, token)
     return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _replace_context(state, None))
 
 
-_stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop"), donate_argnames=("loop",))
+_stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop", "kernels"), donate_argnames=("loop",))
 
 
 def _replace_context(state: KVState, context: PackedStore | None) -> KVState:
     return dataclasses.replace(state, context=context)  # type: ignore[arg-type]  # None only while looping
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop"))
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop", "kernels"))
 def _decode(
     model: VisionLanguageModel,
     params: Params,
@@ -243,6 +250,7 @@ def _decode(
     max_new_tokens: int,
     sampling: Sampling | None,
     stop: tuple[int, ...],
+    kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array]:
     def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, _ = carry
@@ -251,7 +259,7 @@ def _decode(
     def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
         loop, tokens, lengths = carry
         lengths = lengths + ~loop.finished
-        new = _step(model, params, state.context, loop, seeds, sampling, stop)
+        new = _step(model, params, state.context, loop, seeds, sampling, stop, kernels)
         tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
         return new, tokens, lengths
 
