@@ -30,7 +30,12 @@ def abstract(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
 
 
 def compile_on(
-    mesh: Mesh, function: Callable[..., Any], *args: Any, donate: Sequence[int] = (), out_shardings: Any = None
+    mesh: Mesh,
+    function: Callable[..., Any],
+    *args: Any,
+    donate: Sequence[int] = (),
+    out_shardings: Any = None,
+    keep_unused: bool = False,
 ) -> Any:
     """Compiles `function(*args)` for the devices of a mesh.
 
@@ -40,11 +45,12 @@ def compile_on(
       *args: pytrees from `abstract`.
       donate: numbers of the arguments whose memory the results may take.
       out_shardings: as in `jax.jit`; None lets the compiler choose.
+      keep_unused: count arguments that the program does not use, as they lie in memory all the same.
 
     Returns:
       The compiled program: `memory_analysis()`, `cost_analysis()`, `as_text()`.
     """
     # Some lowerings ask the default device what it is, unless a mesh is set.
     with jax.set_mesh(mesh):
-        jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings)
+        jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, keep_unused=keep_unused)
         return jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()

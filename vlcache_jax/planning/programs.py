@@ -148,7 +148,8 @@ class Programs:
     def _compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
         start = time.monotonic()
         try:
-            compiled = compile_on(self.mesh, function, *args, **options)
+            # Decoding uses no vision tower, yet it stays where it is.
+            compiled = compile_on(self.mesh, function, *args, keep_unused=True, **options)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             seconds = time.monotonic() - start
             return Program(compile_seconds=seconds, refused=_reason(error), peak_bytes=_needed(str(error))), None
