@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vlcache_jax.kernels.attention import attention, splash_tpu, xla
+from vlcache_jax.kernels.column_statistics import column_statistics
 
 CHUNK, SPANS = 8, 3
 # (batch, length, heads, kv_heads, head_dim). A span is one chunk up to 24 rows, two up to 48, three up to 72.
@@ -174,6 +175,24 @@ def test_the_default_is_differentiable_and_lowers_for_every_platform(with_lse):
     for platform in ("cpu", "cuda", "tpu"):
         text = gradient.trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
         assert ("tpu_custom_call" in text) == (platform == "tpu")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_defaults_work_inside_shard_map(check_vma):
+    """Pallas calls that cannot be checked give way; the loops of column_statistics cannot be checked at all."""
+    q, k, v = inputs((2, 128, 4, 2, 8))
+    first, count = jnp.array([100, 3]), jnp.array([28, 100])
+
+    def run(q, k, v, first, count):
+        return attention(q, k, v), None if check_vma else column_statistics(q, k, first, count)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check_vma))
+    wanted = jax.jit(run)(q, k, v, first, count)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), sharded(q, k, v, first, count), wanted
+    )
 
 
 @pytest.mark.parametrize("name", ["cudnn", "splash_tpu"])

@@ -35,7 +35,7 @@ def test_all_rows(model, length, chip):
     program = compiled(chip, model, length, column_maximum=True, implementation="pallas_tpu")
     heads, kv_heads, head_dim = SHAPES[model]
     copies = 2 * 2 * length * (heads + kv_heads) * head_dim  # query and key with heads before rows, in bfloat16
-    assert temporaries(program) < copies + 16 * 2 * heads * length * 4  # and some numbers a row: never rows x length
+    assert temporaries(program) < 2 * copies  # for another layout, and some numbers a row; never rows x length
 
 
 @pytest.mark.parametrize(("length", "max_rows", "dtype"), [(1000, 17, "bfloat16"), (40, None, "float32")])

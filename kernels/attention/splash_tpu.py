@@ -28,6 +28,8 @@ def attention(
     length, head_dim = query.shape[1], query.shape[3]
     if segments is not None:
         raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla'")
+    if _is_checked(query):
+        raise NotImplementedError("splash_tpu needs check_vma=False in shard_map")
     if length < _SHORTEST:
         raise NotImplementedError(f"splash_tpu takes prompts of at least {_SHORTEST} tokens, not {length}")
     if head_dim > 256:
@@ -35,6 +37,12 @@ def attention(
     if with_lse:
         return _attention(query, key, value, scale, interpret)
     return _forward(query, key, value, scale, interpret, with_lse=False)
+
+
+def _is_checked(array: jax.Array) -> bool:
+    """Whether this is traced inside `shard_map(check_vma=True)`, which no Pallas call of JAX's library serves."""
+    varying = getattr(jax.typeof(array), "manual_axis_type", None)
+    return bool(varying is not None and varying.varying)
 
 
 def _forward(query, key, value, scale, interpret, with_lse=True):

@@ -40,6 +40,9 @@ def column_statistics(
     batch, size, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads
+    varying = getattr(jax.typeof(query), "manual_axis_type", None)
+    if varying is not None and varying.varying:
+        raise NotImplementedError("pallas_tpu needs check_vma=False in shard_map")
     if head_dim > 512:
         raise NotImplementedError(f"pallas_tpu serves heads of up to 512, not {head_dim}: blocks would not fit VMEM")
     height = _ROWS if size > _ROWS else -(-size // 16) * 16
