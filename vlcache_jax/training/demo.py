@@ -185,7 +185,7 @@ def _run(model: Llava, params: Params, batch: DemoBatch) -> tuple[jax.Array, jax
 
     def attend(query, key, value, carry, xs):
         out, _ = attention(query, key, value, segments=train.segments)
-        return out, carry, alignment(query, key, columns, batch.ahead)
+        return out, carry, alignment(query, key, train.segments, columns, batch.ahead)
 
     hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed")
     hidden, _, losses = model.apply(variables, hidden, train.positions, attend, method="decode")
