@@ -239,6 +239,10 @@ def test_mesh_gives_the_same_tokens(llava, policy, shape):
         assert len(placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.device_set) == 4
         assert not placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.is_fully_replicated
     out = vlc.generate(model, placed, rows, policy, NEW, eos_token_ids=[])
+    _, state = vlc.prefill(model, placed, rows, policy, NEW)
+    split = NamedSharding(mesh, PartitionSpec("data", "model"))
+    for buffers in (state.context.keys, state.context.values, state.tail.keys, state.tail.values):
+        assert buffers.sharding.is_equivalent_to(split, buffers.ndim), buffers.sharding
     plain = generate(llava, batch, policy)
     np.testing.assert_array_equal(out.report.kept, plain.report.kept)
     np.testing.assert_array_equal(out.tokens, plain.tokens)

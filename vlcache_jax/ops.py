@@ -161,6 +161,12 @@ def pack(
     return _local(run, inputs, store)(keys, values, positions, order, slots)
 
 
+def split(buffers: jax.Array) -> jax.Array:
+    """Places [batch, lanes, ...] over the mesh as the ops expect it."""
+    rows, heads = _axes(*buffers.shape[:2])
+    return buffers if rows is heads is None else jax.lax.with_sharding_constraint(buffers, PartitionSpec(rows, heads))
+
+
 def _axes(rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
     """The mesh axes over which rows and heads are split."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -90,7 +90,7 @@ def _prefill(
 def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
     room = int(align(max_new_tokens))
     shape = (batch, spec.num_kv_heads, spec.num_layers * room, spec.head_dim)
-    zeros = jnp.zeros(shape, spec.dtype)
+    zeros = ops.split(jnp.zeros(shape, spec.dtype))
     return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=room)
 
 
@@ -104,13 +104,13 @@ def _keep_all(
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
         start = (0, 0, layer * room, 0)
         pools = tuple(
-            jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
+            ops.split(jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start))
             for pool, x in zip(pools, (key, value))
         )
         return out, pools, None
 
     shape = (batch.size, spec.num_kv_heads, layers * room, spec.head_dim)
-    pools = (jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+    pools = (ops.split(jnp.zeros(shape, spec.dtype)), ops.split(jnp.zeros(shape, spec.dtype)))
     hidden, (keys, values), _ = run(attend, pools, jnp.arange(layers))
     index = jnp.arange(layers * room) % room
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
