@@ -70,19 +70,46 @@ def _finite(scores: jax.Array) -> jax.Array:
 
 
 def _best(
-    scores: jax.Array, positions: jax.Array, lengths: jax.Array, latest: jax.Array, first: jax.Array, count: int
+    scores: jax.Array, positions: jax.Array, lengths: jax.Array, latest: jax.Array, first: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """Indices of the `count` best entries: forced ones, then by falling score, ties to the lower; padding last.
+    """Marks the `count` best entries: forced ones, then by falling score, ties to the lower index; padding last.
 
     A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
 
-    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths, latest and first
-    i32 [batch] -> i32 [batch, heads, count].
+    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths, latest, first and
+    count i32 [batch] -> bool [batch, heads, entries].
     """
-    end, latest, first = (x[:, None, None] for x in (lengths, latest, first))
+    end, latest, first, count = (x[:, None, None] for x in (lengths, latest, first, count))
     priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
-    priority = jnp.where(positions < end, priority, -jnp.inf)
-    return jax.lax.top_k(priority, count)[1]  # equal values: lower index first
+    return _largest(jnp.where(positions < end, priority, -jnp.inf), count)
+
+
+def _largest(values: jax.Array, count: jax.Array) -> jax.Array:
+    """Marks the `count` largest values of the last axis, ties to the lower index.
+
+    Finds the count-th largest bit by bit instead of sorting: 32 passes over the values, which an accelerator runs
+    faster than a sort and compiles in a fraction of the time.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0.0 equals 0.0
+    ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))  # as unsigned numbers, ordered like the values
+    ordered = jax.lax.bitcast_convert_type(ordered, jnp.uint32)
+
+    def step(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        larger = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(jnp.sum(ordered >= larger, axis=-1, keepdims=True) >= count, larger, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, step, jnp.zeros((*values.shape[:-1], 1), jnp.uint32))
+    above, equal = ordered > threshold, ordered == threshold
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+
+
+def _indices(chosen: jax.Array, size: int) -> jax.Array:
+    """Indices of the first `size` marked entries of the last axis, ascending; its length where there are fewer."""
+    rank = jnp.cumsum(chosen, axis=-1, dtype=jnp.int32).reshape(-1, chosen.shape[-1])
+    wanted = jnp.arange(1, size + 1)
+    found = jax.vmap(lambda r: jnp.searchsorted(r, wanted))(rank)
+    return found.reshape(*chosen.shape[:-1], size).astype(jnp.int32)
 
 
 def candidates(scores: jax.Array, lengths: jax.Array, recent: Recent, count: int, sinks: int = 0) -> jax.Array:
@@ -104,7 +131,8 @@ def candidates(scores: jax.Array, lengths: jax.Array, recent: Recent, count: int
     batch, _, length = scores.shape
     positions = jnp.arange(length)[None, None]
     latest, first = (jnp.full((batch,), x, jnp.int32) for x in forced(count, recent, sinks))
-    return jnp.sort(_best(scores, positions, lengths, latest, first, count), axis=-1)
+    wanted = jnp.full((batch,), count, jnp.int32)
+    return _indices(_best(scores, positions, lengths, latest, first, wanted), count)
 
 
 def select(
@@ -130,7 +158,5 @@ def select(
       >>> select(scores, jnp.arange(4)[None, None], jnp.array([4]), jnp.array([2]), recent=0.1).tolist()
       [[[1, 3, 4, 4]]]
     """
-    entries = scores.shape[-1]
-    order = _best(scores, positions, lengths, *forced(slots, recent, sinks), entries)
-    kept = jnp.arange(entries) < slots[:, None, None]
-    return jnp.sort(jnp.where(kept, order, entries), axis=-1)
+    chosen = _best(scores, positions, lengths, *forced(slots, recent, sinks), slots)
+    return _indices(chosen, scores.shape[-1])
