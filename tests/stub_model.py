@@ -52,18 +52,17 @@ class StubModel:
 
 
 def stub_params(batch: Batch, seed: int = 0, dtype: str = "float32"):
-    """Random queries, keys and values with a common direction and a few heavy keys, as real ones have."""
+    """Random queries, keys and values with common directions and a few attention sinks, as real ones have."""
     rng = np.random.default_rng(seed)
 
     def draw(heads):
         return rng.normal(size=(LAYERS, batch.size, batch.length, heads, HEAD_DIM))
 
-    sharp = np.array([0.6, 1.2, 2.0])[:, None, None, None, None]  # layers differ in sparsity
-    mean = rng.normal(size=(LAYERS, 1, 1, 1, HEAD_DIM))
-    query, key, value = sharp * draw(HEADS), draw(KV_HEADS) + 0.5 * mean, draw(KV_HEADS)
-    heavy = rng.random((LAYERS, batch.size, batch.length, 1, 1)) < 0.1
-    value = np.where(heavy, 0.2, 1) * value
-    key = key + heavy * query.mean(axis=(2, 3), keepdims=True) * 3
+    sharp = np.array([0.2, 0.8, 2.5])[:, None, None, None, None]  # layers differ in sparsity
+    mean, asked = (rng.normal(size=(LAYERS, 1, 1, 1, HEAD_DIM)) for _ in range(2))
+    heavy = rng.random((LAYERS, batch.size, batch.length, 1, 1)) < 0.1  # attention sinks: large keys, small values
+    query, key = sharp * draw(HEADS) + 0.7 * asked, draw(KV_HEADS) + 0.5 * mean + 1.5 * heavy * asked
+    value = np.where(heavy, 0.2, 1) * draw(KV_HEADS)
     return {"query": query.astype(dtype), "key": key.astype(dtype), "value": value.astype(dtype)}
 
 

@@ -1,0 +1,299 @@
+"""The methods once more, in plain numpy and Python, written from their formulas and apart from the library's code.
+
+Everything is float64 and of one prompt without padding. A method is a function from a `Prompt` and the slots of all
+layers together to (slots of each layer, scores [layers, kv_heads, n]); `keep` then ranks.
+"""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Prompt:
+    """One row of a batch, cut to its true length n."""
+
+    query: np.ndarray  # [layers, n, heads, d]
+    key: np.ndarray  # [layers, n, kv_heads, d]
+    value: np.ndarray  # like key
+    index: np.ndarray  # [n], feature of a visual token, -1 for text
+
+    @property
+    def n(self):
+        return len(self.index)
+
+    @property
+    def layers(self):
+        return len(self.key)
+
+    @property
+    def visual(self):
+        return self.index != -1
+
+    def attention(self):
+        """[layers, heads, n, n], causal."""
+        group = self.query.shape[2] // self.key.shape[2]
+        key = np.repeat(self.key, group, axis=2)
+        logits = np.einsum("lthd,lshd->lhts", self.query, key) / math.sqrt(key.shape[-1])
+        return softmax(np.where(np.tril(np.ones((self.n, self.n), bool)), logits, -np.inf))
+
+    def received(self, rows, shared=False):
+        """Attention received from `rows`, [layers, kv_heads, n]: the mean over a KV head's query heads, or over all."""
+        total = self.attention()[:, :, list(rows)].sum(axis=2)
+        layers, heads, n = total.shape
+        kv_heads = self.key.shape[2]
+        if shared:
+            return np.repeat(total.mean(axis=1, keepdims=True), kv_heads, axis=1)
+        return total.reshape(layers, kv_heads, heads // kv_heads, n).mean(axis=2)
+
+    def question(self):
+        """Rows after the last visual token; the last 32 if there are none."""
+        places = np.flatnonzero(self.visual)
+        first = places[-1] + 1 if len(places) and places[-1] + 1 < self.n else max(0, self.n - 32)
+        return range(first, self.n)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+# Selection
+
+
+def keep(scores, slots, window=Fraction(1, 10), sinks=0, first_kind=None):
+    """Ascending kept positions of one head. window: a Fraction of the slots, or a number of tokens."""
+    n = len(scores)
+    wanted = math.floor(window * slots) if isinstance(window, Fraction) else window
+    latest = max(1, min(wanted, slots - sinks))
+    forced = set(range(n - latest, n)) | set(range(min(sinks, slots - 1)))
+    kind = np.zeros(n, bool) if first_kind is None else first_kind
+    others = sorted(set(range(n)) - forced, key=lambda j: (not kind[j], -scores[j], j))
+    return sorted(forced | set(others[: slots - len(forced)]))
+
+
+# Slots of each layer
+
+
+def uniform(layers, total):
+    return [total // layers + (layer < total % layers) for layer in range(layers)]
+
+
+def in_proportion(weight, total, low, high):
+    """Slots in proportion to the weights within bounds, by bisection on the common factor; largest remainders."""
+    layers = len(weight)
+    low = min(low, total // layers)
+    weight = np.maximum(np.asarray(weight, np.float64), 1e-30) / np.sum(weight)
+    small, large = 0.0, 1e12
+    for _ in range(300):
+        middle = (small + large) / 2
+        small, large = (middle, large) if np.clip(middle * weight, low, high).sum() < total else (small, middle)
+    ideal = np.clip(large * weight, low, high)
+    slots = np.floor(ideal + 1e-7).astype(int)
+    held = (ideal <= low) | (ideal >= high)
+    order = sorted(range(layers), key=lambda i: (slots[i] >= high, held[i], -(ideal[i] - slots[i]), i))
+    for layer in order[: total - slots.sum()]:
+        slots[layer] += 1
+    return slots.tolist()
+
+
+def density(prompt, threshold=0.01):
+    rows = prompt.question()
+    chosen = prompt.attention()[:, :, list(rows)]
+    causal = np.arange(prompt.n) <= np.array(rows)[:, None]
+    large = (chosen >= threshold * chosen.max(axis=-1, keepdims=True)) & causal
+    return large.sum(axis=(2, 3)).mean(axis=1) / causal.sum()
+
+
+# Pooling
+
+
+def pool_sequence(scores, size, kind, skip=0):
+    out = scores.copy()
+    end = scores.shape[-1] - skip
+    for j in range(end):
+        near = scores[..., max(0, j - size // 2) : min(end, j + size // 2 + 1)]
+        out[..., j] = near.sum(axis=-1) / size if kind == "mean" else near.max(axis=-1)
+    return out
+
+
+def pool_grid(scores, index, size, kind, side):
+    place = {int(i): j for j, i in enumerate(index) if i >= 0}
+    out = scores.copy()
+    for i, j in place.items():
+        tile, row, column = i // side**2, i % side**2 // side, i % side
+        reach = range(-(size // 2), size // 2 + 1)
+        around = [(row + a, column + b) for a in reach for b in reach]
+        features = [tile * side**2 + r * side + c for r, c in around if 0 <= r < side and 0 <= c < side]
+        near = scores[..., [place[f] for f in features if f in place]]
+        out[..., j] = near.mean(axis=-1) if kind == "mean" else near.max(axis=-1)
+    return out
+
+
+# Methods
+
+
+def vl_cache(prompt, total, change=lambda prompt, scores: scores):
+    slots = in_proportion(density(prompt), total, max(1, prompt.n // 100), prompt.n)
+    return slots, change(prompt, prompt.received(prompt.question()))
+
+
+def mask_sinks(prompt, scores):
+    """Visual tokens above 5 times the mean score and below half the mean value norm score 0."""
+    scores = scores.copy()
+    visual = np.flatnonzero(prompt.visual)
+    for layer in range(prompt.layers):
+        for head in range(scores.shape[1]):
+            norm = np.linalg.norm(prompt.value[layer, :, head], axis=-1)
+            score = scores[layer, head]
+            mean_score, mean_norm = (x[visual].mean() if len(visual) else 0 for x in (score, norm))
+            for j in visual:
+                if score[j] > 5 * mean_score and norm[j] < 0.5 * mean_norm:
+                    scores[layer, head, j] = 0
+    return scores
+
+
+def streaming_llm(prompt, total):
+    return uniform(prompt.layers, total), np.zeros((prompt.layers, prompt.key.shape[2], prompt.n))
+
+
+def h2o(prompt, total, normalised=False):
+    scores = prompt.received(range(prompt.n))
+    return uniform(prompt.layers, total), scores / (prompt.n - np.arange(prompt.n)) if normalised else scores
+
+
+def last_rows(prompt, count, shared=False):
+    return prompt.received(range(max(0, prompt.n - count), prompt.n), shared)
+
+
+def snap_kv(prompt, total, window, size, kind="mean", skip=None):
+    votes = last_rows(prompt, window)
+    return uniform(prompt.layers, total), pool_sequence(votes, size, kind, window if skip is None else skip)
+
+
+def pyramid_kv(prompt, total, window, size, beta=20):
+    layers, n = prompt.layers, prompt.n
+    mean = total // layers
+    window = max(1, min(window, mean))
+    rest = mean - window
+    low, high = rest // beta, 2 * rest - rest // beta
+    if high > n - window:
+        low, high = 2 * rest - (n - window), n - window
+    slots = []
+    for layer in range(layers):
+        ideal = high - Fraction(layer * (high - low), layers - 1)
+        whole = math.floor(ideal) if 2 * layer < layers - 1 else math.ceil(ideal)
+        slots.append(window + (rest if n < 2 * rest or rest <= 0 else whole))
+    left = total - layers * mean
+    for layer in range(layers):
+        if left and slots[layer] < n:
+            slots[layer], left = slots[layer] + 1, left - 1
+    return slots, snap_kv(prompt, total, window, size)[1]
+
+
+def tova(prompt, total):
+    return uniform(prompt.layers, total), last_rows(prompt, 1, shared=True)
+
+
+def look_m(prompt, total):
+    """As printed: the largest score is added to text."""
+    scores = prompt.received(range(prompt.n))
+    return uniform(prompt.layers, total), scores + prompt.n * ~prompt.visual  # no score exceeds n
+
+
+def prefix_kv(prompt, total):
+    scores = prompt.received(range(prompt.n), shared=True)
+    mass = [np.cumsum(np.sort(layer[0])[::-1]) / layer[0].sum() for layer in scores]
+
+    def sizes(p):
+        return [int(np.searchsorted(m, p)) + 1 if p < m[-1] else prompt.n for m in mass]
+
+    small, large = 0.0, 1.0 + 1e-9
+    for _ in range(100):
+        middle = (small + large) / 2
+        small, large = (middle, large) if sum(sizes(middle)) <= total else (small, middle)
+    return sizes(small), scores
+
+
+def air_cache(prompt, total, ratio):
+    layers, n, heads = prompt.layers, prompt.n, prompt.query.shape[2]
+    kv_heads, root = prompt.key.shape[2], math.sqrt(prompt.key.shape[-1])
+    text = list(prompt.question())
+    visual = prompt.visual if prompt.visual.any() else np.ones(n, bool)
+    scores = np.zeros((layers, kv_heads, n))
+    measured = []
+    for layer in range(layers):
+        key = np.repeat(prompt.key[layer], heads // kv_heads, axis=1)
+        weight = np.mean([softmax(key[text, h] @ prompt.query[layer, n - 1, h] / root) for h in range(heads)], axis=0)
+        elite = [j for j, w in zip(text, weight) if w >= ratio * weight.max()]
+        for q in elite:
+            seen = [j for j in range(q + 1) if visual[j] or j in elite]
+            for h in range(heads):
+                share = softmax(key[seen, h] @ prompt.query[layer, q, h] / root)
+                scores[layer, h // (heads // kv_heads), seen] += share / len(elite) / (heads // kv_heads)
+        s = scores[layer].mean(axis=0)[visual]
+        deviation = s.std()
+        measured.append((s.sum(), ((s - s.mean()) ** 3).mean() / deviation**3 if deviation > 1e-9 else 0))
+    strength, skewness = np.array(measured).T
+    skewness = np.maximum(skewness, 0)
+    weight = (strength / strength.sum() + skewness / max(skewness.sum(), 1e-30)) / 2
+    base = min(max(1, n - visual.sum()), total // layers)
+    slots = in_proportion(weight, total - layers * base, 0, n - base)
+    return [base + s for s in slots], scores
+
+
+def key_norm(prompt, total):
+    return uniform(prompt.layers, total), -np.linalg.norm(prompt.key, axis=-1).swapaxes(1, 2)
+
+
+def cosine_with_mean(key):
+    """key [n, d] -> (cosine of each key with the mean of the unit keys [n], squared length of that mean)."""
+    unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    mean = unit.mean(axis=0)
+    return unit @ mean / np.linalg.norm(mean), mean @ mean
+
+
+def key_difference(prompt, total):
+    heads = range(prompt.key.shape[2])
+    scores = [[-cosine_with_mean(layer[:, head])[0] for head in heads] for layer in prompt.key]
+    return uniform(prompt.layers, total), np.array(scores)
+
+
+def mix_kv(prompt, total, window, size):
+    scores = snap_kv(prompt, total, window, size)[1].copy()
+    end = prompt.n - window
+    for layer in range(prompt.layers):
+        for head in range(scores.shape[1]):
+            if end < 1:
+                continue
+            vote = scores[layer, head, :end].copy()
+
+            def scaled(x, vote=vote):
+                unit = (x - x.min()) / (x.max() - x.min()) if x.max() > x.min() else np.zeros_like(x)
+                return unit * vote.mean() / unit.mean() if unit.mean() > 0 else unit
+
+            cosine, square = cosine_with_mean(prompt.key[layer, :, head])
+            rho = min(max((prompt.n * square - 1) / max(prompt.n - 1, 1), 0), 1)
+            norm = np.linalg.norm(prompt.value[layer, :end, head], axis=-1)
+            scores[layer, head, :end] = rho * scaled(-cosine[:end]) + (1 - rho) * (vote + scaled(norm))
+    return uniform(prompt.layers, total), scores
+
+
+def expected_attention(prompt, total, rotation, sinks, future):
+    """rotation(position) is the matrix [d, d] that turns a column vector."""
+    heads, kv_heads, d = prompt.query.shape[2], prompt.key.shape[2], prompt.key.shape[-1]
+    ahead = np.mean([rotation(prompt.n + t) for t in range(future)], axis=0)
+    skip = min(sinks, prompt.n - 1)
+    scores = np.zeros((prompt.layers, kv_heads, prompt.n))
+    for layer in range(prompt.layers):
+        for head in range(heads):
+            mine = head // (heads // kv_heads)
+            plain = np.array([rotation(i).T @ prompt.query[layer, i, head] for i in range(skip, prompt.n)])
+            mean, spread = ahead @ plain.mean(axis=0), ahead @ np.cov(plain.T, bias=True).reshape(d, d) @ ahead.T
+            key = prompt.key[layer, :, mine]
+            z = key @ mean / math.sqrt(d) + np.einsum("sd,de,se->s", key, spread, key) / (2 * d)
+            scores[layer, mine] += softmax(z) / (heads // kv_heads)
+        scores[layer] *= np.linalg.norm(prompt.value[layer], axis=-1).T
+    return uniform(prompt.layers, total), scores

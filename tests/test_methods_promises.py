@@ -1,0 +1,112 @@
+"""Promises that every method keeps about what it keeps, on bare queries, keys and values (`stub_model.py`)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, stub_batch, stub_params
+from test_promises import METHODS
+
+import vlcache_jax as vlc
+
+methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+
+
+def prefill(policy, batch, params):
+    return vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+
+
+def row_alone(batch, params, row, length):
+    """One row padded to `length`; its padding holds NaN."""
+    n = int(batch.lengths[row])
+
+    def cut(x, axis, fill):
+        x = np.take(x, np.arange(n), axis=axis)
+        return np.pad(x, [(0, length - n if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
+
+    one = dataclasses.replace(
+        batch,
+        tokens=np.zeros((1, length), np.int32),
+        lengths=batch.lengths[row : row + 1],
+        vision_index=cut(batch.vision_index[row : row + 1], 1, -1),
+        pixels=batch.pixels[row : row + 1],
+    )
+    return one, {name: cut(x[:, row : row + 1], 2, np.nan) for name, x in params.items()}
+
+
+@methods
+def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
+    batch = stub_batch()
+    params = stub_params(batch)
+    together = prefill(policy, batch, params)
+    # candidate_fraction is a fraction of the padded length
+    length = batch.length if policy.candidate_fraction < 1 else batch.length + 13
+    for row in range(batch.size):
+        alone = prefill(policy, *row_alone(batch, params, row, length))
+        np.testing.assert_array_equal(alone.allocation.requested[0], together.allocation.requested[row])
+        for layer in range(LAYERS):
+            expected = np.asarray(alone.kept_positions(layer)[0])
+            found = np.asarray(together.kept_positions(layer)[row])
+            np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+            assert expected.max() == batch.lengths[row] - 1, "the last prompt token is always kept"
+            assert np.all(found[:, expected.shape[1] :] == -1)
+
+
+@pytest.mark.parametrize(
+    "policy", [vlc.VLCache(0.3), vlc.KeyNorm(0.3), vlc.LookM(0.3, candidate_fraction=0.5)], ids=lambda p: p.name
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_an_error(policy, bad):
+    batch = stub_batch()
+    params = stub_params(batch)
+    params["key"][1, 2, 0] = bad
+    with pytest.raises(vlc.CheckpointError, match=f"policy '{policy.name}': layer 1 has scores .* row 2 .*FullCache"):
+        prefill(policy, batch, params)
+    density = np.asarray(jax.jit(lambda p: prefill(policy, batch, p).allocation.density)(params))
+    assert np.argwhere(np.isnan(density)).tolist() == [[2, 1]]  # [row, layer]: the others are untouched
+
+
+def test_what_nothing_scores_is_no_error():
+    batch = stub_batch()
+    params = stub_params(batch)
+    params["key"][1, 2, 0] = np.nan
+    prefill(vlc.StreamingLLM(0.4), batch, params)
+    prefill(vlc.FullCache(), batch, params)
+
+
+SLOT = KV_HEADS * (2 * HEAD_DIM * 4 + 4)  # bytes: key and value in float32, position
+
+
+@pytest.mark.parametrize("pool", [48, 96, 5000])
+@pytest.mark.parametrize("method", [vlc.VLCache, vlc.PrefixKV])
+def test_a_budget_in_bytes_is_what_a_prompt_takes(pool, method):
+    count = pool * SLOT + 2 * 4 * LAYERS
+    batch = stub_batch()
+    state = prefill(method(vlc.Bytes(count)), batch, stub_params(batch))
+    real = sum(x.nbytes for x in jax.tree.leaves(state.context)) / batch.size
+    assert real <= count
+    kept = np.asarray(state.context.lengths).sum(axis=(1, 2))
+    room = pool // 16 * 16 - 15 * LAYERS
+    np.testing.assert_array_equal(kept, np.minimum(room, LAYERS * batch.lengths))
+    if pool == 5000:  # more than these prompts need: no more than that is allocated
+        assert real <= SLOT * (LAYERS * batch.length + 16 * (LAYERS + 1))
+    else:
+        assert real == count
+
+
+def test_bytes_that_hold_nothing_are_refused():
+    batch = stub_batch()
+    with pytest.raises(vlc.PolicyError, match="cannot hold one token for each of the 3 layers: give at least"):
+        prefill(vlc.VLCache(vlc.Bytes(1000)), batch, stub_params(batch))
+
+
+def test_tokens_keep_the_whole_of_a_shorter_prompt():
+    batch = stub_batch()
+    state = prefill(vlc.SnapKV(32, window=4), batch, stub_params(batch))
+    for row, n in enumerate(batch.lengths):
+        for layer in range(LAYERS):
+            kept = np.asarray(state.kept_positions(layer)[row])
+            if n <= 32:
+                assert kept[:, :n].tolist() == [list(range(n))] * KV_HEADS
+            assert (kept >= 0).sum(axis=1).tolist() == [min(n, 32)] * KV_HEADS

@@ -1,0 +1,139 @@
+"""Every method keeps exactly the tokens that its definition in plain numpy keeps, in every layer and KV head."""
+
+import math
+from fractions import Fraction
+from functools import partial
+
+import method_references as reference
+import numpy as np
+import pytest
+from stub_model import HEAD_DIM, KV_HEADS, LAYERS, SIDE, StubModel, stub_batch, stub_params
+
+import vlcache_jax as vlc
+from vlcache_jax.policies import AccumulatedAttention, SequencePooled
+
+
+def grid(kind):
+    return lambda prompt, scores: reference.pool_grid(scores, prompt.index, 3, kind, SIDE)
+
+
+def sequence(kind):
+    return lambda prompt, scores: reference.pool_sequence(scores, 3, kind)
+
+
+def rotation(position):
+    """Of the stub's rotary embedding, from its definition: pair i turns by position * 100^(-2 i / d)."""
+    matrix, half = np.zeros((HEAD_DIM, HEAD_DIM)), HEAD_DIM // 2
+    for i in range(half):
+        turn = np.exp(1j * position * 100.0 ** (-i / half))
+        matrix[i, i] = matrix[i + half, i + half] = turn.real
+        matrix[i + half, i], matrix[i, i + half] = turn.imag, -turn.imag
+    return matrix
+
+
+def snap_shared_on_the_grid(prompt, total):
+    votes = reference.last_rows(prompt, 5, shared=True)
+    return reference.uniform(LAYERS, total), reference.pool_grid(votes, prompt.index, 3, "max", SIDE)
+
+
+# name -> policy, its reference, window (a fraction of the slots or tokens), sinks, whether text goes first
+CASES = {
+    "vl_cache_tokens": (vlc.VLCache(budget=9), reference.vl_cache, 0.1, 0, False),
+    "vl_cache_pooled": (vlc.VLCache(0.3, pool=3), partial(reference.vl_cache, change=sequence("mean")), 0.1, 0, False),
+    "vl_cache_grid": (
+        vlc.VLCache(0.3, pool=3, grid_side=SIDE),
+        partial(reference.vl_cache, change=grid("mean")), 0.1, 0, False,
+    ),
+    "vl_cache_masked": (
+        vlc.VLCache(0.4, mask_visual_sinks=True),
+        partial(reference.vl_cache, change=reference.mask_sinks), 0.1, 0, False,
+    ),
+    "streaming_llm": (vlc.StreamingLLM(0.4), reference.streaming_llm, 1.0, 4, False),
+    "h2o": (vlc.H2O(0.3), reference.h2o, 0.5, 0, False),
+    "h2o_normalised": (vlc.H2O(0.3, normalised=True), partial(reference.h2o, normalised=True), 0.5, 0, False),
+    "snap_kv": (vlc.SnapKV(0.4, window=4), partial(reference.snap_kv, window=4, size=5), 4, 0, False),
+    "snap_kv_max": (
+        vlc.SnapKV(10, window=3, pool=3, pooling="max", candidate_fraction=0.5),
+        partial(reference.snap_kv, window=3, size=3, kind="max"), 3, 0, False,
+    ),
+    "snap_kv_shared_grid": (
+        vlc.SnapKV(0.3, window=5, pool=3, pooling="max", grid_side=SIDE, heads="shared", recent=0.2),
+        snap_shared_on_the_grid, 0.2, 0, False,
+    ),
+    "pyramid_kv": (
+        vlc.PyramidKV(0.45, window=3, pool=3),
+        partial(reference.pyramid_kv, window=3, size=3), 3, 0, False,
+    ),
+    "tova": (vlc.TOVA(0.3), reference.tova, 0.0, 0, False),
+    "look_m": (vlc.LookM(0.35), reference.look_m, 0.5, 0, True),
+    "prefix_kv": (vlc.PrefixKV(0.4), reference.prefix_kv, 0.0, 4, False),
+    "air_cache": (vlc.AirCache(0.6, ratio=0.2), partial(reference.air_cache, ratio=0.2), 0.0, 0, True),
+    "mix_kv": (vlc.MixKV(0.4, window=4, pool=3), partial(reference.mix_kv, window=4, size=3), 4, 0, False),
+    "expected_attention": (
+        vlc.ExpectedAttention(0.3, sinks=2, future=20),
+        partial(reference.expected_attention, rotation=rotation, sinks=2, future=20), 0.0, 2, False,
+    ),
+    "key_norm": (vlc.KeyNorm(0.3), reference.key_norm, 0.1, 0, False),
+    "key_difference": (vlc.KeyDifference(0.3), reference.key_difference, 0.1, 0, False),
+}  # fmt: skip
+
+
+def prompt_of(batch, params, row):
+    n = int(batch.lengths[row])
+    cut = {name: np.asarray(x[:, row, :n], np.float64) for name, x in params.items()}
+    return reference.Prompt(**cut, index=batch.vision_index[row, :n])
+
+
+def total_of(policy, n):
+    if isinstance(policy.budget, vlc.Tokens):
+        return LAYERS * min(policy.budget.count, n)
+    return max(LAYERS, math.floor(Fraction(str(policy.budget)) * LAYERS * n))
+
+
+def check(policy, method, window, sinks, text_first, seed):
+    batch = stub_batch(seed=seed)
+    params = stub_params(batch, seed)
+    _, state = vlc.prefill(StubModel(), params, batch, policy, 4)
+    kept = [np.asarray(state.kept_positions(layer)) for layer in range(LAYERS)]
+    window = Fraction(str(window)) if isinstance(window, float) else window
+    budgets = []
+    for row in range(batch.size):
+        prompt = prompt_of(batch, params, row)
+        slots, scores = method(prompt, total_of(policy, prompt.n))
+        np.testing.assert_array_equal(state.allocation.requested[row], slots)
+        budgets.append(slots)
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                kind = ~prompt.visual if text_first else None
+                wanted = reference.keep(scores[layer, head], slots[layer], window, sinks, kind)
+                found = kept[layer][row, head]
+                assert found[found >= 0].tolist() == wanted, (row, layer, head)
+    return budgets
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_kept_sets_equal_the_definition(case):
+    for seed in range(3):  # of the same shape: one compilation
+        check(*case, seed)
+
+
+def test_the_cases_are_not_all_alike():
+    """What the tests above would miss if the stub were too tame; references only."""
+    batch = stub_batch()
+    prompts = [prompt_of(batch, stub_params(batch), row) for row in range(batch.size)]
+    for name in ("pyramid_kv", "prefix_kv", "air_cache", "vl_cache_tokens"):
+        policy, method, *_ = CASES[name]
+        budgets = [method(prompt, total_of(policy, prompt.n))[0] for prompt in prompts]
+        assert any(max(slots) > min(slots) + 1 for slots in budgets), f"{name} gives every layer the same"
+    masked, plain = (
+        [change(prompt, prompt.received(prompt.question())) for prompt in prompts]
+        for change in (reference.mask_sinks, lambda prompt, scores: scores)
+    )
+    assert any(np.any(a != b) for a, b in zip(masked, plain)), "no visual sinks"
+
+
+def test_a_window_in_tokens_is_not_pooled():
+    policy = vlc.SnapKV(window=7)
+    assert policy.score == SequencePooled(AccumulatedAttention(), 5, "mean", skip=7)
+    assert vlc.SnapKV(window=7, recent=0.1).score.skip == 0
+    assert vlc.SnapKV(pool=1).score == AccumulatedAttention()
