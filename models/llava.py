@@ -122,7 +122,7 @@ class Llava(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(batch.length), batch.tokens.shape)
 
         def attend(query, key, value, carry, xs):
-            return attention(query, key, value, segments=segments)[0], carry, None
+            return attention(query, key, value, segments=segments, with_lse=False)[0], carry, None
 
         return self.decoder(hidden, positions, attend)[0]
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.state import ALIGNMENT, PackedStore, align
+from vlcache_jax.state import ALIGNMENT, PackedStore, align, whole_tiles
 
 
 def capacity(slots: int, layers: int) -> int:
@@ -13,7 +13,7 @@ def capacity(slots: int, layers: int) -> int:
       >>> capacity(100, layers=4)
       160
     """
-    return int(align(slots + layers * (ALIGNMENT - 1)))
+    return whole_tiles(int(align(slots + layers * (ALIGNMENT - 1))))
 
 
 def pack(

@@ -21,7 +21,7 @@ from vlcache_jax.packing import capacity
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.scores import LayerInputs
 from vlcache_jax.selection import candidates, protected_first, select
-from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align
+from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, whole_tiles
 from vlcache_jax.validation import check_prefill
 
 
@@ -89,7 +89,7 @@ def _prefill(
 
 def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
     room = int(align(max_new_tokens))
-    shape = (batch, spec.num_kv_heads, spec.num_layers * room, spec.head_dim)
+    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * room), spec.head_dim)
     zeros = ops.split(jnp.zeros(shape, spec.dtype))
     return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=room)
 
@@ -109,10 +109,11 @@ def _keep_all(
         )
         return out, pools, None
 
-    shape = (batch.size, spec.num_kv_heads, layers * room, spec.head_dim)
+    slots = whole_tiles(layers * room)
+    shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
     pools = (ops.split(jnp.zeros(shape, spec.dtype)), ops.split(jnp.zeros(shape, spec.dtype)))
     hidden, (keys, values), _ = run(attend, pools, jnp.arange(layers))
-    index = jnp.arange(layers * room) % room
+    index = jnp.where(jnp.arange(slots) < layers * room, jnp.arange(slots) % room, batch.length)
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
     context = PackedStore(
         keys=keys,
@@ -140,7 +141,8 @@ def _compress(
         out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
-            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, threshold=threshold)
+            options = {"threshold": threshold, "max_rows": policy.rows.most}
+            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **options)
             if threshold is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
         inputs = LayerInputs(

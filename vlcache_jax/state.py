@@ -10,7 +10,7 @@ has a static size although every prompt splits it differently:
 Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16. Generated tokens go to the tail:
 
     tail.keys[b, h]      | layer 0: t0 t1 t2 .......... | layer 1: t0 t1 t2 .......... | ...
-                                     <-> tail.length        <-> capacity = slots / layers
+                                     <-> tail.length        <-> capacity for each layer
 """
 
 import dataclasses
@@ -26,6 +26,15 @@ ALIGNMENT = 16
 def align(count: jax.Array | int) -> jax.Array | int:
     """Rounds up to a multiple of `ALIGNMENT`."""
     return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def whole_tiles(slots: int) -> int:
+    """Rounds the slots of a large store up to a multiple of 128.
+
+    The TPU kernel needs it for head sizes below 128, whose tiles have the slots as their last axis. Small stores, where
+    it would cost more than a sixteenth, are left alone; there the kernel's place is taken by plain XLA.
+    """
+    return -(-slots // 128) * 128 if slots >= 2048 else slots
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +68,7 @@ class TailStore:
     """The generated tokens; never evicted.
 
     Attributes:
-      keys: [batch, lanes, layers * capacity, head_dim], rotated.
+      keys: [batch, lanes, slots, head_dim], rotated; slots is layers * capacity, or a little more (`whole_tiles`).
       values: like `keys`.
       length: i32 [batch]. Tokens appended so far. All rows append at the same slot, the largest length.
       capacity: tokens a layer can hold (static).

@@ -12,6 +12,10 @@ from vlcache_jax.errors import PolicyError
 class Rows(Protocol):
     """A choice of consecutive prompt rows. Hashable."""
 
+    @property
+    def most(self) -> int | None:
+        """The largest number of rows there can be, None if it is the prompt's length."""
+
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and number of rows, i32 [batch] each, from lengths [batch] and vision_mask [batch, length]."""
 
@@ -28,6 +32,11 @@ class PostVision:
     def __post_init__(self) -> None:
         if self.fallback < 1:
             raise PolicyError(f"PostVision(fallback={self.fallback}): give at least 1 row")
+
+    @property
+    def most(self) -> int | None:
+        """See `Rows.most`."""
+        return None
 
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
@@ -48,6 +57,11 @@ class LastRows:
         if self.count < 1:
             raise PolicyError(f"LastRows({self.count}): give at least 1 row")
 
+    @property
+    def most(self) -> int | None:
+        """See `Rows.most`."""
+        return self.count
+
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
         count = jnp.minimum(lengths, self.count).astype(jnp.int32)
@@ -57,6 +71,11 @@ class LastRows:
 @dataclasses.dataclass(frozen=True)
 class AllRows:
     """Every row of the prompt (accumulated attention, as H2O uses it)."""
+
+    @property
+    def most(self) -> int | None:
+        """See `Rows.most`."""
+        return None
 
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""

@@ -184,7 +184,7 @@ def _run(model: Llava, params: Params, batch: DemoBatch) -> tuple[jax.Array, jax
     columns = train.batch.pixels.shape[1] * batch.patch_ids.shape[0] + _PREFIX
 
     def attend(query, key, value, carry, xs):
-        out, _ = attention(query, key, value, segments=train.segments)
+        out, _ = attention(query, key, value, segments=train.segments, with_lse=False)
         return out, carry, alignment(query, key, train.segments, columns, batch.ahead)
 
     hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed")
