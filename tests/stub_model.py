@@ -79,3 +79,17 @@ def stub_batch(length: int = 40, seed: int = 0) -> Batch:
     lengths = np.array([rng.integers(24, 41), rng.integers(26, 41), rng.integers(10, 41), 5 + SIDE**2, 3], np.int32)
     index = np.where(np.arange(length) < lengths[:, None], index, TEXT)
     return Batch(np.zeros((size, length), np.int32), lengths, index, np.zeros((size, 0, 4, 4, 3), np.float32))
+
+
+def kept_sets(state) -> list:
+    """Kept prompt positions [layer][row][head], as lists; in numpy, where shapes that differ cost no compilation."""
+    context = state.context
+    positions, offsets, lengths = (np.asarray(x) for x in (context.positions, context.offsets, context.lengths))
+    batch, lanes, _ = positions.shape
+
+    def one(layer, row, lane):
+        head = min(lane, offsets.shape[2] - 1)
+        start = offsets[row, layer, head]
+        return positions[row, lane, start : start + lengths[row, layer, head]].tolist()
+
+    return [[[one(i, row, lane) for lane in range(lanes)] for row in range(batch)] for i in range(offsets.shape[1])]

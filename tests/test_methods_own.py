@@ -5,7 +5,7 @@ from pathlib import Path
 
 import method_references as reference
 import numpy as np
-from stub_model import KV_HEADS, LAYERS, StubModel, stub_batch, stub_params
+from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
 
 import vlcache_jax as vlc
 
@@ -24,6 +24,7 @@ def test_the_page():
     batch = stub_batch()
     params = stub_params(batch)
     _, state = vlc.prefill(StubModel(), params, batch, policy, 4)
+    kept = kept_sets(state)
     for row, n in enumerate(batch.lengths):
         cut = {name: np.asarray(x[:, row, :n], np.float64) for name, x in params.items()}
         prompt = reference.Prompt(**cut, index=batch.vision_index[row, :n])
@@ -33,7 +34,5 @@ def test_the_page():
         slots = reference.in_proportion(1 / (share**2).sum(axis=1), max(LAYERS, LAYERS * n * 4 // 10), 1, n)
         assert state.allocation.requested[row].tolist() == slots
         for layer in range(LAYERS):
-            kept = np.asarray(state.kept_positions(layer)[row])
             for head in range(KV_HEADS):
-                found = kept[head][kept[head] >= 0].tolist()
-                assert found == reference.keep(scores[layer, head], slots[layer], sinks=4)
+                assert kept[layer][row][head] == reference.keep(scores[layer, head], slots[layer], sinks=4)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, stub_batch, stub_params
+from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
 from test_promises import METHODS
 
 import vlcache_jax as vlc
@@ -40,17 +40,15 @@ def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
     batch = stub_batch()
     params = stub_params(batch)
     together = prefill(policy, batch, params)
+    kept = kept_sets(together)
     # candidate_fraction is a fraction of the padded length
     length = batch.length if policy.candidate_fraction < 1 else batch.length + 13
     for row in range(batch.size):
         alone = prefill(policy, *row_alone(batch, params, row, length))
         np.testing.assert_array_equal(alone.allocation.requested[0], together.allocation.requested[row])
-        for layer in range(LAYERS):
-            expected = np.asarray(alone.kept_positions(layer)[0])
-            found = np.asarray(together.kept_positions(layer)[row])
-            np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
-            assert expected.max() == batch.lengths[row] - 1, "the last prompt token is always kept"
-            assert np.all(found[:, expected.shape[1] :] == -1)
+        for layer, own in enumerate(kept_sets(alone)):
+            assert kept[layer][row] == own[0]
+            assert all(head[-1] == batch.lengths[row] - 1 for head in own[0]), "the last prompt token is always kept"
 
 
 @pytest.mark.parametrize(
@@ -104,9 +102,7 @@ def test_bytes_that_hold_nothing_are_refused():
 def test_tokens_keep_the_whole_of_a_shorter_prompt():
     batch = stub_batch()
     state = prefill(vlc.SnapKV(32, window=4), batch, stub_params(batch))
-    for row, n in enumerate(batch.lengths):
-        for layer in range(LAYERS):
-            kept = np.asarray(state.kept_positions(layer)[row])
-            if n <= 32:
-                assert kept[:, :n].tolist() == [list(range(n))] * KV_HEADS
-            assert (kept >= 0).sum(axis=1).tolist() == [min(n, 32)] * KV_HEADS
+    for layer in kept_sets(state):
+        for n, heads in zip(batch.lengths, layer):
+            assert [len(head) for head in heads] == [min(n, 32)] * KV_HEADS
+            assert n > 32 or heads == [list(range(n))] * KV_HEADS

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from stub_model import kept_sets
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -176,16 +177,15 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype):
 
 @methods
 def test_padding_is_never_kept(llava, policy):
-    state, _, batch = prefilled(llava, policy, seed=5)
-    for layer in range(3):
-        kept = np.asarray(state.kept_positions(layer))
-        assert kept.max() < batch.length
-        for row, positions in enumerate(kept):
-            assert positions.max() == batch.lengths[row] - 1, "the last prompt token is always kept"
-            for head in positions:
-                real = head[head >= 0]
-                assert np.all(np.diff(real) > 0)
-                assert np.all(head[len(real) :] == -1)
+    state, report, batch = prefilled(llava, policy, seed=5)
+    for layer in kept_sets(state):
+        for length, heads in zip(batch.lengths, layer):
+            for kept in heads:
+                assert np.all(np.diff(kept) > 0)
+                assert kept[0] >= 0
+                assert kept[-1] == length - 1, "the last prompt token is always kept"
+    assert sum(len(heads[0]) for layer in kept_sets(state) for heads in layer) == np.asarray(report.kept).sum()
+    assert np.all(np.sum(np.asarray(state.context.positions) >= 0, axis=2) == np.asarray(report.kept).sum(1)[:, None])
 
 
 @methods
