@@ -5,7 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_FUSED = {"attention": {"qkv": ("query", "key", "value")}, "mlp": {"gate_up": ("gate", "up")}}
+_FUSED: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"qkv": ("query", "key", "value")},
+    "mlp": {"gate_up": ("gate", "up")},
+}
 
 
 def cpu_layout(params: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,20 @@ class Bytes:
 Budget = float | Tokens | Bytes
 
 
+def budget_text(budget: "Budget") -> str:
+    """A budget in words.
+
+    Example:
+      >>> budget_text(0.1), budget_text(Tokens(64)), budget_text(Bytes(1000000))
+      ('10 %', '64 tokens a layer', '1000000 bytes a prompt')
+    """
+    if isinstance(budget, Tokens):
+        return f"{budget.count} tokens a layer"
+    if isinstance(budget, Bytes):
+        return f"{budget.count} bytes a prompt"
+    return f"{100 * budget:.4g} %"
+
+
 @dataclasses.dataclass(frozen=True)
 class SlotBudget:
     """A budget for a model with `layers` layers; build it with `slot_budget`.
@@ -86,11 +100,11 @@ class SlotBudget:
           28
         """
         if self.fraction is not None:
-            return total_slots(self.layers, length, self.fraction)
+            return total_slots(self.layers, length, self.fraction)  # type: ignore[return-value]
         cap = self.slots if self.per_layer is None else self.layers * self.per_layer
         assert cap is not None
         full = self.layers * length
-        return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)
+        return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
 
 def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.budgets import budget_text
 from vlcache_jax.errors import InputError
 from vlcache_jax.image_regions import token_regions
 from vlcache_jax.models.processing.images import ImageLike, load_image
@@ -214,7 +215,7 @@ def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares
     names = {"vl_cache": "VL-Cache", "full_cache": "Full cache", "random": "Random eviction"}
     label = names.get(report.policy, report.policy)
     y = _MARGIN + 22
-    draw.text((_MARGIN, y), f"{label}  ·  budget {_percent(report.budget)}", _VISUAL, _font(25), anchor="ls")
+    draw.text((_MARGIN, y), f"{label}  ·  budget {budget_text(report.budget)}", _VISUAL, _font(25), anchor="ls")
     y += 12
     for line in _wrap(question, 40, _WIDTH - 2 * _MARGIN, 2):
         y += 50

@@ -75,7 +75,7 @@ def on_mesh_of(params: Any, *others: Any) -> AbstractContextManager[Any]:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             automatic = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
-            return jax.set_mesh(sharding.mesh) if automatic else contextlib.nullcontext()
+            return jax.set_mesh(sharding.mesh) if automatic else contextlib.nullcontext()  # type: ignore[arg-type]
     return contextlib.nullcontext()
 
 
@@ -115,7 +115,7 @@ def column_statistics(
     split, row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     inputs = (split, split, row, row, None if lse is None else split)
     column = PartitionSpec(rows, heads)
-    outputs = ColumnStatistics(sums=column, counts=column, lse=split, maximum=split, column_maximum=column)  # type: ignore[arg-type]
+    outputs: Any = ColumnStatistics(column, column, lse=split, maximum=split, column_maximum=column)  # type: ignore[arg-type]
     return _local(run, inputs, outputs)(query, key, first, count, lse)
 
 
@@ -150,13 +150,11 @@ def pack(
     def per_head(x: jax.Array) -> PartitionSpec:
         return PartitionSpec(None, rows, heads) if x.shape[2] > 1 else shared
 
-    def run(*args):
-        return packing.pack(*args, pool)
+    def run(keys, values, positions, order, slots):
+        return packing.pack(keys, values, positions, order, slots, pool)
 
-    split = PartitionSpec(rows, heads)
-    store = PackedStore(  # type: ignore[arg-type]
-        keys=split, values=split, positions=split, offsets=PartitionSpec(rows), lengths=PartitionSpec(rows)
-    )
+    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
+    store: Any = PackedStore(*[split] * 3, *[row] * 2)  # type: ignore[arg-type]
     inputs = (per_head(keys), per_head(values), per_head(positions), per_head(order), shared)
     return _local(run, inputs, store)(keys, values, positions, order, slots)
 

@@ -141,9 +141,9 @@ def _compress(
         out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
-            options = {"threshold": threshold, "max_rows": policy.rows.most}
-            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **options)
-            if threshold is not None:
+            bounds = {"threshold": threshold, "max_rows": policy.rows.most}
+            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **bounds)
+            if statistics.counts is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
         inputs = LayerInputs(
             query=query,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.batch import Array
+from vlcache_jax.budgets import Budget
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.state import KVState, align
@@ -33,7 +34,7 @@ class Report:
     density: jax.Array
     exact: jax.Array
     policy: str = dataclasses.field(metadata={"static": True})
-    budget: float = dataclasses.field(metadata={"static": True})
+    budget: Budget = dataclasses.field(metadata={"static": True})
     state_bytes: int = dataclasses.field(metadata={"static": True})
     full_bytes: int = dataclasses.field(metadata={"static": True})
     tail_bytes: int = dataclasses.field(metadata={"static": True})

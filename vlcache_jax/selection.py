@@ -33,8 +33,9 @@ def forced(slots: Count, recent: Recent, sinks: int = 0) -> tuple[Count, Count]:
     """
     window = recent.count if isinstance(recent, Tokens) else floor_fraction(slots, recent)
     if isinstance(slots, int):
-        return max(1, min(window, slots - sinks)), min(sinks, slots - 1)
-    return jnp.maximum(1, jnp.minimum(window, slots - sinks)), jnp.minimum(sinks, slots - 1)
+        return max(1, min(window, slots - sinks)), min(sinks, slots - 1)  # type: ignore[return-value]
+    latest = jnp.maximum(1, jnp.minimum(window, slots - sinks))
+    return latest, jnp.minimum(sinks, slots - 1)  # type: ignore[return-value]
 
 
 def protected_first(scores: jax.Array, lengths: jax.Array, protected: jax.Array) -> jax.Array:

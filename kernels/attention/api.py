@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla
-from vlcache_jax.kernels.dispatch import dispatch
+from vlcache_jax.kernels.dispatch import Implementation, dispatch
 
 _ORDER = {"tpu": ("splash_tpu", "xla"), "default": ("xla",)}
 
@@ -68,7 +68,7 @@ def attention(
     if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
     scale = head_dim**-0.5 if scale is None else scale
-    implementations = {
+    implementations: dict[str, Implementation] = {
         "splash_tpu": partial(splash_tpu.attention, scale=scale, with_lse=with_lse, interpret=interpret),
         "cudnn": partial(cudnn.attention, scale=scale, with_lse=with_lse),
         "xla": partial(xla.attention, scale=scale, with_lse=with_lse),

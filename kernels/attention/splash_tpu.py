@@ -52,10 +52,10 @@ def _forward(query, key, value, scale, interpret, with_lse=True):
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel has no scale of its own
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
     mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
-    names = ("block_q", "block_kv")
+    names: tuple[str, ...] = ("block_q", "block_kv")
     if not with_lse:  # with it there is no backward kernel
         names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
+    sizes = splash.BlockSizes(**dict.fromkeys(names, block))  # type: ignore[arg-type]
     make = splash.make_splash_mha_single_device
     kernel = jax.vmap(make(mask, block_sizes=sizes, save_residuals=with_lse, interpret=interpret))
 

@@ -37,7 +37,7 @@ def column_statistics(
         part = jax.lax.dynamic_slice_in_dim(q, at, height, axis=3)
         index = at + jnp.arange(height)[:, None]
         chosen = (index >= jnp.maximum(wanted, low)) & (index < high)  # [batch, 1, 1, height, 1]
-        blocks = -(-length // width)
+        blocks: jax.Array | int = -(-length // width)
         if size > height:  # no block beyond the last row's own column; one block of rows has a static number
             last = jnp.max(start + jnp.minimum(high, at + height))
             blocks = jnp.clip((last + width - 1) // width, 0, blocks)

@@ -72,7 +72,7 @@ def decode_attention(
         query = query[:, None]
     store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths)
     _check(query, store, segments)
-    options = {
+    options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": causal and query.shape[1] > 1,
         "max_length": max_length,

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
 from vlcache_jax.cli.options import build_policy, check_picture_path, save_picture
@@ -159,7 +160,7 @@ def _page(
     texts: dict[str, list[str]],
     seconds: dict[str, float],
 ) -> str:
-    budget = percent(compressed.report.budget)
+    budget = budget_text(compressed.report.budget)
     spec, device = opened.model.spec, jax.devices()[0]
     many = f"{len(questions)} questions in one batch" if len(questions) > 1 else "1 question"
     blocks = [
@@ -286,7 +287,7 @@ def _describe(
     return {
         "questions": listed,
         "policy": report.policy,
-        "budget": report.budget,
+        "budget": report.budget if isinstance(report.budget, float) else budget_text(report.budget),
         "full_bytes": report.full_bytes,
         "runs": runs,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

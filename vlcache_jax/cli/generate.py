@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
 from vlcache_jax.cli.options import build_policy, build_sampling, check_new_tokens, check_picture_path, save_picture
@@ -100,7 +101,7 @@ def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
     report, tokens = answers.report, int(answers.lengths[0])
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
-        f"[{report.policy}, budget {percent(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
+        f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
         f"{int(batch.lengths[0])} prompt tokens, cache {megabytes(report.state_bytes)} instead of "
         f"{megabytes(report.full_bytes)}; {tokens} tokens; {times}]"
     )
@@ -122,7 +123,7 @@ def _describe(
         "prompt_tokens": int(batch.lengths[0]),
         "visual_tokens": int(np.sum(np.asarray(batch.vision_index) != TEXT)),
         "policy": report.policy,
-        "budget": report.budget,
+        "budget": report.budget if isinstance(report.budget, float) else budget_text(report.budget),
         "kept": np.asarray(report.kept)[0].tolist(),
         "kept_fraction": float(report.kept_fraction[0]),
         "exact": bool(report.exact[0]),

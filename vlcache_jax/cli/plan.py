@@ -6,6 +6,7 @@ import sys
 
 import jax
 
+from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
@@ -109,7 +110,7 @@ def describe(found: Plan) -> str:
 
 
 def _name(plan: PolicyPlan) -> str:
-    return plan.policy if plan.budget == 1 else f"{plan.policy} {plan.budget:g}"
+    return plan.policy if plan.budget == 1 else f"{plan.policy} {budget_text(plan.budget)}"
 
 
 def _gib(count: int | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.budgets import Budget, budget_text
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import read_config
@@ -48,7 +49,7 @@ class PolicyPlan:
     """
 
     policy: str
-    budget: float
+    budget: Budget
     fits: bool
     context_bytes: int
     tail_bytes: int
@@ -269,7 +270,7 @@ class _Planner:
             small = program.refused is not None and not program.out_of_memory
             verdict = f"refused ({program.refused})" if small else f"{verdict}, does not fit"
         self.progress(
-            f"{name}, {policy.name} {policy.budget:g}, batch {work.batch}, prompt {work.prompt}: {verdict} "
+            f"{name}, {policy.name} {budget_text(policy.budget)}, batch {work.batch}, prompt {work.prompt}: {verdict} "
             f"(compiled in {program.compile_seconds:.1f} s)"
         )
         return program

@@ -55,13 +55,14 @@ def largest(
       Limit(fits=100, refused=101, compilations=2)
     """
     ceiling = ceiling // step * step
-    low, high = (start, None) if known[0] else (None, start)
+    low: int | None = start if known[0] else None
+    high: int | None = None if known[0] else start
     points = {0: fixed_bytes} | ({start: known[1]} if known[1] is not None else {})
     count = 0
     while count < max_compilations:
-        if high is None and low >= ceiling:
-            break
         floor = 0 if low is None else low
+        if high is None and floor >= ceiling:
+            break
         precision = max(step, floor // 32 // step * step)
         if high is not None and high - floor <= precision:
             break
