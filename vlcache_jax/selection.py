@@ -82,10 +82,10 @@ def _best(
     """
     end, latest, first, count = (x[:, None, None] for x in (lengths, latest, first, count))
     priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
-    return _largest(jnp.where(positions < end, priority, -jnp.inf), count)
+    return largest(jnp.where(positions < end, priority, -jnp.inf), count)
 
 
-def _largest(values: jax.Array, count: jax.Array) -> jax.Array:
+def largest(values: jax.Array, count: jax.Array) -> jax.Array:
     """Marks the `count` largest values of the last axis, ties to the lower index.
 
     Finds the count-th largest bit by bit instead of sorting: 32 passes over the values, which an accelerator runs

@@ -30,6 +30,7 @@ from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.demo_ahead import Ahead, ahead_loss, ahead_targets, init_ahead
 from vlcache_jax.training.demo_alignment import alignment
+from vlcache_jax.training.demo_eviction import evicted_attention
 from vlcache_jax.training.demo_vision import init_head, normalise, patch_batches, patch_loss, window
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
@@ -178,13 +179,15 @@ def _plain(batch: DemoBatch) -> Batch:
     return dataclasses.replace(batch.train.batch, pixels=normalise(jnp.asarray(batch.train.batch.pixels)))
 
 
-def _run(model: Llava, params: Params, batch: DemoBatch) -> tuple[jax.Array, jax.Array]:
+def _run(model: Llava, params: Params, batch: DemoBatch, *, evict: bool) -> tuple[jax.Array, jax.Array]:
     """Hidden states, and the mean alignment loss of the layers."""
     variables, train = {"params": params}, batch.train
     columns = train.batch.pixels.shape[1] * batch.patch_ids.shape[0] + _PREFIX
 
     def attend(query, key, value, carry, xs):
         out, _ = attention(query, key, value, segments=train.segments, with_lse=False)
+        if evict:
+            out = evicted_attention(out, query, key, value, train.segments, columns, batch.ahead)
         return out, carry, alignment(query, key, train.segments, columns, batch.ahead)
 
     hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed")
@@ -216,7 +219,7 @@ def demo_loss(model: Llava) -> Loss:
     """
 
     def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
-        hidden, aligned = _run(model, params, batch)
+        hidden, aligned = _run(model, params, batch, evict=True)
         logits = _logits(model, params, hidden)
         value, metrics = weighted_cross_entropy(logits, batch.train)
         hinted, hints = batch.hints >= 0, jnp.maximum(batch.hints, 0)
@@ -320,7 +323,9 @@ _EVAL_STEPS: dict[Llava, Any] = {}
 def _eval_step(model: Llava) -> Any:
     if model not in _EVAL_STEPS:
         _EVAL_STEPS[model] = jax.jit(
-            lambda params, batch: answers_right(_logits(model, params, _run(model, params, batch)[0]), batch.train)
+            lambda params, batch: answers_right(
+                _logits(model, params, _run(model, params, batch, evict=False)[0]), batch.train
+            )
         )
     return _EVAL_STEPS[model]
 
