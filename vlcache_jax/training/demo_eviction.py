@@ -2,8 +2,8 @@
 
 A large model parks the attention it does not need on a few sink tokens. A small one spreads it over the whole image,
 and an evicted cache shifts all of that mass to the tokens that are left, which garbles what it writes even where
-everything it looks for is still there. So in training, each KV head of an answer sees only the columns of the prompt that
-the answer's own rows attend to most, between 12 and 48 of them, or all: an oracle's choice, no method's.
+everything it looks for is still there. So in training, each KV head of an answer sees only those columns of the prompt
+that the answer's own rows attend to most, between 12 and 48 of them, or all: an oracle's choice, no method's.
 """
 
 import jax
