@@ -201,7 +201,7 @@ def _logits(model: Llava, params: Params, hidden: jax.Array) -> jax.Array:
 
 _HINT_WEIGHT = 0.5
 _AHEAD_WEIGHT = 0.5
-_ALIGNMENT_WEIGHT = 0.2
+_ALIGNMENT_WEIGHT = 0.5
 _PREFIX = 8  # at least the tokens in front of the images
 _AHEAD = 10  # tokens
 _AHEAD_ROWS = 4  # of each question: by then it has named what it asks for

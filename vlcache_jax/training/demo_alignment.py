@@ -1,10 +1,10 @@
-"""Alignment: the last rows of a question attend to the parts of the prompt that the answer's rows will attend to.
+"""Alignment: the rows of a question attend to the parts of the prompt that the answer's rows will attend to.
 
 VL-Cache keeps what the rows after the image attend to, because in large models the rows that write the answer attend to
 the same (arXiv 2410.23317, section 3). A small model has no reason to: question and answer rows look things up in
 different heads. This loss teaches the question's rows, and only them, to look where the answer's rows do:
 
-    KL(a || q)     a: mean attention of the answer's rows (no gradient)     q: of the question's last rows
+    KL(a || q)     a: mean attention of the answer's rows (no gradient)     q: of the question's rows
 
 for every question, layer and KV head, over the columns of the images and of the question itself.
 """
@@ -39,7 +39,7 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
         return jnp.take_along_axis(x, index, axis=1).reshape(*rows.shape, *x.shape[2:])
 
     segments = jnp.asarray(segments)
-    own = take(segments, text) == take(segments, last[:, :, :1])
+    own = (take(segments, text) == take(segments, last[:, :, :1])) & asked[..., None]
     text_keys = take(key, text)
 
     def attention(rows: jax.Array) -> jax.Array:  # -> [batch, kv_heads, questions, rows, columns + text]
@@ -54,6 +54,7 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
     count = jnp.maximum(jnp.sum(written, -1), 1)[:, None, :, None]
     answer = jnp.sum(attention(writing) * written[:, None, :, :, None], axis=3) / count
     answer = jax.lax.stop_gradient(answer)
-    question = jnp.mean(attention(last), axis=3)
+    count = jnp.maximum(jnp.sum(own, -1), 1)[:, None, :, None]
+    question = jnp.sum(attention(text) * own[:, None, :, :, None], axis=3) / count
     divergence = jnp.sum(answer * (jnp.log(answer + 1e-6) - jnp.log(question + 1e-6)), axis=-1)
     return jnp.sum(divergence * asked[:, None]) / (kv_heads * jnp.maximum(jnp.sum(asked), 1))
