@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.state import ALIGNMENT
+from vlcache_jax.state import ALIGNMENT, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
 
@@ -120,7 +120,10 @@ def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:
         return SlotBudget(layers, fraction=budget)
     slot = spec.num_kv_heads * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
     fixed = 2 * 4 * layers  # offsets, lengths
-    slots = (budget.count - fixed) // slot // ALIGNMENT * ALIGNMENT - layers * (ALIGNMENT - 1)
+    pool = (budget.count - fixed) // slot // ALIGNMENT * ALIGNMENT
+    if whole_tiles(pool) > pool:
+        pool = pool // 128 * 128
+    slots = pool - layers * (ALIGNMENT - 1)
     if slots < layers:
         least = fixed + slot * layers * ALIGNMENT
         raise PolicyError(

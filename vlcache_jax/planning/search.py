@@ -52,7 +52,7 @@ def largest(
     Example:
       >>> largest(lambda n: (n <= 100, 10 * n), 8, known=(True, 80), fixed_bytes=0, available_bytes=1000, step=1,
       ...         ceiling=4096, max_compilations=8)
-      Limit(fits=100, refused=101, compilations=2)
+      Limit(fits=100, refused=103, compilations=2)
     """
     ceiling = ceiling // step * step
     low: int | None = start if known[0] else None
