@@ -103,6 +103,7 @@ def random_batch(
         raise SystemExit(f"{length} tokens are too few: an image of this model takes {visual}, and text comes with it")
     bucket = length if bucket is None else bucket
     tokens = rng.integers(IMAGE_TOKEN + 1, config.decoder.vocab_size, (rows, bucket)).astype(np.int32)
+    tokens[tokens == config.image_token_id] += 1  # only where the images are
     tokens[:, length:] = config.pad_token_id
     tokens[:, first : first + visual] = config.image_token_id
     index = np.full((rows, bucket), TEXT, np.int32)
