@@ -4,6 +4,7 @@ The tests also need the TPU's compiler (libtpu), but never a TPU: the settings b
 several processes load the compiler at once. They must be there before JAX is imported.
 """
 
+import gc
 import os
 import platform
 import re
@@ -38,3 +39,15 @@ def pytest_ignore_collect(collection_path: Path, config):
     if config.getoption("--core") and _NEEDS_REFERENCE.search(text):
         return True
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
+
+
+_MAPS = Path("/proc/self/maps")
+
+
+def pytest_runtest_teardown():
+    """Every compiled program takes memory mappings, of which Linux allows a process 65,530: frees them in time."""
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
