@@ -88,8 +88,8 @@ def _best(
 def largest(values: jax.Array, count: jax.Array) -> jax.Array:
     """Marks the `count` largest values of the last axis, ties to the lower index.
 
-    Finds the count-th largest bit by bit instead of sorting: 32 passes over the values, which an accelerator runs
-    faster than a sort and compiles in a fraction of the time.
+    Finds the count-th largest bit by bit instead of sorting: 32 passes over the values, two to three times as fast as a
+    sort on a CPU (2,048 values), and far quicker to compile for TPUs than a sort.
     """
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0.0 equals 0.0
     ordered = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))  # as unsigned numbers, ordered like the values

@@ -1,0 +1,34 @@
+"""The choice of implementations reaches from the public functions to the ops."""
+
+import numpy as np
+import pytest
+from tiny_models import ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+
+REFERENCE = vlc.Kernels(attention="reference", column_statistics="reference", decode_attention="reference")
+
+
+def test_named_implementations_keep_and_say_the_same():
+    model, params = tiny_llava()
+    batch = ragged_batch(rows=2)
+    outs = [
+        vlc.generate(model, params, batch, vlc.VLCache(budget=0.3), 4, eos_token_ids=[], kernels=kernels)
+        for kernels in (None, REFERENCE)
+    ]
+    np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+
+
+@pytest.mark.parametrize("op", ["attention", "column_statistics", "decode_attention"])
+def test_the_choice_arrives_at_every_op(op):
+    """No GPU here, so the implementations for one refuse, or are never asked."""
+    model, params = tiny_llava()
+    name = {"attention": "cudnn", "column_statistics": "pallas_tpu", "decode_attention": "pallas_gpu"}[op]
+    with pytest.raises((NotImplementedError, ValueError)):
+        vlc.generate(model, params, ragged_batch(rows=2), vlc.VLCache(budget=0.3), 4, kernels=vlc.Kernels(**{op: name}))
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(vlc.InputError, match=r"decode_attention='palas_tpu'.*did you mean 'pallas_tpu'"):
+        vlc.Kernels(decode_attention="palas_tpu")
