@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -44,8 +46,12 @@ def pytest_ignore_collect(collection_path: Path, config):
 _MAPS = Path("/proc/self/maps")
 
 
-def pytest_runtest_teardown():
-    """Every compiled program takes memory mappings, of which Linux allows a process 65,530: frees them in time."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every compiled program takes memory mappings, of which Linux allows a process 65,530: frees them in time.
+
+    Before a test rather than after it: no fixture holds anything then, and nothing is patched.
+    """
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 20_000:
         import jax
 

@@ -130,9 +130,10 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "x.ckpt"])
 def test_pickle_is_refused_and_never_opened(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"")
-    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(CheckpointError, match=rf"{name}.*pickled.*refused.*save_pretrained"):
-        SafetensorsFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda *_, **__: pytest.fail("opened"))
+        with pytest.raises(CheckpointError, match=rf"{name}.*pickled.*refused.*save_pretrained"):
+            SafetensorsFolder(tmp_path)
 
 
 def index(folder: Path, weight_map: Any) -> None:
