@@ -1,5 +1,6 @@
 """One decode step: the same function under a Python loop, a stream or `lax.while_loop`."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -58,7 +59,7 @@ def advance(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
-    context, tail = state.context, state.tail
+    tail = state.tail
     slot = jnp.max(tail.length)
 
     def attend(query, key, value, pools, layer):
@@ -67,10 +68,9 @@ def advance(
             jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
             for pool, x in zip(pools, (key, value))
         )
-        kept = Segments(context.offsets[:, layer], context.lengths[:, layer])
         length = tail.length[:, None] + 1
         new = Segments(jnp.full_like(length, layer * tail.capacity), length)
-        parts = [(Store(context.keys, context.values), kept), (Store(*pools), new)]
+        parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
         out, _ = ops.union_attention(kernels, query[:, 0], parts)
         return out[:, None], pools, None
 
@@ -87,4 +87,4 @@ def advance(
     )
     logits = model.apply(variables, hidden[:, 0], method="unembed")
     tail = TailStore(keys, values, tail.length + 1, capacity=tail.capacity)
-    return logits, KVState(context, tail, state.next_position + 1, state.allocation)
+    return logits, dataclasses.replace(state, tail=tail, next_position=state.next_position + 1)

@@ -40,12 +40,12 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Loop:
-    """What a step changes; the context is read-only and stays outside."""
+    """What a step changes; the read-only stores stay outside."""
 
     step: jax.Array  # i32 [], tokens chosen so far
     token: jax.Array  # i32 [batch], the last one
     finished: jax.Array  # bool [batch]
-    state: KVState  # without its context
+    state: KVState  # without what is read-only
 
 
 def generate(
@@ -173,14 +173,14 @@ def stream_decode(
     stop = _stop_ids(model, eos_token_ids)
 
     def tokens() -> Iterator[np.ndarray]:
-        context, own = state.context, dataclasses.replace(state, tail=jax.tree.map(jnp.copy, state.tail))
+        stores, own = state.stores, dataclasses.replace(state, tail=jax.tree.map(jnp.copy, state.tail))
         loop = _start(logits, own, seeds, sampling, stop)
         yield np.asarray(loop.token)
         for _ in range(max_new_tokens - 1):
             if bool(jnp.all(loop.finished)):
                 return
             with on_mesh_of(params, loop):
-                loop = _stream_step(model, params, context, loop, seeds, sampling, stop, kernels or Kernels())
+                loop = _stream_step(model, params, stores, loop, seeds, sampling, stop, kernels or Kernels())
             yield np.asarray(loop.token)
 
     return tokens()
@@ -214,30 +214,31 @@ def _start(
     logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
 ) -> _Loop:
     token = next_token(logits, sampling, seeds, 0)
-    return _Loop(jnp.int32(1), token, _is_stop(token, stop), _replace_context(state, None))
+    return _Loop(jnp.int32(1), token, _is_stop(token, stop), _with_stores(state, ()))
 
 
 def _step(
     model: VisionLanguageModel,
     params: Params,
-    context: PackedStore,
+    stores: tuple[PackedStore, ...],
     loop: _Loop,
     seeds: jax.Array,
     sampling: Sampling | None,
     stop: tuple[int, ...],
     kernels: Kernels,
 ) -> _Loop:
-    logits, state = advance(model, params, loop.token, _replace_context(loop.state, context), kernels)
+    logits, state = advance(model, params, loop.token, _with_stores(loop.state, stores), kernels)
     token = next_token(logits, sampling, seeds, loop.step)
     token = jnp.where(loop.finished, model.spec.pad_token_id, token)
-    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _replace_context(state, None))
+    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _with_stores(state, ()))
 
 
 _stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop", "kernels"), donate_argnames=("loop",))
 
 
-def _replace_context(state: KVState, context: PackedStore | None) -> KVState:
-    return dataclasses.replace(state, context=context)  # type: ignore[arg-type]  # None only while looping
+def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
+    context, more = (stores[0], stores[1:]) if stores else (None, ())  # None only while looping
+    return dataclasses.replace(state, context=context, more=more)  # type: ignore[arg-type]
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop", "kernels"))
@@ -259,7 +260,7 @@ def _decode(
     def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
         loop, tokens, lengths = carry
         lengths = lengths + ~loop.finished
-        new = _step(model, params, state.context, loop, seeds, sampling, stop, kernels)
+        new = _step(model, params, state.stores, loop, seeds, sampling, stop, kernels)
         tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
         return new, tokens, lengths
 

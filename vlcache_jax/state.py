@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.kernels.decode_attention import Segments, Store
+
 ALIGNMENT = 16
 """Segments start at multiples of this many slots."""
 
@@ -48,6 +50,8 @@ class PackedStore:
       positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
       offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if all heads share it.
       lengths: i32, like `offsets`. Slots in the segment.
+      key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
+      value_scales: like `key_scales`.
     """
 
     keys: jax.Array
@@ -55,6 +59,13 @@ class PackedStore:
     positions: jax.Array
     offsets: jax.Array
     lengths: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+
+    def layer(self, layer: jax.Array | int) -> tuple[Store, Segments]:
+        """What the attention of a layer reads."""
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales)
+        return store, Segments(self.offsets[:, layer], self.lengths[:, layer])
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +121,19 @@ class KVState:
       tail: the generated tokens.
       next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
       allocation: how the budget was shared out.
+      more: further parts of the prompt, read like the context: what is kept at a lower precision, say. Most have none.
     """
 
     context: PackedStore
     tail: TailStore
     next_position: jax.Array
     allocation: Allocation
+    more: tuple[PackedStore, ...] = ()
+
+    @property
+    def stores(self) -> tuple[PackedStore, ...]:
+        """All read-only parts: the context first."""
+        return (self.context, *self.more)
 
     def kept_positions(self, layer: int) -> jax.Array:
         """Prompt positions that a layer kept, for every row and KV head.
