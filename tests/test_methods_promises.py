@@ -52,7 +52,9 @@ def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [vlc.VLCache(0.3), vlc.KeyNorm(0.3), vlc.LookM(0.3, candidate_fraction=0.5)], ids=lambda p: p.name
+    "policy",
+    [vlc.VLCache(0.3), vlc.KeyNorm(0.3), vlc.LookM(0.3, merge=None, candidate_fraction=0.5)],
+    ids=lambda p: p.name,
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_an_error(policy, bad):
