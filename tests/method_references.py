@@ -218,9 +218,9 @@ def tova(prompt, total):
 
 
 def look_m(prompt, total):
-    """As printed: the largest score is added to text."""
+    """As printed: the largest score of a head is added to text."""
     scores = prompt.received(range(prompt.n))
-    return uniform(prompt.layers, total), scores + prompt.n * ~prompt.visual  # no score exceeds n
+    return uniform(prompt.layers, total), scores + scores.max(axis=-1, keepdims=True) * ~prompt.visual
 
 
 def prefix_kv(prompt, total):
