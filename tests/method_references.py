@@ -74,6 +74,26 @@ def keep(scores, slots, window=Fraction(1, 10), sinks=0, first_kind=None):
     return sorted(forced | set(others[: slots - len(forced)]))
 
 
+# Merging
+
+
+def merge(key, value, kept, kind):
+    """key, value [n, d] of one head, ascending kept positions -> what is stored for them (LOOK-M, section 3.3)."""
+    norm = np.maximum(np.linalg.norm(key, axis=-1), 1e-30)
+    members = {j: [] for j in kept}
+    for j in sorted(set(range(len(key))) - set(kept)):
+        cosine = key[kept] @ key[j] / norm[kept] / norm[j]
+        best = int(np.argmax(np.round(cosine, 12)))  # ties, to the rounding of float64, go to the lower position
+        members[kept[best]].append((j, cosine[best]))
+
+    def stored(x, j):
+        if kind == "pivotal":
+            return sum(((x[i] + x[j]) / 2 for i, _ in members[j]), x[j]) / (len(members[j]) + 1)
+        return sum((x[i] * (c if kind == "weighted" else 1) for i, c in members[j]), x[j]) / (len(members[j]) + 1)
+
+    return tuple(np.array([stored(x, j) for j in kept]) for x in (key, value))
+
+
 # Slots of each layer
 
 
@@ -198,9 +218,9 @@ def tova(prompt, total):
 
 
 def look_m(prompt, total):
-    """As printed: the largest score is added to text."""
+    """As printed: the largest score of a head is added to text."""
     scores = prompt.received(range(prompt.n))
-    return uniform(prompt.layers, total), scores + prompt.n * ~prompt.visual  # no score exceeds n
+    return uniform(prompt.layers, total), scores + scores.max(axis=-1, keepdims=True) * ~prompt.visual
 
 
 def prefix_kv(prompt, total):

@@ -23,7 +23,12 @@ class StubModel:
     @property
     def spec(self) -> ModelSpec:
         return ModelSpec(
-            num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=512, dtype=jnp.dtype(self.dtype)
+            num_layers=LAYERS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            max_positions=512,
+            dtype=jnp.dtype(self.dtype),
+            vision_grid=SIDE,
         )
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:

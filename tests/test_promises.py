@@ -30,6 +30,7 @@ METHODS = {
     "tova": vlc.TOVA(budget=0.3),
     "streaming_llm": vlc.StreamingLLM(budget=0.3),
     "look_m": vlc.LookM(budget=0.3),
+    "look_m_code": vlc.LookM(budget=0.3, selection="code", merge=None),
     "prefix_kv": vlc.PrefixKV(budget=0.3),
     "air_cache": vlc.AirCache(budget=0.3),
     "mix_kv": vlc.MixKV(budget=0.3, window=4),

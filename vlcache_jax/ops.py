@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlcache_jax import packing
+from vlcache_jax import merging, packing
 from vlcache_jax.errors import InputError
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
@@ -157,6 +157,21 @@ def pack(
     store: Any = PackedStore(*[split] * 3, *[row] * 2)  # type: ignore[arg-type]
     inputs = (per_head(keys), per_head(values), per_head(positions), per_head(order), shared)
     return _local(run, inputs, store)(keys, values, positions, order, slots)
+
+
+def merge_evicted(
+    keys: jax.Array, values: jax.Array, order: jax.Array, lengths: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """`merging.merge_evicted`."""
+
+    def run(keys, values, order, lengths):
+        return merging.merge_evicted(keys, values, order, lengths, kind)
+
+    rows, heads = _axes(keys.shape[1], keys.shape[2])
+    split = PartitionSpec(None, rows, heads)
+    shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
+    inputs = (split, split, shared, PartitionSpec(rows))
+    return _local(run, inputs, (split, split))(keys, values, order, lengths)
 
 
 def split(buffers: jax.Array) -> jax.Array:

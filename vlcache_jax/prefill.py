@@ -19,6 +19,7 @@ from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.packing import capacity
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.evicted import Merge
 from vlcache_jax.policies.scores import LayerInputs
 from vlcache_jax.selection import candidates, protected_first, select
 from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, whole_tiles
@@ -50,8 +51,8 @@ def prefill(
     Raises:
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
         only outside `jit`, where they are known).
-      CheckpointError: scores that are not finite: no token can be told from another (outside `jit` only; inside,
-        `Allocation.density` is NaN in such a layer).
+      CheckpointError: scores that are not finite: no token can be told from another; or, where evicted tokens are
+        merged, keys or values (outside `jit` only; inside, `Allocation.density` is NaN in such a layer).
       PolicyError: a budget in bytes that holds less than one token a layer.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
@@ -62,8 +63,9 @@ def prefill(
         bad = np.argwhere(~np.isfinite(np.asarray(density)))
         if len(bad):
             row, layer = (int(x) for x in bad[0])
+            what = "scores, keys or values" if isinstance(policy.evicted, Merge) else "scores"
             raise CheckpointError(
-                f"policy {policy.name!r}: layer {layer} has scores that are not finite for row {row} of the batch, so "
+                f"policy {policy.name!r}: layer {layer} has {what} that are not finite for row {row} of the batch, so "
                 "no token can be told from another: the checkpoint or the input holds NaN or infinity, or overflows in "
                 f"{jnp.dtype(model.spec.dtype).name}; check the logits with FullCache()"
             )
@@ -159,6 +161,9 @@ def _compress(
         )
         scores = policy.score(inputs)
         finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
+        if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
+            sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
+            finite &= jnp.all(sound | ~inputs.valid, axis=1)
         measured = policy.allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
@@ -176,6 +181,10 @@ def _compress(
     slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
     choose = partial(select, recent=policy.recent, sinks=policy.sinks)
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
+    keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
+    if isinstance(policy.evicted, Merge):
+        keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
     pool = capacity(policy.allocate.capacity(length, budget), layers)
-    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
+    context = ops.pack(keys, values, positions, order, slots, pool)
     return hidden, context, Allocation(requested=requested, density=density.T)

@@ -4,12 +4,13 @@ from vlcache_jax.policies.air_cache import AirCache, EliteAttention, StrengthAnd
 from vlcache_jax.policies.allocate import Allocate, SparsityAware, Uniform
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.by_name import POLICIES, policy_by_name
+from vlcache_jax.policies.evicted import Drop, Evicted, Merge
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.h2o import H2O
 from vlcache_jax.policies.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.key_norm import KeyNorm, KeyNormScore
-from vlcache_jax.policies.look_m import LookM
+from vlcache_jax.policies.look_m import LookM, TextPrior
 from vlcache_jax.policies.mix_kv import DiversityMixed, MixKV
 from vlcache_jax.policies.pooling import GridPooled, SequencePooled
 from vlcache_jax.policies.prefix_kv import EqualMass, PrefixKV
@@ -32,8 +33,10 @@ __all__ = [
     "AllRows",
     "Allocate",
     "DiversityMixed",
+    "Drop",
     "EliteAttention",
     "EqualMass",
+    "Evicted",
     "ExpectedAttention",
     "ExpectedScore",
     "FullCache",
@@ -47,6 +50,7 @@ __all__ = [
     "LayerInputs",
     "LookM",
     "MaskVisualSinks",
+    "Merge",
     "MixKV",
     "Policy",
     "PostVision",
@@ -63,6 +67,7 @@ __all__ = [
     "SparsityAware",
     "StreamingLLM",
     "StrengthAndSkewness",
+    "TextPrior",
     "Uniform",
     "VLCache",
     "policy_by_name",

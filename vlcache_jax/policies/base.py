@@ -6,6 +6,7 @@ from vlcache_jax.budgets import Budget, Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
+from vlcache_jax.policies.evicted import Drop, Evicted, Merge
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
@@ -31,6 +32,7 @@ class Policy:
       recent: the window of most recent tokens: a fraction of a layer's slots, in [0, 1], or `Tokens(n)`.
       sinks: how many of the prompt's first tokens are kept.
       protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
+      evicted: what becomes of the other tokens: `Drop()`, or `Merge(kind)` into the kept ones.
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
@@ -47,6 +49,7 @@ class Policy:
     recent: Recent = 0.1
     sinks: int = 0
     protect: str | None = None
+    evicted: Evicted = dataclasses.field(default_factory=Drop)
     candidate_fraction: float = 1.0
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class Policy:
             raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
         if self.protect not in (None, "text", "vision"):
             raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")
+        if not isinstance(self.evicted, Evicted):
+            raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop() or Merge(kind)")
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -82,6 +87,11 @@ class Policy:
             raise PolicyError(
                 f"candidate_fraction={self.candidate_fraction} is below budget={budget}: the layers together could "
                 "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
+            )
+        if isinstance(self.evicted, Merge) and self.candidate_fraction != 1:
+            raise PolicyError(
+                f"{self.name}: evicted={self.evicted} with candidate_fraction={self.candidate_fraction}: tokens that a "
+                "layer does not hand on would be lost, not merged; use candidate_fraction=1, or evicted=Drop()"
             )
         self.allocate.check(budget)
 
