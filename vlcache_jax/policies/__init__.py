@@ -4,6 +4,7 @@ from vlcache_jax.policies.air_cache import AirCache, EliteAttention, StrengthAnd
 from vlcache_jax.policies.allocate import Allocate, SparsityAware, Uniform
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.by_name import POLICIES, policy_by_name
+from vlcache_jax.policies.evicted import Drop, Evicted, Quantise
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.h2o import H2O
@@ -22,6 +23,7 @@ from vlcache_jax.policies.streaming_llm import StreamingLLM
 from vlcache_jax.policies.tova import TOVA
 from vlcache_jax.policies.visual_sinks import MaskVisualSinks
 from vlcache_jax.policies.vl_cache import VLCache
+from vlcache_jax.policies.zip_vl import EnoughMass, ZipVL
 
 __all__ = [
     "H2O",
@@ -32,8 +34,11 @@ __all__ = [
     "AllRows",
     "Allocate",
     "DiversityMixed",
+    "Drop",
     "EliteAttention",
+    "EnoughMass",
     "EqualMass",
+    "Evicted",
     "ExpectedAttention",
     "ExpectedScore",
     "FullCache",
@@ -53,6 +58,7 @@ __all__ = [
     "PrefixKV",
     "Pyramid",
     "PyramidKV",
+    "Quantise",
     "RandomEviction",
     "RandomScore",
     "Recency",
@@ -65,5 +71,6 @@ __all__ = [
     "StrengthAndSkewness",
     "Uniform",
     "VLCache",
+    "ZipVL",
     "policy_by_name",
 ]

@@ -6,6 +6,7 @@ from vlcache_jax.budgets import Budget, Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
+from vlcache_jax.policies.evicted import Drop, Evicted, Quantise, check_bits
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
@@ -34,6 +35,9 @@ class Policy:
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
+      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`); None for the
+        model's dtype. It changes nothing about which tokens are kept. The new tokens' cache is never quantised.
+      evicted: what becomes of the other tokens: `Drop()`, or `Quantise(bits)` to keep them all at fewer bits.
 
     Raises:
       PolicyError: a value out of range, or a combination that cannot work.
@@ -48,6 +52,8 @@ class Policy:
     sinks: int = 0
     protect: str | None = None
     candidate_fraction: float = 1.0
+    bits: int | None = None
+    evicted: Evicted = dataclasses.field(default_factory=Drop)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
@@ -67,7 +73,12 @@ class Policy:
             raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
         if self.protect not in (None, "text", "vision"):
             raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")
+        if self.bits is not None:
+            check_bits("bits", self.bits)
+        if not isinstance(self.evicted, Evicted):
+            raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop() or Quantise(bits)")
         self._check_combination()
+        self._check_evicted()
 
     def _check_combination(self) -> None:
         budget = self.budget
@@ -84,6 +95,26 @@ class Policy:
                 "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
             )
         self.allocate.check(budget)
+
+    def _check_evicted(self) -> None:
+        if not isinstance(self.evicted, Quantise):
+            return
+        kept, others = self.bits, self.evicted.bits
+        if kept is not None and others >= kept:
+            raise PolicyError(
+                f"{self.name}: evicted=Quantise({others}) is not below bits={kept} of the kept tokens: give fewer "
+                "bits to the others, or more to the kept ones"
+            )
+        if as_fraction(self.candidate_fraction) < 1:
+            raise PolicyError(
+                f"{self.name}: with candidate_fraction={self.candidate_fraction} a layer forgets tokens before "
+                "evicted=Quantise(...) could keep them: leave candidate_fraction at 1, or use Drop()"
+            )
+        if isinstance(self.budget, Bytes):
+            raise PolicyError(
+                f"{self.name}: budget={self.budget} cannot be promised with evicted=Quantise({others}), which keeps "
+                "all of a prompt of any length: give a fraction or tokens, or use Drop()"
+            )
 
     @property
     def keeps_all(self) -> bool:

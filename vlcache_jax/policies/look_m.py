@@ -6,7 +6,9 @@ from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
 
 
-def LookM(budget: Budget = 0.2, *, recent: float = 0.5, candidate_fraction: float = 1.0) -> Policy:
+def LookM(
+    budget: Budget = 0.2, *, recent: float = 0.5, candidate_fraction: float = 1.0, bits: int | None = None
+) -> Policy:
     """Text first: the recent tokens, then text, then the visual tokens with the most attention.
 
         S_j = sum over all rows q of A[q, j], averaged over the query heads of a KV head
@@ -26,6 +28,7 @@ def LookM(budget: Budget = 0.2, *, recent: float = 0.5, candidate_fraction: floa
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -45,4 +48,5 @@ def LookM(budget: Budget = 0.2, *, recent: float = 0.5, candidate_fraction: floa
         recent=recent,
         protect="text",
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )
