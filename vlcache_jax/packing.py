@@ -114,8 +114,8 @@ def quantise_into(
 
     Args:
       buffers: of the pool.
-      read: (first slot, size) -> keys and values [batch, lanes, size, head_dim], bool [batch, lanes or 1, size] which of
-        them count; slots from 0 to `count`.
+      read: (first slot, size) -> keys and values [batch, lanes, size, head_dim], bool [batch, lanes or 1, size] which
+        of them count; slots from 0 to `count`.
       start: a multiple of the alignment.
       count: a multiple of the alignment.
       bits: 8, 4 or 2.

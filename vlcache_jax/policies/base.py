@@ -35,8 +35,8 @@ class Policy:
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
-      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`); None for the
-        model's dtype. It changes nothing about which tokens are kept. The new tokens' cache is never quantised.
+      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`); None for
+        the model's dtype. It changes nothing about which tokens are kept. The new tokens' cache is never quantised.
       evicted: what becomes of the other tokens: `Drop()`, or `Quantise(bits)` to keep them all at fewer bits.
 
     Raises:
