@@ -66,8 +66,7 @@ def policy_by_name(name: str, **options: Any) -> Policy:
     known = list(inspect.signature(POLICIES[name]).parameters)
     for option in options:
         if option not in known:
-            hint = _nearest(option, known) if known else "; it has no options"
-            raise PolicyError(f"policy {name!r} has no option {option!r}{hint}")
+            raise PolicyError(f"policy {name!r} has no option {option!r}{_nearest(option, known)}")
     return POLICIES[name](**options)
 
 
