@@ -24,13 +24,11 @@ from vlcache_jax.packing import value_channels
 from vlcache_jax.policies import POLICIES, EnoughMass
 
 CASES = {
-    "vl_cache_8": vlc.VLCache(0.4, bits=8),
     "look_m_candidates_4": vlc.LookM(0.35, candidate_fraction=0.5, bits=4),
-    "tova_2": vlc.TOVA(0.3, bits=2),
     "full_8": vlc.FullCache(bits=8),
     "full_2": vlc.FullCache(bits=2),
     "vl_cache_8_others_2": dataclasses.replace(vlc.VLCache(0.4, bits=8), evicted=vlc.Quantise(2)),
-    "vl_cache_others_4": dataclasses.replace(vlc.VLCache(0.4), evicted=vlc.Quantise(4)),
+    "tova_others_4": dataclasses.replace(vlc.TOVA(0.4), evicted=vlc.Quantise(4)),
 }
 cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES)
 
@@ -223,14 +221,13 @@ def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     assert len(traces) == 1
     assert not np.array_equal(out.report.kept, others.report.kept)
 
-    _, state = vlc.prefill(model, params, batch, MIXED, NEW)
-    assert out.report.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state.stores))
+    state = jax.eval_shape(lambda p: vlc.prefill(model, p, batch, MIXED, NEW)[1], params)
+    assert out.report.state_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.stores))
     total = [max(3, int(3 * n) * 3 // 10) for n in batch.lengths]
     np.testing.assert_array_equal(np.asarray(out.report.kept).sum(axis=1), total)
 
-    for row in (1, 3):
-        alone = vlc.generate(model, params, one_row(batch, row), MIXED, NEW, eos_token_ids=[])
-        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
+    alone = vlc.generate(model, params, one_row(batch, 1), MIXED, NEW, eos_token_ids=[])
+    np.testing.assert_array_equal(alone.tokens[0], out.tokens[1])
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
