@@ -13,6 +13,15 @@ import vlcache_jax as vlc
 from vlcache_jax.policies import AccumulatedAttention, SequencePooled
 
 
+def zip_vl(prompt, total, mass, window):
+    """The cap is above what these prompts need; test_zip_vl.py has the other case."""
+    received = reference.last_rows(prompt, window, shared=True)
+    ranked = np.sort(received[:, 0], axis=1)[:, ::-1]
+    slots = [int(np.sum(np.cumsum(layer) < mass * layer.sum())) + 1 for layer in ranked]
+    seen = [min(window, prompt.n - j) for j in range(prompt.n)]
+    return slots, received / np.array(seen)
+
+
 def grid(kind):
     return lambda prompt, scores: reference.pool_grid(scores, prompt.index, 3, kind, SIDE)
 
@@ -68,6 +77,10 @@ CASES = {
     "look_m": (vlc.LookM(0.35), reference.look_m, 0.5, 0, False),
     "look_m_code": (vlc.LookM(0.3, selection="code", merge=None), reference.h2o, 0.5, 0, True),
     "prefix_kv": (vlc.PrefixKV(0.4), reference.prefix_kv, 0.0, 4, False),
+    "zip_vl": (
+        vlc.ZipVL(0.9, mass=0.6, window=5),
+        partial(zip_vl, mass=0.6, window=5), 0.0, 0, False,
+    ),
     "air_cache": (vlc.AirCache(0.6, ratio=0.2), partial(reference.air_cache, ratio=0.2), 0.0, 0, True),
     "mix_kv": (vlc.MixKV(0.4, window=4, pool=3), partial(reference.mix_kv, window=4, size=3), 4, 0, False),
     "expected_attention": (

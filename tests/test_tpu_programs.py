@@ -31,3 +31,15 @@ def test_decode_step_copies_nothing(topology, share):
     stores = programs.bytes_of((state.context, state.tail))
     assert program.alias_bytes >= stores
     assert program.temporary_bytes < share * stores
+
+
+def test_decode_step_over_8_bits_copies_nothing():
+    """As above; the codes are unpacked block by block inside the kernel."""
+    programs = _programs("v6e:1x1")
+    policy = vlc.VLCache(budget=0.1, bits=8)
+    program, _ = programs.decode_step(WORK, policy)
+    assert program.refused is None
+    state = programs.state(WORK, policy)
+    stores = programs.bytes_of((state.context, state.tail))
+    assert program.alias_bytes >= stores
+    assert program.temporary_bytes < 0.05 * stores

@@ -26,10 +26,12 @@ from vlcache_jax.policies import (
     PostVision,
     PrefixKV,
     PyramidKV,
+    Quantise,
     RandomEviction,
     SnapKV,
     StreamingLLM,
     VLCache,
+    ZipVL,
     policy_by_name,
 )
 from vlcache_jax.prefill import prefill
@@ -68,6 +70,7 @@ __all__ = [
     "PostVision",
     "PrefixKV",
     "PyramidKV",
+    "Quantise",
     "RandomEviction",
     "Report",
     "Sampling",
@@ -76,6 +79,7 @@ __all__ = [
     "Tokens",
     "VLCache",
     "VLCacheError",
+    "ZipVL",
     "decode",
     "decode_step",
     "generate",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.state import ALIGNMENT, whole_tiles
+from vlcache_jax.state import segment_alignment, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
 
@@ -107,8 +107,8 @@ class SlotBudget:
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
 
-def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:
-    """What a budget means for a model.
+def slot_budget(budget: Budget, spec: ModelSpec, bits: int | None = None) -> SlotBudget:
+    """What a budget means for a model, and for a store of so many bits.
 
     Raises:
       PolicyError: bytes that hold less than one token a layer.
@@ -118,14 +118,20 @@ def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:
         return SlotBudget(layers, per_layer=budget.count)
     if not isinstance(budget, Bytes):
         return SlotBudget(layers, fraction=budget)
-    slot = spec.num_kv_heads * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
+    alignment = segment_alignment(bits)
     fixed = 2 * 4 * layers  # offsets, lengths
-    pool = (budget.count - fixed) // slot // ALIGNMENT * ALIGNMENT
+    if bits is None:
+        unit = alignment * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
+    else:  # codes; steps and zeros of a group of keys, and of each value; positions
+        unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * spec.head_dim + alignment * (2 * 4 + 4)
+        fixed += 4 * layers * spec.num_kv_heads * spec.head_dim  # channels of the values
+    unit *= spec.num_kv_heads
+    pool = (budget.count - fixed) // unit * alignment
     if whole_tiles(pool) > pool:
         pool = pool // 128 * 128
-    slots = pool - layers * (ALIGNMENT - 1)
+    slots = pool - layers * (alignment - 1)
     if slots < layers:
-        least = fixed + slot * layers * ALIGNMENT
+        least = fixed + unit * layers
         raise PolicyError(
             f"budget={budget.count} bytes cannot hold one token for each of the {layers} layers: give at least {least}"
         )

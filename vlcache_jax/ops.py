@@ -141,7 +141,14 @@ def union_attention(
 
 
 def pack(
-    keys: jax.Array, values: jax.Array, positions: jax.Array, order: jax.Array, slots: jax.Array, pool: int
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    bits: int | None = None,
+    channels: jax.Array | None = None,
 ) -> PackedStore:
     """`packing.pack`."""
     rows, heads = _axes(keys.shape[1], keys.shape[2])
@@ -150,13 +157,16 @@ def pack(
     def per_head(x: jax.Array) -> PartitionSpec:
         return PartitionSpec(None, rows, heads) if x.shape[2] > 1 else shared
 
-    def run(keys, values, positions, order, slots):
-        return packing.pack(keys, values, positions, order, slots, pool)
+    def run(keys, values, positions, order, slots, channels):
+        return packing.pack(keys, values, positions, order, slots, pool, bits, channels)
 
     split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
-    store: Any = PackedStore(*[split] * 3, *[row] * 2)  # type: ignore[arg-type]
-    inputs = (per_head(keys), per_head(values), per_head(positions), per_head(order), shared)
-    return _local(run, inputs, store)(keys, values, positions, order, slots)
+    scales = None if bits is None else split
+    of_channels = None if channels is None else PartitionSpec(rows, None, heads)
+    store: Any = PackedStore(*[split] * 3, *[row] * 2, scales, scales, of_channels)  # type: ignore[arg-type]
+    inputs = [per_head(x) for x in (keys, values, positions, order)]
+    inputs += [shared, None if channels is None else per_head(channels)]
+    return _local(run, tuple(inputs), store)(keys, values, positions, order, slots, channels)
 
 
 def merge_evicted(

@@ -18,14 +18,15 @@ class Report:
     """A pytree, so that `generate` can return it from inside `jit`.
 
     Attributes:
-      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most).
+      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most), without
+        those kept besides at a lower precision (`Policy.evicted`).
       prompt_lengths: i32 [batch].
       density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured.
       exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
       policy: the policy's name (static).
       budget: the policy's budget (static).
-      state_bytes: bytes of the context's buffers (static).
-      full_bytes: bytes of the same buffers for the same padded prompts without compression (static).
+      state_bytes: bytes of the buffers of the context and of what is kept at a lower precision (static).
+      full_bytes: bytes of the context's buffers for the same padded prompts without compression (static).
       tail_bytes: bytes of the buffers for generated tokens (static).
     """
 
@@ -56,7 +57,7 @@ def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths:
         exact=jnp.all(kept >= state.allocation.requested, axis=1),
         policy=policy.name,
         budget=policy.budget,
-        state_bytes=state.context.nbytes,
+        state_bytes=sum(store.nbytes for store in state.stores),
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
         tail_bytes=state.tail.nbytes,
     )

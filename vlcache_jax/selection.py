@@ -105,6 +105,27 @@ def largest(values: jax.Array, count: jax.Array) -> jax.Array:
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
 
 
+def unselected(order: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What `select` left out of candidates that are the whole prompt, in ascending order.
+
+    Args:
+      order: i32 [batch, heads, entries], from `select`.
+      lengths: i32 [batch].
+
+    Returns:
+      i32, like `order`: first the indices that are not in it, then `entries`.
+
+    Example:
+      >>> unselected(jnp.array([[[1, 3, 5, 5, 5]]]), jnp.array([4])).tolist()
+      [[[0, 2, 5, 5, 5]]]
+    """
+    entries = order.shape[-1]
+    index = jnp.arange(entries)
+    place = jax.vmap(lambda o: jnp.searchsorted(o, index))(order.reshape(-1, entries)).reshape(order.shape)
+    found = jnp.take_along_axis(order, jnp.minimum(place, entries - 1), axis=-1) == index
+    return _indices(~found & (index < lengths[:, None, None]), entries)
+
+
 def _indices(chosen: jax.Array, size: int) -> jax.Array:
     """Indices of the first `size` marked entries of the last axis, ascending; its length where there are fewer."""
     rank = jnp.cumsum(chosen, axis=-1, dtype=jnp.int32).reshape(-1, chosen.shape[-1])

@@ -7,7 +7,8 @@ has a static size although every prompt splits it differently:
                          ^ offsets[b, 0] = 0         ^ offsets[b, 1]   ^ offsets[b, 2]
                          <-------------------> lengths[b, 0]
 
-Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16. Generated tokens go to the tail:
+Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16; of a quantised store at multiples of its
+group. Generated tokens go to the tail:
 
     tail.keys[b, h]      | layer 0: t0 t1 t2 .......... | layer 1: t0 t1 t2 .......... | ...
                                      <-> tail.length        <-> capacity for each layer
@@ -20,14 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.quantisation import group_size
 
 ALIGNMENT = 16
-"""Segments start at multiples of this many slots."""
+"""Segments of a float store start at multiples of this many slots."""
 
 
-def align(count: jax.Array | int) -> jax.Array | int:
-    """Rounds up to a multiple of `ALIGNMENT`."""
-    return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+def segment_alignment(bits: int | None) -> int:
+    """Segments start at multiples of this many slots: `ALIGNMENT`, or a group of a store of 8, 4 or 2 bits.
+
+    Example:
+      >>> [segment_alignment(bits) for bits in (None, 8, 4, 2)]
+      [16, 32, 64, 128]
+    """
+    return ALIGNMENT if bits is None else group_size(bits)
+
+
+def align(count: jax.Array | int, alignment: int = ALIGNMENT) -> jax.Array | int:
+    """Rounds up to a multiple of `alignment`."""
+    return (count + alignment - 1) // alignment * alignment
 
 
 def whole_tiles(slots: int) -> int:
@@ -52,6 +64,8 @@ class PackedStore:
       lengths: i32, like `offsets`. Slots in the segment.
       key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
       value_scales: like `key_scales`.
+      value_channels: f32 [batch, layers, kv_heads, head_dim], by which values were divided before they were quantised;
+        None if they were not.
     """
 
     keys: jax.Array
@@ -61,11 +75,18 @@ class PackedStore:
     lengths: jax.Array
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
+    value_channels: jax.Array | None = None
 
     def layer(self, layer: jax.Array | int) -> tuple[Store, Segments]:
         """What the attention of a layer reads."""
-        store = Store(self.keys, self.values, self.key_scales, self.value_scales)
+        channels = None if self.value_channels is None else self.value_channels[:, layer]
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
         return store, Segments(self.offsets[:, layer], self.lengths[:, layer])
+
+    @property
+    def bits(self) -> int | None:
+        """Of a quantised store: 8, 4 or 2."""
+        return None if self.key_scales is None else 8 * self.keys.shape[2] // self.positions.shape[2]
 
     @property
     def nbytes(self) -> int:

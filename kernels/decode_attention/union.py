@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention import xla
 from vlcache_jax.kernels.decode_attention.api import decode_attention
@@ -41,8 +42,8 @@ def union_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array]:
-        return merge([
-            decode_attention(
+        def one(store: Store, segments: Segments) -> tuple[jax.Array, jax.Array]:
+            out, lse = decode_attention(
                 query,
                 store.keys,
                 store.values,
@@ -54,8 +55,11 @@ def union_attention(
                 implementation=name,
                 interpret=interpret,
             )
-            for store, segments in parts
-        ])  # fmt: skip
+            if store.value_channels is not None:
+                out *= jnp.repeat(store.value_channels, out.shape[1] // store.value_channels.shape[1], axis=1)
+            return out, lse
+
+        return merge([one(*part) for part in parts])
 
     def together(query: jax.Array, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array]:
         if any(store.key_scales is not None for store, _ in parts):

@@ -1,6 +1,7 @@
 """Stores of 8, 4 or 2 bits: keys scaled per channel, values per token."""
 
 from vlcache_jax.kernels.quantisation.api import (
+    BITS,
     dequantise_keys,
     dequantise_values,
     group_size,
@@ -8,4 +9,4 @@ from vlcache_jax.kernels.quantisation.api import (
     quantise_values,
 )
 
-__all__ = ["dequantise_keys", "dequantise_values", "group_size", "quantise_keys", "quantise_values"]
+__all__ = ["BITS", "dequantise_keys", "dequantise_values", "group_size", "quantise_keys", "quantise_values"]

@@ -4,7 +4,7 @@ from vlcache_jax.policies.air_cache import AirCache, EliteAttention, StrengthAnd
 from vlcache_jax.policies.allocate import Allocate, SparsityAware, Uniform
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.by_name import POLICIES, policy_by_name
-from vlcache_jax.policies.evicted import Drop, Evicted, Merge
+from vlcache_jax.policies.evicted import Drop, Evicted, Merge, Quantise
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.h2o import H2O
@@ -23,6 +23,7 @@ from vlcache_jax.policies.streaming_llm import StreamingLLM
 from vlcache_jax.policies.tova import TOVA
 from vlcache_jax.policies.visual_sinks import MaskVisualSinks
 from vlcache_jax.policies.vl_cache import VLCache
+from vlcache_jax.policies.zip_vl import EnoughMass, ZipVL
 
 __all__ = [
     "H2O",
@@ -35,6 +36,7 @@ __all__ = [
     "DiversityMixed",
     "Drop",
     "EliteAttention",
+    "EnoughMass",
     "EqualMass",
     "Evicted",
     "ExpectedAttention",
@@ -57,6 +59,7 @@ __all__ = [
     "PrefixKV",
     "Pyramid",
     "PyramidKV",
+    "Quantise",
     "RandomEviction",
     "RandomScore",
     "Recency",
@@ -70,5 +73,6 @@ __all__ = [
     "TextPrior",
     "Uniform",
     "VLCache",
+    "ZipVL",
     "policy_by_name",
 ]

@@ -6,7 +6,7 @@ from vlcache_jax.budgets import Budget, Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
-from vlcache_jax.policies.evicted import Drop, Evicted, Merge
+from vlcache_jax.policies.evicted import Drop, Evicted, Merge, check_bits
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
@@ -32,10 +32,13 @@ class Policy:
       recent: the window of most recent tokens: a fraction of a layer's slots, in [0, 1], or `Tokens(n)`.
       sinks: how many of the prompt's first tokens are kept.
       protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
-      evicted: what becomes of the other tokens: `Drop()`, or `Merge(kind)` into the kept ones.
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
+      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`); None for
+        the model's dtype. It changes nothing about which tokens are kept. The new tokens' cache is never quantised.
+      evicted: what becomes of the other tokens: `Drop()`, `Merge(kind)` into the kept ones, or `Quantise(bits)` to keep
+        them all at fewer bits.
 
     Raises:
       PolicyError: a value out of range, or a combination that cannot work.
@@ -51,6 +54,8 @@ class Policy:
     protect: str | None = None
     evicted: Evicted = dataclasses.field(default_factory=Drop)
     candidate_fraction: float = 1.0
+    bits: int | None = None
+    evicted: Evicted = dataclasses.field(default_factory=Drop)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
@@ -70,9 +75,12 @@ class Policy:
             raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
         if self.protect not in (None, "text", "vision"):
             raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")
+        if self.bits is not None:
+            check_bits("bits", self.bits)
         if not isinstance(self.evicted, Evicted):
-            raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop() or Merge(kind)")
+            raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop(), Merge(kind) or Quantise(bits)")
         self._check_combination()
+        self._check_evicted()
 
     def _check_combination(self) -> None:
         budget = self.budget
@@ -88,12 +96,34 @@ class Policy:
                 f"candidate_fraction={self.candidate_fraction} is below budget={budget}: the layers together could "
                 "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
             )
-        if isinstance(self.evicted, Merge) and self.candidate_fraction != 1:
-            raise PolicyError(
-                f"{self.name}: evicted={self.evicted} with candidate_fraction={self.candidate_fraction}: tokens that a "
-                "layer does not hand on would be lost, not merged; use candidate_fraction=1, or evicted=Drop()"
-            )
         self.allocate.check(budget)
+
+    def _check_evicted(self) -> None:
+        if isinstance(self.evicted, Drop):
+            return
+        if as_fraction(self.candidate_fraction) < 1:
+            raise PolicyError(
+                f"{self.name}: with candidate_fraction={self.candidate_fraction} a layer loses tokens before "
+                f"evicted={self.evicted} could save them: use candidate_fraction=1, or evicted=Drop()"
+            )
+        if isinstance(self.evicted, Merge):
+            if self.bits is not None:
+                raise PolicyError(
+                    f"{self.name}: bits={self.bits} with evicted={self.evicted}: merged keys and values are averages, "
+                    "whose rounding no published method accounts for; use bits=None, or evicted=Drop()"
+                )
+            return
+        kept, others = self.bits, self.evicted.bits
+        if kept is not None and others >= kept:
+            raise PolicyError(
+                f"{self.name}: evicted=Quantise({others}) is not below bits={kept} of the kept tokens: give fewer "
+                "bits to the others, or more to the kept ones"
+            )
+        if isinstance(self.budget, Bytes):
+            raise PolicyError(
+                f"{self.name}: budget={self.budget} cannot be promised with evicted=Quantise({others}), which keeps "
+                "all of a prompt of any length: give a fraction or tokens, or use Drop()"
+            )
 
     @property
     def keeps_all(self) -> bool:

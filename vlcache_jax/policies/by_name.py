@@ -22,6 +22,7 @@ from vlcache_jax.policies.snap_kv import SnapKV
 from vlcache_jax.policies.streaming_llm import StreamingLLM
 from vlcache_jax.policies.tova import TOVA
 from vlcache_jax.policies.vl_cache import VLCache
+from vlcache_jax.policies.zip_vl import ZipVL
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full_cache": FullCache,
@@ -33,6 +34,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "streaming_llm": StreamingLLM,
     "look_m": LookM,
     "prefix_kv": PrefixKV,
+    "zip_vl": ZipVL,
     "air_cache": AirCache,
     "mix_kv": MixKV,
     "expected_attention": ExpectedAttention,
@@ -64,8 +66,7 @@ def policy_by_name(name: str, **options: Any) -> Policy:
     known = list(inspect.signature(POLICIES[name]).parameters)
     for option in options:
         if option not in known:
-            hint = _nearest(option, known) if known else "; it has no options"
-            raise PolicyError(f"policy {name!r} has no option {option!r}{hint}")
+            raise PolicyError(f"policy {name!r} has no option {option!r}{_nearest(option, known)}")
     return POLICIES[name](**options)
 
 

@@ -58,6 +58,7 @@ def LookM(
     merge: str | None = "pivotal",
     selection: str = "paper",
     candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """Text first: the recent tokens, then text, then the visual tokens with the most attention; the rest is merged.
 
@@ -86,6 +87,7 @@ def LookM(
       merge: "pivotal" (which the authors recommend), "averaged", "weighted"; None drops what is not kept.
       selection: "paper" or "code".
       candidate_fraction: see `Policy`; below 1 with merge=None only.
+      bits: see `Policy`; with merge=None only.
 
     Returns:
       The policy.
@@ -109,4 +111,5 @@ def LookM(
         protect="text" if selection == "code" else None,
         evicted=Drop() if merge is None else Merge(merge),
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

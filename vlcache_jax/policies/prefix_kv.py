@@ -39,7 +39,14 @@ class EqualMass(Allocate):
         return count(order, taken.astype(jnp.int32))
 
 
-def PrefixKV(budget: Budget = 0.1, *, sinks: int = 4, recent: float = 0.0, candidate_fraction: float = 1.0) -> Policy:
+def PrefixKV(
+    budget: Budget = 0.1,
+    *,
+    sinks: int = 4,
+    recent: float = 0.0,
+    candidate_fraction: float = 1.0,
+    bits: int | None = None,
+) -> Policy:
     """Layer budgets that hold the same share of every layer's accumulated attention; see `EqualMass`.
 
         score_j = sum over all rows q of A[q, j], averaged over all query heads: one selection for the layer
@@ -57,6 +64,7 @@ def PrefixKV(budget: Budget = 0.1, *, sinks: int = 4, recent: float = 0.0, candi
       sinks: first tokens to keep.
       recent: fraction of a layer's slots for its most recent tokens; the last token is kept in any case.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -77,4 +85,5 @@ def PrefixKV(budget: Budget = 0.1, *, sinks: int = 4, recent: float = 0.0, candi
         recent=recent,
         sinks=sinks,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )
