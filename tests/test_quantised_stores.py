@@ -282,7 +282,7 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
         (lambda: vlc.ZipVL(vlc.Bytes(10**6)), "zip_vl: budget=1000000 bytes cannot be promised with evicted=Quantise"),
         (
             lambda: dataclasses.replace(vlc.VLCache(candidate_fraction=0.5), evicted=vlc.Quantise(2)),
-            "candidate_fraction=0.5 a layer forgets tokens",
+            "candidate_fraction=0.5 a layer loses tokens",
         ),
         (lambda: vlc.ZipVL(evicted="merge"), "evicted='merge' is not known: use 'quantise' or 'drop'"),
         (lambda: vlc.ZipVL(mass=1.0), "mass=1.0 is out of range"),

@@ -104,7 +104,7 @@ class Policy:
         if as_fraction(self.candidate_fraction) < 1:
             raise PolicyError(
                 f"{self.name}: with candidate_fraction={self.candidate_fraction} a layer loses tokens before "
-                f"evicted={self.evicted} could save them: use candidate_fraction=1, or evicted=Drop()"
+                f"evicted={self.evicted} could save them: use candidate_fraction=1, or Drop() (LookM: merge=None)"
             )
         if isinstance(self.evicted, Merge):
             if self.bits is not None:
