@@ -60,7 +60,7 @@ def held(store, layer, row, lane):
         return positions[cut], keys[cut].astype(float), values[cut].astype(float), 0, 0
     group = 256 // store.bits
     assert start % group == 0
-    step, zero = np.repeat(store.key_scales[row, lane], group, axis=0).astype(float).transpose(1, 0, 2)
+    step, zero = np.repeat(store.key_scales[row, lane, ..., :HEAD_DIM], group, axis=0).astype(float).transpose(1, 0, 2)
     keys = codes_of(keys, store.bits) * step + zero
     value_step, value_zero = store.value_scales[row, lane].astype(float)[..., None]
     channel = store.value_channels[row, layer, lane]

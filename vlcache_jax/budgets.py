@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.state import segment_alignment, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
@@ -123,7 +124,7 @@ def slot_budget(budget: Budget, spec: ModelSpec, bits: int | None = None) -> Slo
     if bits is None:
         unit = alignment * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
     else:  # codes; steps and zeros of a group of keys, and of each value; positions
-        unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * spec.head_dim + alignment * (2 * 4 + 4)
+        unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * scales_width(spec.head_dim) + alignment * (2 * 4 + 4)
         fixed += 4 * layers * spec.num_kv_heads * spec.head_dim  # channels of the values
     unit *= spec.num_kv_heads
     pool = (budget.count - fixed) // unit * alignment

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values
+from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values, scales_width
 from vlcache_jax.state import ALIGNMENT, PackedStore, align, segment_alignment, whole_tiles
 
 _BLOCK = 128  # slots quantised at once
@@ -99,7 +99,7 @@ def empty_codes(shape: tuple[int, ...], bits: int) -> Buffers:
     """The buffers of a quantised pool [batch, lanes, slots, head_dim]."""
     batch, lanes, slots, head_dim = shape
     codes = jnp.zeros((batch, lanes, slots * bits // 8, head_dim), jnp.int8)
-    key_scales = jnp.zeros((batch, lanes, slots // segment_alignment(bits), 2, head_dim), jnp.float32)
+    key_scales = jnp.zeros((batch, lanes, slots // segment_alignment(bits), 2, scales_width(head_dim)), jnp.float32)
     return codes, codes, key_scales, jnp.zeros((batch, lanes, 2, slots), jnp.float32)
 
 

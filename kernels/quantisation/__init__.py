@@ -7,6 +7,15 @@ from vlcache_jax.kernels.quantisation.api import (
     group_size,
     quantise_keys,
     quantise_values,
+    scales_width,
 )
 
-__all__ = ["BITS", "dequantise_keys", "dequantise_values", "group_size", "quantise_keys", "quantise_values"]
+__all__ = [
+    "BITS",
+    "dequantise_keys",
+    "dequantise_values",
+    "group_size",
+    "quantise_keys",
+    "quantise_values",
+    "scales_width",
+]
