@@ -52,7 +52,7 @@ def prefill(
         only outside `jit`, where they are known).
       CheckpointError: scores that are not finite: no token can be told from another (outside `jit` only; inside,
         `Allocation.density` is NaN in such a layer).
-      PolicyError: a budget in bytes that holds less than one token a layer.
+      PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
     with on_mesh_of(params, batch):
@@ -130,9 +130,11 @@ def _compress(
 ) -> tuple[jax.Array, PackedStore, Allocation]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
-    budget = slot_budget(policy.budget, spec)
+    allocate = policy.sharing
+    lanes = policy.lanes if allocate.per_head else None
+    budget = slot_budget(policy.budget, spec, lanes)
     count = max(1, floor_fraction(length, policy.candidate_fraction))
-    threshold = policy.allocate.threshold
+    threshold = allocate.threshold
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
@@ -159,7 +161,7 @@ def _compress(
         )
         scores = policy.score(inputs)
         finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
-        measured = policy.allocate.measure(inputs, scores)
+        measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
         positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
@@ -172,10 +174,13 @@ def _compress(
         return out, carry, (key, value, scores, positions, density, measured)
 
     hidden, _, (keys, values, scores, positions, density, measured) = run(attend, None, jnp.arange(layers))
-    requested = policy.allocate.slots(jnp.moveaxis(measured, 0, 1), lengths, budget)  # [batch, layers]
-    slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
+    measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
+    requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+    most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
+    slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
     choose = partial(select, recent=policy.recent, sinks=policy.sinks)
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
-    pool = capacity(policy.allocate.capacity(length, budget), layers)
-    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
+    group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
+    pool = capacity(group * allocate.capacity(length, budget), group * layers)
+    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool, lanes)
     return hidden, context, Allocation(requested=requested, density=density.T)
