@@ -168,7 +168,7 @@ def test_the_cases_are_not_all_alike():
     for name in ("ada_kv", "ada_kv_pyramid"):
         policy, method, *_ = CASES[name]
         slots = np.concatenate([method(prompt, total_of(policy, prompt.n))[0] for prompt in prompts])
-        assert np.any(abs(slots[:, 0] - slots[:, 1]) > 4), f"{name} gives every head the same"
+        assert np.any(abs(slots[:, 0] - slots[:, 1]) > 1), f"{name} gives every head the same"
     for name in ("snap_kv_mass", "vl_cache_mass", "prefix_kv_mass", "look_m_mass"):
         policy, method, *_ = CASES[name]
         totals = [total_of(policy, prompt.n) for prompt in prompts]
