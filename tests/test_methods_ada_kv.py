@@ -14,10 +14,12 @@ from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax import ops
 from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import SlotBudget, slot_budget
 from vlcache_jax.explain import kept_by_layer
 from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.packing import capacity
 from vlcache_jax.policies import AdaptiveHeads
@@ -118,12 +120,46 @@ def test_lanes_that_do_not_divide_the_heads():
         vlc.prefill(StubModel(), stub_params(batch), batch, vlc.AdaKV(window=4, lanes=3), 4)
 
 
-@pytest.mark.parametrize(("lanes", "kv_heads"), [(1, 2), (2, 4)])
-def test_mesh_gives_the_same_tokens(lanes, kv_heads):
-    """Lanes that divide over the axis of the heads are split over it; one lane is on every device."""
-    model, params = tiny_llava(kv_heads=kv_heads)
-    policy, batch = vlc.AdaKV(0.3, window=4, lanes=lanes), ragged_batch(rows=4)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def on_mesh(shape):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_shared_lanes_on_a_mesh(lanes):
+    """Lanes are split over the axis of the heads where they divide over it; one lane lies on every device."""
+    layers, rows, kv_heads, entries, size = 2, 2, 4, 9, 8
+    rng = np.random.default_rng(lanes)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    keys, values = draw(layers, rows, kv_heads, entries, size), draw(layers, rows, kv_heads, entries, size)
+    tail, query = draw(rows, kv_heads, 16, size), draw(rows, 2 * kv_heads, size)
+    slots = rng.integers(1, entries + 1, (layers, rows, kv_heads))
+    order = np.where(np.arange(entries) < slots[..., None], np.arange(entries), entries)
+    positions = np.broadcast_to(np.arange(entries), (layers, rows, 1, entries))
+
+    def run(keys, values, tail, query):
+        group = kv_heads // lanes
+        pool = capacity(group * layers * entries, group * layers)
+        store = ops.pack(keys, values, positions, jnp.asarray(order), jnp.asarray(slots), pool, lanes)
+        new = Store(tail, tail), Segments(jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), 3))
+        return store, ops.union_attention(ops.Kernels(), query, [store.layer(1), new])
+
+    plain, wanted = jax.jit(run)(keys, values, tail, query)
+    with jax.set_mesh(on_mesh((2, 4))):
+        store, found = jax.jit(run)(keys, values, tail, query)
+    split = NamedSharding(on_mesh((2, 4)), PartitionSpec("data", "model" if lanes == 4 else None))
+    assert store.keys.sharding.is_equivalent_to(split, 4)
+    jax.tree.map(np.testing.assert_array_equal, store, plain)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
+    for row, head in np.ndindex(rows, kv_heads):  # and it is the attention of what the head kept
+        count = slots[1, row, head]
+        k, v = (np.concatenate([x[1, row, head, :count], tail[row, head, :3]]) for x in (keys, values))
+        weights = reference.softmax(np.asarray(query[row, 2 * head : 2 * head + 2]) @ k.T / np.sqrt(size))
+        np.testing.assert_allclose(found[0][row, 2 * head : 2 * head + 2], weights @ v, rtol=1e-4, atol=1e-5)
+
+
+def test_mesh_gives_the_same_tokens():
+    model, params = tiny_llava()
+    policy, batch, mesh = vlc.AdaKV(0.3, window=4), ragged_batch(rows=4), on_mesh((4, 2))
     placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
     rows = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), batch)
 
@@ -132,9 +168,7 @@ def test_mesh_gives_the_same_tokens(lanes, kv_heads):
         return vlc.decode(model, params, logits, state, 8, eos_token_ids=[]), state
 
     (out, state), (plain, alone) = run(placed, rows), run(params, batch)
-    wanted = NamedSharding(mesh, PartitionSpec("data", "model" if lanes > 1 else None))
-    assert state.context.keys.sharding.is_equivalent_to(wanted, 4)
-    tail = NamedSharding(mesh, PartitionSpec("data", "model"))
-    assert state.tail.keys.sharding.is_equivalent_to(tail, 4)
+    assert state.context.keys.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 4)
+    assert state.tail.keys.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "model")), 4)
     np.testing.assert_array_equal(state.context.lengths, alone.context.lengths)
     np.testing.assert_array_equal(out[0], plain[0])

@@ -76,6 +76,6 @@ class RetainedMass(EqualMass):
         held = jnp.cumsum(ranked, axis=1)
         share = jnp.pad(held, ((0, 0), (1, 0)))[:, :-1] / jnp.maximum(held[:, -1:], 1e-30)
         if not isinstance(self.recent, Tokens):
-            core = jnp.where(index > 0, index - forced(index, self.recent)[0] + 1, 0)
+            core = index - forced(index, self.recent)[0] + 1
             share = jnp.take(share, core, axis=1)
         return jnp.where(valid, share, jnp.inf)
