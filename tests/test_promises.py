@@ -27,7 +27,7 @@ METHODS = {
     "snap_kv": vlc.SnapKV(budget=0.3, window=4),
     "pyramid_kv": vlc.PyramidKV(budget=0.3, window=4),
     "ada_kv": vlc.AdaKV(budget=0.3, window=4),
-    "snap_kv_mass": vlc.SnapKV(vlc.Mass(0.8, cap=0.4), window=4),
+    "snap_kv_mass": vlc.SnapKV(vlc.Mass(0.5, cap=0.4), window=4),
     "h2o": vlc.H2O(budget=0.3),
     "tova": vlc.TOVA(budget=0.3),
     "streaming_llm": vlc.StreamingLLM(budget=0.3),
@@ -148,7 +148,7 @@ def test_kept_tokens_are_the_budget(llava, policy):
     if isinstance(policy.budget, vlc.Tokens):
         wanted = 3 * np.minimum(policy.budget.count, lengths)
     elif isinstance(policy.budget, vlc.Mass):
-        assert np.all(total <= policy.budget.cap * 3 * lengths)
+        assert np.all(total <= policy.budget.cap * 3 * lengths + 1e-3)
         wanted = np.asarray(report.kept).sum(axis=1)
     elif policy == METHODS["vl_cache_paper"]:
         wanted = np.asarray(report.kept).sum(axis=1)
