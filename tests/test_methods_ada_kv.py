@@ -134,7 +134,7 @@ def test_shared_lanes_on_a_mesh(lanes):
     tail, query = draw(rows, kv_heads, 16, size), draw(rows, 2 * kv_heads, size)
     slots = rng.integers(1, entries + 1, (layers, rows, kv_heads))
     order = np.where(np.arange(entries) < slots[..., None], np.arange(entries), entries)
-    positions = np.broadcast_to(np.arange(entries), (layers, rows, 1, entries))
+    positions = jnp.broadcast_to(jnp.arange(entries), (layers, rows, 1, entries))
 
     def run(keys, values, tail, query):
         group = kv_heads // lanes
