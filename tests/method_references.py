@@ -213,6 +213,51 @@ def pyramid_kv(prompt, total, window, size, beta=20):
     return slots, snap_kv(prompt, total, window, size)[1]
 
 
+def adaptive_heads(scores, slots, window, floor, lanes):
+    """Slots [kv_heads] of one layer that has `slots` for each head; scores [kv_heads, n]."""
+    heads, n = scores.shape
+    window = max(1, min(window, slots))
+    rest, group = slots - window, heads // lanes
+    out = []
+    for first in range(0, heads, group):
+        mine = range(first, first + group)
+        ranked = sorted((-scores[h, j], h, j) for h in mine for j in range(n - window))[: group * rest]
+        found = [sum(h == head for _, h, _ in ranked) for head in mine]
+        ideal = [(1 - Fraction(str(floor))) * f + Fraction(str(floor)) * rest for f in found]
+        shares = [math.floor(x) for x in ideal]
+        for head in sorted(range(group), key=lambda h: (shares[h] - ideal[h], h))[: group * rest - sum(shares)]:
+            shares[head] += 1
+        out += [window + share for share in shares]
+    return out
+
+
+def ada_kv(prompt, total, window, size, kind="max", floor=0.2, lanes=1, layers=None):
+    """layers: (prompt, total) -> slots of each layer, the same for all by default."""
+    scores = pool_sequence(last_rows(prompt, window), size, kind, window)
+    slots = layers(prompt, total) if layers else uniform(prompt.layers, total)
+    return [adaptive_heads(of_layer, s, window, floor, lanes) for of_layer, s in zip(scores, slots)], scores
+
+
+def by_mass(prompt, total, method, share, window, sinks=0, text_first=False):
+    """The slots that hold the share of each layer's scores, or the largest common share that `total` slots hold."""
+    _, scores = method(prompt, total)
+    kind = ~prompt.visual if text_first else None
+
+    def held(scores, slots):
+        """By `slots` slots; a window that grows with them counts for its last token only."""
+        mean = scores.mean(axis=0)
+        if slots == 0:
+            return 0.0
+        if isinstance(window, float):
+            core = slots - max(1, math.floor(Fraction(str(window)) * slots)) + 1
+            return mean[keep(mean, core, 0, sinks, kind)].sum() / mean.sum()
+        return mean[keep(mean, slots, window, sinks, kind)].sum() / mean.sum()
+
+    wanted = [(held(s, k), k, layer) for layer, s in enumerate(scores) for k in range(prompt.n)]
+    taken = sorted(step for step in wanted if step[0] < share)[:total]
+    return [sum(layer == mine for _, _, layer in taken) for mine in range(prompt.layers)], scores
+
+
 def tova(prompt, total):
     return uniform(prompt.layers, total), last_rows(prompt, 1, shared=True)
 

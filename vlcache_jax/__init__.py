@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import Bytes, Tokens, layer_budgets
+from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
@@ -12,6 +12,7 @@ from vlcache_jax.ops import Kernels
 from vlcache_jax.policies import (
     H2O,
     TOVA,
+    AdaKV,
     AirCache,
     Drop,
     ExpectedAttention,
@@ -48,6 +49,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "VLM",
+    "AdaKV",
     "AirCache",
     "Batch",
     "Bytes",
@@ -63,6 +65,7 @@ __all__ = [
     "KeyNorm",
     "LastRows",
     "LookM",
+    "Mass",
     "Merge",
     "MixKV",
     "Policy",

@@ -127,13 +127,18 @@ def union_attention(
     def run(query, parts):
         return decode_attention_op.union_attention(query, parts, implementation=kernels.decode_attention)
 
-    rows, heads = _axes(query.shape[0], parts[0][0].lanes)
+    kv_heads = max(max(store.lanes, segments.lengths.shape[1]) for store, segments in parts)
+    rows, heads = _axes(query.shape[0], kv_heads)
+    if any(_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
+        heads = None  # a device's heads would not be where they look for their lane
     split = PartitionSpec(rows, heads)
 
     def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
         store, segments = part
+        # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
+        lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
         shared = segments.lengths.shape[1] == 1
-        return jax.tree.map(lambda _: split, store), jax.tree.map(
+        return jax.tree.map(lambda _: PartitionSpec(rows, lanes), store), jax.tree.map(
             lambda _: PartitionSpec(rows, None if shared else heads), segments
         )
 
@@ -147,25 +152,27 @@ def pack(
     order: jax.Array,
     slots: jax.Array,
     pool: int,
+    lanes: int | None = None,
     bits: int | None = None,
     channels: jax.Array | None = None,
 ) -> PackedStore:
-    """`packing.pack`."""
-    rows, heads = _axes(keys.shape[1], keys.shape[2])
-    shared = PartitionSpec(None, rows)
+    """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
+    rows, heads = _axes(keys.shape[1], lanes or keys.shape[2])
+    per_device = lanes and lanes // _size(heads)
 
     def per_head(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(None, rows, heads) if x.shape[2] > 1 else shared
+        return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
 
     def run(keys, values, positions, order, slots, channels):
-        return packing.pack(keys, values, positions, order, slots, pool, bits, channels)
+        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels)
 
-    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
+    split = PartitionSpec(rows, heads)
+    segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
     scales = None if bits is None else split
     of_channels = None if channels is None else PartitionSpec(rows, None, heads)
-    store: Any = PackedStore(*[split] * 3, *[row] * 2, scales, scales, of_channels)  # type: ignore[arg-type]
-    inputs = [per_head(x) for x in (keys, values, positions, order)]
-    inputs += [shared, None if channels is None else per_head(channels)]
+    store: Any = PackedStore(*[split] * 3, *[segments] * 2, scales, scales, of_channels)  # type: ignore[arg-type]
+    inputs = [per_head(x) for x in (keys, values, positions, order, slots)]
+    inputs += [None if channels is None else per_head(channels)]
     return _local(run, tuple(inputs), store)(keys, values, positions, order, slots, channels)
 
 
@@ -201,6 +208,10 @@ def _axes(rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
     split_rows = over and rows % math.prod(free[name] for name in over) == 0
     split_heads = MODEL_AXIS in free and heads % free[MODEL_AXIS] == 0
     return over if split_rows else None, MODEL_AXIS if split_heads else None
+
+
+def _size(axis: str | None) -> int:
+    return jax.sharding.get_abstract_mesh().shape[axis] if axis else 1
 
 
 def _local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -28,10 +28,11 @@ def pack(
     order: jax.Array,
     slots: jax.Array,
     pool: int,
+    lanes: int | None = None,
     bits: int | None = None,
     channels: jax.Array | None = None,
 ) -> PackedStore:
-    """Gathers the kept tokens of all layers into one pool per row and KV head.
+    """Gathers the kept tokens of all layers into one pool per row and lane.
 
     The pool is written once by a gather over its slots: besides the candidates and the pool nothing of the size of
     either is made. A quantised pool is written block by block, so no float copy of it is made either.
@@ -42,50 +43,57 @@ def pack(
       positions: i32 [layers, batch, heads or 1, entries], their prompt positions.
       order: i32 [layers, batch, heads, entries], from `selection.select`; heads is kv_heads, or 1 if they all keep the
         same tokens.
-      slots: i32 [layers, batch].
+      slots: i32 [layers, batch]; [layers, batch, kv_heads] if lanes are shared.
       pool: slots of the pool, from `capacity`.
+      lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots.
       bits: 8, 4 or 2 for a quantised store.
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
     """
-    _, batch, kv_heads, entries, _ = keys.shape
-    heads = order.shape[2]
-    sizes = align(slots.T, segment_alignment(bits))  # [batch, layers]
-    ends = jnp.cumsum(sizes, axis=1)
+    layers, batch, kv_heads, entries, _ = keys.shape
+    # The segments of a lane one after another: layers, and the heads of each layer.
+    shared = 1 if lanes is None else lanes  # tables of segments
+    group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
+    counts = slots.reshape(layers, batch, shared, group).transpose(1, 2, 0, 3).reshape(batch, shared, layers * group)
+    sizes = align(counts, segment_alignment(bits))
+    ends = jnp.cumsum(sizes, axis=2)
     offsets = ends - sizes
     slot = jnp.arange(pool)
-    layer = jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right"))(ends)  # [batch, pool]
-    layer = jnp.minimum(layer, slots.shape[0] - 1)
-    index = slot - jnp.take_along_axis(offsets, layer, axis=1)
-    used = index < jnp.take_along_axis(slots.T, layer, axis=1)
+    segment = jax.vmap(jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right")))(ends)  # [batch, lanes or 1, pool]
+    segment = jnp.minimum(segment, layers * group - 1)
+    index = slot - jnp.take_along_axis(offsets, segment, axis=2)
+    used = index < jnp.take_along_axis(counts, segment, axis=2)
 
     row = jnp.arange(batch)[:, None, None]
-    head = jnp.arange(heads)[:, None]
-    layer = layer[:, None]  # [batch, 1, pool]
-    entry = order[layer, row, head, jnp.minimum(index, entries - 1)[:, None]]
+    lane = jnp.arange(kv_heads // group)[:, None]
+    layer, head = segment // group, lane * group + segment % group
+    entry = order[layer, row, head if order.shape[2] > 1 else 0, jnp.minimum(index, entries - 1)]
     entry = jnp.minimum(entry, entries - 1)  # free slots
     where = positions[layer, row, head if positions.shape[2] > 1 else 0, entry]
-    where = jnp.where(used[:, None], where, -1)
+    where = jnp.where(used, where, -1)
 
-    lane = jnp.arange(kv_heads)[:, None]
+    def table(x: jax.Array) -> jax.Array:  # [batch, layers, kv_heads or 1]
+        return x.reshape(batch, shared, layers, group).swapaxes(1, 2).reshape(batch, layers, shared * group)
+
     rest = {
-        "positions": jnp.broadcast_to(where, (batch, kv_heads, pool)),
-        "offsets": offsets[..., None],
-        "lengths": slots.T[..., None],
+        "positions": jnp.broadcast_to(where, (batch, kv_heads // group, pool)),
+        "offsets": table(offsets),
+        "lengths": table(counts),
     }
     if bits is None:
-        return PackedStore(keys[layer, row, lane, entry], values[layer, row, lane, entry], **rest)
+        return PackedStore(keys[layer, row, head, entry], values[layer, row, head, entry], **rest)
 
     def read(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        l, e, valid = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (layer, entry, where >= 0))
-        value = values[l, row, lane, e].astype(jnp.float32)
+        whole = (layer, head, entry, where >= 0)
+        l, h, e, valid = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in whole)
+        value = values[l, row, h, e].astype(jnp.float32)
         if channels is not None:
-            value /= channels[l, row, lane]
-        return keys[l, row, lane, e], value, valid
+            value /= channels[l, row, h]
+        return keys[l, row, h, e], value, valid
 
-    buffers = empty_codes((batch, kv_heads, pool, keys.shape[-1]), bits)
+    buffers = empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits)
     keys, values, key_scales, value_scales = quantise_into(buffers, read, 0, pool, bits)
     by_row = None if channels is None else channels.swapaxes(0, 1)
     return PackedStore(keys, values, key_scales=key_scales, value_scales=value_scales, value_channels=by_row, **rest)

@@ -53,7 +53,7 @@ def prefill(
         only outside `jit`, where they are known).
       CheckpointError: scores that are not finite: no token can be told from another; or, where evicted tokens are
         merged, keys or values (outside `jit` only; inside, `Allocation.density` is NaN in such a layer).
-      PolicyError: a budget in bytes that holds less than one token a layer.
+      PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
     with on_mesh_of(params, batch):
@@ -149,9 +149,11 @@ def _compress(
 ) -> tuple[jax.Array, list[PackedStore], Allocation]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
-    budget = slot_budget(policy.budget, spec, policy.bits)
+    allocate = policy.sharing
+    lanes = policy.lanes if allocate.per_head else None
+    budget = slot_budget(policy.budget, spec, lanes, policy.bits)
     count = max(1, floor_fraction(length, policy.candidate_fraction))
-    threshold = policy.allocate.threshold
+    threshold = allocate.threshold
     quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
@@ -182,7 +184,7 @@ def _compress(
         if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
             sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
             finite &= jnp.all(sound | ~inputs.valid, axis=1)
-        measured = policy.allocate.measure(inputs, scores)
+        measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
         positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
@@ -197,23 +199,27 @@ def _compress(
 
     hidden, _, layer_outputs = run(attend, None, jnp.arange(layers))
     keys, values, scores, positions, channels, density, measured = layer_outputs
-    requested = policy.allocate.slots(jnp.moveaxis(measured, 0, 1), lengths, budget)  # [batch, layers]
-    slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
+    measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
+    requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+    most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
+    slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
     choose = partial(select, recent=policy.recent, sinks=policy.sinks)
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
         keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
         positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
+    group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
 
     def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
-        return ops.pack(keys, values, positions, order, slots, pool, bits, None if bits is None else channels)
+        return ops.pack(keys, values, positions, order, slots, pool, lanes, bits, None if bits is None else channels)
 
-    pool = capacity(policy.allocate.capacity(length, budget), layers, segment_alignment(policy.bits))
+    pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
     stores = [store(order, slots, pool, policy.bits)]
     if isinstance(policy.evicted, Quantise):
         bits = policy.evicted.bits
         others = jax.vmap(unselected, (0, None))(order, lengths)
-        pool = whole_tiles(layers * int(align(length, segment_alignment(bits))))  # a prompt may keep next to nothing
-        stores.append(store(others, lengths - slots, pool, bits))
+        # A prompt may keep next to nothing, so that there is room for all of it.
+        pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
+        stores.append(store(others, jnp.expand_dims(lengths, range(1, slots.ndim - 1)) - slots, pool, bits))
     return hidden, stores, Allocation(requested=requested, density=density.T)

@@ -77,10 +77,10 @@ def _best(
 
     A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
 
-    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths, latest, first and
-    count i32 [batch] -> bool [batch, heads, entries].
+    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32 [batch],
+    latest, first and count i32 [batch] or [batch, kv_heads] -> bool [batch, heads or kv_heads, entries].
     """
-    end, latest, first, count = (x[:, None, None] for x in (lengths, latest, first, count))
+    end, latest, first, count = (x.reshape(len(x), -1, 1) for x in (lengths, latest, first, count))
     priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
     return largest(jnp.where(positions < end, priority, -jnp.inf), count)
 
@@ -167,13 +167,13 @@ def select(
       positions: i32 [batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the true
         length are padding.
       lengths: i32 [batch].
-      slots: i32 [batch], tokens to keep, at most min(entries, length).
+      slots: i32 [batch], tokens to keep, at most min(entries, length); or [batch, kv_heads], of each head.
       recent: as in `Policy`.
       sinks: as in `Policy`.
 
     Returns:
       i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
-        `entries`.
+        `entries`. heads is kv_heads if each has its own slots.
 
     Example:
       >>> scores = jnp.array([[[0.5, 0.9, 0.7, 0.0]]])

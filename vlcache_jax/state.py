@@ -8,7 +8,18 @@ has a static size although every prompt splits it differently:
                          <-------------------> lengths[b, 0]
 
 Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16; of a quantised store at multiples of its
-group. Generated tokens go to the tail:
+group.
+
+Head-adaptive methods give the KV heads of a layer different numbers of slots. Then several heads share a lane, and
+what is known beforehand is the sum over the heads of a lane. KV head h lies in lane h * lanes // kv_heads; with 4 KV
+heads in 2 lanes:
+
+    context.keys[b, 0]   | layer 0, head 0 .. | layer 0, head 1 ....... | layer 1, head 0 ... | layer 1, head 1 | ...
+    context.keys[b, 1]   | layer 0, head 2 ....... | layer 0, head 3 | layer 1, head 2 .......... | layer 1, ...
+                         ^ offsets[b, 0, 2] = 0    ^ offsets[b, 0, 3]
+                         <---------------------> lengths[b, 0, 2]
+
+Generated tokens go to the tail:
 
     tail.keys[b, h]      | layer 0: t0 t1 t2 .......... | layer 1: t0 t1 t2 .......... | ...
                                      <-> tail.length        <-> capacity for each layer
@@ -57,10 +68,12 @@ class PackedStore:
     """The kept part of the prompt. Written once, at the end of prefill; read-only while decoding.
 
     Attributes:
-      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head.
+      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head, or
+        several heads share one.
       values: like `keys`.
       positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
-      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if all heads share it.
+      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if there is one for all heads,
+        each in a lane of its own.
       lengths: i32, like `offsets`. Slots in the segment.
       key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
       value_scales: like `key_scales`.
@@ -123,8 +136,8 @@ class Allocation:
     """How the budget was shared out.
 
     Attributes:
-      requested: i32 [batch, layers]. Slots the allocator gave; more than were kept only if a layer had handed on fewer
-        candidates (`candidate_fraction`).
+      requested: i32 [batch, layers], or [batch, layers, kv_heads] of a head-adaptive method. Slots the allocator gave;
+        more than were kept only if a layer had handed on fewer candidates (`candidate_fraction`).
       density: f32 [batch, layers]. Share of attention entries above the threshold (1 where it was not measured).
     """
 
@@ -168,12 +181,14 @@ class KVState:
         """
         c = self.context
         batch, lanes, slots = c.positions.shape
-        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, lanes))
-        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, lanes))
+        heads = max(lanes, c.lengths.shape[2])
+        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, heads))
+        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, heads))
         count = slots
         if not isinstance(lengths, jax.core.Tracer):
             count = int(np.max(np.asarray(lengths), initial=1))
         index = jnp.arange(count)
         slot = jnp.minimum(offsets[..., None] + index, slots - 1)
-        positions = jnp.take_along_axis(c.positions, slot, axis=2)
+        lane = jnp.arange(heads) * lanes // heads
+        positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
         return jnp.where(index < lengths[..., None], positions, -1)

@@ -18,12 +18,18 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
     """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
 
     Raises:
-      PolicyError: `policy` is not a policy, or pools scores over another patch grid than the model's.
+      PolicyError: `policy` is not a policy, its lanes do not divide the model's KV heads, or it pools scores over
+        another patch grid than the model's.
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has.
     """
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
     _check_grid(spec, policy)
+    if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
+        raise PolicyError(
+            f"policy {policy.name!r}: lanes={policy.lanes} do not divide the model's {spec.num_kv_heads} KV heads: "
+            f"give a divisor of {spec.num_kv_heads}"
+        )
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
     if max_new_tokens < 1:

@@ -1,9 +1,11 @@
 """Cache policies and their parts. A method of the field is a small file with a function that composes a `Policy`."""
 
+from vlcache_jax.policies.ada_kv import AdaKV, AdaptiveHeads
 from vlcache_jax.policies.air_cache import AirCache, EliteAttention, StrengthAndSkewness
 from vlcache_jax.policies.allocate import Allocate, SparsityAware, Uniform
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.by_name import POLICIES, policy_by_name
+from vlcache_jax.policies.equal_mass import EqualMass, RetainedMass
 from vlcache_jax.policies.evicted import Drop, Evicted, Merge, Quantise
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
@@ -13,7 +15,7 @@ from vlcache_jax.policies.key_norm import KeyNorm, KeyNormScore
 from vlcache_jax.policies.look_m import LookM, TextPrior
 from vlcache_jax.policies.mix_kv import DiversityMixed, MixKV
 from vlcache_jax.policies.pooling import GridPooled, SequencePooled
-from vlcache_jax.policies.prefix_kv import EqualMass, PrefixKV
+from vlcache_jax.policies.prefix_kv import PrefixKV
 from vlcache_jax.policies.pyramid_kv import Pyramid, PyramidKV
 from vlcache_jax.policies.random_eviction import RandomEviction
 from vlcache_jax.policies.rows import AllRows, LastRow, LastRows, PostVision, Rows
@@ -30,6 +32,8 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "AccumulatedAttention",
+    "AdaKV",
+    "AdaptiveHeads",
     "AirCache",
     "AllRows",
     "Allocate",
@@ -63,6 +67,7 @@ __all__ = [
     "RandomEviction",
     "RandomScore",
     "Recency",
+    "RetainedMass",
     "Rows",
     "Score",
     "SequencePooled",

@@ -29,7 +29,8 @@ class EliteAttention(Score):
     """
 
     ratio: float = 0.9
-    needs_attention = False
+    needs_attention = False  # it computes its own
+    is_mass = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:

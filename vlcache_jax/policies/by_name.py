@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.policies.ada_kv import AdaKV
 from vlcache_jax.policies.air_cache import AirCache
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.expected_attention import ExpectedAttention
@@ -29,6 +30,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "vl_cache": VLCache,
     "snap_kv": SnapKV,
     "pyramid_kv": PyramidKV,
+    "ada_kv": AdaKV,
     "h2o": H2O,
     "tova": TOVA,
     "streaming_llm": StreamingLLM,

@@ -26,6 +26,8 @@ class TextPrior(Score):
 
     score: Score
 
+    is_mass = False
+
     @property
     def needs_attention(self) -> bool:
         """That of the score."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget, SlotBudget
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.equal_mass import EqualMass
 from vlcache_jax.policies.evicted import Drop, Quantise
-from vlcache_jax.policies.prefix_kv import EqualMass
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs
 
