@@ -1,0 +1,225 @@
+"""Compress once, ask many: what a context answers, and that it is never copied."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny_models import one_row, ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.sharding import param_shardings
+
+NEW = 6
+ROWS, QUESTIONS = 2, 2
+POLICY = vlc.KeyDifference(budget=0.4)
+FREE = {"eos_token_ids": []}
+
+
+def questions(rows=ROWS, each=QUESTIONS, length=7, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, length + 1, (rows, each)).astype(np.int32)
+    lengths.flat[0] = length
+    return vlc.Continuation(rng.integers(6, 64, (rows, each, length)).astype(np.int32), lengths)
+
+
+def followed_by(batch, *texts, length=96):
+    """The batch of the whole prompts, a row for each entry of the texts (anything with tokens and lengths)."""
+    texts = [(np.asarray(t.tokens).reshape(-1, t.tokens.shape[-1]), np.asarray(t.lengths).reshape(-1)) for t in texts]
+    each = len(texts[0][1]) // batch.size
+    tokens, index = np.zeros((each * batch.size, length), np.int32), np.full((each * batch.size, length), -1, np.int32)
+    lengths = np.repeat(batch.lengths, each)
+    for row in range(len(lengths)):
+        n, of_context = lengths[row], row // each
+        tokens[row, :n], index[row, :n] = batch.tokens[of_context, :n], batch.vision_index[of_context, :n]
+        for ids, sizes in texts:
+            tokens[row, lengths[row] : lengths[row] + sizes[row]] = ids[row, : sizes[row]]
+            lengths[row] += sizes[row]
+    return vlc.Batch(tokens, lengths, index, np.repeat(batch.pixels, each, axis=0))
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return ragged_batch(rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def full(llava, batch):
+    return vlc.compress(*llava, batch)
+
+
+@pytest.fixture(scope="module")
+def ctx(llava, batch):
+    return vlc.compress(*llava, batch, POLICY)
+
+
+@pytest.fixture(scope="module")
+def answers(ctx):
+    return vlc.answer(ctx, questions(), NEW, **FREE)
+
+
+def test_a_conversation_is_one_long_prompt(llava, batch, full):
+    """Two questions to each prompt, then two more turns of each of the four conversations."""
+    asked = [questions()]
+    outs = [vlc.answer(full, asked[0], NEW)]
+    assert outs[0].tokens.shape == (ROWS, QUESTIONS, NEW)
+    history, ctx = [asked[0], outs[0]], vlc.extend(full, asked[0], outs[0])
+    for turn in (1, 2):
+        asked.append(questions(ROWS * QUESTIONS, 1, seed=turn))
+        outs.append(vlc.answer(ctx, asked[turn], NEW))
+        ctx = vlc.extend(ctx, asked[turn], outs[turn])
+        history += [asked[turn], outs[turn]]
+        assert len(ctx.stores) == 2, "turns share a store"
+        assert ctx.stores[0] is full.stores[0]
+    lengths = sum(np.asarray(block.lengths).reshape(-1) for block in history)
+    np.testing.assert_array_equal(ctx.next_position, np.repeat(batch.lengths, QUESTIONS) + lengths)
+    for turn in range(3):
+        whole = followed_by(batch, *history[: 2 * turn + 1])
+        plain = vlc.generate(*llava, whole, vlc.FullCache(), NEW)
+        np.testing.assert_array_equal(outs[turn].tokens.reshape(-1, NEW), plain.tokens)
+        np.testing.assert_array_equal(outs[turn].lengths.reshape(-1), plain.lengths)
+    logits, _ = vlc.prefill(*llava, followed_by(batch, *history), vlc.FullCache(), NEW)
+    np.testing.assert_allclose(ctx.logits, logits, atol=1e-5)
+
+
+def test_a_question_in_the_prompt_is_generate(llava, batch, ctx):
+    plain = vlc.generate(*llava, batch, POLICY, NEW, **FREE)
+    out = vlc.answer(ctx, max_new_tokens=NEW, **FREE)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.report.kept, plain.report.kept)
+    assert out.report.state_bytes == plain.report.state_bytes == ctx.nbytes
+    assert out.report.tail_bytes == plain.report.tail_bytes
+    streamed = list(vlc.stream_decode(*llava, *ctx.start(NEW), NEW, **FREE))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), plain.tokens)
+
+
+def test_every_question_is_answered_as_if_alone(llava, batch, ctx, answers):
+    asked = questions()
+    for row in range(ROWS):
+        alone = vlc.compress(*llava, one_row(batch, row, batch.length), POLICY)
+        for number in range(QUESTIONS):
+            one = vlc.Continuation(asked.tokens[row, number][None], asked.lengths[row, number][None])
+            out = vlc.answer(alone, one, NEW, **FREE)
+            assert out.tokens.shape == (1, NEW)
+            np.testing.assert_array_equal(out.tokens[0], answers.tokens[row, number])
+    assert len({tuple(tokens) for tokens in np.asarray(answers.tokens).reshape(-1, NEW).tolist()}) > 1
+
+
+def test_samples_are_branches_with_seeds_of_their_own(ctx):
+    options = {"sampling": vlc.Sampling(temperature=5.0), **FREE}
+    asked = vlc.extend(ctx, questions())
+    out = vlc.answer(asked, None, NEW, samples=3, seeds=7, **options)
+    assert out.tokens.shape == (ROWS * QUESTIONS, 3, NEW)
+    for sample in range(3):
+        one = vlc.answer(asked, None, NEW, seeds=7 + sample, **options)
+        np.testing.assert_array_equal(out.tokens[:, sample], one.tokens)
+    assert not np.array_equal(out.tokens[:, 0], out.tokens[:, 1])
+
+
+def test_pure_and_compiled_once(ctx, answers):
+    traces = []
+
+    @jax.jit
+    def run(ctx, asked):
+        traces.append(1)
+        out = vlc.answer(ctx, asked, NEW, **FREE)
+        return out.tokens, vlc.extend(ctx, asked, out).logits
+
+    for seed in range(3):
+        tokens, logits = run(ctx, questions(seed=seed))
+        if seed == 0:
+            np.testing.assert_array_equal(tokens, answers.tokens)
+            again = vlc.extend(ctx, questions(), answers)
+            np.testing.assert_allclose(logits, again.logits, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_the_context_is_neither_copied_nor_repeated():
+    """32 questions to one long prompt: temporaries and outputs together are a tenth of the context."""
+    model, params = tiny_llava()
+    long = dataclasses.replace(model.config.decoder, max_positions=8192)
+    model = Llava(dataclasses.replace(model.config, decoder=long), model.dtype)
+    batch = ragged_batch(rows=1, length=6000)
+    shape = jax.eval_shape(lambda p: vlc.compress(model, p, batch), params)
+    asked = questions(1, 32, length=4)
+    run = jax.jit(lambda ctx, asked: (vlc.answer(ctx, asked, NEW).tokens, vlc.extend(ctx, asked).stores[1:]))
+    memory = run.lower(shape, asked).compile().memory_analysis()
+    assert shape.nbytes > 6000 * 3 * 2 * 2 * 8 * 4
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 0.5 * shape.nbytes
+
+
+def test_free_slots_are_never_read(ctx, answers):
+    def poisoned(store):
+        free = (store.positions < 0)[..., None]
+        assert bool(jnp.any(free))
+        return dataclasses.replace(
+            store, keys=jnp.where(free, jnp.nan, store.keys), values=jnp.where(free, jnp.nan, store.values)
+        )
+
+    dirty = dataclasses.replace(ctx, stores=tuple(map(poisoned, ctx.stores)))
+    np.testing.assert_array_equal(vlc.answer(dirty, questions(), NEW, **FREE).tokens, answers.tokens)
+    clean, dirty = (vlc.extend(c, questions(), answers) for c in (ctx, dirty))
+    dirty = dataclasses.replace(dirty, stores=tuple(map(poisoned, dirty.stores)))
+    more = questions(ROWS * QUESTIONS, 1, seed=3)
+    clean, dirty = (vlc.extend(c, more) for c in (clean, dirty))
+    np.testing.assert_array_equal(clean.logits, dirty.logits)
+    assert bool(jnp.all(jnp.isfinite(jnp.where((dirty.stores[1].positions >= 0)[..., None], dirty.stores[1].keys, 0))))
+
+
+def test_bfloat16(batch):
+    model, params = tiny_llava("bfloat16")
+    ctx = vlc.compress(model, params, batch, POLICY)
+    asked = questions()
+    together = vlc.extend(ctx, asked)
+    assert {x.dtype for x in (together.stores[1].keys, ctx.stores[0].keys)} == {jnp.dtype("bfloat16")}
+    plain, _ = vlc.prefill(model, params, followed_by(batch, asked), vlc.FullCache(), NEW)
+    full = vlc.extend(vlc.compress(model, params, batch), asked)
+    np.testing.assert_allclose(full.logits, plain, atol=0.05 * float(jnp.std(plain)))
+
+
+@pytest.mark.parametrize("rows", [4, 1], ids=["split rows", "one context on all devices"])
+def test_a_mesh_gives_the_same_answers(llava, rows):
+    model, params = llava
+    batch, asked = ragged_batch(rows=rows, seed=2), questions(rows, 4 // min(rows, 2))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
+    spec = PartitionSpec("data" if rows > 1 else None)
+    there = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), batch)
+    ctx = vlc.compress(model, placed, there, POLICY)
+    assert len(ctx.stores[0].keys.sharding.device_set) == 8
+    assert ctx.stores[0].keys.sharding.spec[1] == "model"
+    out = vlc.answer(ctx, asked, NEW, **FREE)
+    plain = vlc.answer(vlc.compress(model, params, batch, POLICY), asked, NEW, **FREE)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: vlc.extend(c), "at least one block"),
+        (lambda c: vlc.extend(c, "what is it?"), "a str cannot be appended"),
+        (lambda c: vlc.extend(c, questions(3, 1)), r"3 questions cannot be shared out to the context's 2 rows"),
+        (lambda c: vlc.extend(c, questions(2, 1), questions(2, 2)), r"blocks have \[2, 4\] entries"),
+        (lambda c: vlc.extend(c, vlc.Continuation(np.ones((2, 3), np.int32), [1, 4])), "must lie between 1 and"),
+        (lambda c: vlc.extend(c, vlc.Continuation(np.ones((2, 3), np.int32), [0, 1])), "lengths from 0 to 1"),
+        (lambda c: vlc.extend(c, vlc.Continuation(np.ones(3, np.int32), [1])), r"want \[..., length\]"),
+        (lambda c: vlc.extend(c, questions(2, 1, 240)), r"240 tokens after \d+ positions .* the model has 256"),
+        (lambda c: vlc.answer(c, max_new_tokens=256), r"256 new tokens after .* the model has 256"),
+        (lambda c: vlc.answer(c, max_new_tokens=0), "max_new_tokens=0"),
+        (lambda c: vlc.answer(c, samples=2), "would all be the same"),
+        (lambda c: vlc.answer(c, samples=0), "samples=0"),
+        (lambda c: vlc.answer(c, None, NEW, seeds=[1, 2, 3]), r"seeds of shape \(3,\) do not fit answers \(2,\)"),
+        (lambda c: c.start(NEW, rows=3), "rows=3 is not a multiple"),
+    ],
+)
+def test_bad_input(ctx, call, message):
+    with pytest.raises(vlc.InputError, match=message):
+        call(ctx)
