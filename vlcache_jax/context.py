@@ -20,7 +20,7 @@ from vlcache_jax.batch import Array, Batch, Continuation
 from vlcache_jax.errors import InputError
 from vlcache_jax.extending import append_block
 from vlcache_jax.generation import Generation, decode
-from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
+from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
@@ -81,7 +81,7 @@ class Context:
         if rows < 1 or rows % self.rows:
             raise InputError(f"rows={rows} is not a multiple of the context's {self.rows} rows")
         _check_count("max_new_tokens", max_new_tokens)
-        _check_positions(self.model.spec, self.next_position, max_new_tokens, "{} new tokens")
+        _check_positions(self, np.zeros(self.rows, np.int32), max_new_tokens)
         with on_mesh_of(self.params, self.stores):
             logits, next_position, tail = _start(self.model, self.logits, self.next_position, rows, max_new_tokens)
         allocation = Allocation(requested=self.report.kept, density=self.report.density)
@@ -145,9 +145,14 @@ def extend(ctx: Context, *blocks: Continuation | Generation, kernels: Kernels | 
     Example:
       ctx = vlc.extend(ctx, questions, vlc.answer(ctx, questions))
     """
+    return _extend(ctx, blocks, kernels, new_tokens=0)
+
+
+def _extend(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_tokens: int) -> Context:
+    """`extend`, if `new_tokens` more have their place, too."""
     tokens, lengths = _joined([_flat(block, ctx.rows) for block in blocks])
     rows, length = tokens.shape
-    _check_positions(ctx.model.spec, _branches(np, ctx.next_position, rows), lengths, "appending {} tokens")
+    _check_positions(ctx, lengths, new_tokens)
     join = bool(ctx.room) and rows == ctx.rows
     room = int(align(length))
     if join:
@@ -167,7 +172,7 @@ def extend(ctx: Context, *blocks: Continuation | Generation, kernels: Kernels | 
     return dataclasses.replace(
         ctx,
         stores=(*(ctx.stores[:-1] if join else ctx.stores), store),
-        next_position=_branches(jnp, ctx.next_position, rows) + lengths,
+        next_position=_branches(ctx.next_position, rows) + lengths,
         logits=logits,
         room=room,
     )
@@ -217,10 +222,10 @@ def answer(
         _check_count("samples", samples)
         if samples > 1 and sampling is None:
             raise InputError(f"samples={samples} greedy answers would all be the same: give sampling=Sampling(...)")
-    lead = (ctx.rows,) if questions is None else tuple(questions.lengths.shape)
-    asked = ctx if questions is None else extend(ctx, questions, kernels=kernels)
+    lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
     shape = lead if samples is None else (*lead, samples)
     seeds = _seeds(seeds, shape, samples)
+    asked = ctx if questions is None else _extend(ctx, (questions,), kernels, max_new_tokens)
     logits, state = asked.start(max_new_tokens, asked.rows * (samples or 1))
     options: dict[str, Any] = {"sampling": sampling, "eos_token_ids": eos_token_ids, "kernels": kernels}
     tokens, lengths = decode(ctx.model, ctx.params, logits, state, max_new_tokens, seeds=seeds, **options)
@@ -233,14 +238,12 @@ def _start(
     model: VisionLanguageModel, logits: jax.Array, next_position: jax.Array, rows: int, max_new_tokens: int
 ) -> tuple[jax.Array, jax.Array, TailStore]:
     tail = empty_tail(model.spec, rows, max_new_tokens)
-    return _branches(jnp, logits, rows), _branches(jnp, next_position, rows), tail
+    return _branches(logits, rows), _branches(next_position, rows), tail
 
 
-def _branches(library: Any, x: Any, rows: int) -> Any:
+def _branches(x: jax.Array, rows: int) -> jax.Array:
     """Repeats each of the context's rows for its branches."""
-    if rows == x.shape[0] or (library is np and not _is_known(x)):
-        return x
-    return library.repeat(x, rows // x.shape[0], axis=0)
+    return x if rows == x.shape[0] else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
 def _flat(block: Any, rows: int) -> tuple[Array, Array]:
@@ -253,6 +256,8 @@ def _flat(block: Any, rows: int) -> tuple[Array, Array]:
     tokens, lengths = (x if hasattr(x, "shape") else np.asarray(x) for x in (block.tokens, block.lengths))
     if tokens.ndim < 2 or tokens.shape[:-1] != lengths.shape or not tokens.size:
         raise InputError(f"tokens {tokens.shape} and lengths {lengths.shape}: want [..., length] and [...]")
+    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, lengths)):
+        raise InputError(f"tokens of {tokens.dtype} and lengths of {lengths.dtype}: want whole numbers")
     tokens, lengths = tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
     if len(tokens) % rows:
         raise InputError(
@@ -292,16 +297,18 @@ def _is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _check_positions(spec: ModelSpec, positions: Any, more: Any, what: str) -> None:
-    if not (_is_known(positions) and _is_known(more)):
+def _check_positions(ctx: Context, appended: Any, new_tokens: int) -> None:
+    """`appended` tokens of each entry, then as many new ones, must have a position."""
+    if not (_is_known(ctx.next_position) and _is_known(appended)):
         return
-    needed = np.asarray(positions) + np.asarray(more)
+    before, appended = np.asarray(ctx.next_position), np.asarray(appended)
+    before = np.repeat(before, len(appended) // len(before))
+    needed, most = before + appended + new_tokens, ctx.model.spec.max_positions
     row = int(np.argmax(needed))
-    if needed[row] > spec.max_positions:
-        count = int(np.broadcast_to(np.asarray(more), needed.shape)[row])
+    if needed[row] > most:
         raise InputError(
-            f"row {row}: {what.format(count)} after {int(needed[row]) - count} positions makes {int(needed[row])}, but "
-            f"the model has {spec.max_positions}: shorten the question or lower max_new_tokens"
+            f"row {row} needs {needed[row]} positions ({before[row]} of the context + {appended[row]} appended + "
+            f"{new_tokens} new ones) but the model has {most}: shorten the text or lower max_new_tokens"
         )
 
 

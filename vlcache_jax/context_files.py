@@ -82,7 +82,7 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data are aligned in a mapped file
-    unfinished = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    unfinished = Path(f"{path}.tmp-{os.getpid()}")
     try:
         with unfinished.open("wb") as stream:
             stream.write(len(raw).to_bytes(8, "little") + raw)
@@ -162,9 +162,7 @@ class _Reader:
         self.require(not self.arrays, f"tensors {sorted(self.arrays)[:4]} have no place in a context")
         with on_mesh_of(self.params):
             stores = _place(stores)
-        return Context(
-            self.model, self.params, stores, jnp.asarray(next_position), jnp.asarray(logits), report, room=room
-        )
+        return Context(self.model, self.params, stores, jnp.array(next_position), jnp.array(logits), report, room=room)
 
     def store(self, number: int, rows: int) -> PackedStore:
         def take(name: str, dtype: str, *shape: int | None) -> np.ndarray:
@@ -199,7 +197,7 @@ class _Reader:
         self.require(bool((offsets % alignment == 0).all()), f"{where}.offsets are not multiples of {alignment}")
         self.within(f"{where}: ends of segments", offsets.astype(np.int64) + lengths, 0, slots)
         return PackedStore(
-            **{name: jnp.asarray(x) for name, x in (arrays | {"offsets": offsets, "lengths": lengths}).items()}
+            **{name: jnp.array(x) for name, x in (arrays | {"offsets": offsets, "lengths": lengths}).items()}
         )
 
     def check_room(self, store: PackedStore, room: int, rows: int) -> None:
@@ -231,7 +229,7 @@ class _Reader:
             self.fail(f"its policy is {policy!r}")
         budget = self.budget(self.described.get("budget"))
         counts = {name: self.count(name) for name in _COUNTS}
-        arrays = (jnp.asarray(x) for x in (kept, lengths, density, exact))
+        arrays = (jnp.array(x) for x in (kept, lengths, density, exact))
         return Report(*arrays, policy=policy, budget=budget, **counts)
 
     def budget(self, value: Any) -> Budget:
