@@ -182,9 +182,9 @@ def test_one_context_on_all_devices_of_a_mesh(llava):
     placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
     there = jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
     ctx = vlc.compress(model, placed, there, POLICY)
-    assert ctx.stores[0].keys.sharding.spec[:2] == (None, "model")
     asked_there = vlc.extend(ctx, asked)
-    assert asked_there.stores[1].keys.sharding.spec[:2] == (("data",), "model")
+    for store, spec in zip(asked_there.stores, (PartitionSpec(None, "model"), PartitionSpec("data", "model"))):
+        assert store.keys.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), store.keys.sharding
     out = vlc.answer(asked_there, max_new_tokens=NEW, **FREE)
     plain = vlc.answer(vlc.compress(model, params, batch, POLICY), asked, NEW, **FREE)
     np.testing.assert_array_equal(out.tokens, plain.tokens[0])
@@ -230,14 +230,14 @@ def optimised():
 
 @pytest.mark.usefixtures("optimised")
 def test_the_context_is_neither_copied_nor_repeated():
-    """32 questions to one long prompt: temporaries and outputs, the questions' own stores, are a part of it."""
+    """32 questions to one long prompt: temporaries, and the questions' own stores, are next to nothing beside it."""
     model, params = tiny_llava()
-    long = dataclasses.replace(model.config.decoder, max_positions=8192)
+    long = dataclasses.replace(model.config.decoder, max_positions=200_000)
     model = Llava(dataclasses.replace(model.config, decoder=long), model.dtype)
-    batch = ragged_batch(rows=1, length=6000)
+    batch = ragged_batch(rows=1, length=100_000)
     shape = jax.eval_shape(lambda p: vlc.compress(model, p, batch), params)
     asked = questions(1, 32, length=4)
     run = jax.jit(lambda ctx, asked: (vlc.answer(ctx, asked, NEW).tokens, vlc.extend(ctx, asked).stores[1:]))
     memory = run.lower(shape, asked).compile().memory_analysis()
-    assert shape.nbytes > 6000 * 3 * 2 * 2 * 8 * 4
-    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 0.5 * shape.nbytes
+    assert shape.nbytes > 100_000 * 3 * 2 * 2 * 8 * 4
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 0.05 * shape.nbytes
