@@ -109,7 +109,7 @@ CASES = {
         partial(reference.by_mass, method=reference.prefix_kv, share=0.9, window=0.0, sinks=4), 0.0, 4, False,
     ),
     "look_m_mass": (
-        vlc.LookM(vlc.Mass(0.95, cap=0.9), recent=0.25),
+        vlc.LookM(vlc.Mass(0.95, cap=0.9), recent=0.25, selection="code"),
         partial(reference.by_mass, method=total_attention, share=0.95, window=0.25, text_first=True), 0.25, 0, True,
     ),
     "tova": (vlc.TOVA(0.3), reference.tova, 0.0, 0, False),

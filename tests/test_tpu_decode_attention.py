@@ -6,7 +6,7 @@ import sys
 import pytest
 from tpu import compile_for, shape, temporaries
 
-from vlcache_jax.kernels.decode_attention import decode_attention
+from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attention, union_attention
 from vlcache_jax.kernels.decode_attention.shapes import SHAPES
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 
@@ -88,3 +88,17 @@ def test_a_store_that_the_kernel_cannot_read_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "SLOTS", 8192 + 16)
     call = arguments(*SHAPES["qwen2-0.5b"], "bfloat16")
     assert "tpu_custom_call" not in compiled("v5e:2x2", [(call, {})]).as_text()
+
+
+@pytest.mark.parametrize("tokens", [0, 32], ids=["decoding", "a block"])
+def test_a_shared_store_is_not_repeated(tokens):
+    """8 questions to each of 4 contexts; a block of 8 * 32 queries is read in chunks."""
+    heads, kv_heads, head_dim = SHAPES["llava-1.5-7b"]
+    (_, keys, values, *segments), _ = arguments(heads, kv_heads, head_dim, "bfloat16", shared=True)
+    parts = [(Store(keys, values), Segments(*segments))]
+    query = shape(8 * BATCH, *((tokens,) if tokens else ()), heads, head_dim)
+    program = compile_for("v5e:2x2", union_attention, query, parts)
+    text = program.as_text()
+    assert "tpu_custom_call" in text
+    store_bytes = 2 * BATCH * kv_heads * SLOTS * head_dim * 2
+    assert temporaries(program) < (0.1 if tokens else 0.01) * store_bytes

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vlcache_jax.batch import Batch
+from vlcache_jax.batch import Batch, Continuation
 from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
+from vlcache_jax.context import Context, answer, compress, extend
+from vlcache_jax.context_files import load_context, save_context
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
@@ -54,6 +56,8 @@ __all__ = [
     "Batch",
     "Bytes",
     "CheckpointError",
+    "Context",
+    "Continuation",
     "Drop",
     "ExpectedAttention",
     "FullCache",
@@ -83,14 +87,19 @@ __all__ = [
     "VLCache",
     "VLCacheError",
     "ZipVL",
+    "answer",
+    "compress",
     "decode",
     "decode_step",
+    "extend",
     "generate",
     "layer_budgets",
     "load",
+    "load_context",
     "plan",
     "policy_by_name",
     "prefill",
+    "save_context",
     "stream",
     "stream_decode",
 ]

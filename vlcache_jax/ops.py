@@ -23,6 +23,7 @@ from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.merge import merge
 from vlcache_jax.state import PackedStore
 
 MODEL_AXIS = "model"
@@ -122,7 +123,11 @@ def column_statistics(
 def union_attention(
     kernels: Kernels, query: jax.Array, parts: Sequence[tuple[Store, Segments]]
 ) -> tuple[jax.Array, jax.Array]:
-    """`kernels.decode_attention.union_attention`."""
+    """`kernels.decode_attention.union_attention`.
+
+    A store with fewer rows than the query is split like the query where its rows divide, too; a single row is on every
+    device. Any other store is read whole by all devices, for all queries.
+    """
 
     def run(query, parts):
         return decode_attention_op.union_attention(query, parts, implementation=kernels.decode_attention)
@@ -131,18 +136,30 @@ def union_attention(
     rows, heads = _axes(query.shape[0], kv_heads)
     if any(_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
         heads = None  # a device's heads would not be where they look for their lane
-    split = PartitionSpec(rows, heads)
 
-    def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
-        store, segments = part
-        # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
-        lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
-        shared = segments.lengths.shape[1] == 1
-        return jax.tree.map(lambda _: PartitionSpec(rows, lanes), store), jax.tree.map(
-            lambda _: PartitionSpec(rows, None if shared else heads), segments
-        )
+    def of_store(store: Store) -> tuple[str, ...] | None:
+        return _axes(store.keys.shape[0], kv_heads)[0]
 
-    return _local(run, (split, [place(part) for part in parts]), (split, split))(query, list(parts))
+    def attend(parts: list[tuple[Store, Segments]], rows: tuple[str, ...] | None) -> tuple[jax.Array, jax.Array]:
+        def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
+            store, segments = part
+            own = of_store(store) if rows else None
+            # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
+            lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
+            placed: Any = jax.tree.map(lambda _: PartitionSpec(own, lanes), store)
+            if store.value_channels is not None:
+                placed = dataclasses.replace(placed, value_channels=PartitionSpec(own, heads))
+            shared = segments.lengths.shape[1] == 1
+            return placed, jax.tree.map(lambda _: PartitionSpec(own, None if shared else heads), segments)
+
+        block = () if query.ndim == 3 else (None,)
+        split = PartitionSpec(rows, *block, heads)
+        return _local(run, (split, [place(part) for part in parts]), (split, split))(query, parts)
+
+    here = [part for part in parts if rows is None or of_store(part[0]) or part[0].keys.shape[0] == 1]
+    everywhere = [part for part in parts if not any(part is other for other in here)]
+    results = [attend(some, axes) for some, axes in ((here, rows), (everywhere, None)) if some]
+    return merge(results) if len(results) > 1 else results[0]
 
 
 def pack(

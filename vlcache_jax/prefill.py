@@ -86,11 +86,12 @@ def _prefill(
     hidden, (context, *more), allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    tail = _empty_tail(model.spec, batch.size, max_new_tokens)
+    tail = empty_tail(model.spec, batch.size, max_new_tokens)
     return logits, KVState(context, tail, lengths, allocation, tuple(more))
 
 
-def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
+def empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
+    """Room for `max_new_tokens` tokens of each row."""
     room = int(align(max_new_tokens))
     shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * room), spec.head_dim)
     zeros = ops.split(jnp.zeros(shape, spec.dtype))
