@@ -139,8 +139,9 @@ def decode(
     Args:
       model, params, sampling, seeds, eos_token_ids, kernels: as in `generate`.
       logits: of the first token, f32 [batch, vocab].
-      state: as `prefill` returned it. It stays valid: several answers may be drawn from one.
-      max_new_tokens: at most what the state was made for.
+      state: as `prefill` returned it. It stays valid: several answers may be drawn from one. (A rule that rewrites the
+        context works on a copy of it.)
+      max_new_tokens: at most what the state was made for, unless the policy's rule lets answers grow longer.
 
     Returns:
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
@@ -173,7 +174,8 @@ def stream_decode(
     stop = _stop_ids(model, eos_token_ids)
 
     def tokens() -> Iterator[np.ndarray]:
-        stores, own = state.stores, dataclasses.replace(state, tail=jax.tree.map(jnp.copy, state.tail))
+        stores = state.stores
+        own = _with_stores(jax.tree.map(jnp.copy, _with_stores(state, ())), stores)
         loop = _start(logits, own, seeds, sampling, stop)
         yield np.asarray(loop.token)
         for _ in range(max_new_tokens - 1):
@@ -187,10 +189,13 @@ def stream_decode(
 
 
 def _check_room(state: KVState, max_new_tokens: int) -> None:
-    if not 1 <= max_new_tokens <= state.tail.capacity:
+    unlimited = state.tail.rule.unlimited
+    if max_new_tokens < 1 or (max_new_tokens > state.tail.capacity and not unlimited):
         raise InputError(
             f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this state: "
-            "prefill with a larger max_new_tokens"
+            "prefill with a larger max_new_tokens, or choose another rule for generated tokens (Policy.generated)"
+            if not unlimited
+            else f"max_new_tokens={max_new_tokens} must be at least 1"
         )
 
 
@@ -237,6 +242,8 @@ _stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop", "ker
 
 
 def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
+    if state.tail.rule.rewrites_context:
+        return state
     context, more = (stores[0], stores[1:]) if stores else (None, ())  # None only while looping
     return dataclasses.replace(state, context=context, more=more)  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
-from vlcache_jax.state import PackedStore
+from vlcache_jax.state import PackedStore, RecentQueries, TailStore
 
 MODEL_AXIS = "model"
 """The mesh axis over which projections and KV heads are split."""
@@ -141,7 +141,13 @@ def union_attention(
 
 
 def pack(
-    keys: jax.Array, values: jax.Array, positions: jax.Array, order: jax.Array, slots: jax.Array, pool: int
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    room: int | None = None,
 ) -> PackedStore:
     """`packing.pack`."""
     rows, heads = _axes(keys.shape[1], keys.shape[2])
@@ -151,12 +157,32 @@ def pack(
         return PartitionSpec(None, rows, heads) if x.shape[2] > 1 else shared
 
     def run(keys, values, positions, order, slots):
-        return packing.pack(keys, values, positions, order, slots, pool)
+        return packing.pack(keys, values, positions, order, slots, pool, room)
 
     split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
     store: Any = PackedStore(*[split] * 3, *[row] * 2)  # type: ignore[arg-type]
     inputs = (per_head(keys), per_head(values), per_head(positions), per_head(order), shared)
     return _local(run, inputs, store)(keys, values, positions, order, slots)
+
+
+def recompress(
+    function: Callable[..., tuple[jax.Array, ...]],
+    context: PackedStore,
+    tail: TailStore,
+    observed: RecentQueries,
+    next_position: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`recompression.recompress`, on each device's rows and heads."""
+    rows, heads = _axes(tail.keys.shape[0], context.keys.shape[1])
+    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
+
+    def place(tree: Any) -> Any:  # as `planning.placement.place_state` does
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: row if path[-1].name in ("offsets", "lengths", "length") else split, tree
+        )
+
+    inputs = (*(place(tree) for tree in (context, tail, observed)), row)
+    return _local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
 
 
 def split(buffers: jax.Array) -> jax.Array:

@@ -17,7 +17,13 @@ def capacity(slots: int, layers: int) -> int:
 
 
 def pack(
-    keys: jax.Array, values: jax.Array, positions: jax.Array, order: jax.Array, slots: jax.Array, pool: int
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    room: int | None = None,
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and KV head.
 
@@ -32,13 +38,14 @@ def pack(
         same tokens.
       slots: i32 [layers, batch].
       pool: slots of the pool, from `capacity`.
+      room: distance from one segment to the next; by default they follow one another.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
     """
     _, batch, kv_heads, entries, _ = keys.shape
     heads = order.shape[2]
-    sizes = align(slots.T)  # [batch, layers]
+    sizes = align(slots.T) if room is None else jnp.full_like(slots.T, room)  # [batch, layers]
     ends = jnp.cumsum(sizes, axis=1)
     offsets = ends - sizes
     slot = jnp.arange(pool)

@@ -14,14 +14,26 @@ from vlcache_jax import ops
 from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import slot_budget
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.eviction import layer_room, slot_weights
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.packing import capacity
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.generated import Evict, Generated, Recompress
 from vlcache_jax.policies.scores import LayerInputs
+from vlcache_jax.recompression import no_queries
 from vlcache_jax.selection import candidates, protected_first, select
-from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, whole_tiles
+from vlcache_jax.state import (
+    Allocation,
+    KVState,
+    PackedStore,
+    RecentQueries,
+    SlotWeights,
+    TailStore,
+    align,
+    whole_tiles,
+)
 from vlcache_jax.validation import check_prefill
 
 
@@ -41,7 +53,8 @@ def prefill(
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
       policy: what to keep.
-      max_new_tokens: room in the tail for generated tokens.
+      max_new_tokens: room in the tail for generated tokens, where the policy's rule keeps them all; elsewhere answers
+        may grow longer.
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
@@ -81,22 +94,28 @@ def _prefill(
     lengths = jnp.asarray(batch.lengths)
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    hidden, context, allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    hidden, context, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    return logits, KVState(context, _empty_tail(model.spec, batch.size, max_new_tokens), lengths, allocation)
+    room = layer_room(policy, slot_budget(policy.budget, model.spec), batch.length) if _evicts(policy) else None
+    tail = _empty_tail(model.spec, batch.size, policy.rule, max_new_tokens, room)
+    return logits, KVState(context, tail, lengths, allocation, observed=observed)
 
 
-def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
-    room = int(align(max_new_tokens))
-    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * room), spec.head_dim)
+def _evicts(policy: Policy) -> bool:
+    return isinstance(policy.rule, Evict)
+
+
+def _empty_tail(spec: ModelSpec, batch: int, rule: Generated, max_new_tokens: int, room: int | None) -> TailStore:
+    own = int(align(rule.tail_tokens(max_new_tokens)))
+    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * own), spec.head_dim)
     zeros = ops.split(jnp.zeros(shape, spec.dtype))
-    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=room)
+    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=own if room is None else room, rule=rule)
 
 
 def _keep_all(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, PackedStore, Allocation]:
+) -> tuple[jax.Array, PackedStore, Allocation, None]:
     """The uncompressed cache: each layer writes its segment of the pool in place."""
     room, layers = int(align(batch.length)), spec.num_layers
 
@@ -122,12 +141,12 @@ def _keep_all(
         offsets=jnp.broadcast_to(room * jnp.arange(layers)[:, None], (batch.size, layers, 1)),
         lengths=kept[..., None],
     )
-    return hidden, context, Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
+    return hidden, context, Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
 
 
 def _compress(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, PackedStore, Allocation]:
+) -> tuple[jax.Array, PackedStore, Allocation, SlotWeights | RecentQueries | None]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
     budget = slot_budget(policy.budget, spec)
@@ -135,6 +154,8 @@ def _compress(
     threshold = policy.allocate.threshold
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
+    rule = policy.rule
+    noted = rule.rows if isinstance(rule, Recompress) else 0
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):
@@ -169,13 +190,19 @@ def _compress(
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         density = jnp.where(finite, density, jnp.nan)
-        return out, carry, (key, value, scores, positions, density, measured)
+        room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
+        return out, carry, (key, value, scores, positions, density, measured, room)
 
-    hidden, _, (keys, values, scores, positions, density, measured) = run(attend, None, jnp.arange(layers))
+    hidden, _, (keys, values, scores, positions, density, measured, queries) = run(attend, None, jnp.arange(layers))
     requested = policy.allocate.slots(jnp.moveaxis(measured, 0, 1), lengths, budget)  # [batch, layers]
     slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
     choose = partial(select, recent=policy.recent, sinks=policy.sinks)
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
-    pool = capacity(policy.allocate.capacity(length, budget), layers)
-    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
-    return hidden, context, Allocation(requested=requested, density=density.T)
+    allocation = Allocation(requested=requested, density=density.T)
+    kept = (keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots)
+    if _evicts(policy):
+        room = layer_room(policy, budget, length)
+        context = ops.pack(*kept, whole_tiles(layers * room), room)
+        return hidden, context, allocation, slot_weights(policy, scores, order, requested, context, room)
+    context = ops.pack(*kept, capacity(policy.allocate.capacity(length, budget), layers))
+    return hidden, context, allocation, no_queries(queries) if noted else None

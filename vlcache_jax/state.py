@@ -14,12 +14,16 @@ Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16. 
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.kernels.decode_attention import Segments, Store
+
+if TYPE_CHECKING:
+    from vlcache_jax.policies.generated import Generated
 
 ALIGNMENT = 16
 """Segments start at multiples of this many slots."""
@@ -44,10 +48,13 @@ def whole_tiles(slots: int) -> int:
 class PackedStore:
     """The kept part of the prompt. Written once, at the end of prefill; read-only while decoding.
 
+    Two rules of the generated tokens rewrite it (`Generated.rewrites_context`): then it holds generated tokens, too,
+    in any order.
+
     Attributes:
       keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head.
       values: like `keys`.
-      positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
+      positions: i32 [batch, lanes, slots]. The token's index in prompt and answer; -1 in a free slot.
       offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if all heads share it.
       lengths: i32, like `offsets`. Slots in the segment.
       key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
@@ -76,24 +83,55 @@ class PackedStore:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TailStore:
-    """The generated tokens; never evicted.
+    """The generated tokens that are not in the context.
 
     Attributes:
       keys: [batch, lanes, slots, head_dim], rotated; slots is layers * capacity, or a little more (`whole_tiles`).
       values: like `keys`.
-      length: i32 [batch]. Tokens appended so far. All rows append at the same slot, the largest length.
-      capacity: tokens a layer can hold (static).
+      length: i32 [batch]. Tokens appended so far, or, with `Recompress`, since the context was last rewritten. All
+        rows append at the same slot, the largest length; in a `RollingWindow`, modulo its size.
+      capacity: slots of a layer, here or, with `Evict`, which has no tail, in the context (static).
+      rule: what becomes of the generated tokens (static).
     """
 
     keys: jax.Array
     values: jax.Array
     length: jax.Array
     capacity: int = dataclasses.field(metadata={"static": True})
+    rule: "Generated" = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its buffers."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotWeights:
+    """What `Evict` knows of the tokens in the context.
+
+    Attributes:
+      scores: f32 [batch, lanes, slots]. Attention received by the token of each slot.
+      sizes: i32 [batch, layers]. Tokens a layer holds between two steps.
+    """
+
+    scores: jax.Array
+    sizes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecentQueries:
+    """What `Recompress` knows of the latest steps: a ring of `rows` of them for each layer.
+
+    Attributes:
+      queries: [batch, heads, layers * rows, head_dim], rotated.
+      lse: f32 [batch, heads, layers * rows]. The log-sum-exp of their scaled logits over all that they saw.
+    """
+
+    queries: jax.Array
+    lse: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +160,7 @@ class KVState:
       next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
       allocation: how the budget was shared out.
       more: further parts of the prompt, read like the context: what is kept at a lower precision, say. Most have none.
+      observed: what the rule of the generated tokens remembers of the attention; None with most rules.
     """
 
     context: PackedStore
@@ -129,6 +168,7 @@ class KVState:
     next_position: jax.Array
     allocation: Allocation
     more: tuple[PackedStore, ...] = ()
+    observed: SlotWeights | RecentQueries | None = None
 
     @property
     def stores(self) -> tuple[PackedStore, ...]:
@@ -136,7 +176,7 @@ class KVState:
         return (self.context, *self.more)
 
     def kept_positions(self, layer: int) -> jax.Array:
-        """Prompt positions that a layer kept, for every row and KV head.
+        """Positions that a layer keeps, for every row and KV head; in the prompt, or in the answer that follows it.
 
         Args:
           layer: 0 <= layer < layers.
@@ -155,4 +195,6 @@ class KVState:
         index = jnp.arange(count)
         slot = jnp.minimum(offsets[..., None] + index, slots - 1)
         positions = jnp.take_along_axis(c.positions, slot, axis=2)
-        return jnp.where(index < lengths[..., None], positions, -1)
+        last = jnp.iinfo(jnp.int32).max
+        positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
+        return jnp.where(positions < last, positions, -1)

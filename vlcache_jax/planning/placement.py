@@ -74,7 +74,7 @@ def place_state(state: KVState, mesh: Mesh) -> KVState:
     """An abstract state: rows over "data", KV heads (lanes) over "model"."""
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        has_lanes = path[-1].name in ("keys", "values", "positions")
+        has_lanes = path[-1].name in ("keys", "values", "positions", "scores", "queries", "lse")
         return abstract(leaf, mesh, PartitionSpec(DATA_AXIS, MODEL_AXIS) if has_lanes else PartitionSpec(DATA_AXIS))
 
     return jax.tree_util.tree_map_with_path(place, state)

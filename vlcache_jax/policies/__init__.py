@@ -6,6 +6,7 @@ from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.by_name import POLICIES, policy_by_name
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.generated import Append, Evict, Generated, Recompress, RollingWindow
 from vlcache_jax.policies.h2o import H2O
 from vlcache_jax.policies.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.key_norm import KeyNorm, KeyNormScore
@@ -31,12 +32,15 @@ __all__ = [
     "AirCache",
     "AllRows",
     "Allocate",
+    "Append",
     "DiversityMixed",
     "EliteAttention",
     "EqualMass",
+    "Evict",
     "ExpectedAttention",
     "ExpectedScore",
     "FullCache",
+    "Generated",
     "GridPooled",
     "KeyDifference",
     "KeyDifferenceScore",
@@ -56,6 +60,8 @@ __all__ = [
     "RandomEviction",
     "RandomScore",
     "Recency",
+    "Recompress",
+    "RollingWindow",
     "Rows",
     "Score",
     "SequencePooled",

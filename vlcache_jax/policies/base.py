@@ -6,6 +6,7 @@ from vlcache_jax.budgets import Budget, Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
+from vlcache_jax.policies.generated import Append, Generated
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
@@ -34,6 +35,8 @@ class Policy:
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
+      generated: what becomes of the generated tokens: `Append` (none is ever evicted), `RollingWindow`, `Evict` or
+        `Recompress`. Under a budget of 1, which leaves nothing to evict, the last two are `Append`.
 
     Raises:
       PolicyError: a value out of range, or a combination that cannot work.
@@ -48,6 +51,7 @@ class Policy:
     sinks: int = 0
     protect: str | None = None
     candidate_fraction: float = 1.0
+    generated: Generated = dataclasses.field(default_factory=Append)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
@@ -67,6 +71,10 @@ class Policy:
             raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
         if self.protect not in (None, "text", "vision"):
             raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")
+        if not isinstance(self.generated, Generated):
+            raise PolicyError(
+                f"generated={self.generated!r} is not a rule: use Append(), RollingWindow(), Evict() or Recompress()"
+            )
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -84,8 +92,15 @@ class Policy:
                 "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
             )
         self.allocate.check(budget)
+        if not self.keeps_all:
+            self.generated.check(self)
 
     @property
     def keeps_all(self) -> bool:
         """Whether this is the uncompressed cache."""
         return self.budget == 1
+
+    @property
+    def rule(self) -> Generated:
+        """`generated` as it is carried out, with everything filled in that it takes from the policy."""
+        return Append() if self.keeps_all and self.generated.rewrites_context else self.generated.of(self)
