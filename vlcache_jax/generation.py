@@ -149,7 +149,7 @@ def decode(
     Raises:
       InputError: a number of seeds other than rows, or max_new_tokens beyond the state's room.
     """
-    _check_room(state, max_new_tokens)
+    _check_room(model, state, max_new_tokens)
     seeds = _check_seeds(seeds, logits.shape[0])
     stop = _stop_ids(model, eos_token_ids)
     with on_mesh_of(params, logits, state):
@@ -169,7 +169,7 @@ def stream_decode(
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`."""
-    _check_room(state, max_new_tokens)
+    _check_room(model, state, max_new_tokens)
     seeds = _check_seeds(seeds, logits.shape[0])
     stop = _stop_ids(model, eos_token_ids)
 
@@ -188,14 +188,24 @@ def stream_decode(
     return tokens()
 
 
-def _check_room(state: KVState, max_new_tokens: int) -> None:
-    unlimited = state.tail.rule.unlimited
-    if max_new_tokens < 1 or (max_new_tokens > state.tail.capacity and not unlimited):
+def _check_room(model: VisionLanguageModel, state: KVState, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
+    if not state.tail.rule.unlimited:
+        if max_new_tokens > state.tail.capacity:
+            raise InputError(
+                f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
+                "state: prefill with a larger max_new_tokens, or with another Policy.generated"
+            )
+        return
+    position = state.next_position
+    if isinstance(position, jax.core.Tracer) or not position.is_fully_addressable:
+        return
+    needed = int(jnp.max(position)) + max_new_tokens
+    if needed > model.spec.max_positions:
         raise InputError(
-            f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this state: "
-            "prefill with a larger max_new_tokens, or choose another rule for generated tokens (Policy.generated)"
-            if not unlimited
-            else f"max_new_tokens={max_new_tokens} must be at least 1"
+            f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
+            "lower it"
         )
 
 
