@@ -4,6 +4,7 @@ A cache is a list of positions for every layer and KV head; a step attends to th
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import method_references as reference
 import numpy as np
 from stub_model import HEAD_DIM, HEADS, KV_HEADS, LAYERS, StubModel, stub_batch
+
+import vlcache_jax as vlc
 
 GROUP = HEADS // KV_HEADS
 
@@ -51,6 +54,37 @@ def scripted_params(batch, steps, seed=0, dtype="float32"):
 
     key = draw(KV_HEADS) * rng.uniform(0.5, 2, size=(LAYERS, batch.size, batch.length + steps, KV_HEADS, 1))
     return {k: v.astype(dtype) for k, v in {"query": sharp * draw(HEADS), "key": key, "value": draw(KV_HEADS)}.items()}
+
+
+@functools.cache
+def program(policy, steps, poison=False):
+    """(params, batch) -> (logits [steps, batch, ...], state after prefill, last state), compiled once.
+
+    `poison` fills all free slots with NaN.
+    """
+    model = ScriptedModel()
+
+    @jax.jit
+    def run(params, batch):
+        _, first = vlc.prefill(model, params, batch, policy, steps)
+        if poison:
+            free = (first.context.positions < 0)[..., None]
+            context = {x: jnp.where(free, jnp.nan, getattr(first.context, x)) for x in ("keys", "values")}
+            tail = {x: jnp.full_like(getattr(first.tail, x), jnp.nan) for x in ("keys", "values")}
+            first = dataclasses.replace(
+                first,
+                context=dataclasses.replace(first.context, **context),
+                tail=dataclasses.replace(first.tail, **tail),
+            )
+
+        def step(state, _):
+            logits, state = vlc.decode_step(model, params, jnp.zeros(batch.size, jnp.int32), state)
+            return state, logits
+
+        last, out = jax.lax.scan(step, first, length=steps)
+        return out, first, last
+
+    return run
 
 
 def ragged(length=40, seed=0):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generated_references import ScriptedModel, ragged, scripted_params
+from generated_references import program, ragged, scripted_params
 from jax.sharding import NamedSharding, PartitionSpec
 from stub_model import kept_sets
 from tiny_models import one_row, ragged_batch, tiny_llava
@@ -32,36 +32,11 @@ def llava():
     return tiny_llava()
 
 
-def stepped(policy, batch, params, steps, poison=False):
-    """Logits [steps, batch, ...] of a scripted answer, and the state after it."""
-
-    @jax.jit
-    def run(params):
-        _, state = vlc.prefill(ScriptedModel(), params, batch, policy, 4)
-        if poison:
-            free = (state.context.positions < 0)[..., None]
-            bad = {x: jnp.where(free, jnp.nan, getattr(state.context, x)) for x in ("keys", "values")}
-            tail = {x: jnp.full_like(getattr(state.tail, x), jnp.nan) for x in ("keys", "values")}
-            state = dataclasses.replace(
-                state, context=dataclasses.replace(state.context, **bad), tail=dataclasses.replace(state.tail, **tail)
-            )
-
-        def step(state, _):
-            logits, state = vlc.decode_step(ScriptedModel(), params, jnp.zeros(batch.size, jnp.int32), state)
-            return state, logits
-
-        state, logits = jax.lax.scan(step, state, length=steps)
-        return logits, state
-
-    return run(params)
-
-
 @rules
 def test_free_slots_are_never_read(policy):
     batch = ragged()
     params = scripted_params(batch, 20)
-    clean, _ = stepped(policy, batch, params, 20)
-    dirty, _ = stepped(policy, batch, params, 20, poison=True)
+    clean, dirty = (program(policy, 20, poison)(params, batch)[0] for poison in (False, True))
     np.testing.assert_array_equal(clean, dirty)
     assert np.isfinite(clean).all()
 
@@ -70,11 +45,10 @@ def test_free_slots_are_never_read(policy):
 def test_a_row_does_in_a_batch_what_it_does_alone(policy):
     batch = ragged(seed=6)
     params = scripted_params(batch, 20, 6)
-    together, last = stepped(policy, batch, params, 20)
+    together, _, last = program(policy, 20)(params, batch)
     for row in (1, 2):
-        alone, own = stepped(
-            policy, one_row(batch, row, batch.length), {k: v[:, row : row + 1] for k, v in params.items()}, 20
-        )
+        own_params = {name: x[:, row : row + 1] for name, x in params.items()}
+        alone, _, own = program(policy, 20)(own_params, one_row(batch, row, batch.length))
         np.testing.assert_allclose(alone[:, 0], together[:, row], atol=1e-6)
         for mine, ours in zip(kept_sets(own), kept_sets(last), strict=True):
             assert [sorted(x) for x in mine[0]] == [sorted(x) for x in ours[row]]
@@ -93,8 +67,7 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy):
 def test_a_large_room_is_no_rule(policy, equal):
     batch = ragged(seed=7)
     params = scripted_params(batch, 30, 7)
-    ruled, plain = stepped(policy, batch, params, 30)[0], stepped(dataclasses.replace(
-        equal, generated=vlc.RollingWindow(64)), batch, params, 30)[0]  # fmt: skip
+    ruled, plain = (program(p, 30)(params, batch)[0] for p in (policy, equal))
     np.testing.assert_allclose(ruled, plain, atol=1e-5)
 
 

@@ -8,29 +8,16 @@ import jax
 import method_references as reference
 import numpy as np
 import pytest
-from generated_references import Row, ScriptedModel, ragged, scripted_params
+from generated_references import Row, ragged, scripted_params
 from stub_model import KV_HEADS, LAYERS, kept_sets
 
 import vlcache_jax as vlc
 
-MODEL, STEPS = ScriptedModel(), 45
+STEPS = 45
 
 
-def run(policy, batch, params, steps=STEPS):
-    """(outputs [steps, batch, layers * heads * d], state after prefill, last state), in one program."""
-
-    @jax.jit
-    def program(params, batch):
-        _, first = vlc.prefill(MODEL, params, batch, policy, 4)
-
-        def step(state, _):
-            logits, state = vlc.decode_step(MODEL, params, np.zeros(batch.size, np.int32), state)
-            return state, logits
-
-        last, out = jax.lax.scan(step, first, length=steps)
-        return out, first, last
-
-    return program(params, batch)
+def run(policy, batch, params):
+    return simulated.program(policy, STEPS)(params, batch)
 
 
 def prompt_caches(scores, slots, **options):
