@@ -158,7 +158,7 @@ def test_a_step_updates_the_state_in_place(llava, policy):
         (lambda: dataclasses.replace(vlc.H2O(0.2), generated=vlc.Evict(heads="shared")), r"one ranking"),
         (lambda: dataclasses.replace(vlc.H2O(0.2), generated="evict"), r"generated='evict' is not a rule"),
         (lambda: vlc.H2O(0.2, normalised=True, decoding="evict"), r"normalised=False"),
-        (lambda: vlc.H2O(vlc.Bytes(10**6), decoding="evict"), r"cannot count budget=Bytes"),
+        (lambda: vlc.H2O(vlc.Bytes(10**6), decoding="evict"), r"cannot count budget=1000000 bytes"),
         (lambda: dataclasses.replace(vlc.H2O(8), generated=vlc.Evict(recent=vlc.Tokens(9))), r"do not fit into"),
         (lambda: vlc.H2O(0.2, decoding="evit"), r"'evit' is not known: use one of append, .*evict"),
         (lambda: policy_by_name("vl_cache", decoding="evict"), r"'evict' is a part of h2o"),
