@@ -16,7 +16,7 @@ from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.generated import Evict, Recompress, RollingWindow
 from vlcache_jax.recompression import make_room
-from vlcache_jax.state import KVState, RecentQueries
+from vlcache_jax.state import KVState, RecentQueries, SlotWeights
 
 
 def decode_step(
@@ -84,6 +84,8 @@ def advance(
 def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
     """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
     tail, observed = state.tail, state.observed
+    assert not isinstance(observed, SlotWeights)
+    rows = tail.rule.scoring_rows if isinstance(tail.rule, Recompress) else 0
     slot, count = jnp.max(tail.length), tail.length[:, None] + 1
     if isinstance(tail.rule, RollingWindow):
         slot, count = slot % tail.rule.tokens, jnp.minimum(count, tail.rule.tokens)
@@ -99,7 +101,6 @@ def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], An
         parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if noted is not None:
-            rows = tail.rule.rows
             at = layer * rows + slot % rows
             noted = RecentQueries(
                 jax.lax.dynamic_update_slice_in_dim(

@@ -155,7 +155,7 @@ def _compress(
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     rule = policy.rule
-    noted = rule.rows if isinstance(rule, Recompress) else 0
+    noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):

@@ -68,12 +68,11 @@ def recompress(
     """
     rule = tail.rule
     assert isinstance(rule, Recompress)
-    assert rule.rows is not None
     assert rule.recent is not None
     assert rule.sinks is not None
     batch, lanes, slots, _ = context.keys.shape
     layers, kv_heads = context.offsets.shape[1], tail.keys.shape[1]
-    every, segments = rule.every, kv_heads // lanes * layers
+    every, rows, segments = rule.every, rule.scoring_rows, kv_heads // lanes * layers
 
     def per_lane(x: jax.Array) -> jax.Array:  # [batch, layers, kv_heads or 1] -> [batch, lanes, segments]
         return jnp.broadcast_to(x, (batch, layers, kv_heads)).swapaxes(1, 2).reshape(batch, lanes, segments)
@@ -94,14 +93,14 @@ def recompress(
     # [batch, lanes, segments, query heads of the KV head * rows, ...]
     group = observed.queries.shape[1] // kv_heads
     queries, lse = (
-        jnp.moveaxis(x.reshape(batch, lanes, kv_heads // lanes, group, layers, rule.rows, *x.shape[3:]), 3, 4).reshape(
-            batch, lanes, segments, group * rule.rows, *x.shape[3:]
+        jnp.moveaxis(x.reshape(batch, lanes, kv_heads // lanes, group, layers, rows, *x.shape[3:]), 3, 4).reshape(
+            batch, lanes, segments, group * rows, *x.shape[3:]
         )
         for x in (observed.queries, observed.lse)
     )
 
     old = _context_scores(context.keys, known, queries, lse) / group
-    new = _tail_scores(tail_keys, queries, lse, rule.rows) / group
+    new = _tail_scores(tail_keys, queries, lse, rows) / group
 
     end = next_position[:, None, None]
     new_positions = jnp.broadcast_to((end - every + jnp.arange(every))[:, :, None], (batch, lanes, segments, every))

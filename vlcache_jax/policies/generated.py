@@ -176,12 +176,15 @@ class Recompress(Generated):
 
     def __post_init__(self) -> None:
         _check_count("Recompress", "every", self.every)
-        if self.rows is None:
-            object.__setattr__(self, "rows", min(self.every, 32))
-        _check_count("Recompress", "rows", self.rows)
-        if self.rows > self.every:  # type: ignore[operator]
+        _check_count("Recompress", "rows", self.scoring_rows)
+        if self.scoring_rows > self.every:
             raise PolicyError(f"Recompress(every={self.every}, rows={self.rows}): at most {self.every} rows can score")
         _check_window("Recompress", self.recent, self.sinks)
+
+    @property
+    def scoring_rows(self) -> int:
+        """`rows`, filled in."""
+        return min(self.every, 32) if self.rows is None else self.rows
 
     @property
     def rewrites_context(self) -> bool:
