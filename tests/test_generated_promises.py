@@ -15,6 +15,7 @@ import vlcache_jax as vlc
 from vlcache_jax.decoding import advance
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.policies import AccumulatedAttention, policy_by_name
+from vlcache_jax.recompression import recompress
 from vlcache_jax.report import make_report
 
 RULES = {
@@ -115,6 +116,24 @@ def test_an_answer_longer_than_its_room(llava, policy):
         x.nbytes for x in jax.tree.leaves(rest)
     )
     assert bool(jnp.all(report.exact))
+
+
+def test_recompression_of_heads_that_share_a_lane():
+    batch = ragged(seed=8)
+    _, _, state = program(RULES["recompress"], 6)(scripted_params(batch, 6, 8), batch)
+    context, parts = state.context, (state.tail, state.observed, state.next_position)
+    rows, lanes, slots, _ = context.keys.shape
+    shared = dataclasses.replace(
+        context,
+        **{x: getattr(context, x).reshape(rows, 1, lanes * slots, -1) for x in ("keys", "values")},
+        positions=context.positions.reshape(rows, 1, -1),
+        offsets=context.offsets + slots * jnp.arange(lanes),
+        lengths=jnp.broadcast_to(context.lengths, (*context.lengths.shape[:2], lanes)),
+    )
+    run = jax.jit(recompress)
+    for apart, together in zip(run(context, *parts), run(shared, *parts), strict=True):
+        np.testing.assert_array_equal(apart, together.reshape(apart.shape))
+    assert int(jnp.max(run(context, *parts)[2])) == int(jnp.max(batch.lengths)) + 5
 
 
 @pytest.mark.parametrize("name", ["tova", "recompress"])
