@@ -17,13 +17,16 @@ WORK = Workload(batch=8, prompt=8192, new_tokens=256, tiles=5)
 @pytest.mark.parametrize(
     ("policy", "share"),
     [
-        (vlc.H2O(0.1, decoding="evict"), 0.1),
-        (vlc.TOVA(0.1, decoding="evict"), 0.1),
-        (dataclasses.replace(vlc.VLCache(0.1), generated=vlc.Recompress(128)), 0.5),
+        (vlc.H2O(0.1, decoding="evict"), 0.01),
+        (dataclasses.replace(vlc.VLCache(0.1), generated=vlc.Recompress(128)), 0.15),
     ],
-    ids=["h2o", "tova", "recompress"],
+    ids=["h2o", "recompress"],
 )
 def test_a_step_copies_no_state(policy, share):
+    """Written at slots of their own for every row and head, and rewritten under a condition, yet in place.
+
+    What recompression needs besides (0.11 GB beside 1.09 GB) are its scores, their ranking and a few chunks of keys.
+    """
     programs = Programs(
         Llava(preset("llava-v1.6-mistral-7b"), jnp.dtype("bfloat16")), mesh_of("v6e:1x1", {"data": 1, "model": 1})
     )

@@ -7,6 +7,7 @@ A layer holds C tokens between two steps and C + 1 within one, its own included.
 overwritten by the next: it lies in the store until then, and nothing reads it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -104,12 +105,10 @@ def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], K
 
     def close(carry: Any) -> KVState:
         keys, values, positions, scores = carry
-        store = PackedStore(keys, values, positions, context.offsets, held[..., None])
-        return KVState(
-            context=store,
-            tail=state.tail,
-            next_position=state.next_position,
-            allocation=state.allocation,
+        new = {"keys": keys, "values": values, "positions": positions, "lengths": held[..., None]}
+        return dataclasses.replace(
+            state,
+            context=dataclasses.replace(context, **new),
             observed=SlotWeights(scores, weights.sizes),
         )
 
