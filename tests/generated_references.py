@@ -57,25 +57,25 @@ def scripted_params(batch, steps, seed=0, dtype="float32"):
 
 
 @functools.cache
-def program(policy, steps, poison=False):
-    """(params, batch) -> (logits [steps, batch, ...], state after prefill, last state), compiled once.
+def program(policy, steps):
+    """(params, batch, poison=False) -> (logits [steps, batch, ...], state after prefill, last state), compiled once.
 
     `poison` fills all free slots with NaN.
     """
     model = ScriptedModel()
 
     @jax.jit
-    def run(params, batch):
+    def run(params, batch, poison=False):
         _, first = vlc.prefill(model, params, batch, policy, steps)
-        if poison:
-            free = (first.context.positions < 0)[..., None]
-            context = {x: jnp.where(free, jnp.nan, getattr(first.context, x)) for x in ("keys", "values")}
-            tail = {x: jnp.full_like(getattr(first.tail, x), jnp.nan) for x in ("keys", "values")}
-            first = dataclasses.replace(
-                first,
-                context=dataclasses.replace(first.context, **context),
-                tail=dataclasses.replace(first.tail, **tail),
-            )
+        bad = jnp.where(poison, jnp.nan, 0)
+        free = (first.context.positions < 0)[..., None]
+        context = {x: jnp.where(free, bad, getattr(first.context, x)) for x in ("keys", "values")}
+        tail = {x: jnp.full_like(getattr(first.tail, x), bad) for x in ("keys", "values")}
+        first = dataclasses.replace(
+            first,
+            context=dataclasses.replace(first.context, **context),
+            tail=dataclasses.replace(first.tail, **tail),
+        )
 
         def step(state, _):
             logits, state = vlc.decode_step(model, params, jnp.zeros(batch.size, jnp.int32), state)

@@ -37,7 +37,7 @@ def llava():
 def test_free_slots_are_never_read(policy):
     batch = ragged()
     params = scripted_params(batch, 20)
-    clean, dirty = (program(policy, 20, poison)(params, batch)[0] for poison in (False, True))
+    clean, dirty = (program(policy, 20)(params, batch, poison)[0] for poison in (False, True))
     np.testing.assert_array_equal(clean, dirty)
     assert np.isfinite(clean).all()
 
@@ -83,7 +83,7 @@ def test_a_budget_of_one_evicts_nothing(llava):
 
 @rules
 def test_an_answer_longer_than_its_room(llava, policy):
-    """Plain, jitted, streamed: the same tokens, from one compilation; and the state stays valid."""
+    """Whole and streamed: the same tokens, from one compilation; and the state stays valid."""
     model, params = llava
     batch = ragged_batch(rows=4)
     traces = []
@@ -98,18 +98,9 @@ def test_an_answer_longer_than_its_room(llava, policy):
     assert len(traces) == 1
     logits, state = vlc.prefill(model, params, batch, policy, NEW)
     before = jax.tree.map(np.asarray, state)
-    tokens, _ = vlc.decode(model, params, logits, state, NEW, eos_token_ids=[])
-    np.testing.assert_array_equal(tokens, jitted)
     streamed = list(vlc.stream_decode(model, params, logits, state, NEW, eos_token_ids=[]))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), jitted)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, state)))
-    stop = int(tokens[0, 20])  # a row's end is its own
-    out, lengths = vlc.decode(model, params, logits, state, NEW, eos_token_ids=[stop])
-    for row in range(4):
-        ends = np.flatnonzero(np.asarray(tokens)[row] == stop)
-        length = int(ends[0]) + 1 if len(ends) else NEW
-        assert int(lengths[row]) == length
-        np.testing.assert_array_equal(out[row, :length], tokens[row, :length])
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
     rest = (state.next_position, state.allocation)
     assert report.state_bytes + report.tail_bytes == sum(x.nbytes for x in jax.tree.leaves(state)) - sum(
@@ -134,6 +125,18 @@ def test_recompression_of_heads_that_share_a_lane():
     for apart, together in zip(run(context, *parts), run(shared, *parts), strict=True):
         np.testing.assert_array_equal(apart, together.reshape(apart.shape))
     assert int(jnp.max(run(context, *parts)[2])) == int(jnp.max(batch.lengths)) + 5
+
+
+def test_rows_end_on_their_own(llava):
+    model, params = llava
+    logits, state = vlc.prefill(model, params, ragged_batch(rows=4), RULES["h2o"], NEW)
+    tokens = np.asarray(vlc.decode(model, params, logits, state, NEW, eos_token_ids=[])[0])
+    stop = int(tokens[0, 20])
+    out, lengths = vlc.decode(model, params, logits, state, NEW, eos_token_ids=[stop])
+    for row in range(4):
+        ends = np.flatnonzero(tokens[row] == stop)
+        assert int(lengths[row]) == (int(ends[0]) + 1 if len(ends) else NEW)
+        np.testing.assert_array_equal(out[row, : lengths[row]], tokens[row, : lengths[row]])
 
 
 @pytest.mark.parametrize("name", ["tova", "recompress"])
