@@ -159,7 +159,7 @@ def test_a_step_updates_the_state_in_place(llava, policy):
     memory = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile().memory_analysis()
     buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail, state.observed)))
     assert memory.alias_size_in_bytes >= buffers
-    if not isinstance(policy.generated, vlc.Recompress):
+    if isinstance(policy.generated, vlc.RollingWindow):  # of the others, test_tpu_generated.py says what is copied
         assert memory.temp_size_in_bytes < 0.7 * buffers  # a step of this tiny model, not a copy of its state
 
 
