@@ -24,7 +24,7 @@ from vlcache_jax.packing import value_channels
 from vlcache_jax.policies import POLICIES, EnoughMass
 
 CASES = {
-    "look_m_candidates_4": vlc.LookM(0.35, candidate_fraction=0.5, bits=4),
+    "look_m_candidates_4": vlc.LookM(0.35, merge=None, candidate_fraction=0.5, bits=4),
     "full_8": vlc.FullCache(bits=8),
     "full_2": vlc.FullCache(bits=2),
     "vl_cache_8_others_2": dataclasses.replace(vlc.VLCache(0.4, bits=8), evicted=vlc.Quantise(2)),

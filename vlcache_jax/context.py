@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.batch import Array, Batch, Continuation
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.extending import append_block
 from vlcache_jax.generation import Generation, decode
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.generated import APPEND
 from vlcache_jax.prefill import empty_tail, prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling
@@ -111,12 +112,17 @@ def compress(
       The context, of as many rows as the batch.
 
     Raises:
-      InputError, CheckpointError, PolicyError: see `prefill`.
+      InputError, CheckpointError, PolicyError: see `prefill`; PolicyError also for a rule that forgets generated tokens.
 
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
     """
     policy = FullCache() if policy is None else policy
+    if isinstance(policy, Policy) and policy.rule != APPEND:
+        raise PolicyError(
+            f"policy {policy.name!r} has the rule generated={policy.generated} for answers, but a context keeps every "
+            "answer whole and is never rewritten: use generated=Append()"
+        )
     logits, state = prefill(model, params, batch, policy, 1, kernels=kernels)
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
     report = dataclasses.replace(report, tail_bytes=0)

@@ -1,17 +1,22 @@
 """One decode step: the same function under a Python loop, a stream or `lax.while_loop`."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax import ops
 from vlcache_jax.errors import InputError
+from vlcache_jax.eviction import evicting
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.ops import Kernels, on_mesh_of
-from vlcache_jax.state import KVState, TailStore
+from vlcache_jax.policies.generated import Evict, Recompress, RollingWindow
+from vlcache_jax.recompression import make_room
+from vlcache_jax.state import KVState, RecentQueries, SlotWeights
 
 
 def decode_step(
@@ -29,20 +34,22 @@ def decode_step(
       params: its parameters.
       tokens: i32 [batch], the tokens to append.
       state: from `prefill` or the previous step. Its context is passed on as it is; its tail is copied, so that the
-        old state stays valid (branches may share it). To update in place, jit your own loop and donate the state.
+        old state stays valid (branches may share it); so is the context where the policy's rule rewrites it. To update
+        in place, jit your own loop and donate the state.
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
       (logits f32 [batch, vocab], new state).
 
     Raises:
-      InputError: the tail is full (checked outside `jit` only).
+      InputError: the tail is full, where it is never evicted from (checked outside `jit` only).
     """
     length = state.tail.length
-    if not isinstance(length, jax.core.Tracer) and int(jnp.max(length)) >= state.tail.capacity:
+    limited = not state.tail.rule.unlimited and not isinstance(length, jax.core.Tracer)
+    if limited and int(jnp.max(length)) >= state.tail.capacity:
         raise InputError(
             f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger "
-            "max_new_tokens"
+            "max_new_tokens, or choose another rule for generated tokens (Policy.generated)"
         )
     with on_mesh_of(params, tokens, state):
         return _decode_step(model, params, jnp.asarray(tokens, jnp.int32), state, kernels or Kernels())
@@ -59,32 +66,52 @@ def advance(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
-    tail = state.tail
-    slot = jnp.max(tail.length)
+    if isinstance(state.tail.rule, Recompress):
+        state = make_room(state)
+    attend, carry, close = evicting(state) if isinstance(state.tail.rule, Evict) else _appending(state, kernels)
+    variables = {"params": params}
+    hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
+    positions = state.next_position[:, None]
+    hidden, carry, _ = model.apply(
+        variables, hidden, positions, attend, carry, jnp.arange(model.spec.num_layers), method="decode"
+    )
+    logits = model.apply(variables, hidden[:, 0], method="unembed")
+    new = close(carry)
+    tail = dataclasses.replace(new.tail, length=new.tail.length + 1)
+    return logits, dataclasses.replace(new, tail=tail, next_position=new.next_position + 1)
 
-    def attend(query, key, value, pools, layer):
+
+def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
+    """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
+    tail, observed = state.tail, state.observed
+    assert not isinstance(observed, SlotWeights)
+    rows = tail.rule.scoring_rows if isinstance(tail.rule, Recompress) else 0
+    slot, count = jnp.max(tail.length), tail.length[:, None] + 1
+    if isinstance(tail.rule, RollingWindow):
+        slot, count = slot % tail.rule.tokens, jnp.minimum(count, tail.rule.tokens)
+
+    def attend(query, key, value, carry, layer):
+        pools, noted = carry
         start = (0, 0, layer * tail.capacity + slot, 0)
         pools = tuple(
             jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
             for pool, x in zip(pools, (key, value))
         )
-        length = tail.length[:, None] + 1
-        new = Segments(jnp.full_like(length, layer * tail.capacity), length)
+        new = Segments(jnp.full_like(count, layer * tail.capacity), count)
         parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
-        out, _ = ops.union_attention(kernels, query[:, 0], parts)
-        return out[:, None], pools, None
+        out, lse = ops.union_attention(kernels, query[:, 0], parts)
+        if noted is not None:
+            at = layer * rows + slot % rows
+            noted = RecentQueries(
+                jax.lax.dynamic_update_slice_in_dim(
+                    noted.queries, query.swapaxes(1, 2).astype(noted.queries.dtype), at, axis=2
+                ),
+                jax.lax.dynamic_update_slice_in_dim(noted.lse, lse[..., None], at, axis=2),
+            )
+        return out[:, None], (pools, noted), None
 
-    variables = {"params": params}
-    hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
-    hidden, (keys, values), _ = model.apply(
-        variables,
-        hidden,
-        state.next_position[:, None],
-        attend,
-        (tail.keys, tail.values),
-        jnp.arange(model.spec.num_layers),
-        method="decode",
-    )
-    logits = model.apply(variables, hidden[:, 0], method="unembed")
-    tail = TailStore(keys, values, tail.length + 1, capacity=tail.capacity)
-    return logits, dataclasses.replace(state, tail=tail, next_position=state.next_position + 1)
+    def close(carry: Any) -> KVState:
+        (keys, values), noted = carry
+        return dataclasses.replace(state, tail=dataclasses.replace(tail, keys=keys, values=values), observed=noted)
+
+    return attend, ((tail.keys, tail.values), observed), close

@@ -139,8 +139,9 @@ def decode(
     Args:
       model, params, sampling, seeds, eos_token_ids, kernels: as in `generate`.
       logits: of the first token, f32 [batch, vocab].
-      state: as `prefill` returned it. It stays valid: several answers may be drawn from one.
-      max_new_tokens: at most what the state was made for.
+      state: as `prefill` returned it. It stays valid: several answers may be drawn from one. (A rule that rewrites the
+        context works on a copy of it.)
+      max_new_tokens: at most what the state was made for, unless the policy's rule lets answers grow longer.
 
     Returns:
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
@@ -148,7 +149,7 @@ def decode(
     Raises:
       InputError: a number of seeds other than rows, or max_new_tokens beyond the state's room.
     """
-    _check_room(state, max_new_tokens)
+    _check_room(model, state, max_new_tokens)
     seeds = _check_seeds(seeds, logits.shape[0])
     stop = _stop_ids(model, eos_token_ids)
     with on_mesh_of(params, logits, state):
@@ -168,12 +169,13 @@ def stream_decode(
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`."""
-    _check_room(state, max_new_tokens)
+    _check_room(model, state, max_new_tokens)
     seeds = _check_seeds(seeds, logits.shape[0])
     stop = _stop_ids(model, eos_token_ids)
 
     def tokens() -> Iterator[np.ndarray]:
-        stores, own = state.stores, dataclasses.replace(state, tail=jax.tree.map(jnp.copy, state.tail))
+        stores = state.stores
+        own = _with_stores(jax.tree.map(jnp.copy, _with_stores(state, ())), stores)
         loop = _start(logits, own, seeds, sampling, stop)
         yield np.asarray(loop.token)
         for _ in range(max_new_tokens - 1):
@@ -186,11 +188,24 @@ def stream_decode(
     return tokens()
 
 
-def _check_room(state: KVState, max_new_tokens: int) -> None:
-    if not 1 <= max_new_tokens <= state.tail.capacity:
+def _check_room(model: VisionLanguageModel, state: KVState, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
+    if not state.tail.rule.unlimited:
+        if max_new_tokens > state.tail.capacity:
+            raise InputError(
+                f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
+                "state: prefill with a larger max_new_tokens, or with another Policy.generated"
+            )
+        return
+    position = state.next_position
+    if isinstance(position, jax.core.Tracer) or not position.is_fully_addressable:
+        return
+    needed = int(jnp.max(position)) + max_new_tokens
+    if needed > model.spec.max_positions:
         raise InputError(
-            f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this state: "
-            "prefill with a larger max_new_tokens"
+            f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
+            "lower it"
         )
 
 
@@ -237,6 +252,8 @@ _stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop", "ker
 
 
 def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
+    if state.tail.rule.rewrites_context:
+        return state
     context, more = (stores[0], stores[1:]) if stores else (None, ())  # None only while looping
     return dataclasses.replace(state, context=context, more=more)  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
-from vlcache_jax.state import PackedStore
+from vlcache_jax.state import PackedStore, RecentQueries, TailStore
 
 MODEL_AXIS = "model"
 """The mesh axis over which projections and KV heads are split."""
@@ -172,6 +172,7 @@ def pack(
     lanes: int | None = None,
     bits: int | None = None,
     channels: jax.Array | None = None,
+    room: int | None = None,
 ) -> PackedStore:
     """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
     rows, heads = _axes(keys.shape[1], lanes or keys.shape[2])
@@ -181,7 +182,7 @@ def pack(
         return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
 
     def run(keys, values, positions, order, slots, channels):
-        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels)
+        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels, room)
 
     split = PartitionSpec(rows, heads)
     segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
@@ -206,6 +207,26 @@ def merge_evicted(
     shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
     inputs = (split, split, shared, PartitionSpec(rows))
     return _local(run, inputs, (split, split))(keys, values, order, lengths)
+
+
+def recompress(
+    function: Callable[..., tuple[jax.Array, ...]],
+    context: PackedStore,
+    tail: TailStore,
+    observed: RecentQueries,
+    next_position: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`recompression.recompress`, on each device's rows and heads."""
+    rows, heads = _axes(tail.keys.shape[0], context.keys.shape[1])
+    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
+
+    def place(tree: Any) -> Any:  # as `planning.placement.place_state` does
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: row if path[-1].name in ("offsets", "lengths", "length") else split, tree
+        )
+
+    inputs = (*(place(tree) for tree in (context, tail, observed)), row)
+    return _local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
 
 
 def split(buffers: jax.Array) -> jax.Array:

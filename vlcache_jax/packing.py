@@ -31,6 +31,7 @@ def pack(
     lanes: int | None = None,
     bits: int | None = None,
     channels: jax.Array | None = None,
+    room: int | None = None,
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and lane.
 
@@ -48,6 +49,7 @@ def pack(
       lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots.
       bits: 8, 4 or 2 for a quantised store.
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
+      room: distance from one segment to the next; by default they follow one another.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
@@ -57,7 +59,7 @@ def pack(
     shared = 1 if lanes is None else lanes  # tables of segments
     group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
     counts = slots.reshape(layers, batch, shared, group).transpose(1, 2, 0, 3).reshape(batch, shared, layers * group)
-    sizes = align(counts, segment_alignment(bits))
+    sizes = align(counts, segment_alignment(bits)) if room is None else jnp.full_like(counts, room)
     ends = jnp.cumsum(sizes, axis=2)
     offsets = ends - sizes
     slot = jnp.arange(pool)

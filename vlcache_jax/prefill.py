@@ -14,15 +14,28 @@ from vlcache_jax import ops
 from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import slot_budget
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.eviction import layer_room, slot_weights
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.packing import capacity, empty_codes, quantise_into, value_channels
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.evicted import Merge, Quantise
+from vlcache_jax.policies.generated import APPEND, Evict, Generated, Recompress
 from vlcache_jax.policies.scores import LayerInputs
+from vlcache_jax.recompression import no_queries
 from vlcache_jax.selection import candidates, protected_first, select, unselected
-from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, segment_alignment, whole_tiles
+from vlcache_jax.state import (
+    Allocation,
+    KVState,
+    PackedStore,
+    RecentQueries,
+    SlotWeights,
+    TailStore,
+    align,
+    segment_alignment,
+    whole_tiles,
+)
 from vlcache_jax.validation import check_prefill
 
 
@@ -42,7 +55,8 @@ def prefill(
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
       policy: what to keep.
-      max_new_tokens: room in the tail for generated tokens.
+      max_new_tokens: room in the tail for generated tokens, where the policy's rule keeps them all; elsewhere answers
+        may grow longer.
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
@@ -83,24 +97,31 @@ def _prefill(
     lengths = jnp.asarray(batch.lengths)
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    hidden, (context, *more), allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    tail = empty_tail(model.spec, batch.size, max_new_tokens)
-    return logits, KVState(context, tail, lengths, allocation, tuple(more))
+    room = layer_room(policy, slot_budget(policy.budget, model.spec), batch.length) if _evicts(policy) else None
+    tail = empty_tail(model.spec, batch.size, max_new_tokens, policy.rule, room)
+    return logits, KVState(context, tail, lengths, allocation, tuple(more), observed)
 
 
-def empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
-    """Room for `max_new_tokens` tokens of each row."""
-    room = int(align(max_new_tokens))
-    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * room), spec.head_dim)
+def _evicts(policy: Policy) -> bool:
+    return isinstance(policy.rule, Evict)
+
+
+def empty_tail(
+    spec: ModelSpec, batch: int, max_new_tokens: int, rule: Generated = APPEND, room: int | None = None
+) -> TailStore:
+    """Room for what the rule holds of `max_new_tokens` tokens of each row; `room` as in `layer_room`, for `Evict`."""
+    own = int(align(rule.tail_tokens(max_new_tokens)))
+    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * own), spec.head_dim)
     zeros = ops.split(jnp.zeros(shape, spec.dtype))
-    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=room)
+    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=own if room is None else room, rule=rule)
 
 
 def _keep_all(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[PackedStore], Allocation]:
+) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
     """All tokens: each layer writes its segment of the pool in place."""
     layers, bits = spec.num_layers, policy.bits
     room = int(align(batch.length, segment_alignment(bits)))
@@ -142,12 +163,12 @@ def _keep_all(
         **dict(zip(("key_scales", "value_scales"), scales)),
         value_channels=None if channels is None else channels.swapaxes(0, 1),
     )
-    return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
+    return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
 
 
 def _compress(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[PackedStore], Allocation]:
+) -> tuple[jax.Array, list[PackedStore], Allocation, SlotWeights | RecentQueries | None]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
     allocate = policy.sharing
@@ -158,6 +179,8 @@ def _compress(
     quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
+    rule = policy.rule
+    noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):
@@ -196,10 +219,11 @@ def _compress(
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         density = jnp.where(finite, density, jnp.nan)
-        return out, carry, (key, value, scores, positions, channels, density, measured)
+        room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
+        return out, carry, (key, value, scores, positions, channels, density, measured, room)
 
     hidden, _, layer_outputs = run(attend, None, jnp.arange(layers))
-    keys, values, scores, positions, channels, density, measured = layer_outputs
+    keys, values, scores, positions, channels, density, measured, queries = layer_outputs
     measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
     requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
     most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
@@ -212,6 +236,12 @@ def _compress(
         positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
     group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
 
+    allocation = Allocation(requested=requested, density=density.T)
+    if _evicts(policy):
+        room = layer_room(policy, budget, length)
+        context = ops.pack(keys, values, positions, order, slots, whole_tiles(layers * room), room=room)
+        return hidden, [context], allocation, slot_weights(policy, scores, order, requested, context, room)
+
     def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
         return ops.pack(keys, values, positions, order, slots, pool, lanes, bits, None if bits is None else channels)
 
@@ -223,4 +253,4 @@ def _compress(
         # A prompt may keep next to nothing, so that there is room for all of it.
         pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
         stores.append(store(others, jnp.expand_dims(lengths, range(1, slots.ndim - 1)) - slots, pool, bits))
-    return hidden, stores, Allocation(requested=requested, density=density.T)
+    return hidden, stores, allocation, no_queries(queries) if noted else None

@@ -28,7 +28,8 @@ class Report:
       budget: the policy's budget (static).
       state_bytes: bytes of the buffers of the context and of what is kept at a lower precision (static).
       full_bytes: bytes of the context's buffers for the same padded prompts without compression (static).
-      tail_bytes: bytes of the buffers for generated tokens (static).
+      tail_bytes: bytes of the buffers for generated tokens, and of what their rule remembers (static). With `Evict` the
+        context holds them, too.
     """
 
     kept: jax.Array
@@ -58,7 +59,7 @@ def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths:
         budget=policy.budget,
         state_bytes=sum(store.nbytes for store in state.stores),
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
-        tail_bytes=state.tail.nbytes,
+        tail_bytes=sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed))),
     )
 
 

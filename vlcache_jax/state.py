@@ -26,6 +26,7 @@ Generated tokens go to the tail:
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ import numpy as np
 
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.quantisation import group_size
+
+if TYPE_CHECKING:
+    from vlcache_jax.policies.generated import Generated
 
 ALIGNMENT = 16
 """Segments of a float store start at multiples of this many slots."""
@@ -67,11 +71,14 @@ def whole_tiles(slots: int) -> int:
 class PackedStore:
     """The kept part of the prompt. Written once, at the end of prefill; read-only while decoding.
 
+    Two rules of the generated tokens rewrite it (`Generated.rewrites_context`): then it holds generated tokens, too,
+    in any order.
+
     Attributes:
       keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head, or
         several heads share one.
       values: like `keys`.
-      positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
+      positions: i32 [batch, lanes, slots]. The token's index in prompt and answer; -1 in a free slot.
       offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if there is one for all heads,
         each in a lane of its own.
       lengths: i32, like `offsets`. Slots in the segment.
@@ -110,24 +117,55 @@ class PackedStore:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TailStore:
-    """The generated tokens; never evicted.
+    """The generated tokens that are not in the context.
 
     Attributes:
       keys: [batch, lanes, slots, head_dim], rotated; slots is layers * capacity, or a little more (`whole_tiles`).
       values: like `keys`.
-      length: i32 [batch]. Tokens appended so far. All rows append at the same slot, the largest length.
-      capacity: tokens a layer can hold (static).
+      length: i32 [batch]. Tokens appended so far, or, with `Recompress`, since the context was last rewritten. All
+        rows append at the same slot, the largest length; in a `RollingWindow`, modulo its size.
+      capacity: slots of a layer, here or, with `Evict`, which has no tail, in the context (static).
+      rule: what becomes of the generated tokens (static).
     """
 
     keys: jax.Array
     values: jax.Array
     length: jax.Array
     capacity: int = dataclasses.field(metadata={"static": True})
+    rule: "Generated" = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its buffers."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotWeights:
+    """What `Evict` knows of the tokens in the context.
+
+    Attributes:
+      scores: f32 [batch, lanes, slots]. Attention received by the token of each slot.
+      sizes: i32 [batch, layers]. Tokens a layer holds between two steps.
+    """
+
+    scores: jax.Array
+    sizes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecentQueries:
+    """What `Recompress` knows of the latest steps: a ring of `rows` of them for each layer.
+
+    Attributes:
+      queries: [batch, heads, layers * rows, head_dim], rotated.
+      lse: f32 [batch, heads, layers * rows]. The log-sum-exp of their scaled logits over all that they saw.
+    """
+
+    queries: jax.Array
+    lse: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -156,6 +194,7 @@ class KVState:
       next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
       allocation: how the budget was shared out.
       more: further parts of the prompt, read like the context: what is kept at a lower precision, say. Most have none.
+      observed: what the rule of the generated tokens remembers of the attention; None with most rules.
     """
 
     context: PackedStore
@@ -163,6 +202,7 @@ class KVState:
     next_position: jax.Array
     allocation: Allocation
     more: tuple[PackedStore, ...] = ()
+    observed: SlotWeights | RecentQueries | None = None
 
     @property
     def stores(self) -> tuple[PackedStore, ...]:
@@ -170,7 +210,7 @@ class KVState:
         return (self.context, *self.more)
 
     def kept_positions(self, layer: int) -> jax.Array:
-        """Prompt positions that a layer kept, for every row and KV head.
+        """Positions that a layer keeps, for every row and KV head; in the prompt, or in the answer that follows it.
 
         Args:
           layer: 0 <= layer < layers.
@@ -191,4 +231,6 @@ class KVState:
         slot = jnp.minimum(offsets[..., None] + index, slots - 1)
         lane = jnp.arange(heads) * lanes // heads
         positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
-        return jnp.where(index < lengths[..., None], positions, -1)
+        last = jnp.iinfo(jnp.int32).max
+        positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
+        return jnp.where(positions < last, positions, -1)

@@ -76,7 +76,7 @@ def place_state(state: KVState, mesh: Mesh) -> KVState:
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = path[-1].name
         spec = PartitionSpec(DATA_AXIS)
-        if name in ("keys", "values", "positions", "key_scales", "value_scales"):
+        if name in ("keys", "values", "positions", "key_scales", "value_scales", "scores", "queries", "lse"):
             spec = PartitionSpec(DATA_AXIS, MODEL_AXIS)
         elif name == "value_channels":
             spec = PartitionSpec(DATA_AXIS, None, MODEL_AXIS)

@@ -9,6 +9,7 @@ from vlcache_jax.policies.equal_mass import EqualMass, RetainedMass
 from vlcache_jax.policies.evicted import Drop, Evicted, Merge, Quantise
 from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.generated import Append, Evict, Generated, Recompress, RollingWindow
 from vlcache_jax.policies.h2o import H2O
 from vlcache_jax.policies.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.key_norm import KeyNorm, KeyNormScore
@@ -37,15 +38,18 @@ __all__ = [
     "AirCache",
     "AllRows",
     "Allocate",
+    "Append",
     "DiversityMixed",
     "Drop",
     "EliteAttention",
     "EnoughMass",
     "EqualMass",
+    "Evict",
     "Evicted",
     "ExpectedAttention",
     "ExpectedScore",
     "FullCache",
+    "Generated",
     "GridPooled",
     "KeyDifference",
     "KeyDifferenceScore",
@@ -67,7 +71,9 @@ __all__ = [
     "RandomEviction",
     "RandomScore",
     "Recency",
+    "Recompress",
     "RetainedMass",
+    "RollingWindow",
     "Rows",
     "Score",
     "SequencePooled",

@@ -8,6 +8,7 @@ from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
 from vlcache_jax.policies.equal_mass import RetainedMass
 from vlcache_jax.policies.evicted import Drop, Evicted, Merge, check_bits
+from vlcache_jax.policies.generated import Append, Generated
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
@@ -44,6 +45,8 @@ class Policy:
       lanes: groups into which the KV heads of a layer fall, if `allocate` gives heads different numbers of slots: the
         heads of a group share a lane of the store, so the sum over them is what is fixed. Must divide the KV heads;
         on a mesh that splits heads a multiple of the axis' size splits the store, too, and 1 replicates it.
+      generated: what becomes of the generated tokens: `Append` (none is ever evicted), `RollingWindow`, `Evict` or
+        `Recompress`. Under a budget of 1, which leaves nothing to evict, the last two are `Append`.
 
     Raises:
       PolicyError: a value out of range, or a combination that cannot work.
@@ -61,6 +64,7 @@ class Policy:
     candidate_fraction: float = 1.0
     bits: int | None = None
     lanes: int = 1
+    generated: Generated = dataclasses.field(default_factory=Append)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
@@ -91,8 +95,14 @@ class Policy:
             check_bits("bits", self.bits)
         if not isinstance(self.evicted, Evicted):
             raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop(), Merge(kind) or Quantise(bits)")
+        if not isinstance(self.generated, Generated):
+            raise PolicyError(
+                f"generated={self.generated!r} is not a rule: use Append(), RollingWindow(), Evict() or Recompress()"
+            )
         self._check_combination()
         self._check_evicted()
+        if not self.keeps_all:
+            self.generated.check(self)
 
     def _check_combination(self) -> None:
         budget = self.budget
@@ -155,3 +165,8 @@ class Policy:
     def keeps_all(self) -> bool:
         """Whether this is the uncompressed cache."""
         return self.budget == 1
+
+    @property
+    def rule(self) -> Generated:
+        """`generated` as it is carried out, with everything filled in that it takes from the policy."""
+        return Append() if self.keeps_all and self.generated.rewrites_context else self.generated.of(self)

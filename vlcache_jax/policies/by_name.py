@@ -1,5 +1,6 @@
 """Policies by name, for the command line and configuration files."""
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from vlcache_jax.policies.air_cache import AirCache
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.expected_attention import ExpectedAttention
 from vlcache_jax.policies.full_cache import FullCache
+from vlcache_jax.policies.generated import as_generated
 from vlcache_jax.policies.h2o import H2O
 from vlcache_jax.policies.key_difference import KeyDifference
 from vlcache_jax.policies.key_norm import KeyNorm
@@ -51,7 +53,8 @@ def policy_by_name(name: str, **options: Any) -> Policy:
 
     Args:
       name: a key of `POLICIES`.
-      **options: arguments of the policy's function.
+      **options: arguments of the policy's function; and `decoding`, for every policy: "append", "window:256" or
+        "recompress:128" (for h2o, tova and streaming_llm also "evict"), see `Policy.generated`.
 
     Returns:
       The policy.
@@ -66,10 +69,12 @@ def policy_by_name(name: str, **options: Any) -> Policy:
     if name not in POLICIES:
         raise PolicyError(f"policy {name!r} does not exist{_nearest(name, list(POLICIES))}")
     known = list(inspect.signature(POLICIES[name]).parameters)
+    rule = None if "decoding" in known or "decoding" not in options else as_generated(options.pop("decoding"))
     for option in options:
         if option not in known:
             raise PolicyError(f"policy {name!r} has no option {option!r}{_nearest(option, known)}")
-    return POLICIES[name](**options)
+    policy = POLICIES[name](**options)
+    return policy if rule is None else dataclasses.replace(policy, generated=rule)
 
 
 def _nearest(word: str, known: list[str]) -> str:

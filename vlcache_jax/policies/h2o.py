@@ -1,7 +1,8 @@
-"""H2O, heavy-hitter oracle (Zhang et al., arXiv 2306.14048, NeurIPS 2023), one-shot."""
+"""H2O, heavy-hitter oracle (Zhang et al., arXiv 2306.14048, NeurIPS 2023)."""
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
 
@@ -13,6 +14,7 @@ def H2O(
     normalised: bool = False,
     candidate_fraction: float = 1.0,
     bits: int | None = None,
+    decoding: str | Generated = "append",
 ) -> Policy:
     """The tokens with the most attention from all rows of the prompt, and the recent ones; the same for every layer.
 
@@ -21,10 +23,12 @@ def H2O(
     The default halves the slots between heavy hitters and recent tokens, as the authors' code does
     (heavy_ratio = recent_ratio).
 
-    Choices. One-shot: the prompt is compressed once and generated tokens are never evicted; the original also evicts
-    while it decodes. The original has one KV head for each query head; with grouped queries scores are averaged over
-    the group (the default of KVCache-Factory). The plain sum favours early tokens, which more rows can see:
-    `normalised=True` divides by the number of those rows, n - j (kvpress, ObservedAttention; ZipCache).
+    Choices. By default one-shot: the prompt is compressed once and generated tokens are never evicted.
+    `decoding="evict"` is the original: generated tokens take part, and every step adds its attention to the scores and
+    gives up the weakest token that is not among the recent ones (`Evict`). The original has one KV head for each query
+    head; with grouped queries scores are averaged over the group (the default of KVCache-Factory). The plain sum
+    favours early tokens, which more rows can see: `normalised=True` divides by the number of those rows, n - j
+    (kvpress, ObservedAttention; ZipCache).
 
     Its rows are the whole prompt, of which the question is a small part: mostly query-agnostic.
 
@@ -34,6 +38,8 @@ def H2O(
       normalised: divide a token's score by the number of rows that see it.
       candidate_fraction: see `Policy`.
       bits: see `Policy`.
+      decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
+        `Policy.generated`.
 
     Returns:
       The policy.
@@ -53,4 +59,5 @@ def H2O(
         recent=recent,
         candidate_fraction=candidate_fraction,
         bits=bits,
+        generated=as_generated(decoding, Evict(weigh="sum")),
     )

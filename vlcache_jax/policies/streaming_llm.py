@@ -2,17 +2,22 @@
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.scores import Recency
 
 
-def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = None) -> Policy:
+def StreamingLLM(
+    budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = None, decoding: str | Generated = "append"
+) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
 
         kept = {0 .. sinks - 1} and {n - (slots - sinks) .. n - 1}
 
     Choices. Positions are not re-assigned: kept keys keep the rotary position they were computed with, as in kvpress;
     the paper rotates keys by their place in the cache, which matters only beyond the length a model was trained for.
-    This is the prompt's compression alone: generated tokens are appended and never evicted.
+    By default this is the prompt's compression alone: generated tokens are appended and never evicted.
+    `decoding="window"` keeps the latest 256 of them (`RollingWindow`), besides what was kept of the prompt;
+    `decoding="evict"` is the original, whose window of recent tokens moves on over prompt and answer (`Evict`).
 
     Query-agnostic: what is kept does not depend on the question's content. A lower bound that any score must beat when
     the answer lies in the image.
@@ -21,6 +26,8 @@ def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = Non
       budget: see `Policy.budget`.
       sinks: first tokens to keep; the paper uses 4.
       bits: see `Policy`.
+      decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
+        `Policy.generated`.
 
     Returns:
       The policy.
@@ -32,4 +39,12 @@ def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = Non
       >>> StreamingLLM(budget=256).sinks
       4
     """
-    return Policy(name="streaming_llm", budget=budget, score=Recency(), recent=1.0, sinks=sinks, bits=bits)
+    return Policy(
+        name="streaming_llm",
+        budget=budget,
+        score=Recency(),
+        recent=1.0,
+        sinks=sinks,
+        bits=bits,
+        generated=as_generated(decoding, Evict(weigh="last")),
+    )

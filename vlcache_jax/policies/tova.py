@@ -1,18 +1,26 @@
-"""TOVA, token omission via attention (Oren et al., arXiv 2401.06104, EMNLP 2024), one-shot."""
+"""TOVA, token omission via attention (Oren et al., arXiv 2401.06104, EMNLP 2024)."""
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import LastRow
 from vlcache_jax.policies.scores import AccumulatedAttention
 
 
-def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0, bits: int | None = None) -> Policy:
+def TOVA(
+    budget: Budget = 0.1,
+    *,
+    candidate_fraction: float = 1.0,
+    bits: int | None = None,
+    decoding: str | Generated = "append",
+) -> Policy:
     """The tokens that the last row attends to, one selection for all heads of a layer, the same number in every layer.
 
         score_j = A[n - 1, j], averaged over all query heads of the layer
 
     Choices. There is no recent window, but the last token is always kept, as in kvpress (in the authors' code even it
-    can go). One-shot: the original applies the same rule after every decode step as well.
+    can go). By default one-shot; `decoding="evict"` applies the same rule after every decode step as the original does,
+    to prompt and generated tokens alike, except that the newest token stays (see `Evict`).
 
     Query-aware: the last row ends the question.
 
@@ -20,6 +28,8 @@ def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0, bits: int | N
       budget: see `Policy.budget`.
       candidate_fraction: see `Policy`.
       bits: see `Policy`.
+      decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
+        `Policy.generated`.
 
     Returns:
       The policy.
@@ -39,4 +49,5 @@ def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0, bits: int | N
         recent=0.0,
         candidate_fraction=candidate_fraction,
         bits=bits,
+        generated=as_generated(decoding, Evict(weigh="last", heads="shared")),
     )
