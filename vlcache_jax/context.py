@@ -112,7 +112,8 @@ def compress(
       The context, of as many rows as the batch.
 
     Raises:
-      InputError, CheckpointError, PolicyError: see `prefill`; PolicyError also for a rule that forgets generated tokens.
+      InputError, CheckpointError, PolicyError: see `prefill`; PolicyError also for a rule that forgets what was
+        generated.
 
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))

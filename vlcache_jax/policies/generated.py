@@ -99,7 +99,8 @@ class Evict(Generated):
 
     Raises:
       PolicyError: a value that is not known; as a policy's rule also: an allocation that is not `Uniform`, a budget in
-        bytes, a quantised store, evicted tokens that are not dropped, a protected kind, a score that is not attention ("sum"), or not one for all heads ("shared").
+        bytes, a quantised store, evicted tokens that are not dropped, a protected kind, a score that is not attention
+        ("sum"), or not one for all heads ("shared").
     """
 
     weigh: str = "sum"
@@ -208,8 +209,8 @@ class Recompress(Generated):
         """See `Generated.check`."""
         if policy.bits is not None or isinstance(policy.evicted, Quantise):
             raise PolicyError(
-                f"{policy.name}: Recompress rewrites slots, which bits={policy.bits} and evicted={policy.evicted} do not "
-                "allow: use bits=None and Drop() or Merge(), or Append() or RollingWindow() as generated"
+                f"{policy.name}: Recompress rewrites slots, but bits={policy.bits} and evicted={policy.evicted}: "
+                " use bits=None and Drop() or Merge(), or Append() or RollingWindow() as generated"
             )
         _check_fits(f"{policy.name}: Recompress", self.of(policy), policy)
 
