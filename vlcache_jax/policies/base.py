@@ -91,7 +91,7 @@ class Policy:
         if isinstance(self.evicted, Merge) and self.candidate_fraction != 1:
             raise PolicyError(
                 f"{self.name}: evicted={self.evicted} with candidate_fraction={self.candidate_fraction}: tokens that a "
-                "layer does not hand on would be lost, not merged; use candidate_fraction=1 or Drop() (LookM: merge=None)"
+                "layer does not hand on would be lost, not merged; use candidate_fraction=1 or Drop() (merge=None)"
             )
         self.allocate.check(budget)
 
