@@ -210,7 +210,7 @@ class Recompress(Generated):
         if policy.bits is not None or isinstance(policy.evicted, Quantise):
             raise PolicyError(
                 f"{policy.name}: Recompress rewrites slots, but bits={policy.bits} and evicted={policy.evicted}: "
-                " use bits=None and Drop() or Merge(), or Append() or RollingWindow() as generated"
+                "use bits=None and Drop() or Merge(), or Append() or RollingWindow() as generated"
             )
         _check_fits(f"{policy.name}: Recompress", self.of(policy), policy)
 
