@@ -188,10 +188,9 @@ def pack(
     segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
     scales = None if bits is None else split
     of_channels = None if channels is None else PartitionSpec(rows, None, heads)
-    store: Any = PackedStore(*[split] * 3, *[segments] * 2, scales, scales, of_channels)  # type: ignore[arg-type]
-    inputs = [per_head(x) for x in (keys, values, positions, order, slots)]
-    inputs += [None if channels is None else per_head(channels)]
-    return _local(run, tuple(inputs), store)(keys, values, positions, order, slots, channels)
+    specs: Any = (*[split] * 3, *[segments] * 2, scales, scales, of_channels)
+    inputs = [None if x is None else per_head(x) for x in (keys, values, positions, order, slots, channels)]
+    return _local(run, tuple(inputs), PackedStore(*specs))(keys, values, positions, order, slots, channels)
 
 
 def merge_evicted(

@@ -139,6 +139,7 @@ def _keep_all(
         return out, pools, None
 
     def write(pools, key, value, layer):
+        assert bits is not None
         pad = [(0, 0), (0, 0), (0, room - batch.length), (0, 0)]
         key, value = (jnp.pad(x.swapaxes(1, 2), pad) for x in (key, value))
         valid = (jnp.arange(room) < lengths[:, None])[:, None]

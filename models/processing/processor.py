@@ -242,8 +242,8 @@ class Processor:
         generated = hasattr(out, "tokens") and hasattr(out, "lengths")
         tokens = out.tokens if generated else out
         if generated and np.ndim(tokens) > 2:
-            rows = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
-            return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in rows]
+            nested = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
+            return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in nested]
         try:
             rows = [np.asarray(row) for row in (np.asarray(tokens) if hasattr(tokens, "shape") else tokens)]
         except (TypeError, ValueError):
