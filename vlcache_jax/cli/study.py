@@ -33,10 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--output {arguments.output!r} is a file: give a folder")
     assets = demo_assets(arguments.assets)
     opened = open_checkpoint(assets / MODEL, None)
-    if opened.model.config.vision.grid_size != FULL_GRID:
+    side = opened.model.config.vision.grid_size
+    if side != FULL_GRID:
         raise InputError(
-            f"the checkpoint in {assets / MODEL} takes images of {opened.model.config.vision.grid_size} patches a side, "
-            f"the study draws {FULL_GRID}: give the --assets of a checkpoint made by `vlcache-jax train-demo`"
+            f"the checkpoint in {assets / MODEL} takes images of {side} patches a side, the study draws {FULL_GRID}: "
+            "give the --assets of a checkpoint made by `vlcache-jax train-demo`"
         )
     study = {
         "model": opened.model.config.model_type,

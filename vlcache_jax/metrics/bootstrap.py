@@ -1,5 +1,6 @@
 """How sure a mean is."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,12 @@ def bootstrap_interval(values: np.ndarray, *, confidence: float = 0.95, draws: i
     n = len(values)
     if np.all(values == values[0]):
         return Interval(*[float(values[0])] * 3)
-    # How often each sample is drawn says as much as the draws themselves, and its product with the values is quick.
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    low, high = np.quantile(weights @ values / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = _weights(n, draws, seed) @ values
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(n: int, draws: int, seed: int) -> np.ndarray:
+    """The share of each sample in each draw, f64 [draws, n]: the same for everything that is compared."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) / n

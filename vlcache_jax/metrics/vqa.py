@@ -4,9 +4,8 @@ import re
 from collections.abc import Sequence
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = dict(
-    zip("none zero one two three four five six seven eight nine ten".split(), map(str, (0, *range(11))), strict=True)
-)
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_WORDS)}}
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

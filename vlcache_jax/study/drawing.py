@@ -1,5 +1,6 @@
 """A sheet to draw on: coordinates in pixels of the finished picture, edges smoothed."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -100,7 +101,7 @@ def _dashes(points: Sequence[Point], dash: Sequence[float]) -> list[list[Point]]
     """The strokes of a dashed line, which goes on around corners."""
     strokes: list[list[Point]] = []
     index, left, current = 0, dash[0], [points[0]]
-    for start, end in zip(points, points[1:]):
+    for start, end in itertools.pairwise(points):
         length = math.dist(start, end)
         gone = 0.0
         while length - gone > left:

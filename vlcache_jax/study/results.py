@@ -4,11 +4,12 @@ A line of kind "study" says what was measured; one of kind "run" with which vers
 one of kind "result" holds all samples of one (task, method, budget, mode), as short as they can be written:
 
     {"kind": "result", "task": "documents", "method": "vl_cache", "budget": 0.1, "mode": "known", ...
-     "exact": "1101...", "agrees": "1101...", "score": [1000, 875, ...], "mass": [...], "hits": [...], "kept": [...]}
+     "exact": "1101...", "agrees": "1101...", "score": [100, 75, ...], "mass": [...], "hits": [...], "kept": [...]}
 
-`exact` and `agrees` have one digit for each sample; `score`, `mass`, `hits` (per mille) and `kept` (in 1/10,000 of the
-prompt's cache) one whole number, null where there is nothing to measure, or a single one where all samples have the
-same. Lines of kind "kept" hold what pictures are drawn from.
+`exact` and `agrees` have one digit for each sample; `score`, `mass`, `hits` (in hundredths) and `kept` (in 1/10,000 of
+the prompt's cache) one whole number, null where there is nothing to measure. There is a single number where all samples
+have the same one; of `kept`, the mean where samples differ by less than 0.2 % of the cache, as they do where lengths are
+rounded. Lines of kind "kept" hold what pictures are drawn from.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ import numpy as np
 from vlcache_jax.errors import InputError
 
 FILE = "results.jsonl"
-_UNITS = {"score": 1000, "mass": 1000, "hits": 1000, "kept": 10_000}
+_UNITS = {"score": 100, "mass": 100, "hits": 100, "kept": 10_000}
+_ALIKE = 0.002  # kept fractions that differ by less
 
 
 class Key(NamedTuple):
@@ -68,6 +70,9 @@ class Result:
 
     def line(self) -> dict[str, Any]:
         """As it is written."""
+        values = {name: getattr(self, name) for name in _UNITS}
+        if np.ptp(self.kept) < _ALIKE:
+            values["kept"] = np.full_like(self.kept, self.kept.mean())
         return {
             "kind": "result",
             **self.key._asdict(),
@@ -77,7 +82,7 @@ class Result:
             "layers": [round(float(x), 4) for x in self.layers],
             "density": [float(f"{x:.4g}") for x in self.density],
             **{name: "".join(str(int(x)) for x in getattr(self, name)) for name in ("exact", "agrees")},
-            **{name: _pack(getattr(self, name), unit) for name, unit in _UNITS.items()},
+            **{name: _pack(values[name], unit) for name, unit in _UNITS.items()},
         }
 
     @classmethod

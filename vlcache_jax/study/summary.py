@@ -103,8 +103,8 @@ def tables(table: Table) -> str:
         blocks.append(f"## {table.title(task)}")
         blocks.append(
             f"Full cache: {table.score_name(task)} {scale * full.score.mean():.4g}{unit}, exact match "
-            f"{100 * full.exact.mean():.1f} %. Score, and below it the 95 % interval of its difference to the full cache "
-            "on the same samples; **bold** where that interval holds 0."
+            f"{100 * full.exact.mean():.1f} %. Score, and below it the 95 % interval of its difference to the full "
+            "cache on the same samples; **bold** where that interval holds 0."
         )
         rows = [[Method(m).label, *(_difference(table, task, m, b, scale) for b in budgets)] for m in table.by_rank()]
         blocks.append(_markdown(["method", *heads], rows))

@@ -14,7 +14,8 @@ from vlcache_jax.metrics import anls, cider_d, exact_match
 
 Scorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
-_ROOM = 2  # tokens that an answer may be longer than the longest right one
+_ROOM = 2  # tokens that an answer may be longer than the longest right one, at least
+_STEP = 4  # room for answers is a multiple of this: few programs for many tasks
 _BUCKET = 32  # prompts of all tasks are padded to multiples of this
 
 
@@ -103,7 +104,8 @@ def load_task(vlm: VLM, name: str, samples: int, batch_size: int, seed: int = HE
         batches.append(vlm.processor(images=[list(drawn[i].images) for i in filled], text=[asked[i] for i in filled]))
     length = max(-(-int(np.max(batch.lengths)) // _BUCKET) * _BUCKET for batch in batches)
     longest = max(len(vlm.processor.tokenizer.encode(answer, False)) for answer in answers)
-    return TaskData(name, [_with_length(batch, length) for batch in batches], answers, longest + 1 + _ROOM)
+    room = -(-(longest + 1 + _ROOM) // _STEP) * _STEP
+    return TaskData(name, [_with_length(batch, length) for batch in batches], answers, room)
 
 
 def _with_length(batch: Batch, length: int) -> Batch:
