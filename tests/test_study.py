@@ -14,7 +14,7 @@ from vlcache_jax.cli.main import main
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.models.cpu_layout import cpu_layout
 from vlcache_jax.study.heat_maps import kept_tokens as draw_kept
-from vlcache_jax.study.measure import held, kept_tokens, state_bytes
+from vlcache_jax.study.measure import held, kept_tokens, store_bytes
 from vlcache_jax.study.methods import BUDGETS, FULL, Method, all_methods, choose
 from vlcache_jax.study.oracle import answer_attention, oracle, oracle_by_mass, with_answer_attention
 from vlcache_jax.study.pages import write_pages
@@ -46,6 +46,10 @@ def replayed(setting, policy, recording=None):
     return vlc.decode(Replay(model), params, logits, state, NEW, eos_token_ids=()), state
 
 
+def measure(state, attention):
+    return held(state.stores, state.next_position, attention)
+
+
 @pytest.mark.parametrize(
     ("name", "budget"),
     [("vl_cache", 0.1), ("vl_cache", 0.4), ("snap_kv", 0.2), ("h2o", 0.2), ("expected_attention", 0.2), (FULL, 1.0)],
@@ -57,9 +61,9 @@ def test_a_replay_answers_as_generate_does(setting, name, budget):
     out = vlc.generate(model, params, batch, policy, NEW, eos_token_ids=())
     np.testing.assert_array_equal(tokens, out.tokens)
     np.testing.assert_array_equal(lengths, out.lengths)
-    kept = kept_tokens(state, batch.length, model.spec.num_kv_heads)
+    kept = kept_tokens(state.stores, batch.length, model.spec.num_kv_heads)
     np.testing.assert_array_equal(jnp.max(jnp.sum(kept, axis=-1), axis=2).T, out.report.kept)
-    assert state_bytes(state) == out.report.state_bytes
+    assert store_bytes(state.stores) == out.report.state_bytes
 
 
 def test_answer_attention_is_that_of_one_forward(setting):
@@ -89,7 +93,7 @@ def test_the_oracle_keeps_what_is_needed_most(setting):
     shown = with_answer_attention(recording, attention)
     states = {policy.name: replayed(setting, policy, shown)[1] for policy in (oracle(0.2), oracle_by_mass(0.2))}
     random = replayed(setting, vlc.RandomEviction(0.2))[1]
-    equal, mass, chance = (held(state, attention) for state in (states["oracle"], states["oracle_by_mass"], random))
+    equal, mass, chance = (measure(state, attention) for state in (states["oracle"], states["oracle_by_mass"], random))
     # The last token is always kept, needed or not.
     count = np.asarray(equal.kept).min()
     assert np.all(np.asarray(equal.hits) >= 1 - 1 / count)
@@ -103,7 +107,7 @@ def test_all_of_the_cache_is_the_full_cache(setting):
     shown = with_answer_attention(recording, attention)
     (tokens, _), state = replayed(setting, oracle(1.0), shown)
     np.testing.assert_array_equal(tokens, out.tokens)
-    all_held = held(state, attention)
+    all_held = measure(state, attention)
     np.testing.assert_allclose(all_held.mass, 1, atol=1e-6)
     np.testing.assert_array_equal(all_held.hits, 1)
     np.testing.assert_array_equal(all_held.kept, np.repeat(batch.lengths[:, None], 3, axis=1))
@@ -116,7 +120,7 @@ def test_measures_by_hand(setting):
     rng = np.random.default_rng(0)
     attention = rng.random((3, batch.size, 2, batch.length)).astype(np.float32)
     attention *= np.arange(batch.length) < batch.lengths[:, None, None]
-    measured = held(state, jnp.asarray(attention))
+    measured = measure(state, jnp.asarray(attention))
     for row in range(batch.size):
         mass, hits = [], []
         for layer in range(3):
@@ -134,7 +138,7 @@ def test_measures_by_hand(setting):
 def test_answers_of_one_token_have_nothing_to_hold(setting):
     *_, attention = setting
     _, state = replayed(setting, vlc.VLCache(0.3))
-    measured = held(state, jnp.zeros_like(attention))
+    measured = measure(state, jnp.zeros_like(attention))
     assert np.all(np.isnan(measured.mass))
     assert np.all(np.isnan(measured.hits))
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.selection import largest
-from vlcache_jax.state import KVState
+from vlcache_jax.state import PackedStore
+
+Stores = tuple[PackedStore, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -29,19 +31,20 @@ class Held:
 
 
 @jax.jit
-def held(state: KVState, attention: jax.Array) -> Held:
-    """Measures a state as `prefill` returned it.
+def held(stores: Stores, lengths: jax.Array, attention: jax.Array) -> Held:
+    """Measures what prompts kept.
 
     Args:
-      state: with one or several read-only stores.
-      attention: f32 [layers, batch, kv_heads, length], from `answer_attention`.
+      stores: of the state as `prefill` returned it.
+      lengths: i32 [batch], of the prompts.
+      attention: f32 [layers, batch, kv_heads, length], from `answer_attention`; the columns of what was compressed.
     """
     kv_heads, length = attention.shape[2:]
-    kept = kept_tokens(state, length, kv_heads)  # bool, like `attention`
+    kept = kept_tokens(stores, length, kv_heads)  # bool, like `attention`
     count = jnp.sum(kept, axis=-1)
     total = jnp.sum(attention, axis=-1)
     mass = jnp.sum(jnp.where(kept, attention, 0), axis=-1) / jnp.where(total > 0, total, jnp.nan)
-    inside = jnp.where(jnp.arange(length) < state.next_position[:, None, None], attention, -1)
+    inside = jnp.where(jnp.arange(length) < lengths[:, None, None], attention, -1)
     best = largest(inside, count[..., None])
     hits = jnp.sum(best & kept, axis=-1) / jnp.maximum(count, 1)
     return Held(
@@ -51,29 +54,29 @@ def held(state: KVState, attention: jax.Array) -> Held:
     )
 
 
-def state_bytes(state: KVState) -> int:
+def store_bytes(stores: Stores) -> int:
     """Bytes of the buffers that hold the prompts."""
-    return sum(store.nbytes for store in state.stores)
+    return sum(store.nbytes for store in stores)
 
 
 @partial(jax.jit, static_argnames=("length", "kv_heads"))
-def kept_tokens(state: KVState, length: int, kv_heads: int) -> jax.Array:
-    """Which prompt tokens a state holds, in any of its stores.
+def kept_tokens(stores: Stores, length: int, kv_heads: int) -> jax.Array:
+    """Which prompt tokens are held, in any of the stores.
 
     Args:
-      state: as `prefill` returned it.
+      stores: of the state as `prefill` returned it.
       length: of the padded prompts.
       kv_heads: of the model; several may share a lane.
 
     Returns:
       bool [layers, batch, kv_heads, length].
     """
-    batch, layers = state.context.lengths.shape[:2]
+    batch, layers = stores[0].lengths.shape[:2]
     row, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
 
     def of_layer(layer: jax.Array) -> jax.Array:
         kept = jnp.zeros((batch, kv_heads, length), bool)
-        for store in state.stores:
+        for store in stores:
             lanes, slots = store.positions.shape[1:]
             offsets, lengths = (
                 jnp.broadcast_to(x[:, layer], (batch, kv_heads))[..., None] for x in (store.offsets, store.lengths)

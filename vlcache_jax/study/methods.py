@@ -32,6 +32,12 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Policies by other names, with options. "grid_side" is the model's; "allocate" replaces the policy's own."""
 
+_BEFORE = {
+    *("vl_cache", "snap_kv", "h2o", "look_m", "prefix_kv", "expected_attention", "key_norm", "key_difference"),
+    *("streaming_llm", "random"),
+}
+"""Methods that also compress images before the question is known: those that need no question, and two that do."""
+
 _YARDSTICKS = {"oracle": oracle, "oracle_by_mass": oracle_by_mass}
 
 LABELS = {
@@ -73,6 +79,11 @@ class Method:
 
     name: str
     needs_answer: bool = False
+
+    @property
+    def before(self) -> bool:
+        """Whether it takes part when the question comes after compression."""
+        return self.name in _BEFORE
 
     @property
     def label(self) -> str:

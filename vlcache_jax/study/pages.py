@@ -7,6 +7,7 @@ from PIL import Image
 
 from vlcache_jax.study import heat_maps, plots
 from vlcache_jax.study.results import ResultFile
+from vlcache_jax.study.run import BEFORE
 from vlcache_jax.study.summary import Table, tables
 
 _LAYERS = ("vl_cache", "pyramid_kv", "prefix_kv", "air_cache", "snap_kv")
@@ -16,9 +17,13 @@ _PICTURED_TASKS = ("documents", "scenes")
 
 def write_pages(file: ResultFile, folder: Path) -> list[Path]:
     """Writes `tables.md` and the pictures that the results allow; returns their paths."""
-    table = Table(file)
+    table, before = Table(file), Table(file, BEFORE)
     written = [folder / "tables.md"]
-    written[0].write_text(_HEADER + tables(table), encoding="utf-8")
+    written[0].write_text(_HEADER + "# Tables\n\n" + tables(table), encoding="utf-8")
+    if before.methods:
+        written.append(folder / "tables_before.md")
+        title = "# Tables: compressed before the question is known\n\n"
+        written[1].write_text(_HEADER + title + tables(before), encoding="utf-8")
     if len(table.budgets) < 2:
         return written
     variants = [name for name in table.methods if name.startswith(("vl_cache", "snap_kv"))]
@@ -26,6 +31,9 @@ def write_pages(file: ResultFile, folder: Path) -> list[Path]:
         "scores.png": plots.scores_by_budget(table, plots.MAIN, "Score against budget"),
         "all_scores.png": plots.all_scores(table),
     }
+    if before.methods:
+        title = "Score against budget, compressed before the question is known"
+        pictures["before.png"] = plots.scores_by_budget(before, before.by_rank()[:9], title)
     if len(variants) > 2:
         pictures["variants.png"] = plots.scores_by_budget(table, variants, "One ranking per layer, and pooled scores")
     pictured = {budget for _, _, budget in file.kept}
@@ -49,4 +57,4 @@ def _pictured(methods: Sequence[str]) -> list[str]:
     return (chosen + [name for name in methods if name not in chosen])[:5]
 
 
-_HEADER = "<!-- Written by `vlcache-jax study` from results.jsonl. -->\n\n# Tables\n\n"
+_HEADER = "<!-- Written by `vlcache-jax study` from results.jsonl. -->\n\n"

@@ -7,9 +7,9 @@ one of kind "result" holds all samples of one (task, method, budget, mode), as s
      "exact": "1101...", "agrees": "1101...", "score": [100, 75, ...], "mass": [...], "hits": [...], "kept": [...]}
 
 `exact` and `agrees` have one digit for each sample; `score`, `mass`, `hits` (in hundredths) and `kept` (in 1/10,000 of
-the prompt's cache) one whole number, null where there is nothing to measure. There is a single number where all samples
-have the same one; of `kept`, the mean where samples differ by less than 0.2 % of the cache, as they do where lengths are
-rounded. Lines of kind "kept" hold what pictures are drawn from.
+the prompt's cache) one whole number, null where there is nothing to measure. Where all samples have the same number it
+is written once; so is the mean of `kept` where samples differ by less than 0.2 % of the cache, as rounding lengths
+makes them. Lines of kind "kept" hold what pictures are drawn from.
 """
 
 import dataclasses

@@ -19,15 +19,16 @@ from vlcache_jax.loading import VLM
 from vlcache_jax.models.cpu_layout import cpu_layout
 from vlcache_jax.policies import FullCache, Policy
 from vlcache_jax.prefill import prefill
-from vlcache_jax.state import KVState
-from vlcache_jax.study.measure import Held, held, kept_tokens, state_bytes
+from vlcache_jax.study import before
+from vlcache_jax.study.measure import Held, Stores, held, kept_tokens, store_bytes
 from vlcache_jax.study.methods import FULL, Method
 from vlcache_jax.study.oracle import answer_attention, with_answer_attention
 from vlcache_jax.study.recording import Recording, Replay, record
 from vlcache_jax.study.results import Key, Result, ResultFile
 from vlcache_jax.study.tasks import EXACT, TaskData, load_task, score
 
-KNOWN = "known"  # mode: the question is in the prompt that is compressed
+KNOWN, BEFORE = "known", "before"
+"""Modes: the question is in the prompt that is compressed; or it comes when the images have been compressed."""
 
 PICTURED = 0.1
 """Of this budget, or of the nearest one, the kept tokens of each task's first sample are written down."""
@@ -46,7 +47,7 @@ class Prompts:
       tokens: i32 [batch, n], the answers with the full cache.
       token_lengths: i32 [batch].
       attention: f32 [layers, batch, kv_heads, length], of `answer_attention`.
-      full: the uncompressed state.
+      full_bytes: of the uncompressed state, for one prompt.
     """
 
     batch: Batch
@@ -54,15 +55,7 @@ class Prompts:
     tokens: jax.Array
     token_lengths: jax.Array
     attention: jax.Array
-    full: KVState
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What `VLM.processor.decode` takes: tokens i32 [batch, n], lengths i32 [batch]."""
-
-    tokens: jax.Array
-    lengths: jax.Array
+    full_bytes: int
 
 
 class Study:
@@ -88,42 +81,80 @@ class Study:
         """Runs a batch of prompts once, and answers it with the full cache."""
         recording = record(self.vlm.model, self.params, batch)
         batch = dataclasses.replace(batch, pixels=np.asarray(batch.pixels)[:, :0])
-        tokens, lengths, state = self.answer_known(batch, recording, FullCache(), max_new_tokens)
+        tokens, lengths, stores = self.answer_known(batch, recording, FullCache(), max_new_tokens)[:3]
         attention = answer_attention(
             self.vlm.model, self.params, recording, jnp.asarray(batch.lengths), tokens, lengths
         )
-        return Prompts(batch, recording, tokens, lengths, attention, state)
+        return Prompts(batch, recording, tokens, lengths, attention, store_bytes(stores) // batch.size)
 
     def answer_known(
         self, batch: Batch, recording: Recording, policy: Policy, max_new_tokens: int
-    ) -> tuple[jax.Array, jax.Array, KVState]:
+    ) -> tuple[jax.Array, jax.Array, Stores, jax.Array]:
         """Answers with a cache that was compressed with the question in the prompt.
 
         Returns:
-          (tokens i32 [batch, max_new_tokens], lengths i32 [batch], the state as prefill returned it); the tokens are
-          those of `generate`.
+          (tokens i32 [batch, max_new_tokens], lengths i32 [batch], the stores as prefill returned them, density f32
+          [batch, layers]); the tokens are those of `generate`.
         """
         params = {"model": self.params, "recording": recording}
         logits, state = prefill(self.model, params, batch, policy, max_new_tokens)
         tokens, lengths = decode(self.model, params, logits, state, max_new_tokens)
-        return tokens, lengths, state
+        return tokens, lengths, state.stores, state.allocation.density
 
-    def measure(self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float) -> "Measured":
+    def measure(
+        self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
+    ) -> "Measured":
         """Answers of all samples under a method.
 
         Raises:
           PolicyError: the method does not know such a budget.
         """
         policy = method.policy(budget, self.grid_side)
-        parts = []
-        for some in prompts:
-            recording = some.recording
+        parts = [self._part(some, method, policy, mode, data.max_new_tokens) for some in prompts]
+        n = data.samples
+
+        def joined(arrays: list[Any]) -> np.ndarray:
+            return np.concatenate([np.asarray(x) for x in arrays])[:n]
+
+        texts = [text for part in parts for text in self.vlm.processor.decode(part)]
+        return Measured(
+            texts=texts[:n],
+            agrees=joined([part.agrees for part in parts]),
+            held=Held(*(joined([getattr(part.held, name) for part in parts]) for name in ("mass", "hits", "kept"))),
+            compressed=joined([part.compressed for part in parts]),
+            density=joined([part.density for part in parts]),
+            bytes=store_bytes(parts[0].stores) // prompts[0].batch.size,
+            first=parts[0].stores,
+        )
+
+    def _part(self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int) -> "_Part":
+        batch, recording, attention = some.batch, some.recording, some.attention
+        if mode == BEFORE:
+            end = before.images_end(batch)
+            tokens, lengths, stores, density = before.answer_before(
+                self.model, self.params, batch, recording, policy, max_new_tokens
+            )
+            compressed, attention = np.full(batch.size, end), attention[..., :end]
+        else:
             if method.needs_answer:
-                recording = with_answer_attention(recording, some.attention)
-            tokens, lengths, state = self.answer_known(some.batch, recording, policy, data.max_new_tokens)
-            agrees = jnp.all(tokens == some.tokens, axis=1)
-            parts.append((tokens, lengths, agrees, held(state, some.attention), state))
-        return Measured.join(self.vlm, data, prompts, parts)
+                recording = with_answer_attention(recording, attention)
+            tokens, lengths, stores, density = self.answer_known(batch, recording, policy, max_new_tokens)
+            compressed = np.asarray(batch.lengths)
+        agrees = jnp.all(tokens == some.tokens, axis=1)
+        return _Part(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density, stores)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Answers of a batch: tokens i32 [batch, n], lengths i32 [batch]; and what `Measured` joins."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+    agrees: jax.Array
+    held: Held
+    compressed: np.ndarray
+    density: jax.Array
+    stores: Stores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,39 +165,19 @@ class Measured:
       texts: the answers.
       agrees: bool.
       held: see `measure.Held`, as NumPy arrays.
-      lengths: of the prompts.
+      compressed: tokens of each prompt that were compressed.
       density: f32 [samples, layers].
-      bytes: of the state, for one prompt.
-      first: the state of the first batch.
+      bytes: of the stores, for one prompt.
+      first: the stores of the first batch.
     """
 
     texts: list[str]
     agrees: np.ndarray
     held: Held
-    lengths: np.ndarray
+    compressed: np.ndarray
     density: np.ndarray
     bytes: int
-    first: KVState
-
-    @classmethod
-    def join(cls, vlm: VLM, data: TaskData, prompts: Sequence[Prompts], parts: list[tuple[Any, ...]]) -> "Measured":
-        """Joins batches and drops what fills up the last one."""
-        texts = [text for tokens, lengths, *_ in parts for text in vlm.processor.decode(Answers(tokens, lengths))]
-        n = data.samples
-
-        def joined(arrays: list[Any]) -> np.ndarray:
-            return np.concatenate([np.asarray(x) for x in arrays])[:n]
-
-        first = parts[0][4]
-        return cls(
-            texts=texts[:n],
-            agrees=joined([part[2] for part in parts]),
-            held=Held(*(joined([getattr(part[3], name) for part in parts]) for name in ("mass", "hits", "kept"))),
-            lengths=joined([some.batch.lengths for some in prompts]),
-            density=joined([part[4].allocation.density for part in parts]),
-            bytes=state_bytes(first) // len(np.asarray(prompts[0].batch.lengths)),
-            first=first,
-        )
+    first: Stores
 
 
 def run_study(
@@ -193,7 +204,15 @@ def run_study(
       log: gets a line for each configuration.
     """
     study = Study(vlm)
-    grid = [(method, budget) for budget in budgets if budget < 1 for method in methods]
+    modes = [KNOWN, *([BEFORE] if before.AVAILABLE else [])]
+    grid = [
+        (method, budget, mode)
+        for mode in modes
+        for budget in budgets
+        if budget < 1
+        for method in methods
+        if mode == KNOWN or method.before
+    ]
     pictured = min((b for b in budgets if b < 1), key=lambda b: abs(b - PICTURED), default=None)
     progress = _Progress(log)
     pending = {task: _pending(file, task, grid) for task in tasks}
@@ -207,30 +226,33 @@ def run_study(
         drawn = time.monotonic()
         prompts = [study.prepare(batch, data.max_new_tokens) for batch in data.batches]
         log(f"{task}: {samples} samples drawn in {drawn - start:.0f} s, run in {time.monotonic() - drawn:.0f} s")
-        for method, budget in pending[task]:
+        for method, budget, mode in pending[task]:
             begun = time.monotonic()
             try:
-                measured = study.measure(data, prompts, method, budget)
+                measured = study.measure(data, prompts, method, budget, mode)
             except PolicyError as error:
                 progress.skip(f"{task} {method.name} {budget:g}: left out, {error}")
                 continue
-            key = Key(task, method.name, budget, KNOWN)
-            result = _result(key, data, measured, state_bytes(prompts[0].full) // prompts[0].batch.size, begun)
+            key = Key(task, method.name, budget, mode)
+            result = _result(key, data, measured, prompts[0].full_bytes, begun)
             file.add(result)
-            if budget == pictured:
+            if budget == pictured and mode == KNOWN:
                 _picture(file, key, measured, prompts[0])
             progress.step(result)
             _free_programs()
         del prompts
 
 
-def _pending(file: ResultFile, task: str, grid: list[tuple[Method, float]]) -> list[tuple[Method, float]]:
-    wanted = [(Method(FULL), 1.0), *grid]
-    return [(method, budget) for method, budget in wanted if Key(task, method.name, budget, KNOWN) not in file.results]
+Configuration = tuple[Method, float, str]  # method, budget, mode
+
+
+def _pending(file: ResultFile, task: str, grid: list[Configuration]) -> list[Configuration]:
+    wanted = [(Method(FULL), 1.0, KNOWN), *grid]
+    return [item for item in wanted if Key(task, item[0].name, item[1], item[2]) not in file.results]
 
 
 def _result(key: Key, data: TaskData, measured: Measured, full_bytes: int, begun: float) -> Result:
-    kept = measured.held.kept / measured.lengths[:, None]
+    kept = measured.held.kept / measured.compressed[:, None]
     return Result(
         key=key,
         exact=EXACT(measured.texts, data.answers),
@@ -281,9 +303,10 @@ class _Progress:
         """A configuration has been measured."""
         self.left -= 1
         self.done += 1
+        note = "" if result.key.mode == KNOWN else f" {result.key.mode}"
         key, seconds = result.key, (time.monotonic() - self._start) / self.done * self.left
         self.log(
-            f"{key.task} {key.method} {key.budget:g}: exact match {result.exact.mean():.3f}, "
+            f"{key.task} {key.method} {key.budget:g}{note}: exact match {result.exact.mean():.3f}, "
             f"score {result.score.mean():.3f}, agrees {result.agrees.mean():.3f}, {result.seconds:.1f} s; "
             f"{self.left} to go, about {seconds / 60:.0f} min"
         )
