@@ -24,7 +24,7 @@ PALETTE: tuple[Colour, ...] = (
 )
 """Okabe and Ito's colours for all kinds of sight, and a few more."""
 
-_SCALE = 2  # drawn so much larger, then reduced: Pillow does not smooth lines
+_SCALE = 3  # drawn so much larger, then reduced: Pillow does not smooth lines
 
 
 class Sheet:
@@ -51,9 +51,21 @@ class Sheet:
     def line(self, points: Sequence[Point], colour: Colour, width: float = 2, dash: Sequence[float] = ()) -> None:
         """A line through points; `dash` gives lengths of strokes and gaps in turn."""
         for piece in _dashes(points, dash) if dash else [points]:
-            if len(piece) > 1:
-                large = [_large(*point) for point in piece]
-                self._draw.line(large, colour, round(width * _SCALE), joint="curve")
+            for start, end in itertools.pairwise(piece):
+                self._stroke(start, end, colour, width / 2)
+
+    def _stroke(self, start: Point, end: Point, colour: Colour, half: float) -> None:
+        """A straight line with round ends. Pillow's own wide lines differ in width with their direction."""
+        length = math.dist(start, end)
+        if length:
+            x, y = half * (end[1] - start[1]) / length, half * (start[0] - end[0]) / length
+            corners = [(start[0] + x, start[1] + y), (end[0] + x, end[1] + y)]
+            corners += [(end[0] - x, end[1] - y), (start[0] - x, start[1] - y)]
+            self._draw.polygon([(a * _SCALE, b * _SCALE) for a, b in corners], colour)
+        if half > 1:
+            for a, b in (start, end):
+                box = ((a - half) * _SCALE, (b - half) * _SCALE, (a + half) * _SCALE, (b + half) * _SCALE)
+                self._draw.ellipse(box, colour)
 
     def marker(self, x: float, y: float, colour: Colour, shape: int = 0, radius: float = 5) -> None:
         """A circle, square, triangle or diamond, with a white edge."""

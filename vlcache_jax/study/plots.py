@@ -8,11 +8,11 @@ from PIL import Image
 
 from vlcache_jax.study import drawing
 from vlcache_jax.study.drawing import GREY, INK, LINE, PALETTE, TRACK, Colour, Sheet
-from vlcache_jax.study.methods import FULL, LABELS, Method
+from vlcache_jax.study.methods import Method
 from vlcache_jax.study.summary import Table
 
 _MARGIN = 48
-_COLUMNS, _PANEL, _HEIGHT = 3, 500, 330  # panels in a row; a panel's width and height, axis labels included
+_PANEL, _HEIGHT = 500, 330  # a panel's width and height, axis labels included
 
 MAIN = ("vl_cache", "snap_kv", "pyramid_kv", "h2o", "streaming_llm", "tova", "prefix_kv", "expected_attention")
 """Methods that a picture of everything draws in colour."""
@@ -27,7 +27,8 @@ def scores_by_budget(table: Table, methods: Sequence[str], title: str) -> Image.
       title: of the picture.
     """
     panels = [*table.tasks, None]
-    rows = -(-len(panels) // _COLUMNS)
+    columns = 4 if len(panels) > 6 else 3
+    rows = -(-len(panels) // columns)
     shown = [name for name in methods if name in table.methods]
     styles = _styles(shown)
     for name, dash in (("oracle_by_mass", (10, 5)), ("oracle", (10, 5)), ("random", (3, 5))):
@@ -38,7 +39,7 @@ def scores_by_budget(table: Table, methods: Sequence[str], title: str) -> Image.
     if "random" in table.methods:
         styles.setdefault("random", (GREY, (3, 5), -1))
     behind = [name for name in table.methods if name not in styles]
-    width = 2 * _MARGIN + _COLUMNS * _PANEL + (_COLUMNS - 1) * 24
+    width = 2 * _MARGIN + columns * _PANEL + (columns - 1) * 24
     legend = _legend_height(styles, width, bool(behind))
     sheet = Sheet(width, 104 + rows * (_HEIGHT + 64) + legend)
     sheet.text(_MARGIN, 50, title, 30)
@@ -50,8 +51,8 @@ def scores_by_budget(table: Table, methods: Sequence[str], title: str) -> Image.
         GREY,
     )
     for number, task in enumerate(panels):
-        x = _MARGIN + number % _COLUMNS * (_PANEL + 24)
-        y = 104 + number // _COLUMNS * (_HEIGHT + 64)
+        x = _MARGIN + number % columns * (_PANEL + 24)
+        y = 104 + number // columns * (_HEIGHT + 64)
         _panel(sheet, x, y, table, task, styles, behind)
     _legend(sheet, 104 + rows * (_HEIGHT + 64) + 16, styles, bool(behind))
     return sheet.picture()
@@ -144,7 +145,7 @@ def all_scores(table: Table) -> Image.Image:
     cell, height = 50, 26
     block = cell * len(budgets) + 30
     panels = [*table.tasks, None]
-    columns = min(len(panels), 3)
+    columns = 4 if len(panels) > 6 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     width = round(2 * _MARGIN + names + columns * block)
     sheet = Sheet(width, 110 + rows * (len(methods) * height + 96))
@@ -257,6 +258,3 @@ def _round_up(value: float) -> float:
     """The next number of 1, 2, 4 or 8 times a power of ten: it has round quarters."""
     power = 10.0 ** math.floor(math.log10(max(value, 1e-6)))
     return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * 0.999)
-
-
-__all__ = ["FULL", "LABELS", "MAIN", "all_scores", "layers", "scores_by_budget"]

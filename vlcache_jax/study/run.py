@@ -5,6 +5,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ KNOWN, BEFORE = "known", "before"
 PICTURED = 0.1
 """Of this budget, or of the nearest one, the kept tokens of each task's first sample are written down."""
 
+_WORKERS = 2  # configurations at once: compiling one keeps a single core busy, and running one hardly two
+_GROUP = 16  # configurations after which compiled programs may be dropped
+_TAIL = 32  # room for answers, the same for all tasks, so that they share the programs of the prefill
 _MAPS = Path("/proc/self/maps")
 _MOST_MAPS = 30_000  # every compiled program takes memory mappings, of which Linux allows a process 65,530
 
@@ -97,7 +102,7 @@ class Study:
           [batch, layers]); the tokens are those of `generate`.
         """
         params = {"model": self.params, "recording": recording}
-        logits, state = prefill(self.model, params, batch, policy, max_new_tokens)
+        logits, state = prefill(self.model, params, batch, policy, max(_TAIL, max_new_tokens))
         tokens, lengths = decode(self.model, params, logits, state, max_new_tokens)
         return tokens, lengths, state.stores, state.allocation.density
 
@@ -226,20 +231,19 @@ def run_study(
         drawn = time.monotonic()
         prompts = [study.prepare(batch, data.max_new_tokens) for batch in data.batches]
         log(f"{task}: {samples} samples drawn in {drawn - start:.0f} s, run in {time.monotonic() - drawn:.0f} s")
-        for method, budget, mode in pending[task]:
-            begun = time.monotonic()
-            try:
-                measured = study.measure(data, prompts, method, budget, mode)
-            except PolicyError as error:
-                progress.skip(f"{task} {method.name} {budget:g}: left out, {error}")
-                continue
-            key = Key(task, method.name, budget, mode)
-            result = _result(key, data, measured, prompts[0].full_bytes, begun)
-            file.add(result)
-            if budget == pictured and mode == KNOWN:
-                _picture(file, key, measured, prompts[0])
-            progress.step(result)
-            _free_programs()
+        measure = partial(_measured, study, data, prompts)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            for some in (pending[task][i : i + _GROUP] for i in range(0, len(pending[task]), _GROUP)):
+                for (method, budget, mode), outcome in zip(some, pool.map(measure, some)):
+                    if isinstance(outcome, PolicyError):
+                        progress.skip(f"{task} {method.name} {budget:g}: left out, {outcome}")
+                        continue
+                    result, kept = outcome
+                    file.add(result)
+                    if budget == pictured and mode == KNOWN:
+                        file.add_kept(task, method.name, budget, **kept)
+                    progress.step(result)
+                _free_programs()
         del prompts
 
 
@@ -251,10 +255,19 @@ def _pending(file: ResultFile, task: str, grid: list[Configuration]) -> list[Con
     return [item for item in wanted if Key(task, item[0].name, item[1], item[2]) not in file.results]
 
 
-def _result(key: Key, data: TaskData, measured: Measured, full_bytes: int, begun: float) -> Result:
+def _measured(
+    study: Study, data: TaskData, prompts: Sequence[Prompts], item: Configuration
+) -> tuple[Result, dict[str, Any]] | PolicyError:
+    """A configuration's result and what its first sample kept; or why there is none."""
+    method, budget, mode = item
+    begun = time.monotonic()
+    try:
+        measured = study.measure(data, prompts, method, budget, mode)
+    except PolicyError as error:
+        return error
     kept = measured.held.kept / measured.compressed[:, None]
-    return Result(
-        key=key,
+    result = Result(
+        key=Key(data.name, method.name, budget, mode),
         exact=EXACT(measured.texts, data.answers),
         score=score(data.name, measured.texts, data.answers),
         agrees=measured.agrees.astype(np.float64),
@@ -264,26 +277,24 @@ def _result(key: Key, data: TaskData, measured: Measured, full_bytes: int, begun
         layers=kept.mean(axis=0),
         density=measured.density.mean(axis=0),
         state_bytes=measured.bytes,
-        full_bytes=full_bytes,
+        full_bytes=prompts[0].full_bytes,
         seconds=time.monotonic() - begun,
     )
+    return result, _first_kept(measured, prompts[0])
 
 
-def _picture(file: ResultFile, key: Key, measured: Measured, prompts: Prompts) -> None:
-    """Writes down which visual tokens the first sample kept: for each layer a digit for every one of them, 9 for all
-    KV heads and 0 for none."""
+def _first_kept(measured: Measured, prompts: Prompts) -> dict[str, Any]:
+    """Which visual tokens the first sample kept: for each layer a digit for every one of them, 9 where all KV heads
+    kept it and 0 where none did; the number of text tokens; and its answer."""
     _, _, kv_heads, length = prompts.attention.shape
     kept = np.asarray(kept_tokens(measured.first, length, kv_heads))[:, 0]  # [layers, kv_heads, length]
     visual = np.asarray(prompts.batch.vision_index)[0] != TEXT
     digits = np.round(9 * kept[..., visual].mean(axis=1)).astype(int)
-    file.add_kept(
-        key.task,
-        key.method,
-        key.budget,
-        layers=["".join(map(str, layer)) for layer in digits],
-        text=[round(float(x), 2) for x in kept[..., ~visual].sum(axis=2).mean(axis=1)],
-        answer=measured.texts[0],
-    )
+    return {
+        "layers": ["".join(map(str, layer)) for layer in digits],
+        "text": [round(float(x), 2) for x in kept[..., ~visual].sum(axis=2).mean(axis=1)],
+        "answer": measured.texts[0],
+    }
 
 
 def _free_programs() -> None:
