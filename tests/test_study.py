@@ -55,7 +55,7 @@ def measure(state, attention):
     return held(state.stores, state.next_position, attention)
 
 
-@pytest.mark.parametrize("name", ["vl_cache", "snap_kv_grid", "expected_attention"])
+@pytest.mark.parametrize("name", ["vl_cache_grid", "expected_attention"])
 def test_a_replay_answers_as_generate_does(setting, name):
     model, params, batch, *_ = setting
     policy = Method(name).policy(0.2, grid_side=4)
@@ -100,7 +100,7 @@ def test_the_oracle_keeps_what_is_needed_most(setting):
     count = np.asarray(equal.kept).min()
     assert np.all(np.asarray(equal.hits) >= 1 - 1 / count)
     assert np.all(np.asarray(equal.mass) >= np.asarray(chance.mass))
-    assert np.mean(equal.mass) > np.mean(chance.mass) + 0.1
+    assert np.mean(equal.mass) > 1.1 * np.mean(chance.mass)  # attention of a random model is nearly even
     np.testing.assert_array_equal(np.sum(equal.kept, axis=1), np.sum(mass.kept, axis=1))
 
 

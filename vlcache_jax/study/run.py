@@ -213,10 +213,10 @@ def run_study(
     grid = [
         (method, budget, mode)
         for mode in modes
-        for budget in budgets
-        if budget < 1
         for method in methods
         if mode == KNOWN or method.before
+        for budget in budgets  # last, so that workers do not compile the same decoding program at once
+        if budget < 1
     ]
     pictured = min((b for b in budgets if b < 1), key=lambda b: abs(b - PICTURED), default=None)
     progress = _Progress(log)
