@@ -46,9 +46,7 @@ def write_pages(file: ResultFile, folder: Path) -> list[Path]:
             if lines:
                 pictures[f"kept_{task}.png"] = heat_maps.kept_tokens(task, budget, lines)
     for name, picture in pictures.items():
-        picture.quantize(64 if name.startswith("kept") else 128, dither=Image.Dither.NONE).save(
-            folder / name, optimize=True
-        )
+        picture.quantize(128, dither=Image.Dither.NONE).save(folder / name, optimize=True)
         written.append(folder / name)
     return written
 
