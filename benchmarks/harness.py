@@ -162,17 +162,19 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
-    """Runs all sides in turn, A B A B ..., after one warm-up each, so that slow changes of the machine hit all.
+    """Runs all sides in turn, A B A B ..., so that slow changes of the machine hit all.
+
+    Before every run that counts there is one that does not: caches are cold after the other side's work, and its
+    threads still wait for more by spinning.
 
     Args:
       sides: name to a function that runs once and returns the seconds to count.
       repeats: rounds that count.
     """
-    for run in sides.values():
-        run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
+            run()
             seconds[name].append(run())
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 

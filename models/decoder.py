@@ -56,6 +56,10 @@ class SelfAttention(nn.Module):
 
         def project(heads: int, name: str) -> jax.Array:
             x_heads = _dense(heads * c.head_dim, c.qkv_bias, self.dtype, name)(x)
+            if length == 1:
+                # Otherwise the TPU's compiler moves the split into heads into the product, and wants the weights
+                # transposed for it: at every layer of a step, or of all layers at once, before the loop over steps.
+                x_heads = jax.lax.optimization_barrier(x_heads)
             return x_heads.reshape(batch, length, heads, c.head_dim)
 
         if self.has_variable("params", "qkv"):  # see `cpu_layout`

@@ -54,6 +54,7 @@ class Llava(nn.Module):
             dtype=self.dtype,
             eos_token_ids=c.eos_token_ids,
             pad_token_id=c.pad_token_id if c.pad_token_id is not None else (c.eos_token_ids or (0,))[0],
+            vision_grid=0 if c.feature_select == "full" else c.vision.grid_size,
         )
 
     def abstract_params(self) -> dict[str, Any]:

@@ -74,6 +74,26 @@ def keep(scores, slots, window=Fraction(1, 10), sinks=0, first_kind=None):
     return sorted(forced | set(others[: slots - len(forced)]))
 
 
+# Merging
+
+
+def merge(key, value, kept, kind):
+    """key, value [n, d] of one head, ascending kept positions -> what is stored for them (LOOK-M, section 3.3)."""
+    norm = np.maximum(np.linalg.norm(key, axis=-1), 1e-30)
+    members = {j: [] for j in kept}
+    for j in sorted(set(range(len(key))) - set(kept)):
+        cosine = key[kept] @ key[j] / norm[kept] / norm[j]
+        best = int(np.argmax(np.round(cosine, 12)))  # ties, to the rounding of float64, go to the lower position
+        members[kept[best]].append((j, cosine[best]))
+
+    def stored(x, j):
+        if kind == "pivotal":
+            return sum(((x[i] + x[j]) / 2 for i, _ in members[j]), x[j]) / (len(members[j]) + 1)
+        return sum((x[i] * (c if kind == "weighted" else 1) for i, c in members[j]), x[j]) / (len(members[j]) + 1)
+
+    return tuple(np.array([stored(x, j) for j in kept]) for x in (key, value))
+
+
 # Slots of each layer
 
 
@@ -193,14 +213,59 @@ def pyramid_kv(prompt, total, window, size, beta=20):
     return slots, snap_kv(prompt, total, window, size)[1]
 
 
+def adaptive_heads(scores, slots, window, floor, lanes):
+    """Slots [kv_heads] of one layer that has `slots` for each head; scores [kv_heads, n]."""
+    heads, n = scores.shape
+    window = max(1, min(window, slots))
+    rest, group = slots - window, heads // lanes
+    out = []
+    for first in range(0, heads, group):
+        mine = range(first, first + group)
+        ranked = sorted((-scores[h, j], h, j) for h in mine for j in range(n - window))[: group * rest]
+        found = [sum(h == head for _, h, _ in ranked) for head in mine]
+        ideal = [(1 - Fraction(str(floor))) * f + Fraction(str(floor)) * rest for f in found]
+        shares = [math.floor(x) for x in ideal]
+        for head in sorted(range(group), key=lambda h: (shares[h] - ideal[h], h))[: group * rest - sum(shares)]:
+            shares[head] += 1
+        out += [window + share for share in shares]
+    return out
+
+
+def ada_kv(prompt, total, window, size, kind="max", floor=0.2, lanes=1, layers=None):
+    """layers: (prompt, total) -> slots of each layer, the same for all by default."""
+    scores = pool_sequence(last_rows(prompt, window), size, kind, window)
+    slots = layers(prompt, total) if layers else uniform(prompt.layers, total)
+    return [adaptive_heads(of_layer, s, window, floor, lanes) for of_layer, s in zip(scores, slots)], scores
+
+
+def by_mass(prompt, total, method, share, window, sinks=0, text_first=False):
+    """The slots that hold the share of each layer's scores, or the largest common share that `total` slots hold."""
+    _, scores = method(prompt, total)
+    kind = ~prompt.visual if text_first else None
+
+    def held(scores, slots):
+        """By `slots` slots; a window that grows with them counts for its last token only."""
+        mean = scores.mean(axis=0)
+        if slots == 0:
+            return 0.0
+        if isinstance(window, float):
+            core = slots - max(1, math.floor(Fraction(str(window)) * slots)) + 1
+            return mean[keep(mean, core, 0, sinks, kind)].sum() / mean.sum()
+        return mean[keep(mean, slots, window, sinks, kind)].sum() / mean.sum()
+
+    wanted = [(held(s, k), k, layer) for layer, s in enumerate(scores) for k in range(prompt.n)]
+    taken = sorted(step for step in wanted if step[0] < share)[:total]
+    return [sum(layer == mine for _, _, layer in taken) for mine in range(prompt.layers)], scores
+
+
 def tova(prompt, total):
     return uniform(prompt.layers, total), last_rows(prompt, 1, shared=True)
 
 
 def look_m(prompt, total):
-    """As printed: the largest score is added to text."""
+    """As printed: the largest score of a head is added to text."""
     scores = prompt.received(range(prompt.n))
-    return uniform(prompt.layers, total), scores + prompt.n * ~prompt.visual  # no score exceeds n
+    return uniform(prompt.layers, total), scores + scores.max(axis=-1, keepdims=True) * ~prompt.visual
 
 
 def prefix_kv(prompt, total):

@@ -23,7 +23,12 @@ class StubModel:
     @property
     def spec(self) -> ModelSpec:
         return ModelSpec(
-            num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=512, dtype=jnp.dtype(self.dtype)
+            num_layers=LAYERS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            max_positions=512,
+            dtype=jnp.dtype(self.dtype),
+            vision_grid=SIDE,
         )
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:
@@ -86,10 +91,11 @@ def kept_sets(state) -> list:
     context = state.context
     positions, offsets, lengths = (np.asarray(x) for x in (context.positions, context.offsets, context.lengths))
     batch, lanes, _ = positions.shape
+    heads = max(lanes, offsets.shape[2])
 
-    def one(layer, row, lane):
-        head = min(lane, offsets.shape[2] - 1)
-        start = offsets[row, layer, head]
-        return positions[row, lane, start : start + lengths[row, layer, head]].tolist()
+    def one(layer, row, head):
+        segment = min(head, offsets.shape[2] - 1)
+        start = offsets[row, layer, segment]
+        return positions[row, head * lanes // heads, start : start + lengths[row, layer, segment]].tolist()
 
-    return [[[one(i, row, lane) for lane in range(lanes)] for row in range(batch)] for i in range(offsets.shape[1])]
+    return [[[one(i, row, head) for head in range(heads)] for row in range(batch)] for i in range(offsets.shape[1])]

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for folder in ("vlcache_jax", "models", "kernels") for p in (ROOT / folder).rglob("*.py"))
 CORE = {
-    "batch", "budgets", "decoding", "errors", "fractions", "generation", "interfaces", "packing", "prefill", "report",
-    "sampling", "selection", "state", "validation",
+    "batch", "budgets", "context", "decoding", "errors", "extending", "fractions", "generation", "interfaces",
+    "merging", "packing", "prefill", "report", "sampling", "selection", "state", "validation",
 }  # fmt: skip
 
 

@@ -44,6 +44,13 @@ def test_prefill_overhead(tmp_path):
     assert all(row["ratio"]["median"] > 0 for row in result["rows"])
 
 
+def test_decode_attention_cpu(tmp_path):
+    options = ["--model", "qwen2-0.5b", "--batch", "1", "--tokens", "256", "--repeats", "1", "--calls", "1"]
+    result = run(tmp_path, "decode_attention_cpu.py", *options)
+    assert result["settings"]["difference"] < 1e-5
+    assert all(row["to_all"]["median"] > 0 for row in result["rows"])
+
+
 def test_state_bytes(tmp_path):
     result = run(tmp_path, "state_bytes.py", "--lengths", "1024", "--budgets", "0.1", "--shapes", "7b")
     assert [row["ratio"] <= 0.13 for row in result["rows"]] == [True]

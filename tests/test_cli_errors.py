@@ -112,7 +112,7 @@ class TestBeforeWeights:
         assert "'budget' is given twice" in refused("--budget", "0.2", "--policy-option", "budget=0.3")
 
     def test_budget_of_full_cache(self, refused: Run) -> None:
-        assert "it has no options" in refused("--policy", "full_cache", "--budget", "0.5")
+        assert "policy 'full_cache' has no option 'budget'" in refused("--policy", "full_cache", "--budget", "0.5")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from tiny_checkpoints import make_tiny_llava
 
@@ -69,6 +70,15 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr("vlcache_jax.cli.generate.open_checkpoint", interrupt)
     assert main(["generate", "--model", "m", "--prompt", "p"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("vlcache_jax.cli.generate.open_checkpoint", lambda *_, **__: jnp.zeros((1 << 24, 1 << 24)) + 1)
+    assert main(["generate", "--model", "m", "--prompt", "p"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("vlcache-jax: error: out of memory (RESOURCE_EXHAUSTED")
+    assert "candidate_fraction" in error
+    assert error.count("\n") == 1
 
 
 class TestTrainDemo:

@@ -122,7 +122,8 @@ def case(images: list[Image.Image], layers: int, next: bool = False) -> tuple[Ba
         for layer in range(layers)
     ]
     counts = np.array([[of_layer.shape[1] for of_layer in kept]])
-    report = Report(counts, np.array([length]), counts, np.array([True]), "vl_cache", 0.1, 10**6, 10**7, 0)
+    flags = (np.array([True]), np.array([0.1]))
+    report = Report(counts, np.array([length]), counts, *flags, "vl_cache", 0.1, 10**6, 10**7, 0)
     return batch, kept, report, map_of
 
 

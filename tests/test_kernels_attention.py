@@ -266,3 +266,13 @@ def test_no_square_matrix_for_all_heads():
 def test_errors(shapes, options, message):
     with pytest.raises(ValueError, match=message):
         attention(*(jnp.zeros(s) for s in shapes), **options)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (8, 4)])
+def test_blocks_of_the_splash_mask_are_those_of_jax(height, width):
+    ours, theirs = (mask((24, 24)) for mask in (splash_tpu._CausalMask, splash_tpu.splash.CausalMask))
+    for top in range(0, 24, height):
+        for left in range(0, 24, width):
+            block = slice(top, top + height), slice(left, left + width)
+            np.testing.assert_array_equal(ours[block], theirs[block])
+    np.testing.assert_array_equal(ours[:, :], theirs[:, :])

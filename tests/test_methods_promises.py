@@ -9,6 +9,8 @@ from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, kept_sets, stub_ba
 from test_promises import METHODS
 
 import vlcache_jax as vlc
+from vlcache_jax.policies import POLICIES, GridPooled, MaskVisualSinks
+from vlcache_jax.validation import check_prefill
 
 methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
 
@@ -52,7 +54,9 @@ def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [vlc.VLCache(0.3), vlc.KeyNorm(0.3), vlc.LookM(0.3, candidate_fraction=0.5)], ids=lambda p: p.name
+    "policy",
+    [vlc.VLCache(0.3), vlc.KeyNorm(0.3), vlc.LookM(0.3, merge=None, candidate_fraction=0.5)],
+    ids=lambda p: p.name,
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_an_error(policy, bad):
@@ -63,6 +67,36 @@ def test_scores_that_are_not_finite_are_an_error(policy, bad):
         prefill(policy, batch, params)
     density = np.asarray(jax.jit(lambda p: prefill(policy, batch, p).allocation.density)(params))
     assert np.argwhere(np.isnan(density)).tolist() == [[2, 1]]  # [row, layer]: the others are untouched
+
+
+@methods
+def test_every_method_that_looks_at_the_keys_sees_what_is_not_finite(policy):
+    batch = stub_batch()
+    params = stub_params(batch)
+    params["key"][1, 0, 3] = np.nan  # of a visual token
+    if policy.name in ("streaming_llm", "random"):
+        prefill(policy, batch, params)
+    else:
+        with pytest.raises(vlc.CheckpointError, match=f"policy '{policy.name}': layer 1 has scores.* row 0 "):
+            prefill(policy, batch, params)
+
+
+def test_every_method_has_a_place_among_these():
+    assert {policy.name for policy in METHODS.values()} == set(POLICIES) - {"full_cache"}
+
+
+def test_another_grid_than_the_models_is_refused_before_anything_runs():
+    batch = stub_batch()
+    for policy in (vlc.SnapKV(0.3, pool=3, grid_side=6), vlc.LookM(0.3)):
+        wrapped = dataclasses.replace(policy, score=MaskVisualSinks(GridPooled(policy.score, 3, "mean", 6)))
+        with pytest.raises(vlc.PolicyError, match=r"grid_side=6, but this model has 4 patches .* use grid_side=4"):
+            vlc.prefill(StubModel(), {}, batch, wrapped, 4)
+    with pytest.raises(vlc.PolicyError, match="the visual tokens of this model are no grid"):
+        check_prefill(
+            dataclasses.replace(StubModel().spec, vision_grid=0), batch, vlc.VLCache(0.3, pool=3, grid_side=4), 4
+        )
+    anything = dataclasses.replace(StubModel().spec, vision_grid=None)
+    check_prefill(anything, batch, vlc.VLCache(0.3, pool=3, grid_side=9), 4)
 
 
 def test_what_nothing_scores_is_no_error():

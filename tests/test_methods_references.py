@@ -13,6 +13,15 @@ import vlcache_jax as vlc
 from vlcache_jax.policies import AccumulatedAttention, SequencePooled
 
 
+def zip_vl(prompt, total, mass, window):
+    """The cap is above what these prompts need; test_zip_vl.py has the other case."""
+    received = reference.last_rows(prompt, window, shared=True)
+    ranked = np.sort(received[:, 0], axis=1)[:, ::-1]
+    slots = [int(np.sum(np.cumsum(layer) < mass * layer.sum())) + 1 for layer in ranked]
+    seen = [min(window, prompt.n - j) for j in range(prompt.n)]
+    return slots, received / np.array(seen)
+
+
 def grid(kind):
     return lambda prompt, scores: reference.pool_grid(scores, prompt.index, 3, kind, SIDE)
 
@@ -34,6 +43,19 @@ def rotation(position):
 def snap_shared_on_the_grid(prompt, total):
     votes = reference.last_rows(prompt, 5, shared=True)
     return reference.uniform(LAYERS, total), reference.pool_grid(votes, prompt.index, 3, "max", SIDE)
+
+
+def pyramid(window):
+    return lambda prompt, total: reference.pyramid_kv(prompt, total, window, 3)[0]
+
+
+def mass_of_votes(share, window, size):
+    method = partial(reference.snap_kv, window=window, size=size, kind="max")
+    return lambda prompt, total: reference.by_mass(prompt, total, method, share, window)[0]
+
+
+def total_attention(prompt, total):
+    return None, prompt.received(range(prompt.n))
 
 
 # name -> policy, its reference, window (a fraction of the slots or tokens), sinks, whether text goes first
@@ -64,9 +86,40 @@ CASES = {
         vlc.PyramidKV(0.45, window=3, pool=3),
         partial(reference.pyramid_kv, window=3, size=3), 3, 0, False,
     ),
+    "ada_kv": (vlc.AdaKV(0.4, window=4), partial(reference.ada_kv, window=4, size=7), 4, 0, False),
+    "ada_kv_pyramid": (
+        vlc.AdaKV(16, window=3, pool=3, pooling="mean", floor_alpha=0.5, pyramid=True),
+        partial(reference.ada_kv, window=3, size=3, kind="mean", floor=0.5, layers=pyramid(3)), 3, 0, False,
+    ),
+    "ada_kv_mass": (
+        vlc.AdaKV(vlc.Mass(0.9, cap=0.9), window=4, candidate_fraction=0.95),
+        partial(reference.ada_kv, window=4, size=7, layers=mass_of_votes(0.9, 4, 7)), 4, 0, False,
+    ),
+    "snap_kv_mass": (
+        vlc.SnapKV(vlc.Mass(0.8, cap=0.7), window=4),
+        partial(reference.by_mass, method=partial(reference.snap_kv, window=4, size=5), share=0.8, window=4),
+        4, 0, False,
+    ),
+    "vl_cache_mass": (
+        vlc.VLCache(vlc.Mass(0.85, cap=0.8), recent=0.3),
+        partial(reference.by_mass, method=reference.vl_cache, share=0.85, window=0.3), 0.3, 0, False,
+    ),
+    "prefix_kv_mass": (
+        vlc.PrefixKV(vlc.Mass(0.9, cap=0.45)),
+        partial(reference.by_mass, method=reference.prefix_kv, share=0.9, window=0.0, sinks=4), 0.0, 4, False,
+    ),
+    "look_m_mass": (
+        vlc.LookM(vlc.Mass(0.95, cap=0.9), recent=0.25, selection="code"),
+        partial(reference.by_mass, method=total_attention, share=0.95, window=0.25, text_first=True), 0.25, 0, True,
+    ),
     "tova": (vlc.TOVA(0.3), reference.tova, 0.0, 0, False),
-    "look_m": (vlc.LookM(0.35), reference.look_m, 0.5, 0, True),
+    "look_m": (vlc.LookM(0.35), reference.look_m, 0.5, 0, False),
+    "look_m_code": (vlc.LookM(0.3, selection="code", merge=None), reference.h2o, 0.5, 0, True),
     "prefix_kv": (vlc.PrefixKV(0.4), reference.prefix_kv, 0.0, 4, False),
+    "zip_vl": (
+        vlc.ZipVL(0.9, mass=0.6, window=5),
+        partial(zip_vl, mass=0.6, window=5), 0.0, 0, False,
+    ),
     "air_cache": (vlc.AirCache(0.6, ratio=0.2), partial(reference.air_cache, ratio=0.2), 0.0, 0, True),
     "mix_kv": (vlc.MixKV(0.4, window=4, pool=3), partial(reference.mix_kv, window=4, size=3), 4, 0, False),
     "expected_attention": (
@@ -87,7 +140,8 @@ def prompt_of(batch, params, row):
 def total_of(policy, n):
     if isinstance(policy.budget, vlc.Tokens):
         return LAYERS * min(policy.budget.count, n)
-    return max(LAYERS, math.floor(Fraction(str(policy.budget)) * LAYERS * n))
+    part = policy.budget.cap if isinstance(policy.budget, vlc.Mass) else policy.budget
+    return max(LAYERS, math.floor(Fraction(str(part)) * LAYERS * n))
 
 
 def check(policy, method, window, sinks, text_first, seed):
@@ -105,7 +159,8 @@ def check(policy, method, window, sinks, text_first, seed):
         for layer in range(LAYERS):
             for head in range(KV_HEADS):
                 kind = ~prompt.visual if text_first else None
-                wanted = reference.keep(scores[layer, head], slots[layer], window, sinks, kind)
+                count = slots[layer][head] if isinstance(slots[layer], list) else slots[layer]
+                wanted = reference.keep(scores[layer, head], count, window, sinks, kind)
                 assert kept[layer][row][head] == wanted, (row, layer, head)
     return budgets
 
@@ -124,6 +179,15 @@ def test_the_cases_are_not_all_alike():
         policy, method, *_ = CASES[name]
         budgets = [method(prompt, total_of(policy, prompt.n))[0] for prompt in prompts]
         assert any(max(slots) > min(slots) + 1 for slots in budgets), f"{name} gives every layer the same"
+    for name in ("ada_kv", "ada_kv_pyramid"):
+        policy, method, *_ = CASES[name]
+        slots = np.concatenate([method(prompt, total_of(policy, prompt.n))[0] for prompt in prompts])
+        assert np.any(abs(slots[:, 0] - slots[:, 1]) > 1), f"{name} gives every head the same"
+    for name in ("snap_kv_mass", "vl_cache_mass", "prefix_kv_mass", "look_m_mass"):
+        policy, method, *_ = CASES[name]
+        totals = [total_of(policy, prompt.n) for prompt in prompts]
+        bound = [sum(method(prompt, total)[0]) == total for prompt, total in zip(prompts, totals)]
+        assert any(bound) != all(bound) or name == "prefix_kv_mass", f"{name}: {bound}"
     masked, plain = (
         [change(prompt, prompt.received(prompt.question())) for prompt in prompts]
         for change in (reference.mask_sinks, lambda prompt, scores: scores)

@@ -14,20 +14,21 @@ from vlcache_jax.state import ALIGNMENT, align
 LAYERS, BATCH, KV_HEADS, ENTRIES, HEAD_DIM = 3, 2, 2, 37, 4
 TOTAL = 50  # slots of all layers
 quick = settings(max_examples=20, deadline=None, derandomize=True)
-packed = functools.partial(jax.jit, static_argnums=5)(pack)
+packed = functools.partial(jax.jit, static_argnums=(5, 6))(pack)
 
 
-def candidates(heads, position_heads, seed, slots):
+def candidates(heads, position_heads, seed, slots, kv_heads=KV_HEADS):
     """Random keys, values, ascending positions, and an order of ascending indices that ends in `ENTRIES`."""
     rng = np.random.default_rng(seed)
-    shape = (LAYERS, BATCH, KV_HEADS, ENTRIES, HEAD_DIM)
+    shape = (LAYERS, BATCH, kv_heads, ENTRIES, HEAD_DIM)
     keys, values = rng.normal(size=(2, *shape)).astype(np.float32)
     positions = np.sort(
         rng.permuted(np.tile(np.arange(90), (LAYERS, BATCH, position_heads, 1)), axis=-1)[..., :ENTRIES]
     )
     order = np.full((LAYERS, BATCH, heads, ENTRIES), ENTRIES)
     for l, b, h in np.ndindex(LAYERS, BATCH, heads):
-        order[l, b, h, : slots[l, b]] = np.sort(rng.permutation(ENTRIES)[: slots[l, b]])
+        count = slots[l, b, h] if slots.ndim == 3 else slots[l, b]
+        order[l, b, h, :count] = np.sort(rng.permutation(ENTRIES)[:count])
     return keys, values, positions.astype(np.int32), order.astype(np.int32)
 
 
@@ -76,6 +77,32 @@ def test_every_kept_token(heads, position_heads, slots, seed):
     assert np.all(np.asarray(store.positions)[~free] >= 0)
 
 
+@pytest.mark.parametrize(("lanes", "position_heads"), [(1, 1), (2, 4), (4, 4)])
+@quick
+@given(data=st.data(), seed=st.integers(0, 10))
+def test_every_kept_token_of_heads_that_share_a_lane(lanes, position_heads, data, seed):
+    heads, group = 4, 4 // lanes
+    slots = np.array(data.draw(st.lists(st.integers(1, ENTRIES), min_size=24, max_size=24))).reshape(LAYERS, BATCH, 4)
+    keys, values, positions, order = candidates(heads, position_heads, seed, slots, kv_heads=4)
+    pool = capacity(LAYERS * group * ENTRIES, LAYERS * group)
+    store = packed(keys, values, positions, order, slots.astype(np.int32), pool, lanes)
+    assert store.keys.shape == (BATCH, lanes, pool, HEAD_DIM)
+    np.testing.assert_array_equal(store.lengths, slots.transpose(1, 0, 2))
+    free = np.ones((BATCH, lanes, pool), bool)
+    end = np.zeros((BATCH, lanes), int)
+    for b, l, h in np.ndindex(BATCH, LAYERS, heads):  # the order in which the segments of a lane follow one another
+        lane, first, chosen = h // group, int(store.offsets[b, l, h]), order[l, b, h, : slots[l, b, h]]
+        assert first == align(int(end[b, lane]))
+        end[b, lane] = first + len(chosen)
+        here = slice(first, first + len(chosen))
+        np.testing.assert_array_equal(store.keys[b, lane, here], keys[l, b, h, chosen])
+        np.testing.assert_array_equal(store.values[b, lane, here], values[l, b, h, chosen])
+        wanted = positions[l, b, h if position_heads > 1 else 0, chosen]
+        np.testing.assert_array_equal(store.positions[b, lane, here], wanted)
+        free[b, lane, here] = False
+    np.testing.assert_array_equal(np.asarray(store.positions) == -1, free)
+
+
 @quick
 @given(slots=st.lists(st.integers(1, 100), min_size=1, max_size=12))
 def test_capacity_suffices_for_every_split(slots):
@@ -98,14 +125,15 @@ def test_free_slots_never_take_nan_from_nowhere():
     assert np.isfinite(store.values).all()
 
 
-@pytest.mark.parametrize(("heads", "position_heads"), [(4, 4), (1, 1)])
-def test_packing_needs_little_more_than_the_pool(heads, position_heads):
+@pytest.mark.parametrize(("heads", "position_heads", "lanes"), [(4, 4, None), (1, 1, None), (4, 4, 1), (4, 1, 2)])
+def test_packing_needs_little_more_than_the_pool(heads, position_heads, lanes):
     """The indices of the slots, but no copy of the candidates or of the pool."""
     layers, batch, kv_heads, entries, head_dim, pool = 4, 2, 4, 256, 64, 512
     keys = jax.ShapeDtypeStruct((layers, batch, kv_heads, entries, head_dim), np.float32)
     positions = jax.ShapeDtypeStruct((layers, batch, position_heads, entries), np.int32)
     order = jax.ShapeDtypeStruct((layers, batch, heads, entries), np.int32)
-    slots = jax.ShapeDtypeStruct((layers, batch), np.int32)
-    memory = packed.lower(keys, keys, positions, order, slots, pool).compile().memory_analysis()
-    one_copy = min(keys.size, batch * kv_heads * pool * head_dim) * 4
+    slots = jax.ShapeDtypeStruct((layers, batch) if lanes is None else (layers, batch, kv_heads), np.int32)
+    pool = pool if lanes is None else pool * kv_heads // lanes
+    memory = packed.lower(keys, keys, positions, order, slots, pool, lanes).compile().memory_analysis()
+    one_copy = min(keys.size, batch * (lanes or kv_heads) * pool * head_dim) * 4
     assert memory.temp_size_in_bytes < one_copy / 2

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import Bytes, Tokens, layer_budgets
+from vlcache_jax.batch import Batch, Continuation
+from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
+from vlcache_jax.context import Context, answer, compress, extend
+from vlcache_jax.context_files import load_context, save_context
 from vlcache_jax.decoding import decode_step
 from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
@@ -12,22 +14,27 @@ from vlcache_jax.ops import Kernels
 from vlcache_jax.policies import (
     H2O,
     TOVA,
+    AdaKV,
     AirCache,
+    Drop,
     ExpectedAttention,
     FullCache,
     KeyDifference,
     KeyNorm,
     LastRows,
     LookM,
+    Merge,
     MixKV,
     Policy,
     PostVision,
     PrefixKV,
     PyramidKV,
+    Quantise,
     RandomEviction,
     SnapKV,
     StreamingLLM,
     VLCache,
+    ZipVL,
     policy_by_name,
 )
 from vlcache_jax.prefill import prefill
@@ -44,10 +51,14 @@ __all__ = [
     "H2O",
     "TOVA",
     "VLM",
+    "AdaKV",
     "AirCache",
     "Batch",
     "Bytes",
     "CheckpointError",
+    "Context",
+    "Continuation",
+    "Drop",
     "ExpectedAttention",
     "FullCache",
     "Generation",
@@ -58,12 +69,15 @@ __all__ = [
     "KeyNorm",
     "LastRows",
     "LookM",
+    "Mass",
+    "Merge",
     "MixKV",
     "Policy",
     "PolicyError",
     "PostVision",
     "PrefixKV",
     "PyramidKV",
+    "Quantise",
     "RandomEviction",
     "Report",
     "Sampling",
@@ -72,14 +86,20 @@ __all__ = [
     "Tokens",
     "VLCache",
     "VLCacheError",
+    "ZipVL",
+    "answer",
+    "compress",
     "decode",
     "decode_step",
+    "extend",
     "generate",
     "layer_budgets",
     "load",
+    "load_context",
     "plan",
     "policy_by_name",
     "prefill",
+    "save_context",
     "stream",
     "stream_decode",
 ]

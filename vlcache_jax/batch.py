@@ -53,3 +53,20 @@ class Batch:
     def vision_mask(self) -> jax.Array:
         """bool [batch, length]: True where the token is visual (row-break embeddings included)."""
         return jnp.asarray(self.vision_index) != TEXT
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Continuation:
+    """Text that goes on where prompts end: questions to a compressed context, or what a user says next. A pytree.
+
+    The leading axes, [rows] or [rows, questions], say what belongs to which row of the context: flattened, equally many
+    consecutive entries for each row.
+
+    Attributes:
+      tokens: i32 [..., length], right-padded.
+      lengths: i32 [...]. True lengths, 1 <= lengths <= length.
+    """
+
+    tokens: Array
+    lengths: Array

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.state import ALIGNMENT, whole_tiles
+from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.state import segment_alignment, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
 
@@ -57,7 +58,51 @@ class Bytes:
         return f"{self.count} bytes"
 
 
-Budget = float | Tokens | Bytes
+@dataclasses.dataclass(frozen=True)
+class Mass:
+    """A budget in retained attention: every prompt keeps as little as holds a share of the scores, below a cap.
+
+    Each layer keeps the fewest tokens, the forced ones among them, that hold at least `share` of the layer's scores
+    (the mean over its KV heads). All layers together keep at most `cap` of the prompt's cache; where that is not
+    enough, all layers hold the largest common share that fits. The memory is that of the cap: the size of the store
+    must be known before the prompt is seen. A small share keeps less and decodes faster, but frees no more.
+
+    The budget decides the layers' slots itself: a method's own allocation over layers takes no part.
+
+    Attributes:
+      share: of a layer's scores, between 0 and 1.
+      cap: fraction of the prompt's cache, in (0, 1].
+
+    Raises:
+      PolicyError: a share or cap out of range, or no cap.
+
+    Example:
+      >>> Mass(0.98, cap=0.4)
+      Mass(share=0.98, cap=0.4)
+    """
+
+    share: float
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        share, cap = self.share, self.cap
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise PolicyError(
+                f"Mass({share!r}): give the share of the attention to keep, above 0 and below 1 (budget=1.0 keeps all)"
+            )
+        if cap is None:
+            raise PolicyError(
+                f"Mass({share!r}) has no cap: the size of the store must be known before the prompt is seen, so give "
+                f"the most that may be kept as a fraction of the prompt, for example Mass({share!r}, cap=0.4)"
+            )
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 1e-4 <= cap <= 1:
+            raise PolicyError(f"Mass({share!r}, cap={cap!r}): give a cap in (0, 1], and not below 0.0001")
+
+    def __format__(self, _: str) -> str:
+        return budget_text(self)
+
+
+Budget = float | Tokens | Bytes | Mass
 
 
 def budget_text(budget: "Budget") -> str:
@@ -66,11 +111,15 @@ def budget_text(budget: "Budget") -> str:
     Example:
       >>> budget_text(0.1), budget_text(Tokens(64)), budget_text(Bytes(1000000))
       ('10 %', '64 tokens a layer', '1000000 bytes a prompt')
+      >>> budget_text(Mass(0.98, cap=0.4))
+      '98 % of the attention, at most 40 %'
     """
     if isinstance(budget, Tokens):
         return f"{budget.count} tokens a layer"
     if isinstance(budget, Bytes):
         return f"{budget.count} bytes a prompt"
+    if isinstance(budget, Mass):
+        return f"{100 * budget.share:.4g} % of the attention, at most {budget_text(budget.cap or 1.0)}"
     return f"{100 * budget:.4g} %"
 
 
@@ -83,15 +132,21 @@ class SlotBudget:
       fraction: of the prompt's full cache; None if the budget is not a fraction.
       per_layer: slots of a layer on average, or None.
       slots: slots of all layers together, or None.
+      mass: share of the scores that is enough, below the fraction; None if the budget is to be used up.
+      lanes: groups of KV heads that share slots, if heads get different numbers of them (`Allocate.per_head`).
     """
 
     layers: int
     fraction: float | None = None
     per_layer: int | None = None
     slots: int | None = None
+    mass: float | None = None
+    lanes: int = 1
 
     def total(self, length: Count) -> Count:
-        """Slots of all layers together for a prompt of `length` tokens; never more than it has. int in, int out.
+        """Slots of all layers together, of a KV head on average, for a prompt of `length` tokens; int in, int out.
+
+        Never more than it has.
 
         Monotone in `length`: the total of the padded length is the static capacity.
 
@@ -107,29 +162,46 @@ class SlotBudget:
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
 
-def slot_budget(budget: Budget, spec: ModelSpec) -> SlotBudget:
+def slot_budget(
+    budget: Budget, spec: ModelSpec, shared_lanes: int | None = None, bits: int | None = None
+) -> SlotBudget:
     """What a budget means for a model.
+
+    Args:
+      budget: see `Policy.budget`.
+      spec: of the model.
+      shared_lanes: lanes of a store in which several KV heads share a lane; None for a lane each.
+      bits: of a quantised store, or None.
 
     Raises:
       PolicyError: bytes that hold less than one token a layer.
     """
-    layers = spec.num_layers
+    layers, lanes = spec.num_layers, shared_lanes or 1
     if isinstance(budget, Tokens):
-        return SlotBudget(layers, per_layer=budget.count)
+        return SlotBudget(layers, per_layer=budget.count, lanes=lanes)
+    if isinstance(budget, Mass):
+        return SlotBudget(layers, fraction=budget.cap, mass=budget.share, lanes=lanes)
     if not isinstance(budget, Bytes):
-        return SlotBudget(layers, fraction=budget)
-    slot = spec.num_kv_heads * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
-    fixed = 2 * 4 * layers  # offsets, lengths
-    pool = (budget.count - fixed) // slot // ALIGNMENT * ALIGNMENT
+        return SlotBudget(layers, fraction=budget, lanes=lanes)
+    group = spec.num_kv_heads // lanes if shared_lanes else 1  # KV heads of a lane
+    alignment = segment_alignment(bits)
+    fixed = 2 * 4 * layers * (spec.num_kv_heads if shared_lanes else 1)  # offsets, lengths
+    if bits is None:
+        unit = alignment * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
+    else:  # codes; steps and zeros of a group of keys, and of each value; positions
+        unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * scales_width(spec.head_dim) + alignment * (2 * 4 + 4)
+        fixed += 4 * layers * spec.num_kv_heads * spec.head_dim  # channels of the values
+    unit *= spec.num_kv_heads // group
+    pool = (budget.count - fixed) // unit * alignment
     if whole_tiles(pool) > pool:
         pool = pool // 128 * 128
-    slots = pool - layers * (ALIGNMENT - 1)
+    slots = (pool - group * layers * (alignment - 1)) // group
     if slots < layers:
-        least = fixed + slot * layers * ALIGNMENT
+        least = fixed + unit * group * layers
         raise PolicyError(
             f"budget={budget.count} bytes cannot hold one token for each of the {layers} layers: give at least {least}"
         )
-    return SlotBudget(layers, slots=slots)
+    return SlotBudget(layers, slots=slots, lanes=lanes)
 
 
 def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, total: str = "exact") -> jax.Array:

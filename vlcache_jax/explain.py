@@ -30,15 +30,15 @@ def kept_by_layer(state: KVState, row: int) -> Kept:
     """What a row of a state kept, copied to the host."""
     context = state.context
     positions = np.asarray(context.positions[row])
-    lanes, layers = positions.shape[0], context.lengths.shape[1]
-    offsets = np.broadcast_to(np.asarray(context.offsets[row])[:, :], (layers, lanes))
-    lengths = np.broadcast_to(np.asarray(context.lengths[row]), (layers, lanes))
+    layers, heads = context.lengths.shape[1], max(len(positions), context.lengths.shape[2])
+    offsets = np.broadcast_to(np.asarray(context.offsets[row]), (layers, heads))
+    lengths = np.broadcast_to(np.asarray(context.lengths[row]), (layers, heads))
     kept = []
     for layer in range(layers):
-        of_layer = np.full((lanes, max(1, int(lengths[layer].max()))), -1, np.int32)
-        for lane in range(lanes):
-            start, count = offsets[layer, lane], lengths[layer, lane]
-            of_layer[lane, :count] = positions[lane, start : start + count]
+        of_layer = np.full((heads, max(1, int(lengths[layer].max()))), -1, np.int32)
+        for head in range(heads):
+            start, count = offsets[layer, head], lengths[layer, head]
+            of_layer[head, :count] = positions[head * len(positions) // heads, start : start + count]
         kept.append(of_layer)
     return kept
 
@@ -212,7 +212,7 @@ def _draw(sheet: _Sheet, shares: _Shares, report: Report, row: int, question: st
 
 def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares, question: str, answer: str) -> int:
     """Title and figures; returns where the next block starts."""
-    names = {"vl_cache": "VL-Cache", "full_cache": "Full cache", "random": "Random eviction"}
+    names = {"vl_cache": "VL-Cache", "full_cache": "Full cache", "random": "Random eviction", "ada_kv": "Ada-KV"}
     label = names.get(report.policy, report.policy)
     y = _MARGIN + 22
     draw.text((_MARGIN, y), f"{label}  ·  budget {budget_text(report.budget)}", _VISUAL, _font(25), anchor="ls")

@@ -73,7 +73,7 @@ def generate(
       max_new_tokens: answers are cut at this length.
       sampling: None for greedy decoding.
       seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to
-        draw several answers to one prompt, repeat the prompt with different seeds.
+        draw several answers to one prompt, see `vlc.answer`.
       eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
       kernels: which implementation of each op to use; the platform's best by default.
 

@@ -18,6 +18,8 @@ class ModelSpec:
       dtype: of the computation and of the cache.
       eos_token_ids: ids that end a row.
       pad_token_id: fills the output after a row has ended.
+      vision_grid: patches along one side of a tile, whose features `Batch.vision_index` counts row by row; 0 if the
+        features of a tile are no such square; None if it is not known.
     """
 
     num_layers: int
@@ -27,6 +29,7 @@ class ModelSpec:
     dtype: Any
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    vision_grid: int | None = None
 
 
 class VisionLanguageModel(Protocol):

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vlcache_jax import packing
+from vlcache_jax import merging, packing
 from vlcache_jax.errors import InputError
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.merge import merge
 from vlcache_jax.state import PackedStore
 
 MODEL_AXIS = "model"
@@ -122,41 +123,89 @@ def column_statistics(
 def union_attention(
     kernels: Kernels, query: jax.Array, parts: Sequence[tuple[Store, Segments]]
 ) -> tuple[jax.Array, jax.Array]:
-    """`kernels.decode_attention.union_attention`."""
+    """`kernels.decode_attention.union_attention`.
+
+    A store with fewer rows than the query is split like the query where its rows divide, too; a single row is on every
+    device. Any other store is read whole by all devices, for all queries.
+    """
 
     def run(query, parts):
         return decode_attention_op.union_attention(query, parts, implementation=kernels.decode_attention)
 
-    rows, heads = _axes(query.shape[0], parts[0][0].lanes)
-    split = PartitionSpec(rows, heads)
+    kv_heads = max(max(store.lanes, segments.lengths.shape[1]) for store, segments in parts)
+    rows, heads = _axes(query.shape[0], kv_heads)
+    if any(_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
+        heads = None  # a device's heads would not be where they look for their lane
 
-    def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
-        store, segments = part
-        shared = segments.lengths.shape[1] == 1
-        return jax.tree.map(lambda _: split, store), jax.tree.map(
-            lambda _: PartitionSpec(rows, None if shared else heads), segments
-        )
+    def of_store(store: Store) -> tuple[str, ...] | None:
+        return _axes(store.keys.shape[0], kv_heads)[0]
 
-    return _local(run, (split, [place(part) for part in parts]), (split, split))(query, list(parts))
+    def attend(parts: list[tuple[Store, Segments]], rows: tuple[str, ...] | None) -> tuple[jax.Array, jax.Array]:
+        def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
+            store, segments = part
+            own = of_store(store) if rows else None
+            # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
+            lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
+            placed: Any = jax.tree.map(lambda _: PartitionSpec(own, lanes), store)
+            if store.value_channels is not None:
+                placed = dataclasses.replace(placed, value_channels=PartitionSpec(own, heads))
+            shared = segments.lengths.shape[1] == 1
+            return placed, jax.tree.map(lambda _: PartitionSpec(own, None if shared else heads), segments)
+
+        block = () if query.ndim == 3 else (None,)
+        split = PartitionSpec(rows, *block, heads)
+        return _local(run, (split, [place(part) for part in parts]), (split, split))(query, parts)
+
+    here = [part for part in parts if rows is None or of_store(part[0]) or part[0].keys.shape[0] == 1]
+    everywhere = [part for part in parts if not any(part is other for other in here)]
+    results = [attend(some, axes) for some, axes in ((here, rows), (everywhere, None)) if some]
+    return merge(results) if len(results) > 1 else results[0]
 
 
 def pack(
-    keys: jax.Array, values: jax.Array, positions: jax.Array, order: jax.Array, slots: jax.Array, pool: int
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    lanes: int | None = None,
+    bits: int | None = None,
+    channels: jax.Array | None = None,
 ) -> PackedStore:
-    """`packing.pack`."""
-    rows, heads = _axes(keys.shape[1], keys.shape[2])
-    shared = PartitionSpec(None, rows)
+    """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
+    rows, heads = _axes(keys.shape[1], lanes or keys.shape[2])
+    per_device = lanes and lanes // _size(heads)
 
     def per_head(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(None, rows, heads) if x.shape[2] > 1 else shared
+        return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
 
-    def run(keys, values, positions, order, slots):
-        return packing.pack(keys, values, positions, order, slots, pool)
+    def run(keys, values, positions, order, slots, channels):
+        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels)
 
-    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
-    store: Any = PackedStore(*[split] * 3, *[row] * 2)  # type: ignore[arg-type]
-    inputs = (per_head(keys), per_head(values), per_head(positions), per_head(order), shared)
-    return _local(run, inputs, store)(keys, values, positions, order, slots)
+    split = PartitionSpec(rows, heads)
+    segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
+    scales = None if bits is None else split
+    of_channels = None if channels is None else PartitionSpec(rows, None, heads)
+    store: Any = PackedStore(*[split] * 3, *[segments] * 2, scales, scales, of_channels)  # type: ignore[arg-type]
+    inputs = [per_head(x) for x in (keys, values, positions, order, slots)]
+    inputs += [None if channels is None else per_head(channels)]
+    return _local(run, tuple(inputs), store)(keys, values, positions, order, slots, channels)
+
+
+def merge_evicted(
+    keys: jax.Array, values: jax.Array, order: jax.Array, lengths: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """`merging.merge_evicted`."""
+
+    def run(keys, values, order, lengths):
+        return merging.merge_evicted(keys, values, order, lengths, kind)
+
+    rows, heads = _axes(keys.shape[1], keys.shape[2])
+    split = PartitionSpec(None, rows, heads)
+    shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
+    inputs = (split, split, shared, PartitionSpec(rows))
+    return _local(run, inputs, (split, split))(keys, values, order, lengths)
 
 
 def split(buffers: jax.Array) -> jax.Array:
@@ -176,6 +225,10 @@ def _axes(rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
     split_rows = over and rows % math.prod(free[name] for name in over) == 0
     split_heads = MODEL_AXIS in free and heads % free[MODEL_AXIS] == 0
     return over if split_rows else None, MODEL_AXIS if split_heads else None
+
+
+def _size(axis: str | None) -> int:
+    return jax.sharding.get_abstract_mesh().shape[axis] if axis else 1
 
 
 def _local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -17,11 +17,12 @@ from vlcache_jax.errors import CheckpointError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
-from vlcache_jax.packing import capacity
+from vlcache_jax.packing import capacity, empty_codes, quantise_into, value_channels
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.evicted import Merge, Quantise
 from vlcache_jax.policies.scores import LayerInputs
-from vlcache_jax.selection import candidates, protected_first, select
-from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, whole_tiles
+from vlcache_jax.selection import candidates, protected_first, select, unselected
+from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align, segment_alignment, whole_tiles
 from vlcache_jax.validation import check_prefill
 
 
@@ -50,9 +51,9 @@ def prefill(
     Raises:
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
         only outside `jit`, where they are known).
-      CheckpointError: scores that are not finite: no token can be told from another (outside `jit` only; inside,
-        `Allocation.density` is NaN in such a layer).
-      PolicyError: a budget in bytes that holds less than one token a layer.
+      CheckpointError: scores that are not finite: no token can be told from another; or, where evicted tokens are
+        merged, keys or values (outside `jit` only; inside, `Allocation.density` is NaN in such a layer).
+      PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
     with on_mesh_of(params, batch):
@@ -62,8 +63,9 @@ def prefill(
         bad = np.argwhere(~np.isfinite(np.asarray(density)))
         if len(bad):
             row, layer = (int(x) for x in bad[0])
+            what = "scores, keys or values" if isinstance(policy.evicted, Merge) else "scores"
             raise CheckpointError(
-                f"policy {policy.name!r}: layer {layer} has scores that are not finite for row {row} of the batch, so "
+                f"policy {policy.name!r}: layer {layer} has {what} that are not finite for row {row} of the batch, so "
                 "no token can be told from another: the checkpoint or the input holds NaN or infinity, or overflows in "
                 f"{jnp.dtype(model.spec.dtype).name}; check the logits with FullCache()"
             )
@@ -81,13 +83,15 @@ def _prefill(
     lengths = jnp.asarray(batch.lengths)
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    hidden, context, allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    hidden, (context, *more), allocation = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    return logits, KVState(context, _empty_tail(model.spec, batch.size, max_new_tokens), lengths, allocation)
+    tail = empty_tail(model.spec, batch.size, max_new_tokens)
+    return logits, KVState(context, tail, lengths, allocation, tuple(more))
 
 
-def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
+def empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
+    """Room for `max_new_tokens` tokens of each row."""
     room = int(align(max_new_tokens))
     shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * room), spec.head_dim)
     zeros = ops.split(jnp.zeros(shape, spec.dtype))
@@ -96,12 +100,16 @@ def _empty_tail(spec: ModelSpec, batch: int, max_new_tokens: int) -> TailStore:
 
 def _keep_all(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, PackedStore, Allocation]:
-    """The uncompressed cache: each layer writes its segment of the pool in place."""
-    room, layers = int(align(batch.length)), spec.num_layers
+) -> tuple[jax.Array, list[PackedStore], Allocation]:
+    """All tokens: each layer writes its segment of the pool in place."""
+    layers, bits = spec.num_layers, policy.bits
+    room = int(align(batch.length, segment_alignment(bits)))
 
     def attend(query, key, value, pools, layer):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
+        if bits is not None:
+            channels = value_channels(value, lengths)
+            return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
         start = (0, 0, layer * room, 0)
         pools = tuple(
             ops.split(jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start))
@@ -109,10 +117,20 @@ def _keep_all(
         )
         return out, pools, None
 
+    def write(pools, key, value, layer):
+        pad = [(0, 0), (0, 0), (0, room - batch.length), (0, 0)]
+        key, value = (jnp.pad(x.swapaxes(1, 2), pad) for x in (key, value))
+        valid = (jnp.arange(room) < lengths[:, None])[:, None]
+
+        def read(start, size):
+            return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
+
+        return tuple(ops.split(x) for x in quantise_into(pools, read, layer * room, room, bits))
+
     slots = whole_tiles(layers * room)
     shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
-    pools = (ops.split(jnp.zeros(shape, spec.dtype)), ops.split(jnp.zeros(shape, spec.dtype)))
-    hidden, (keys, values), _ = run(attend, pools, jnp.arange(layers))
+    pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
+    hidden, (keys, values, *scales), channels = run(attend, tuple(ops.split(x) for x in pools), jnp.arange(layers))
     index = jnp.where(jnp.arange(slots) < layers * room, jnp.arange(slots) % room, batch.length)
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
     context = PackedStore(
@@ -121,18 +139,23 @@ def _keep_all(
         positions=jnp.broadcast_to(jnp.where(index < lengths[:, None, None], index, -1), shape[:3]),
         offsets=jnp.broadcast_to(room * jnp.arange(layers)[:, None], (batch.size, layers, 1)),
         lengths=kept[..., None],
+        **dict(zip(("key_scales", "value_scales"), scales)),
+        value_channels=None if channels is None else channels.swapaxes(0, 1),
     )
-    return hidden, context, Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
+    return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
 
 
 def _compress(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, PackedStore, Allocation]:
+) -> tuple[jax.Array, list[PackedStore], Allocation]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
     layers, length = spec.num_layers, batch.length
-    budget = slot_budget(policy.budget, spec)
+    allocate = policy.sharing
+    lanes = policy.lanes if allocate.per_head else None
+    budget = slot_budget(policy.budget, spec, lanes, policy.bits)
     count = max(1, floor_fraction(length, policy.candidate_fraction))
-    threshold = policy.allocate.threshold
+    threshold = allocate.threshold
+    quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
@@ -159,23 +182,45 @@ def _compress(
         )
         scores = policy.score(inputs)
         finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
-        measured = policy.allocate.measure(inputs, scores)
+        if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
+            sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
+            finite &= jnp.all(sound | ~inputs.valid, axis=1)
+        measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
         positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
+        channels = value_channels(value, lengths) if quantised else None
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
             positions = candidates(scores, lengths, policy.recent, count, policy.sinks)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         density = jnp.where(finite, density, jnp.nan)
-        return out, carry, (key, value, scores, positions, density, measured)
+        return out, carry, (key, value, scores, positions, channels, density, measured)
 
-    hidden, _, (keys, values, scores, positions, density, measured) = run(attend, None, jnp.arange(layers))
-    requested = policy.allocate.slots(jnp.moveaxis(measured, 0, 1), lengths, budget)  # [batch, layers]
-    slots = jnp.minimum(requested, jnp.minimum(count, lengths[:, None])).T
+    hidden, _, layer_outputs = run(attend, None, jnp.arange(layers))
+    keys, values, scores, positions, channels, density, measured = layer_outputs
+    measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
+    requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+    most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
+    slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
     choose = partial(select, recent=policy.recent, sinks=policy.sinks)
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
-    pool = capacity(policy.allocate.capacity(length, budget), layers)
-    context = ops.pack(keys.astype(spec.dtype), values.astype(spec.dtype), positions, order, slots, pool)
-    return hidden, context, Allocation(requested=requested, density=density.T)
+    keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
+    if isinstance(policy.evicted, Merge):
+        keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
+    group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
+
+    def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
+        return ops.pack(keys, values, positions, order, slots, pool, lanes, bits, None if bits is None else channels)
+
+    pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
+    stores = [store(order, slots, pool, policy.bits)]
+    if isinstance(policy.evicted, Quantise):
+        bits = policy.evicted.bits
+        others = jax.vmap(unselected, (0, None))(order, lengths)
+        # A prompt may keep next to nothing, so that there is room for all of it.
+        pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
+        stores.append(store(others, jnp.expand_dims(lengths, range(1, slots.ndim - 1)) - slots, pool, bits))
+    return hidden, stores, Allocation(requested=requested, density=density.T)

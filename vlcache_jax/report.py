@@ -18,14 +18,16 @@ class Report:
     """A pytree, so that `generate` can return it from inside `jit`.
 
     Attributes:
-      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most).
+      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most), without
+        those kept besides at a lower precision (`Policy.evicted`).
       prompt_lengths: i32 [batch].
       density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured.
       exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
+      kept_fraction: f32 [batch]. Kept slots of all layers and KV heads / (layers * KV heads * prompt length).
       policy: the policy's name (static).
       budget: the policy's budget (static).
-      state_bytes: bytes of the context's buffers (static).
-      full_bytes: bytes of the same buffers for the same padded prompts without compression (static).
+      state_bytes: bytes of the buffers of the context and of what is kept at a lower precision (static).
+      full_bytes: bytes of the context's buffers for the same padded prompts without compression (static).
       tail_bytes: bytes of the buffers for generated tokens (static).
     """
 
@@ -33,30 +35,28 @@ class Report:
     prompt_lengths: jax.Array
     density: jax.Array
     exact: jax.Array
+    kept_fraction: jax.Array
     policy: str = dataclasses.field(metadata={"static": True})
     budget: Budget = dataclasses.field(metadata={"static": True})
     state_bytes: int = dataclasses.field(metadata={"static": True})
     full_bytes: int = dataclasses.field(metadata={"static": True})
     tail_bytes: int = dataclasses.field(metadata={"static": True})
 
-    @property
-    def kept_fraction(self) -> jax.Array:
-        """f32 [batch]: kept slots of all layers / (layers * prompt length)."""
-        layers = self.kept.shape[1]
-        return jnp.sum(self.kept, axis=1) / (layers * self.prompt_lengths)
-
 
 def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
     """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
-    kept = jnp.max(state.context.lengths, axis=2)
+    slots, requested = state.context.lengths, state.allocation.requested  # [batch, layers, kv_heads or 1]
+    requested = requested.reshape(*requested.shape[:2], -1)
+    kept, prompt_lengths = jnp.max(slots, axis=2), jnp.asarray(prompt_lengths)
     return Report(
         kept=kept,
-        prompt_lengths=jnp.asarray(prompt_lengths),
+        prompt_lengths=prompt_lengths,
         density=state.allocation.density,
-        exact=jnp.all(kept >= state.allocation.requested, axis=1),
+        exact=jnp.all(slots >= requested, axis=(1, 2)),
+        kept_fraction=jnp.sum(slots, axis=(1, 2)) / (slots[0].size * prompt_lengths),
         policy=policy.name,
         budget=policy.budget,
-        state_bytes=state.context.nbytes,
+        state_bytes=sum(store.nbytes for store in state.stores),
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
         tail_bytes=state.tail.nbytes,
     )

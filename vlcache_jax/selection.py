@@ -77,10 +77,10 @@ def _best(
 
     A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
 
-    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths, latest, first and
-    count i32 [batch] -> bool [batch, heads, entries].
+    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32 [batch],
+    latest, first and count i32 [batch] or [batch, kv_heads] -> bool [batch, heads or kv_heads, entries].
     """
-    end, latest, first, count = (x[:, None, None] for x in (lengths, latest, first, count))
+    end, latest, first, count = (x.reshape(len(x), -1, 1) for x in (lengths, latest, first, count))
     priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
     return largest(jnp.where(positions < end, priority, -jnp.inf), count)
 
@@ -103,6 +103,27 @@ def largest(values: jax.Array, count: jax.Array) -> jax.Array:
     above, equal = ordered > threshold, ordered == threshold
     room = count - jnp.sum(above, axis=-1, keepdims=True)
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+
+
+def unselected(order: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What `select` left out of candidates that are the whole prompt, in ascending order.
+
+    Args:
+      order: i32 [batch, heads, entries], from `select`.
+      lengths: i32 [batch].
+
+    Returns:
+      i32, like `order`: first the indices that are not in it, then `entries`.
+
+    Example:
+      >>> unselected(jnp.array([[[1, 3, 5, 5, 5]]]), jnp.array([4])).tolist()
+      [[[0, 2, 5, 5, 5]]]
+    """
+    entries = order.shape[-1]
+    index = jnp.arange(entries)
+    place = jax.vmap(lambda o: jnp.searchsorted(o, index))(order.reshape(-1, entries)).reshape(order.shape)
+    found = jnp.take_along_axis(order, jnp.minimum(place, entries - 1), axis=-1) == index
+    return _indices(~found & (index < lengths[:, None, None]), entries)
 
 
 def _indices(chosen: jax.Array, size: int) -> jax.Array:
@@ -146,13 +167,13 @@ def select(
       positions: i32 [batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the true
         length are padding.
       lengths: i32 [batch].
-      slots: i32 [batch], tokens to keep, at most min(entries, length).
+      slots: i32 [batch], tokens to keep, at most min(entries, length); or [batch, kv_heads], of each head.
       recent: as in `Policy`.
       sinks: as in `Policy`.
 
     Returns:
       i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
-        `entries`.
+        `entries`. heads is kv_heads if each has its own slots.
 
     Example:
       >>> scores = jnp.array([[[0.5, 0.9, 0.7, 0.0]]])

@@ -7,7 +7,19 @@ has a static size although every prompt splits it differently:
                          ^ offsets[b, 0] = 0         ^ offsets[b, 1]   ^ offsets[b, 2]
                          <-------------------> lengths[b, 0]
 
-Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16. Generated tokens go to the tail:
+Segments start at multiples of `ALIGNMENT`, the rows of a TPU tile in bfloat16; of a quantised store at multiples of its
+group.
+
+Head-adaptive methods give the KV heads of a layer different numbers of slots. Then several heads share a lane, and
+what is known beforehand is the sum over the heads of a lane. KV head h lies in lane h * lanes // kv_heads; with 4 KV
+heads in 2 lanes:
+
+    context.keys[b, 0]   | layer 0, head 0 .. | layer 0, head 1 ....... | layer 1, head 0 ... | layer 1, head 1 | ...
+    context.keys[b, 1]   | layer 0, head 2 ....... | layer 0, head 3 | layer 1, head 2 .......... | layer 1, ...
+                         ^ offsets[b, 0, 2] = 0    ^ offsets[b, 0, 3]
+                         <---------------------> lengths[b, 0, 2]
+
+Generated tokens go to the tail:
 
     tail.keys[b, h]      | layer 0: t0 t1 t2 .......... | layer 1: t0 t1 t2 .......... | ...
                                      <-> tail.length        <-> capacity for each layer
@@ -20,14 +32,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.quantisation import group_size
 
 ALIGNMENT = 16
-"""Segments start at multiples of this many slots."""
+"""Segments of a float store start at multiples of this many slots."""
 
 
-def align(count: jax.Array | int) -> jax.Array | int:
-    """Rounds up to a multiple of `ALIGNMENT`."""
-    return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+def segment_alignment(bits: int | None) -> int:
+    """Segments start at multiples of this many slots: `ALIGNMENT`, or a group of a store of 8, 4 or 2 bits.
+
+    Example:
+      >>> [segment_alignment(bits) for bits in (None, 8, 4, 2)]
+      [16, 32, 64, 128]
+    """
+    return ALIGNMENT if bits is None else group_size(bits)
+
+
+def align(count: jax.Array | int, alignment: int = ALIGNMENT) -> jax.Array | int:
+    """Rounds up to a multiple of `alignment`."""
+    return (count + alignment - 1) // alignment * alignment
 
 
 def whole_tiles(slots: int) -> int:
@@ -45,13 +68,17 @@ class PackedStore:
     """The kept part of the prompt. Written once, at the end of prefill; read-only while decoding.
 
     Attributes:
-      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head.
+      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head, or
+        several heads share one.
       values: like `keys`.
       positions: i32 [batch, lanes, slots]. The token's index in the prompt; -1 in a free slot.
-      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if all heads share it.
+      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if there is one for all heads,
+        each in a lane of its own.
       lengths: i32, like `offsets`. Slots in the segment.
       key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
       value_scales: like `key_scales`.
+      value_channels: f32 [batch, layers, kv_heads, head_dim], by which values were divided before they were quantised;
+        None if they were not.
     """
 
     keys: jax.Array
@@ -61,11 +88,18 @@ class PackedStore:
     lengths: jax.Array
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
+    value_channels: jax.Array | None = None
 
     def layer(self, layer: jax.Array | int) -> tuple[Store, Segments]:
         """What the attention of a layer reads."""
-        store = Store(self.keys, self.values, self.key_scales, self.value_scales)
+        channels = None if self.value_channels is None else self.value_channels[:, layer]
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
         return store, Segments(self.offsets[:, layer], self.lengths[:, layer])
+
+    @property
+    def bits(self) -> int | None:
+        """Of a quantised store: 8, 4 or 2."""
+        return None if self.key_scales is None else 8 * self.keys.shape[2] // self.positions.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -102,8 +136,8 @@ class Allocation:
     """How the budget was shared out.
 
     Attributes:
-      requested: i32 [batch, layers]. Slots the allocator gave; more than were kept only if a layer had handed on fewer
-        candidates (`candidate_fraction`).
+      requested: i32 [batch, layers], or [batch, layers, kv_heads] of a head-adaptive method. Slots the allocator gave;
+        more than were kept only if a layer had handed on fewer candidates (`candidate_fraction`).
       density: f32 [batch, layers]. Share of attention entries above the threshold (1 where it was not measured).
     """
 
@@ -147,12 +181,14 @@ class KVState:
         """
         c = self.context
         batch, lanes, slots = c.positions.shape
-        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, lanes))
-        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, lanes))
+        heads = max(lanes, c.lengths.shape[2])
+        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, heads))
+        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, heads))
         count = slots
         if not isinstance(lengths, jax.core.Tracer):
             count = int(np.max(np.asarray(lengths), initial=1))
         index = jnp.arange(count)
         slot = jnp.minimum(offsets[..., None] + index, slots - 1)
-        positions = jnp.take_along_axis(c.positions, slot, axis=2)
+        lane = jnp.arange(heads) * lanes // heads
+        positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
         return jnp.where(index < lengths[..., None], positions, -1)

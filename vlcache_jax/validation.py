@@ -1,5 +1,8 @@
 """Checks before anything is traced or compiled."""
 
+import dataclasses
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -7,17 +10,26 @@ from vlcache_jax.batch import Batch
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.pooling import GridPooled
+from vlcache_jax.policies.scores import Score
 
 
 def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
     """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
 
     Raises:
-      PolicyError: `policy` is not a policy.
+      PolicyError: `policy` is not a policy, its lanes do not divide the model's KV heads, or it pools scores over
+        another patch grid than the model's.
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has.
     """
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
+    _check_grid(spec, policy)
+    if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
+        raise PolicyError(
+            f"policy {policy.name!r}: lanes={policy.lanes} do not divide the model's {spec.num_kv_heads} KV heads: "
+            f"give a divisor of {spec.num_kv_heads}"
+        )
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
     if max_new_tokens < 1:
@@ -39,3 +51,28 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
             f"{max_new_tokens} new ones) but the model has {spec.max_positions}: shorten the prompt, use fewer or "
             "smaller images, or lower max_new_tokens"
         )
+
+
+def _check_grid(spec: ModelSpec, policy: Policy) -> None:
+    for score in _with_inner(policy.score):
+        if not isinstance(score, GridPooled) or spec.vision_grid is None or score.side == spec.vision_grid:
+            continue
+        if spec.vision_grid == 0:
+            raise PolicyError(
+                f"{policy.name}: grid_side={score.side}, but the visual tokens of this model are no grid of patches (a "
+                "class token is among them): leave grid_side out to pool in the sequence"
+            )
+        raise PolicyError(
+            f"{policy.name}: grid_side={score.side}, but this model has {spec.vision_grid} patches along one side of a "
+            f"tile: use grid_side={spec.vision_grid}"
+        )
+
+
+def _with_inner(score: Score) -> Iterator[Score]:
+    """A score and those it is made of."""
+    yield score
+    if dataclasses.is_dataclass(score):
+        for field in dataclasses.fields(score):
+            inner = getattr(score, field.name)
+            if isinstance(inner, Score):
+                yield from _with_inner(inner)

@@ -1,10 +1,11 @@
 """JAX's splash attention for TPUs: grouped queries, blocks above the diagonal skipped, the log-sum-exp returned."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlcache_jax.kernels.attention import xla
@@ -39,6 +40,27 @@ def attention(
     return _forward(query, key, value, scale, interpret, with_lse=False)
 
 
+class _CausalMask(splash.CausalMask):
+    """The same mask, whose blocks are not computed one by one: all but those on the diagonal are one of two.
+
+    The kernel is made, and looks at every block, on whatever platform the op is traced; at 32k tokens that took
+    seconds.
+    """
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        (top, bottom, _), (left, right, _) = (x.indices(size) for x, size in zip(index, self.shape, strict=True))
+        height, width = bottom - top, right - left
+        return _causal_block(height, width, min(max(left - top, -width), height))
+
+
+@cache
+def _causal_block(height: int, width: int, ahead: int) -> np.ndarray:
+    """bool [height, width]: whether a row sees a column, the first column being `ahead` of the first row."""
+    block = np.arange(height)[:, None] >= np.arange(width) + ahead
+    block.setflags(write=False)
+    return block
+
+
 def _is_checked(array: jax.Array) -> bool:
     """Whether this is traced inside `shard_map(check_vma=True)`, which no Pallas call of JAX's library serves."""
     varying = getattr(jax.typeof(array), "manual_axis_type", None)
@@ -51,7 +73,7 @@ def _forward(query, key, value, scale, interpret, with_lse=True):
     padded = -(-length // block) * block
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel has no scale of its own
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
-    mask = splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads)
+    mask = splash.MultiHeadMask([_CausalMask((padded, padded))] * heads)
     names: tuple[str, ...] = ("block_q", "block_kv")
     if not with_lse:  # with it there is no backward kernel
         names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla, xla_blocks
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import dispatch
+from vlcache_jax.kernels.quantisation import group_size, scales_width
 
 _ORDER = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
 
@@ -24,7 +26,6 @@ def decode_attention(
     value_scales: jax.Array | None = None,
     scale: float | None = None,
     causal: bool = False,
-    max_length: int | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -39,22 +40,21 @@ def decode_attention(
     `h * lanes // kv_heads`.
 
     Segments start at multiples of 16 slots for "pallas_tpu", and in a quantised store always at multiples of
-    `quantisation.group_size(bits)`: 32, 64 or 128 slots of 8, 4 or 2 bits. Other offsets give wrong results unnoticed.
+    `quantisation.group_size(bits)`: 32, 64 or 128 slots of 8, 4 or 2 bits. Other offsets are an error where their
+    values are known, which is outside of `jit`; inside they give wrong results unnoticed.
 
     Args:
       query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries.
       keys: [batch, lanes, slots, head_dim]; of a quantised store the codes,
         i8 [batch, lanes, slots * bits / 8, head_dim].
       values: like `keys`.
-      offsets: i32 [batch, kv_heads]; [batch, 1] if the heads of a row share one segment; [1, 1] if all rows' segments
-        start at the same slot. First slot.
-      lengths: i32, like `offsets`, or [batch, 1]. Number of slots; 0 is allowed.
-      key_scales: f32 [batch, lanes, slots / group, 2, head_dim], from `quantisation.quantise_keys`, or None.
+      offsets: i32 [batch, kv_heads], or [batch, 1] if the heads of a row share one segment. First slot.
+      lengths: i32, like `offsets`. Number of slots; 0 is allowed.
+      key_scales: f32 [batch, lanes, slots / group, 2, width], from `quantisation.quantise_keys`, or None.
       value_scales: f32 [batch, lanes, 2, slots], from `quantisation.quantise_values`, or None.
       scale: factor of the logits, head_dim ** -0.5 by default.
       causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
         Otherwise every query sees the whole segment.
-      max_length: a bound on `lengths` known when the program is built, or None.
       implementation: "xla", "pallas_tpu", "pallas_gpu" or "reference"; None takes the best of the platform.
       interpret: runs the Pallas implementation that was named in an interpreter: True, or Pallas' own parameters.
 
@@ -62,7 +62,7 @@ def decode_attention(
       (out f32 like `query`, lse f32 [batch, heads] or [batch, n, heads]). A query that sees no slot gets 0 and -inf.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown implementation.
+      ValueError: shapes that do not fit together, unaligned offsets, or an unknown implementation.
       NotImplementedError: the named implementation cannot serve the arguments.
     """
     single = query.ndim == 3
@@ -72,10 +72,13 @@ def decode_attention(
         query = query[:, None]
     store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths)
     _check(query, store, segments)
+    if store.key_scales is not None:
+        _check_aligned(offsets, group_size(8 // store.packing))
+    elif implementation == "pallas_tpu":
+        _check_aligned(offsets, pallas_tpu.ALIGNMENT)
     options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scale is None else scale,
         "causal": causal and query.shape[1] > 1,
-        "max_length": max_length,
     }
     implementations = {
         "pallas_gpu": partial(pallas_gpu.decode_attention, interpret=interpret, **options),
@@ -88,10 +91,10 @@ def decode_attention(
 
 
 def _xla(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, max_length: int | None
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     if query.shape[1] > 1 or store.packing > 1 or store.key_scales is not None:
-        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal, max_length=max_length)
+        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal)
     out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale)
     return out[:, None], lse[:, None]
 
@@ -102,15 +105,20 @@ def _check(query: jax.Array, store: Store, segments: Segments) -> None:
     lanes = keys.shape[1]
     if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim:
         raise ValueError(f"keys {keys.shape} and values {values.shape} do not fit query {query.shape}")
-    common = offsets.shape == (1, 1) and lengths.shape == (batch, 1)
-    if lengths.ndim != 2 or lengths.shape[0] != batch or (offsets.shape != lengths.shape and not common):
-        raise ValueError(
-            f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1] or offsets [1, 1]"
-        )
+    if lengths.ndim != 2 or lengths.shape[0] != batch or offsets.shape != lengths.shape:
+        raise ValueError(f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1]")
     kv_heads = lanes if lengths.shape[1] == 1 else lengths.shape[1]
     if heads % kv_heads or kv_heads % lanes:
         raise ValueError(f"{heads} query heads, {kv_heads} KV heads and {lanes} lanes do not divide one another")
     _check_scales(store)
+
+
+def _check_aligned(offsets: jax.Array, alignment: int) -> None:
+    if isinstance(offsets, jax.core.Tracer):
+        return
+    wrong = np.asarray(offsets)[np.asarray(offsets) % alignment != 0]
+    if wrong.size:
+        raise ValueError(f"offset {wrong[0]} is not a multiple of {alignment}: segments of this store start at such")
 
 
 def _check_scales(store: Store) -> None:
@@ -121,7 +129,7 @@ def _check_scales(store: Store) -> None:
     if store.key_scales is None or store.value_scales is None:
         return
     batch, lanes, rows, head_dim = store.keys.shape
-    if store.key_scales.shape != (batch, lanes, rows // 32, 2, head_dim) or rows % 32:
+    if store.key_scales.shape != (batch, lanes, rows // 32, 2, scales_width(head_dim)) or rows % 32:
         raise ValueError(f"key_scales {store.key_scales.shape} do not fit codes {store.keys.shape}")
     if store.value_scales.shape not in [(batch, lanes, 2, rows * packing) for packing in (1, 2, 4)]:
         raise ValueError(f"value_scales {store.value_scales.shape} do not fit codes {store.keys.shape}")

@@ -33,7 +33,6 @@ def decode_attention(
     *,
     scale: float,
     causal: bool,
-    max_length: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`; `query` is [batch, n, heads, head_dim].
@@ -55,9 +54,8 @@ def decode_attention(
     if store.slots < _BLOCK:
         raise NotImplementedError(f"{store.slots} slots: at least {_BLOCK}")
 
-    longest = store.slots if max_length is None else min(max_length, store.slots)
     wanted = -(-_PROCESSORS * _PER_PROCESSOR // (batch * kv_heads))
-    parts = max(1, min(wanted, -(-longest // _MIN_PART)))
+    parts = max(1, min(wanted, -(-store.slots // _MIN_PART)))
     buffers = 3 if (6 * _BLOCK + _ROWS) * head_dim * 2 <= _MEMORY else 2
 
     q = query.reshape(batch, n, kv_heads, group, head_dim).swapaxes(1, 2).reshape(batch, kv_heads, rows, head_dim)

@@ -10,7 +10,8 @@ its lanes as are read at once. The grid goes over chunks of items; its first axi
 
 XLA keeps an array whose last axis does not fill the 128 lanes of a tile (head_dim 64, 80, 96) with slots last, so that
 no memory is wasted. The kernel then reads it like that, `[head_dim, slots]`, from multiples of 128 slots; anything else
-would be a copy of the store.
+would be a copy of the store. Of a quantised store, one such read is 128 byte columns, four groups of 32 with as many
+slots to a byte; there the scales of the keys multiply the queries, group by group, instead of the codes.
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.quantisation import scales_width
 
-_ALIGNMENT = 16  # rows of a TPU tile in bfloat16
+ALIGNMENT = 16  # of segments: rows of a TPU tile in bfloat16
 _GROUP_ROWS = 32  # byte rows of a quantised group, a TPU tile of bytes
 _LANES = 128  # of a TPU tile
 _BUFFERS = 3  # blocks being copied or computed
@@ -43,6 +45,7 @@ class _Plan:
       copy: slots of one copy; a block is copied in pieces, so that little beyond the end of a segment is read.
       packing: slots in a byte row of the store (1 but for 4 and 2 bits).
       alignment: of the first slot that is read.
+      group: slots of a quantised group.
       transposed: slots are the last axis.
       slots: of the store.
       lanes: of the store.
@@ -57,6 +60,7 @@ class _Plan:
     copy: int
     packing: int
     alignment: int
+    group: int
     transposed: bool
     slots: int
     lanes: int
@@ -74,7 +78,6 @@ def decode_attention(
     *,
     scale: float,
     causal: bool,
-    max_length: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`; `query` is [batch, n, heads, head_dim].
@@ -83,7 +86,7 @@ def decode_attention(
       NotImplementedError: sizes that the copies cannot be aligned to.
     """
     batch, n, heads, head_dim = query.shape
-    plan = _plan(query, store, segments, max_length)
+    plan = _plan(query, store, segments)
     group_heads = heads // (plan.items * plan.item_lanes)
     rows = n * group_heads
     total = batch * plan.items
@@ -119,7 +122,7 @@ def decode_attention(
     if plan.scale_window:
         stores += [store.key_scales, store.value_scales]
         buffers += [
-            buffer(byte_rows // _GROUP_ROWS, 2, head_dim, dtype=jnp.float32),
+            buffer(byte_rows // _GROUP_ROWS, 2, scales_width(head_dim), dtype=jnp.float32),
             buffer(2, plan.scale_window, dtype=jnp.float32),
         ]
     kernel = functools.partial(_kernel, plan=plan, scale=scale, queries=n if causal else 1, stores=len(stores))
@@ -148,14 +151,13 @@ def decode_attention(
     return per_row(out), per_row(lse)[..., 0]
 
 
-def _plan(query: jax.Array, store: Store, segments: Segments, max_length: int | None) -> _Plan:
+def _plan(query: jax.Array, store: Store, segments: Segments) -> _Plan:
     batch, n, heads, head_dim = query.shape
     slots, lanes, packing = store.slots, store.lanes, store.packing
     quantised = store.key_scales is not None
     transposed = head_dim % _LANES != 0
-    if quantised and transposed:
-        raise NotImplementedError(f"a quantised store of head size {head_dim}, not a multiple of {_LANES}")
-    alignment = _GROUP_ROWS * packing if quantised else _LANES if transposed else _ALIGNMENT
+    group = _GROUP_ROWS * packing
+    alignment = _LANES * packing if transposed else group if quantised else ALIGNMENT
     unit = max(_LANES, alignment) if quantised else alignment
     if slots % unit:
         raise NotImplementedError(f"{slots} slots are not a multiple of {unit}: copies of a TPU are whole tiles")
@@ -168,10 +170,9 @@ def _plan(query: jax.Array, store: Store, segments: Segments, max_length: int | 
         item_lanes = max(x for x in range(1, lanes + 1) if lanes % x == 0 and x <= fits)
     items = lanes // item_lanes if shared else segments.lengths.shape[1]
 
-    copy = _LANES if slots >= _LANES else slots
+    copy = max(_LANES, alignment) if slots >= _LANES else slots
     block = _BLOCK_BYTES // (slot_bytes * item_lanes) // copy * copy
-    longest = slots if max_length is None else min(slots, max_length + (alignment if transposed else 0))
-    block = max(copy, min(block, _MAX_BLOCK, -(-longest // copy) * copy, slots // copy * copy))
+    block = max(copy, min(block, _MAX_BLOCK, slots // copy * copy))
 
     total = batch * items
     cores = 2 if total % 2 == 0 else 1
@@ -184,6 +185,7 @@ def _plan(query: jax.Array, store: Store, segments: Segments, max_length: int | 
         copy=copy,
         packing=packing,
         alignment=alignment,
+        group=group,
         transposed=transposed,
         slots=slots,
         lanes=lanes,
@@ -191,7 +193,7 @@ def _plan(query: jax.Array, store: Store, segments: Segments, max_length: int | 
         items=items,
         chunk=chunk,
         cores=cores,
-        scale_window=min(block + _LANES, slots) if quantised else 0,
+        scale_window=0 if not quantised else block if transposed else min(block + _LANES, slots),
     )
 
 
@@ -210,7 +212,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
 
     def base(item: Any) -> Any:
         """The slot from which the segment's blocks are counted."""
-        return offsets_ref[item] // _LANES * _LANES if plan.transposed else offsets_ref[item]
+        return offsets_ref[item] // plan.alignment * plan.alignment if plan.transposed else offsets_ref[item]
 
     def blocks_of(item: Any) -> Any:
         end = offsets_ref[item] + lengths_ref[item]
@@ -246,8 +248,8 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
                     copy(store, (*before, pl.ds(aligned, size)), (*before, pl.ds(piece * size, size)))
 
         if plan.scale_window:
-            groups = plan.block // plan.alignment
-            copy(2, (pl.ds(start // plan.alignment, groups),), ())
+            groups = plan.block // plan.group
+            copy(2, (pl.ds(start // plan.group, groups),), ())
             copy(3, (slice(None), pl.ds(window_start(start), plan.scale_window)), ())
 
     def window_start(start: Any) -> Any:
@@ -287,13 +289,56 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         if not plan.scale_window:
             return x.astype(dtype)
         bits = 8 // plan.packing
-        x = x.astype(jnp.int32).reshape(-1, _GROUP_ROWS, head_dim)
+        x = x.astype(jnp.int32) if plan.transposed else x.astype(jnp.int32).reshape(-1, _GROUP_ROWS, head_dim)
         parts = [(x << (32 - bits * (i + 1))) >> (32 - bits) for i in range(plan.packing)]
+        if plan.transposed:  # windows of 128 byte columns, and in each the parts one after the other
+            windows = [slice(i, i + _LANES) for i in range(0, x.shape[2], _LANES)]
+            x = jnp.concatenate([part[:, :, window] for window in windows for part in parts], axis=2)
+            return x.astype(jnp.float32).astype(dtype)
         x = jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
         if store == 0:
             scales = buffers[2][buffer].reshape(-1, 2, head_dim)
             x = x * scales[:, 0:1] + scales[:, 1:2]
         return x.reshape(plan.item_lanes, plan.block, head_dim).astype(dtype)
+
+    in_window = _LANES * plan.packing  # slots of 128 byte columns
+
+    def slots_of_block(column: jax.Array) -> jax.Array:
+        """The slots, counted from the block's first, that the columns of `load` hold."""
+        if not plan.scale_window or not plan.transposed:
+            return column
+        part, byte = column % in_window // _LANES, column % _LANES
+        first = column // in_window * in_window
+        return first + byte // _GROUP_ROWS * plan.group + part * _GROUP_ROWS + byte % _GROUP_ROWS
+
+    def in_order_of_codes(scales: jax.Array) -> jax.Array:
+        """[n, block], slots ascending, in the order of `slots_of_block`."""
+        if plan.packing == 1:
+            return scales
+        pieces = [
+            scales[:, (first := window + group * plan.group + part * _GROUP_ROWS) : first + _GROUP_ROWS]
+            for window in range(0, plan.block, in_window)
+            for part in range(plan.packing)
+            for group in range(_LANES // _GROUP_ROWS)
+        ]
+        return jnp.concatenate(pieces, axis=1)
+
+    def scaled_dot(q: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """f32 [item_lanes, rows, block] from codes [item_lanes, head_dim, block] and the scales of their groups."""
+        group_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, in_window), 2) % _LANES // _GROUP_ROWS
+        wide = q.astype(jnp.float32)
+        windows = []
+        for window in range(plan.block // in_window):
+            columns = codes[:, :, window * in_window : (window + 1) * in_window]
+            logits = jnp.zeros((*q.shape[:2], in_window), jnp.float32)
+            for group in range(_LANES // _GROUP_ROWS):
+                row = window * (_LANES // _GROUP_ROWS) + group
+                step, zero = scales[:, row, 0:1, :head_dim], scales[:, row, 1:2, :head_dim]
+                part = _batched_dot((wide * step).astype(q.dtype), columns)
+                part += jnp.sum(wide * zero, axis=-1, keepdims=True)
+                logits = jnp.where(group_of_column == group, part, logits)
+            windows.append(logits)
+        return jnp.concatenate(windows, axis=2)
 
     def compute(item: Any, block: Any, q: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest, total, out = carry
@@ -302,7 +347,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         produce()  # into the buffer computed before this one
         state[3] += 1
         start, wanted, end = bounds(item, block)
-        slot = start + jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.block), 2)
+        slot = start + slots_of_block(jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.block), 2))
         seen = (slot >= wanted) & (slot < end - hidden)  # [1, rows or 1, block]
 
         if not plan.scale_window:
@@ -316,7 +361,10 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
                 buffers[1][buffer] = jnp.where(inside, v.astype(jnp.float32), 0).astype(v.dtype)
 
         k = load(0, buffer, q.dtype)
-        logits = scale * _batched_dot(q, k, transposed=not plan.transposed)
+        if plan.scale_window and plan.transposed:
+            logits = scale * scaled_dot(q, k, buffers[2][buffer])
+        else:
+            logits = scale * _batched_dot(q, k, transposed=not plan.transposed)
         logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
         new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(logits - new_highest), 0)
@@ -325,12 +373,16 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         v = load(1, buffer, q.dtype)
         if plan.scale_window:
             scales = buffers[3][buffer].reshape(plan.item_lanes * 2, plan.scale_window)
-            shift = start - window_start(start)
-            scales = pltpu.roll(scales, jax.lax.rem(plan.scale_window - shift, plan.scale_window), 1)
+            if plan.transposed:
+                scales = in_order_of_codes(scales)
+            else:
+                shift = start - window_start(start)
+                scales = pltpu.roll(scales, jax.lax.rem(plan.scale_window - shift, plan.scale_window), 1)
             scales = scales[:, : plan.block].reshape(plan.item_lanes, 2, plan.block)
             scales = jnp.where((slot >= wanted) & (slot < end), scales, 0)
             zero = jnp.sum(weights * scales[:, 1:2], axis=-1, keepdims=True)
-            out = out * decay + _batched_dot((weights * scales[:, 0:1]).astype(v.dtype), v) + zero
+            weights = (weights * scales[:, 0:1]).astype(v.dtype)
+            out = out * decay + _batched_dot(weights, v, transposed=plan.transposed) + zero
         else:
             out = out * decay + _batched_dot(weights.astype(v.dtype), v, transposed=plan.transposed)
         return new_highest, total, out

@@ -7,13 +7,11 @@ from vlcache_jax.kernels.decode_attention.types import Segments, Store
 
 
 def decode_attention(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, max_length: int | None = None
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`; `query` is [batch, n, heads, head_dim]."""
-    del max_length
     keys, values = _dequantised(store)
-    lengths = segments.lengths
-    offsets = jnp.broadcast_to(segments.offsets, lengths.shape)
+    offsets, lengths = segments.offsets, segments.lengths
     n, heads = query.shape[1:3]
     lanes, slots = keys.shape[1:3]
     kv_heads = lanes if lengths.shape[1] == 1 else lengths.shape[1]
@@ -47,7 +45,7 @@ def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:
         unsigned = (packed.astype(jnp.int32)[:, :, row] % 256 // 2 ** low_bit[:, None]) % 2**bits
         return jnp.where(unsigned < 2 ** (bits - 1), unsigned, unsigned - 2**bits).astype(jnp.float32)
 
-    key_scales = store.key_scales[:, :, slot // group]  # [batch, lanes, slots, 2, head_dim]
+    key_scales = store.key_scales[:, :, slot // group, :, : store.keys.shape[3]]  # [batch, lanes, slots, 2, head_dim]
     keys = codes(store.keys) * key_scales[:, :, :, 0] + key_scales[:, :, :, 1]
     values = codes(store.values) * store.value_scales[:, :, 0, :, None] + store.value_scales[:, :, 1, :, None]
     return keys, values

@@ -13,14 +13,17 @@ class Store:
     Attributes:
       keys: [batch, lanes, slots, head_dim]; codes i8 [batch, lanes, slots * bits / 8, head_dim] of a quantised store.
       values: like `keys`.
-      key_scales: f32 [batch, lanes, slots / group, 2, head_dim], or None. See `quantisation.quantise_keys`.
+      key_scales: f32 [batch, lanes, slots / group, 2, width], or None. See `quantisation.quantise_keys`.
       value_scales: f32 [batch, lanes, 2, slots], or None. See `quantisation.quantise_values`.
+      value_channels: f32 [batch, kv_heads, head_dim], by which the values of a quantised store were divided, or None.
+        Attention is linear in the values, so `union_attention` multiplies its output; nothing else reads them.
     """
 
     keys: jax.Array
     values: jax.Array
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
+    value_channels: jax.Array | None = None
 
     @property
     def lanes(self) -> int:

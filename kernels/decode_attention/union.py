@@ -1,10 +1,19 @@
-"""Attention over several segments at once: the kept prompt and the generated tokens, say."""
+"""Attention over several segments at once: the kept prompt and the generated tokens, say.
 
-from collections.abc import Sequence
+A store may have fewer rows than the query. It is then shared, never repeated: the queries of the rows that share a row
+of the store become one block of queries of that row.
+
+    query rows      | 0  1  2 | 3  4  5 |        3 questions to each of 2 prompts
+    prompt, 2 rows  |    0    |    1    |        2 rows of 3 queries
+    answers, 6 rows | 0  1  2   3  4  5 |
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention import xla
 from vlcache_jax.kernels.decode_attention.api import decode_attention
@@ -13,8 +22,12 @@ from vlcache_jax.kernels.dispatch import dispatch
 from vlcache_jax.kernels.merge import merge
 
 Part = tuple[Store, Segments]
+Attention = tuple[jax.Array, jax.Array]
 
 _ORDER = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
+
+_MOST_ROWS = 2048  # queries times heads of one call, so that a block of queries fits a TPU's VMEM
+_MOST_GPU_ROWS = 64  # of a KV head: the rows of a wgmma
 
 
 def union_attention(
@@ -24,25 +37,35 @@ def union_attention(
     scale: float | None = None,
     implementation: str | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Attention:
     """`decode_attention` over the union of disjoint segments, which may lie in stores of different precision.
 
     Args:
-      query: [batch, heads, head_dim].
-      parts: the segments, each with its store; one lane for the same heads in all of them.
+      query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries, each of which sees the
+        whole of every segment.
+      parts: the segments, each with its store; one lane for the same heads in all of them. A store and its segments
+        may have fewer rows, a divisor of batch: query rows b * g ... b * g + g - 1 then read its row b.
       scale, implementation, interpret: as in `decode_attention`.
 
     Returns:
-      (out f32 [batch, heads, head_dim], lse f32 [batch, heads]).
+      (out f32 like `query`, lse f32 [batch, heads] or [batch, n, heads]).
+
+    Raises:
+      ValueError: a store whose rows do not divide batch; and see `decode_attention`.
 
     Example:
       out, _ = union_attention(query, [(Store(keys, values), Segments(offsets, lengths)), (tail, Segments(start, n))])
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    for store, _ in parts:
+        if query.shape[0] % store.keys.shape[0]:
+            raise ValueError(f"a store of {store.keys.shape[0]} rows cannot be shared by {query.shape[0]} query rows")
 
-    def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array]:
-        return merge([
-            decode_attention(
+    def of_part(name: str, query: jax.Array, part: Part) -> Attention:
+        store, segments = part
+
+        def attend(query: jax.Array) -> Attention:
+            out, lse = decode_attention(
                 query,
                 store.keys,
                 store.values,
@@ -54,13 +77,49 @@ def union_attention(
                 implementation=name,
                 interpret=interpret,
             )
-            for store, segments in parts
-        ])  # fmt: skip
+            if store.value_channels is not None:
+                channels = jnp.repeat(store.value_channels, out.shape[-2] // store.value_channels.shape[1], axis=1)
+                out *= channels if query.ndim == 3 else channels[:, None]
+            return out, lse
 
-    def together(query: jax.Array, parts: Sequence[Part]) -> tuple[jax.Array, jax.Array]:
-        if any(store.key_scales is not None for store, _ in parts):
-            return separately("xla", query, parts)
-        return xla.decode_attention(query, parts, scale=scale)
+        heads, head_dim = query.shape[-2:]
+        if _ordinary(query, part):
+            return attend(query)
+        kv_heads = store.lanes if segments.lengths.shape[1] == 1 else segments.lengths.shape[1]
+        most = _MOST_GPU_ROWS * kv_heads // heads if name == "pallas_gpu" else _MOST_ROWS // heads
+        block = query.reshape(store.keys.shape[0], -1, heads, head_dim)
+        out, lse = _in_chunks(attend, block, max(1, most))
+        return out.reshape(query.shape), lse.reshape(query.shape[:-1])
 
-    implementations = {name: partial(separately, name) for name in ("pallas_tpu", "reference")} | {"xla": together}
+    def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> Attention:
+        return merge([of_part(name, query, part) for part in parts])
+
+    def together(query: jax.Array, parts: Sequence[Part]) -> Attention:
+        """All float parts of one query for each of their rows share one softmax."""
+        joint = [part for part in parts if part[0].key_scales is None and _ordinary(query, part)]
+        others = [of_part("xla", query, part) for part in parts if not any(part is other for other in joint)]
+        if not joint:
+            return merge(others)
+        out = xla.decode_attention(query, joint, scale=scale)
+        return merge([out, *others]) if others else out
+
+    names = ("pallas_tpu", "pallas_gpu", "reference")
+    implementations = {name: partial(separately, name) for name in names} | {"xla": together}
     return dispatch(implementation, implementations, _ORDER, query, list(parts))
+
+
+def _ordinary(query: jax.Array, part: Part) -> bool:
+    return query.ndim == 3 and part[0].keys.shape[0] == query.shape[0]
+
+
+def _in_chunks(attend: Callable[[jax.Array], Attention], block: jax.Array, most: int) -> Attention:
+    """`attend` of a block of queries [rows, n, heads, head_dim], at most `most` of them at a time."""
+    rows, n, *rest = block.shape
+    chunks = -(-n // most)
+    if chunks == 1:
+        return attend(block)
+    size = -(-n // chunks)
+    block = jnp.pad(block, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
+    results = jax.lax.map(attend, jnp.moveaxis(block.reshape(rows, chunks, size, *rest), 1, 0))
+    out, lse = (jnp.moveaxis(x, 0, 1) for x in results)
+    return out.reshape(rows, chunks * size, *rest)[:, :n], lse.reshape(rows, chunks * size, rest[0])[:, :n]

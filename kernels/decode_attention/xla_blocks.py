@@ -15,18 +15,16 @@ _MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def decode_attention(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, max_length: int | None = None
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.decode_attention`; `query` is [batch, n, heads, head_dim]."""
     batch, n, heads, head_dim = query.shape
-    lengths = segments.lengths
-    offsets = jnp.broadcast_to(segments.offsets, lengths.shape)
+    offsets, lengths = segments.offsets, segments.lengths
     items = lengths.shape[1]  # segments of a row
     lanes = store.lanes if items == 1 else 1  # of an item
     group = heads // (items * lanes)  # query heads of a lane
-    bound = store.slots if max_length is None else max_length
     unit = 1 if store.key_scales is None else group_size(8 // store.packing)
-    block = min(_BLOCK, store.slots, -(-bound // unit) * unit)
+    block = min(_BLOCK, store.slots)
     first_lane = jnp.arange(items) * store.lanes // items
     q = query.reshape(batch, n, items, lanes, group, head_dim).transpose(0, 2, 3, 1, 4, 5)
     q = q.reshape(batch, items, lanes, n * group, head_dim)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 BITS = (8, 4, 2)
 _ROWS = 32  # of a TPU tile of bytes
+_LANES = 128  # of a TPU tile
 
 
 def group_size(bits: int) -> int:
@@ -28,6 +29,11 @@ def group_size(bits: int) -> int:
     return _ROWS * 8 // bits
 
 
+def scales_width(head_dim: int) -> int:
+    """Numbers in a row of the keys' scales: head_dim rounded up to a multiple of 128."""
+    return -(-head_dim // _LANES) * _LANES
+
+
 def quantise_keys(keys: jax.Array, bits: int, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Quantises keys per channel and group of tokens.
 
@@ -38,7 +44,8 @@ def quantise_keys(keys: jax.Array, bits: int, valid: jax.Array | None = None) ->
 
     Returns:
       codes: i8 [..., slots * bits / 8, head_dim].
-      scales: f32 [..., slots / group, 2, head_dim], the step and the zero.
+      scales: f32 [..., slots / group, 2, width], the step and the zero. width is head_dim rounded up to 128: TPUs keep
+        such rows in order whatever their number, so that a kernel can read those of a segment; the rest is 0.
 
     Raises:
       ValueError: unsupported bits or number of slots.
@@ -49,7 +56,9 @@ def quantise_keys(keys: jax.Array, bits: int, valid: jax.Array | None = None) ->
     x = keys.astype(jnp.float32).reshape(*batch, slots // group, group, head_dim)
     mask = None if valid is None else valid.reshape(*batch, slots // group, group, 1)
     codes, step, zero = _quantise(x, bits, -2, mask)
-    return _pack(codes.reshape(keys.shape), bits), jnp.concatenate([step, zero], axis=-2)
+    scales = jnp.concatenate([step, zero], axis=-2)
+    scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, scales_width(head_dim) - head_dim)])
+    return _pack(codes.reshape(keys.shape), bits), scales
 
 
 def quantise_values(values: jax.Array, bits: int, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -76,6 +85,7 @@ def dequantise_keys(codes: jax.Array, scales: jax.Array, bits: int) -> jax.Array
     """Keys f32 [..., slots, head_dim] from what `quantise_keys` returned for the same `bits`."""
     x = _unpack(codes, bits)
     x = x.reshape(*scales.shape[:-2], group_size(bits), codes.shape[-1])
+    scales = scales[..., : codes.shape[-1]]
     x = x * scales[..., :1, :] + scales[..., 1:, :]
     return x.reshape(*codes.shape[:-2], -1, codes.shape[-1])
 

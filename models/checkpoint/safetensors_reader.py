@@ -82,7 +82,7 @@ class SafetensorsFolder:
         self._maps: dict[str, np.memmap] = {}
         listed = self._files()
         for file in sorted(set(listed.values())) if listed else [SINGLE_FILE]:
-            for info in _read_header(file_inside(self.folder, file)):
+            for info in read_header(file_inside(self.folder, file))[0]:
                 if info.name in self.tensors:
                     other = self.tensors[info.name].file
                     raise CheckpointError(f"tensor {info.name!r} is both in {other} and in {file} of {self.folder}")
@@ -134,7 +134,13 @@ class SafetensorsFolder:
         return np.asarray(data).view(DTYPES[info.dtype]).reshape(info.shape)
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
+def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
+    """The tensors of a safetensors file, checked against its size, and its metadata, unchecked.
+
+    Raises:
+      CheckpointError: if the file is missing, corrupt or truncated.
+    """
+
     def corrupt(why: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a valid safetensors file: {why}; download it again")
 
@@ -158,7 +164,8 @@ def _read_header(path: Path) -> list[TensorInfo]:
         raise corrupt(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise corrupt("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
 
     infos = []
     for name, entry in header.items():
@@ -181,4 +188,4 @@ def _read_header(path: Path) -> list[TensorInfo]:
         end = info.stop
     if end != size:
         raise corrupt(f"its tensors end at byte {end}, the file at {size} (truncated, or something was appended)")
-    return infos
+    return infos, metadata

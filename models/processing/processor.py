@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.batch import TEXT, Batch
+from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.checkpoint.files import checkpoint_folder
 from vlcache_jax.models.config import LlavaConfig
@@ -185,17 +185,65 @@ class Processor:
         add_special_tokens = [bos is None or not text.startswith(bos) for text in texts]
         return self._batch(texts, [images for _, images in pairs], add_special_tokens, pad_to, pad_tiles_to)
 
-    def decode(self, out: Any) -> list[str]:
+    def continuation(
+        self, text: str | Sequence[str] | Sequence[Sequence[str]], *, pad_to: int | None = None
+    ) -> Continuation:
+        """Text that goes on where prompts end, without a beginning-of-sequence token: see `vlcache_jax.extend`.
+
+        The text is tokenised by itself. Begin it where tokens of the prompt end too, after a line break or a special
+        token for instance; within a word its ids would not be those of the whole text.
+
+        Args:
+          text: one text for each row of a context, or a list of equally many for each row. A single str is one row.
+          pad_to: the padded length in tokens; by default the smallest of 16, 32 and the buckets of prompts that holds
+            the longest text.
+
+        Returns:
+          Continuation with tokens i32 [rows, length] or [rows, texts of a row, length].
+
+        Raises:
+          InputError: anything else, an empty text, one that holds the image token, or one longer than `pad_to`.
+        """
+        rows = [text] if isinstance(text, str) else text
+        nested = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, (list, tuple)) for row in rows)
+        texts = [item for row in rows for item in row] if nested else rows
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
+            raise InputError(f"text is {str(text)[:80]!r}: give a text for each row, or a list of texts for each row")
+        if nested and len({len(row) for row in rows}) > 1:
+            raise InputError(f"the rows have {[len(row) for row in rows]} texts: give each row equally many")
+        tokens = []
+        for number, item in enumerate(texts):
+            if self.image_token in item:
+                raise InputError(f"text {number} holds {self.image_token!r}: images belong into the prompt")
+            tokens.append(self.tokenizer.encode(item, add_special_tokens=False))
+            if not tokens[-1]:
+                raise InputError(f"text {number} is empty: {item!r} has no tokens")
+        longest = max(map(len, tokens))
+        short = next((size for size in (16, 32) if longest <= size), None)
+        length = pad_to if pad_to is not None else short or bucket_length(longest, self._buckets)
+        _check_room("pad_to", length, longest, "tokens in the longest text")
+        ids = np.full((len(tokens), int(length)), self.tokenizer.pad_token_id, np.int32)
+        for row, of_text in enumerate(tokens):
+            ids[row, : len(of_text)] = of_text
+        lead = (len(rows), len(rows[0])) if nested else (len(rows),)
+        lengths = np.asarray([len(of_text) for of_text in tokens], np.int32)
+        return Continuation(ids.reshape(*lead, -1), lengths.reshape(lead))
+
+    def decode(self, out: Any) -> list[Any]:
         """The texts of generated tokens, special tokens left out.
 
         Args:
           out: an object with `tokens` [batch, steps] and `lengths` [batch], of which a row's first
             `lengths[row]` tokens count; or a whole [batch, steps] array; or a list of lists of token ids.
+            Of answers to several questions, `tokens` [rows, questions, steps], the texts are in lists of lists.
 
         Raises InputError for anything else, or for a negative token id.
         """
         generated = hasattr(out, "tokens") and hasattr(out, "lengths")
         tokens = out.tokens if generated else out
+        if generated and np.ndim(tokens) > 2:
+            rows = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
+            return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in rows]
         try:
             rows = [np.asarray(row) for row in (np.asarray(tokens) if hasattr(tokens, "shape") else tokens)]
         except (TypeError, ValueError):

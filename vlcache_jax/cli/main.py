@@ -1,7 +1,7 @@
 """The command line: `vlcache-jax` and `python -m vlcache_jax`.
 
-Exit status: 0, 2 for bad arguments or input (one line on standard error, no traceback), 130 after Ctrl-C, 141 when the
-reader of standard output has gone.
+Exit status: 0, 2 for bad arguments or input (one line on standard error, no traceback), 3 when the device's memory did
+not suffice, 130 after Ctrl-C, 141 when the reader of standard output has gone.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vlcache_jax.cli.parser import PROGRAM, build_parser
 from vlcache_jax.errors import VLCacheError
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VLCacheError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except (RuntimeError, MemoryError) as error:  # RuntimeError: jax.errors.JaxRuntimeError, without importing jax
+        if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        what = (str(error).splitlines() or ["on the host"])[0]
+        print(
+            f"{PROGRAM}: error: out of memory ({what}): keep less of the cache "
+            "(--budget), bound the prefill (--policy-option candidate_fraction=0.3), use fewer or smaller images or "
+            f"--dtype bfloat16; `{PROGRAM} plan` tells what fits",
+            file=sys.stderr,
+        )
+        return OUT_OF_MEMORY
     except BrokenPipeError:
         # Python flushes standard output once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

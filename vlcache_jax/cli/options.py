@@ -31,7 +31,7 @@ def build_policy(name: str, budget: float | None, options: list[str]) -> Policy:
         values[key] = _rows(text) if key == "rows" else _value(text)
     if budget is not None:
         values["budget"] = budget
-    elif name in POLICIES and name != "full_cache":
+    elif name in POLICIES and name not in ("full_cache", "zip_vl"):  # all; a cap on what the prompt decides
         values.setdefault("budget", _DEFAULT_BUDGET)
     try:
         return policy_by_name(name, **values)

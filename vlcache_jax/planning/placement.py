@@ -74,7 +74,12 @@ def place_state(state: KVState, mesh: Mesh) -> KVState:
     """An abstract state: rows over "data", KV heads (lanes) over "model"."""
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        has_lanes = path[-1].name in ("keys", "values", "positions")
-        return abstract(leaf, mesh, PartitionSpec(DATA_AXIS, MODEL_AXIS) if has_lanes else PartitionSpec(DATA_AXIS))
+        name = path[-1].name
+        spec = PartitionSpec(DATA_AXIS)
+        if name in ("keys", "values", "positions", "key_scales", "value_scales"):
+            spec = PartitionSpec(DATA_AXIS, MODEL_AXIS)
+        elif name == "value_channels":
+            spec = PartitionSpec(DATA_AXIS, None, MODEL_AXIS)
+        return abstract(leaf, mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -202,8 +202,8 @@ class _Planner:
     def plan(self, policy: Policy) -> PolicyPlan:
         work, programs = self.work, self.programs
         state = programs.state(work, policy)
-        context, tail = programs.bytes_of(state.context), programs.bytes_of(state.tail)
-        kept = programs.bytes_of((state.context.keys, state.context.values))
+        context, tail = programs.bytes_of(state.stores), programs.bytes_of(state.tail)
+        kept = programs.bytes_of([(x.keys, x.values, x.key_scales, x.value_scales) for x in state.stores])
         prefill = self._prefill(work, policy)
         decode = self._report(programs.decode(work, policy)[0], "decoding", work, policy)
         step = self._report(programs.decode_step(work, policy)[0], "decode step", work, policy)

@@ -29,7 +29,8 @@ class EliteAttention(Score):
     """
 
     ratio: float = 0.9
-    needs_attention = False
+    needs_attention = False  # it computes its own
+    is_mass = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -116,7 +117,9 @@ class StrengthAndSkewness(Allocate):
         )
 
 
-def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, candidate_fraction: float = 1.0) -> Policy:
+def AirCache(
+    budget: Budget = 0.1, *, ratio: float = 0.9, candidate_fraction: float = 1.0, bits: int | None = None
+) -> Policy:
     """Elite text rows score the visual tokens, layer budgets follow strength and skewness, and text is kept.
 
     See `EliteAttention` and `StrengthAndSkewness` for the formulas. Text ranks before visual tokens.
@@ -131,6 +134,7 @@ def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, candidate_fraction: fl
       budget: see `Policy.budget`.
       ratio: a text row is elite if the last one attends to it at least `ratio` times as much as to its best.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -150,4 +154,5 @@ def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, candidate_fraction: fl
         recent=0.0,
         protect="text",
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,19 @@ class Allocate:
 
     Attributes:
       threshold: relative threshold of the density it needs (`LayerInputs.density`), or None if it needs none.
+      per_head: whether the KV heads of a layer get different numbers of slots. Heads then share lanes (`Policy.lanes`).
     """
 
-    threshold: float | None = None
+    per_head: bool = False
+
+    @property
+    def threshold(self) -> float | None:
+        """See above. A subclass may have a field or an attribute of this name."""
+        return None
+
+    def with_layers(self, layers: "Allocate") -> "Allocate":
+        """This rule with the slots of each layer decided by `layers`: what is left of it under a budget of mass."""
+        return layers
 
     def check(self, budget: Budget) -> None:
         """Raises PolicyError if it cannot share such a budget; called when a policy is made."""
@@ -31,12 +41,18 @@ class Allocate:
         """The most slots that all layers together can get, for prompts of up to `length` tokens (static)."""
         return budget.total(length)
 
-    def measure(self, inputs: "LayerInputs", scores: jax.Array) -> jax.Array:
-        """What must be known of a layer: f32 [batch, ...] from its inputs and scores [batch, heads, length]."""
+    def measure(self, inputs: "LayerInputs", scores: jax.Array) -> Any:
+        """What must be known of a layer: f32 [batch, ...] from its inputs and scores [batch, heads, length].
+
+        Or a pytree of such arrays. The scores are those before `Policy.protect` makes ranks of them.
+        """
         return inputs.density
 
-    def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
+    def slots(self, measured: Any, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """i32 [batch, layers] slots, each between 1 and the prompt's length, at most `capacity` together.
+
+        If `per_head`, i32 [batch, layers, kv_heads], and at most `capacity` for each head of a lane on average:
+        KV head h lies in lane h * lanes // kv_heads.
 
         Args:
           measured: f32 [batch, layers, ...], `measure` of every layer.

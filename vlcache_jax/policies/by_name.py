@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.policies.ada_kv import AdaKV
 from vlcache_jax.policies.air_cache import AirCache
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.expected_attention import ExpectedAttention
@@ -22,17 +23,20 @@ from vlcache_jax.policies.snap_kv import SnapKV
 from vlcache_jax.policies.streaming_llm import StreamingLLM
 from vlcache_jax.policies.tova import TOVA
 from vlcache_jax.policies.vl_cache import VLCache
+from vlcache_jax.policies.zip_vl import ZipVL
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full_cache": FullCache,
     "vl_cache": VLCache,
     "snap_kv": SnapKV,
     "pyramid_kv": PyramidKV,
+    "ada_kv": AdaKV,
     "h2o": H2O,
     "tova": TOVA,
     "streaming_llm": StreamingLLM,
     "look_m": LookM,
     "prefix_kv": PrefixKV,
+    "zip_vl": ZipVL,
     "air_cache": AirCache,
     "mix_kv": MixKV,
     "expected_attention": ExpectedAttention,
@@ -64,8 +68,7 @@ def policy_by_name(name: str, **options: Any) -> Policy:
     known = list(inspect.signature(POLICIES[name]).parameters)
     for option in options:
         if option not in known:
-            hint = _nearest(option, known) if known else "; it has no options"
-            raise PolicyError(f"policy {name!r} has no option {option!r}{hint}")
+            raise PolicyError(f"policy {name!r} has no option {option!r}{_nearest(option, known)}")
     return POLICIES[name](**options)
 
 

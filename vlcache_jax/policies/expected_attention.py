@@ -84,7 +84,13 @@ class ExpectedScore(Score):
 
 
 def ExpectedAttention(
-    budget: Budget = 0.1, *, sinks: int = 4, future: int = 512, recent: float = 0.0, candidate_fraction: float = 1.0
+    budget: Budget = 0.1,
+    *,
+    sinks: int = 4,
+    future: int = 512,
+    recent: float = 0.0,
+    candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """Keeps what the average coming query is expected to attend to; see `ExpectedScore`.
 
@@ -99,6 +105,7 @@ def ExpectedAttention(
       future: positions over which the rotation is averaged.
       recent: fraction of a layer's slots for its most recent tokens; the last token is kept in any case.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -117,4 +124,5 @@ def ExpectedAttention(
         recent=recent,
         sinks=sinks,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

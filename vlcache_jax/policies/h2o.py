@@ -7,7 +7,12 @@ from vlcache_jax.policies.scores import AccumulatedAttention
 
 
 def H2O(
-    budget: Budget = 0.1, *, recent: float = 0.5, normalised: bool = False, candidate_fraction: float = 1.0
+    budget: Budget = 0.1,
+    *,
+    recent: float = 0.5,
+    normalised: bool = False,
+    candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """The tokens with the most attention from all rows of the prompt, and the recent ones; the same for every layer.
 
@@ -28,6 +33,7 @@ def H2O(
       recent: fraction of a layer's slots for its most recent tokens. VL-Cache's comparison uses 0.1.
       normalised: divide a token's score by the number of rows that see it.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -46,4 +52,5 @@ def H2O(
         score=AccumulatedAttention(normalised=normalised),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

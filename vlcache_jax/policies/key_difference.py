@@ -40,7 +40,9 @@ class KeyDifferenceScore(Score):
         return -anchor_cosine(inputs)
 
 
-def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0) -> Policy:
+def KeyDifference(
+    budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0, bits: int | None = None
+) -> Policy:
     """The tokens whose keys differ most from the mean direction: near-duplicates go first.
 
         score_j = -cos(k_j, mean over i of k_i / |k_i|), for every KV head, on rotated keys
@@ -54,6 +56,7 @@ def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fracti
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -71,4 +74,5 @@ def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fracti
         score=KeyDifferenceScore(),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

@@ -21,7 +21,9 @@ class KeyNormScore(Score):
         return -jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
 
 
-def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0) -> Policy:
+def KeyNorm(
+    budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0, bits: int | None = None
+) -> Policy:
     """The tokens with the smallest keys: a small norm goes with much attention, in text models.
 
         score_j = -|k_j|_2, for every KV head
@@ -35,6 +37,7 @@ def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: fl
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -47,5 +50,10 @@ def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: fl
       False
     """
     return Policy(
-        name="key_norm", budget=budget, score=KeyNormScore(), recent=recent, candidate_fraction=candidate_fraction
+        name="key_norm",
+        budget=budget,
+        score=KeyNormScore(),
+        recent=recent,
+        candidate_fraction=candidate_fraction,
+        bits=bits,
     )

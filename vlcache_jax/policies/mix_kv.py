@@ -73,6 +73,7 @@ def MixKV(
     pool: int = 5,
     recent: Recent | None = None,
     candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """SnapKV's votes mixed with the diversity of the keys, so that near-duplicates do not fill the slots.
 
@@ -89,6 +90,7 @@ def MixKV(
       pool: odd number of neighbours, 1 for none.
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -109,4 +111,5 @@ def MixKV(
         score=DiversityMixed(snap_score(pool, recent=recent), recent.count if isinstance(recent, Tokens) else 0),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

@@ -83,7 +83,7 @@ class GridPooled(Score):
     (LLaVA-NeXT drops the padding of a picture). Text and row-break tokens keep their own score. Tiles are pooled one
     by one: neighbours across the seam of two tiles do not count.
 
-    `side` must be the model's own, `vlm.model.config.vision.grid_size` for the models here.
+    `side` must be the model's own, `vlm.model.spec.vision_grid`; `prefill` refuses another.
     """
 
     score: Score

@@ -65,6 +65,7 @@ def PyramidKV(
     pooling: str = "mean",
     recent: Recent | None = None,
     candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """SnapKV's scores with layer budgets that fall with depth, whatever the prompt holds; see `Pyramid`.
 
@@ -81,6 +82,7 @@ def PyramidKV(
       pooling: "mean" or "max".
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -102,4 +104,5 @@ def PyramidKV(
         allocate=Pyramid(beta, recent),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

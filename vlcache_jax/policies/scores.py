@@ -58,6 +58,11 @@ class Score:
         """Whether `LayerInputs.statistics` must be there. A subclass may write `needs_attention = False`."""
         return True
 
+    @property
+    def is_mass(self) -> bool:
+        """Whether it is attention received, not negative, so that a share of its sum means something (`vlc.Mass`)."""
+        return self.needs_attention
+
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """f32 [batch, kv_heads or 1, length]; higher is kept first. Padding may hold anything."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ def SnapKV(
     heads: str = "each",
     mask_visual_sinks: bool = False,
     candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """Votes of the last rows, pooled over neighbours; the same number of tokens in every layer and head.
 
@@ -46,6 +47,7 @@ def SnapKV(
       heads: "each" ranks for every KV head, "shared" once per layer.
       mask_visual_sinks: see `MaskVisualSinks`.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -66,6 +68,7 @@ def SnapKV(
         score=snap_score(pool, pooling, grid_side, recent, heads, mask_visual_sinks),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )
 
 

@@ -5,7 +5,7 @@ from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.scores import Recency
 
 
-def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4) -> Policy:
+def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = None) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
 
         kept = {0 .. sinks - 1} and {n - (slots - sinks) .. n - 1}
@@ -20,6 +20,7 @@ def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4) -> Policy:
     Args:
       budget: see `Policy.budget`.
       sinks: first tokens to keep; the paper uses 4.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -31,4 +32,4 @@ def StreamingLLM(budget: Budget = 0.1, *, sinks: int = 4) -> Policy:
       >>> StreamingLLM(budget=256).sinks
       4
     """
-    return Policy(name="streaming_llm", budget=budget, score=Recency(), recent=1.0, sinks=sinks)
+    return Policy(name="streaming_llm", budget=budget, score=Recency(), recent=1.0, sinks=sinks, bits=bits)

@@ -6,7 +6,7 @@ from vlcache_jax.policies.rows import LastRow
 from vlcache_jax.policies.scores import AccumulatedAttention
 
 
-def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0) -> Policy:
+def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0, bits: int | None = None) -> Policy:
     """The tokens that the last row attends to, one selection for all heads of a layer, the same number in every layer.
 
         score_j = A[n - 1, j], averaged over all query heads of the layer
@@ -19,6 +19,7 @@ def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0) -> Policy:
     Args:
       budget: see `Policy.budget`.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -37,4 +38,5 @@ def TOVA(budget: Budget = 0.1, *, candidate_fraction: float = 1.0) -> Policy:
         score=AccumulatedAttention("shared"),
         recent=0.0,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

@@ -22,6 +22,7 @@ def VLCache(
     grid_side: int | None = None,
     mask_visual_sinks: bool = False,
     candidate_fraction: float = 1.0,
+    bits: int | None = None,
 ) -> Policy:
     """Layer budgets from the sparsity of post-vision attention, token scores from the same attention.
 
@@ -46,6 +47,7 @@ def VLCache(
       grid_side: pool visual tokens over pool x pool patches of their grid instead; see `GridPooled`.
       mask_visual_sinks: see `MaskVisualSinks`; not the paper's.
       candidate_fraction: see `Policy`.
+      bits: see `Policy`.
 
     Returns:
       The policy.
@@ -65,4 +67,5 @@ def VLCache(
         allocate=SparsityAware(threshold, total),
         recent=recent,
         candidate_fraction=candidate_fraction,
+        bits=bits,
     )

@@ -1,0 +1,31 @@
+"""The page about contexts: its code runs, and the shipped model answers what the page says."""
+
+import re
+from pathlib import Path
+
+import vlcache_jax as vlc
+from vlcache_jax.policies import POLICIES
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "contexts.md"
+
+
+def test_the_page(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    (tmp_path / "vlcache_jax").symlink_to(ROOT / "vlcache_jax")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    said = re.search(r"# \[\[(.*)\]\]", code).group(1)
+    [answers] = names["vlm"].processor.decode(names["out"])
+    assert answers == re.findall(r'"(.*?)"', said)
+    assert names["chat"].rows == 3
+    again = vlc.extend(names["ctx"], names["questions"]).logits  # of the context as loaded
+    assert again.argmax(-1).tolist() == names["out"].tokens[0, :, 0].tolist()
+
+
+def test_every_policy_has_its_place():
+    """Query-aware or not: a new method has to be told apart on the page."""
+    table = PAGE.read_text(encoding="utf-8").split("## Which policy")[1].split("## Answers")[0]
+    for factory in POLICIES.values():
+        assert f"`{factory.__name__}`" in table

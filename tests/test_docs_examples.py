@@ -1,0 +1,76 @@
+"""The code of the guide, the training page and the notebook runs as it is written, on the shipped checkpoint."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+import vlcache_jax as vlc
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "vlcache_jax" / "assets" / "demo_model"
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the pages take for granted; every folder of weights is the shipped checkpoint."""
+    load = vlc.load
+    monkeypatch.setattr(vlc, "load", lambda path, mesh=None, **_: load(str(DEMO), dtype="float32", mesh=mesh))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    rng = np.random.default_rng(0)
+    first, second = (Image.fromarray(rng.integers(0, 255, (512, 512, 3), np.uint8)) for _ in range(2))
+    first.save("cat.jpg")
+    given = {"jax": jax, "vlc": vlc, "NamedSharding": NamedSharding, "PartitionSpec": PartitionSpec}
+    return {**given, "__name__": "page", "path": "folder", "first": first, "second": second}
+
+
+def test_the_guide(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for code in snippets("guide.md"):
+        names |= {"layer": 0, "tokens": jnp.zeros(names["batch"].size, jnp.int32)} if "batch" in names else {}
+        if "pmap" in code:
+            names["split_batch"] = jax.tree.map(lambda x: jnp.stack([x] * jax.device_count()), names["batch"])
+        if "make_mesh" in code:
+            names["batch"] = jax.tree.map(lambda x: np.concatenate([x] * 2), names["batch"])
+        exec(compile(code, "guide.md", "exec"), names)
+        if "pmap" in code:  # every device gave the answer of the plain call
+            alone = names["rollout"](names["vlm"].params, names["batch"])
+            assert np.array_equal(np.asarray(names["tokens"]), np.stack([alone] * jax.device_count()))
+    assert isinstance(names["out"], vlc.Generation)
+    assert names["mesh"].size == 8
+    assert capsys.readouterr().out.strip()  # the stream
+
+
+def test_the_training_page(names: dict[str, Any]) -> None:
+    prompts, answers = ["<image>\nRead the value of salary on this page"] * 4, ["salary 9338"] * 4
+    names["data"] = [([[names["first"]]] * 4, prompts, answers)] * 2
+    (code,) = snippets("training.md")
+    exec(compile(code, "training.md", "exec"), names)
+    assert names["progress"] == {"epoch": 1}
+    assert int(names["state"].step) == 2
+    assert np.isfinite(float(names["metrics"]["loss"]))
+
+
+def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs")
+        if cell["cell_type"] == "code":
+            lines = [line for line in "".join(cell["source"]).split("\n") if not line.startswith("%")]
+            exec(compile("\n".join(lines), "quickstart.ipynb", "exec"), names)
+    printed = capsys.readouterr().out
+    expected = names["entry"]["answer"]
+    assert printed.count(expected) == 2, printed  # with the full cache and with a tenth of it
+    assert names["picture"].size[0] > 512

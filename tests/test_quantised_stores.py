@@ -1,0 +1,300 @@
+"""Stores of 8, 4 or 2 bits: what is kept, where it lies, how far it is from what was computed, and what it costs."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from stub_model import HEAD_DIM, HEADS, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
+from test_methods_promises import row_alone
+from tiny_models import one_row, ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.decoding import advance
+from vlcache_jax.demo.evaluate import HELD_OUT_SEED
+from vlcache_jax.demo.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.tokenizer import prompt
+from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
+from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.ops import union_attention
+from vlcache_jax.packing import value_channels
+from vlcache_jax.policies import POLICIES, EnoughMass
+
+CASES = {
+    "look_m_candidates_4": vlc.LookM(0.35, candidate_fraction=0.5, bits=4),
+    "full_8": vlc.FullCache(bits=8),
+    "full_2": vlc.FullCache(bits=2),
+    "vl_cache_8_others_2": dataclasses.replace(vlc.VLCache(0.4, bits=8), evicted=vlc.Quantise(2)),
+    "tova_others_4": dataclasses.replace(vlc.TOVA(0.4), evicted=vlc.Quantise(4)),
+}
+cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES)
+
+
+def prefill(policy, batch, params):
+    return vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+
+
+# What a store holds, in numpy
+
+
+def codes_of(packed, bits):
+    """Signed codes [..., slots, d]: token t of a group lies in byte row t % 32, part t // 32."""
+    packed = np.asarray(packed).view(np.uint8)
+    *lead, rows, d = packed.shape
+    parts = packed.reshape(*lead, rows // 32, 1, 32, d) >> (bits * np.arange(8 // bits, dtype=np.uint8)[:, None, None])
+    parts = (parts & (2**bits - 1)).astype(int)
+    return np.where(parts >= 2 ** (bits - 1), parts - 2**bits, parts).reshape(*lead, -1, d)
+
+
+def held(store, layer, row, lane):
+    """(positions, keys, values, step of each) of a segment, all float64."""
+    store = jax.tree.map(np.asarray, store)
+    head = min(lane, store.offsets.shape[2] - 1)
+    start, count = store.offsets[row, layer, head], store.lengths[row, layer, head]
+    cut = np.s_[start : start + count]
+    positions, keys, values = (x[row, lane] for x in (store.positions, store.keys, store.values))
+    if store.bits is None:
+        return positions[cut], keys[cut].astype(float), values[cut].astype(float), 0, 0
+    group = 256 // store.bits
+    assert start % group == 0
+    step, zero = np.repeat(store.key_scales[row, lane, ..., :HEAD_DIM], group, axis=0).astype(float).transpose(1, 0, 2)
+    keys = codes_of(keys, store.bits) * step + zero
+    value_step, value_zero = store.value_scales[row, lane].astype(float)[..., None]
+    channel = store.value_channels[row, layer, lane]
+    values = (codes_of(values, store.bits) * value_step + value_zero) * channel
+    return positions[cut], keys[cut], values[cut], step[cut], value_step[cut] * channel
+
+
+@cases
+def test_every_token_is_within_half_a_step_of_what_was_computed(policy):
+    batch = stub_batch()
+    params = stub_params(batch)
+    state = prefill(policy, batch, params)
+    plain = prefill(dataclasses.replace(policy, bits=None, evicted=vlc.Drop()), batch, params)
+    np.testing.assert_array_equal(state.allocation.requested, plain.allocation.requested)
+    kept = kept_sets(plain)
+    others = isinstance(policy.evicted, vlc.Quantise)
+    assert [store.bits for store in state.stores] == [policy.bits, *([policy.evicted.bits] if others else [])]
+    for row, layer, lane in np.ndindex(batch.size, LAYERS, KV_HEADS):
+        wanted = kept[layer][row][lane]
+        both = [wanted, sorted(set(range(batch.lengths[row])) - set(wanted))]
+        for store, expected in zip(state.stores, both):
+            positions, keys, values, key_step, value_step = held(store, layer, row, lane)
+            assert positions.tolist() == expected
+            key, value = (params[name][layer, row, expected, lane].astype(float) for name in ("key", "value"))
+            assert np.all(np.abs(keys - key) <= 0.5 * key_step + 1e-5)
+            assert np.all(np.abs(values - value) <= 0.5 * value_step + 1e-5)
+    for store in state.stores:  # nothing else claims to be a token
+        of_segments = np.asarray(store.lengths).sum(axis=(1, 2))
+        assert np.all(np.sum(np.asarray(store.positions) >= 0, axis=2) == of_segments[:, None])
+
+
+@cases
+def test_attention_over_what_is_held(policy):
+    batch = stub_batch()
+    state = prefill(policy, batch, stub_params(batch))
+    query = np.random.default_rng(0).normal(size=(batch.size, HEADS, HEAD_DIM)).astype(np.float32)
+    clean, dirty = state.stores, [poisoned(store) for store in state.stores]
+    for layer in range(LAYERS):
+        out, lse = union_attention(vlc.Kernels(), query, [store.layer(layer) for store in clean])
+        again = union_attention(vlc.Kernels(), query, [store.layer(layer) for store in dirty])
+        np.testing.assert_array_equal(out, again[0])
+        np.testing.assert_array_equal(lse, again[1])
+        for row, head in np.ndindex(batch.size, HEADS):
+            parts = [held(store, layer, row, head // (HEADS // KV_HEADS)) for store in clean]
+            keys, values = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+            logits = keys @ query[row, head] / np.sqrt(HEAD_DIM)
+            weights = np.exp(logits - logits.max())
+            np.testing.assert_allclose(out[row, head], weights @ values / weights.sum(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(lse[row, head], logits.max() + np.log(weights.sum()), rtol=1e-5, atol=1e-5)
+
+
+def poisoned(store):
+    """All that belongs to free slots alone, as bad as it can be."""
+    free = store.positions < 0
+    if store.bits is None:
+        bad = {name: jnp.where(free[..., None], jnp.nan, getattr(store, name)) for name in ("keys", "values")}
+        return dataclasses.replace(store, **bad)
+    unused = jnp.all(free.reshape(*free.shape[:2], -1, 256 // store.bits), axis=3)
+    rows = jnp.repeat(unused, 32, axis=2)[..., None]
+    return dataclasses.replace(
+        store,
+        keys=jnp.where(rows, 77, store.keys),
+        values=jnp.where(rows, 77, store.values),
+        key_scales=jnp.where(unused[..., None, None], jnp.nan, store.key_scales),
+        value_scales=jnp.where(free[:, :, None], jnp.nan, store.value_scales),
+    )
+
+
+@pytest.mark.parametrize("name", ["full_2", "vl_cache_8_others_2"])
+def test_a_row_holds_what_it_holds_alone_and_padding_widens_no_step(name):
+    batch, policy = stub_batch(), CASES[name]
+    params = stub_params(batch)
+    together = prefill(policy, batch, params)
+    for row in range(batch.size):
+        alone = prefill(policy, *row_alone(batch, params, row, batch.length + 13))  # padded with NaN
+        for one, other in zip(alone.stores, together.stores, strict=True):
+            for layer, lane in np.ndindex(LAYERS, KV_HEADS):
+                jax.tree.map(np.testing.assert_array_equal, held(one, layer, 0, lane), held(other, layer, row, lane))
+
+
+# What it costs
+
+
+def pool_bytes(slots, bits):
+    """Of one KV head: codes, a step and a zero for each group and channel of keys and each value, positions."""
+    group = 256 // bits
+    return 2 * slots * bits // 8 * HEAD_DIM + slots // group * 2 * HEAD_DIM * 4 + slots * 2 * 4 + slots * 4
+
+
+@cases
+def test_bytes_are_those_of_the_buffers(policy):
+    batch = stub_batch()
+    state = jax.eval_shape(lambda p: vlc.prefill(StubModel(), p, batch, policy, 4)[1], stub_params(batch))
+    for store in state.stores:
+        if store.bits is None:
+            continue
+        slots, group = store.positions.shape[2], 256 // store.bits
+        assert slots % group == 0
+        per_row = KV_HEADS * pool_bytes(slots, store.bits) + 4 * LAYERS * KV_HEADS * HEAD_DIM + 2 * 4 * LAYERS
+        assert store.nbytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(store)) == batch.size * per_row
+        if store is not state.context or policy.keeps_all:
+            assert slots == LAYERS * -(-batch.length // group) * group
+        else:
+            kept = int(LAYERS * batch.length * policy.budget)
+            assert kept + LAYERS * (group - 1) <= slots < kept + LAYERS * (group - 1) + group
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
+    batch, group = stub_batch(length=150), 256 // bits
+    fixed = 4 * LAYERS * KV_HEADS * HEAD_DIM + 2 * 4 * LAYERS
+    for groups in (3, 4):
+        count = groups * KV_HEADS * pool_bytes(group, bits) + fixed
+        policy = vlc.VLCache(vlc.Bytes(count + 7), bits=bits)
+        state = jax.eval_shape(
+            lambda p, policy=policy: vlc.prefill(StubModel(), p, batch, policy, 4)[1], stub_params(batch)
+        )
+        assert state.context.nbytes == count * batch.size
+    least = count - KV_HEADS * pool_bytes(group, bits)
+    with pytest.raises(vlc.PolicyError, match=f"cannot hold one token for each of the 3 layers: give at least {least}"):
+        prefill(vlc.VLCache(vlc.Bytes(least - 1), bits=bits), batch, stub_params(batch))
+
+
+def test_channels_keep_outliers_from_widening_the_steps_of_all():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(1, 256, 1, 64)).astype(np.float32)
+    lengths = np.array([256])
+    for outlier, gain in ((1, 0.95), (10, 2)):
+        values[..., 0] *= outlier
+        channels = value_channels(values, lengths)[:, None]
+        for bits in (8, 4, 2):
+
+            def error(x, back, bits=bits):
+                found = dequantise_values(*quantise_values(x.swapaxes(1, 2), bits), bits).swapaxes(1, 2) * back
+                return float(jnp.sqrt(jnp.mean((found - values) ** 2)))
+
+            assert error(values, 1) >= gain * error(values / channels, channels)
+
+
+# As part of a model
+
+MIXED = dataclasses.replace(vlc.VLCache(0.3, bits=8), evicted=vlc.Quantise(2))
+NEW = 6
+
+
+def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
+    model, params = tiny_llava()
+    batch = ragged_batch(rows=8)
+    traces = []
+
+    @jax.jit
+    def run(params, batch):
+        traces.append(1)
+        return vlc.generate(model, params, batch, MIXED, NEW, eos_token_ids=[])
+
+    out = run(params, batch)
+    others = run(params, ragged_batch(rows=8, seed=1))
+    assert len(traces) == 1
+    assert not np.array_equal(out.report.kept, others.report.kept)
+
+    state = jax.eval_shape(lambda p: vlc.prefill(model, p, batch, MIXED, NEW)[1], params)
+    assert out.report.state_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.stores))
+    total = [max(3, int(3 * n) * 3 // 10) for n in batch.lengths]
+    np.testing.assert_array_equal(np.asarray(out.report.kept).sum(axis=1), total)
+
+    alone = vlc.generate(model, params, one_row(batch, 1), MIXED, NEW, eos_token_ids=[])
+    np.testing.assert_array_equal(alone.tokens[0], out.tokens[1])
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = jax.device_put(params, param_shardings(model.abstract_params(), mesh))
+    rows = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), batch)
+    split = vlc.generate(model, placed, rows, MIXED, NEW, eos_token_ids=[])
+    np.testing.assert_array_equal(split.tokens, out.tokens)
+    _, state = vlc.prefill(model, placed, rows, MIXED, NEW)
+    for store in state.stores:
+        for x in (store.keys, store.values, store.key_scales, store.value_scales):
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "model")), x.ndim)
+
+
+def test_a_step_updates_the_state_in_place():
+    model, params = tiny_llava()
+    _, state = vlc.prefill(model, params, ragged_batch(rows=4), vlc.FullCache(bits=8), 128)
+    step = jax.jit(lambda p, t, s: advance(model, p, t, s, vlc.Kernels()), donate_argnums=2)
+    memory = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile().memory_analysis()
+    buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail)))
+    assert memory.alias_size_in_bytes >= buffers
+    assert memory.temp_size_in_bytes < 0.5 * buffers
+
+
+def test_8_bits_change_at_most_one_answer_in_a_hundred():
+    vlm = vlc.load(Path(vlc.__file__).parent / "assets" / "demo_model", dtype="float32")
+    same = []
+    for task in ("documents", "prices"):
+        samples = [make_sample(task, HELD_OUT_SEED, i, FULL_GRID, max_questions=1) for i in range(52)]
+        text = [prompt(sample.questions[0][0], len(sample.images)) for sample in samples]
+        batch = vlm.processor(images=[list(sample.images) for sample in samples], text=text)
+        plain, stored = (
+            vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.1, bits=bits), 16).tokens for bits in (None, 8)
+        )
+        same += np.all(np.asarray(plain) == np.asarray(stored), axis=1).tolist()
+    assert len(same) >= 100
+    assert np.mean(same) >= 0.99
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: vlc.VLCache(bits=3), "bits=3 cannot be stored: use 8, 4 or 2"),
+        (lambda: vlc.VLCache(bits=8.0), "bits=8.0 cannot be stored"),
+        (lambda: vlc.FullCache(bits=True), "bits=True cannot be stored"),
+        (lambda: vlc.Quantise(16), "Quantise: bits=16 cannot be stored"),
+        (lambda: vlc.Quantise(None), "Quantise: bits=None cannot be stored"),
+        (lambda: dataclasses.replace(vlc.VLCache(), evicted="drop"), r"evicted='drop' is not known: use Drop\(\) or"),
+        (lambda: dataclasses.replace(vlc.VLCache(bits=4), evicted=vlc.Quantise(4)), r"not below bits=4"),
+        (lambda: vlc.ZipVL(bits=2), r"zip_vl: evicted=Quantise\(2\) is not below bits=2 of the kept tokens: give"),
+        (lambda: vlc.ZipVL(vlc.Bytes(10**6)), "zip_vl: budget=1000000 bytes cannot be promised with evicted=Quantise"),
+        (
+            lambda: dataclasses.replace(vlc.VLCache(candidate_fraction=0.5), evicted=vlc.Quantise(2)),
+            "candidate_fraction=0.5 a layer loses tokens",
+        ),
+        (lambda: vlc.ZipVL(evicted="merge"), "evicted='merge' is not known: use 'quantise' or 'drop'"),
+        (lambda: vlc.ZipVL(mass=1.0), "mass=1.0 is out of range"),
+        (lambda: EnoughMass(0.0), "mass=0.0 is out of range"),
+    ],
+)  # fmt: skip
+def test_refused(build, message):
+    with pytest.raises(vlc.PolicyError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_method_takes_bits(name):
+    assert vlc.policy_by_name(name, bits=8).bits == 8
+    assert dataclasses.replace(vlc.policy_by_name(name, bits=8), bits=4) == vlc.policy_by_name(name, bits=4)
