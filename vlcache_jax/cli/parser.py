@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(commands)
     _plan(commands)
     _train_demo(commands)
+    _study(commands)
     return parser
 
 
@@ -167,6 +168,29 @@ def _train_demo(commands: Any) -> None:
     duration.add_argument("--minutes", type=_number, metavar="M", help="how long to train (default: 60)")
     duration.add_argument("--steps", type=_whole, metavar="N", help="how many steps to train instead")
     parser.add_argument("--resume", action="store_true", help="go on with an earlier run in the same folder")
+    _compilation_cache(parser)
+
+
+def _study(commands: Any) -> None:
+    parser = _command(
+        commands, "study", "measure what every cache method costs in accuracy, on the demo's checkpoint", "study"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for results.jsonl, tables and pictures; what it already holds is not measured again",
+    )
+    parser.add_argument(
+        "--samples", type=_whole, default=300, metavar="N", help="held-out samples of each task (default: 300)"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of the demo (default: all)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="besides the full cache (default: all)")
+    parser.add_argument(
+        "--budgets", nargs="+", type=_number, metavar="FRACTION", help="default: 0.01 0.02 0.05 0.1 0.2 0.4 0.6 1"
+    )
+    parser.add_argument("--batch", type=_whole, default=50, metavar="N", help="prompts answered together (default: 50)")
+    parser.add_argument("--assets", metavar="DIR", help="folder with demo_model/ (default: that of the package)")
     _compilation_cache(parser)
 
 

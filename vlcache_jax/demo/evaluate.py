@@ -6,8 +6,8 @@ from vlcache_jax.demo.samples import FULL_GRID, make_sample
 from vlcache_jax.demo.tokenizer import prompt
 from vlcache_jax.generation import generate
 from vlcache_jax.loading import VLM
+from vlcache_jax.metrics import anls, exact_match
 from vlcache_jax.policies import Policy
-from vlcache_jax.training.metrics import anls, exact_match
 
 HELD_OUT_SEED = 1_000_003
 """Of the samples that evaluation draws; training never uses it."""

@@ -11,11 +11,11 @@ Fine-tuning a loaded model:
         state, metrics = step(state, batch)
 """
 
+from vlcache_jax.metrics import anls, exact_match
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answer_loss, make_eval_step
-from vlcache_jax.training.metrics import anls, exact_match
 from vlcache_jax.training.state import TrainState, init_state, make_train_step
 
 __all__ = [

@@ -1,11 +1,8 @@
-"""Scores of answers given as text."""
+"""Average normalised Levenshtein similarity, DocVQA's score."""
 
 from collections.abc import Iterable
 
-
-def exact_match(prediction: str, answer: str) -> float:
-    """1.0 if both are the same but for case and white space, else 0.0."""
-    return float(_normal(prediction) == _normal(answer))
+from vlcache_jax.metrics.exact_match import normalised
 
 
 def anls(prediction: str, answers: str | Iterable[str], threshold: float = 0.5) -> float:
@@ -13,11 +10,15 @@ def anls(prediction: str, answers: str | Iterable[str], threshold: float = 0.5) 
 
     1 - distance / longer length, over the most similar of the accepted answers; 0 where that is below `threshold`.
     Case and the amount of white space do not count.
+
+    Example:
+      >>> anls("1324", ["1,324", "13"]), anls("abc", "xyz")
+      (0.8, 0.0)
     """
     accepted = [answers] if isinstance(answers, str) else list(answers)
     best = 0.0
     for answer in accepted:
-        a, b = _normal(prediction), _normal(answer)
+        a, b = normalised(prediction), normalised(answer)
         longest = max(len(a), len(b))
         best = max(best, 1.0 - edit_distance(a, b) / longest if longest else 1.0)
     return best if best >= threshold else 0.0
@@ -31,7 +32,3 @@ def edit_distance(a: str, b: str) -> int:
         for j, y in enumerate(b, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return row[-1]
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())

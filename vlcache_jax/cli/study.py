@@ -1,0 +1,83 @@
+"""`vlcache-jax study`: every cache method at every budget on the demo checkpoint, with tables and pictures."""
+
+import argparse
+import datetime
+import sys
+import zlib
+from pathlib import Path
+
+from vlcache_jax.cli.checkpoint import open_checkpoint
+from vlcache_jax.cli.demo import MODEL, demo_assets
+from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.demo.evaluate import HELD_OUT_SEED
+from vlcache_jax.demo.samples import FULL_GRID, TASKS
+from vlcache_jax.errors import InputError
+from vlcache_jax.study.methods import BUDGETS, all_methods, choose
+from vlcache_jax.study.pages import write_pages
+from vlcache_jax.study.results import ResultFile
+from vlcache_jax.study.run import run_study
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command; everything that can be checked is checked before weights are read."""
+    for name in ("samples", "batch"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise InputError(f"{name}={value} measures nothing: give --{name} at least 1")
+    known = {method.name: method for method in all_methods()}
+    methods = [known[name] for name in choose("methods", arguments.methods, list(known))]
+    tasks = choose("tasks", arguments.tasks, TASKS)
+    budgets = _budgets(arguments.budgets)
+    folder = Path(arguments.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {arguments.output!r} is a file: give a folder")
+    assets = demo_assets(arguments.assets)
+    opened = open_checkpoint(assets / MODEL, None)
+    side = opened.model.config.vision.grid_size
+    if side != FULL_GRID:
+        raise InputError(
+            f"the checkpoint in {assets / MODEL} takes images of {side} patches a side, the study draws {FULL_GRID}: "
+            "give the --assets of a checkpoint made by `vlcache-jax train-demo`"
+        )
+    study = {
+        "model": opened.model.config.model_type,
+        "checkpoint": _checksum(assets / MODEL),
+        "dtype": opened.dtype,
+        "samples": arguments.samples,
+        "seed": HELD_OUT_SEED,
+    }
+    use_compilation_cache(not arguments.no_compilation_cache)
+    file = ResultFile(folder, study)
+    file.add_run({"date": datetime.date.today().isoformat(), **describe_runtime()})
+    run_study(
+        opened.load(),
+        file,
+        tasks=tasks,
+        methods=methods,
+        budgets=budgets,
+        samples=arguments.samples,
+        batch_size=arguments.batch,
+    )
+    file.close()
+    for path in write_pages(file, folder):
+        print(path)
+    print(f"{len(file.results)} results in {file.path}", file=sys.stderr)
+
+
+def _budgets(wanted: list[float] | None) -> list[float]:
+    """Raises InputError for budgets that are no fractions, or named twice."""
+    budgets = sorted(wanted or BUDGETS)
+    for budget in budgets:
+        if not 1e-4 <= budget <= 1:
+            raise InputError(f"--budgets: {budget:g} is out of range: give fractions in (0, 1], and not below 0.0001")
+        if budgets.count(budget) > 1:
+            raise InputError(f"--budgets: {budget:g} is named twice: name it once")
+    return budgets
+
+
+def _checksum(folder: Path) -> str:
+    """Of the weights: results of different checkpoints must not be mixed."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        total = zlib.crc32(path.read_bytes(), total)
+    return f"{total:08x}"
