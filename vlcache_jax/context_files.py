@@ -243,13 +243,16 @@ class _Reader:
             self.fail(f"its policy is {policy!r}")
         budget = self.budget(self.described.get("budget"))
         counts: dict[str, Any] = {name: self.count(name) for name in _COUNTS}
-        arrays = dict(zip(_REPORT, map(jnp.array, (kept, lengths, density, exact, fraction)), strict=True))
+        arrays: dict[str, Any] = dict(
+            zip(_REPORT, map(jnp.array, (kept, lengths, density, exact, fraction)), strict=True)
+        )
         return Report(**arrays, policy=policy, budget=budget, **counts)
 
     def budget(self, value: Any) -> Budget:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value
-        kinds: dict[str, Any] = {kind.__name__: kind for kind in get_args(Budget) if dataclasses.is_dataclass(kind)}
+        known: Any = [kind for kind in get_args(Budget) if dataclasses.is_dataclass(kind)]
+        kinds = {kind.__name__: kind for kind in known}
         if isinstance(value, dict) and value.get("kind") in kinds:
             try:
                 return kinds[value["kind"]](**{name: x for name, x in value.items() if name != "kind"})

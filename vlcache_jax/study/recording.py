@@ -53,7 +53,8 @@ def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recordin
     hidden = model.apply(variables, batch, method="embed")
     hidden, _, recorded = model.apply(variables, hidden, positions, attend, method="decode")
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return Recording(*recorded, model.apply(variables, last, method="unembed"))
+    query, key, value = recorded
+    return Recording(query, key, value, model.apply(variables, last, method="unembed"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,8 @@ def _replay(
 
 def first_columns(recording: Recording, length: int) -> Recording:
     """The recording of the prompts' first `length` tokens, which is what they are without the rest; no logits."""
-    cut = [x[:, :, :length] for x in (recording.query, recording.key, recording.value)]
-    return Recording(*cut, jnp.zeros_like(recording.logits))
+    query, key, value = (x[:, :, :length] for x in (recording.query, recording.key, recording.value))
+    return Recording(query, key, value, jnp.zeros_like(recording.logits))
 
 
 def nbytes(recording: Recording) -> int:

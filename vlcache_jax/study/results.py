@@ -89,13 +89,11 @@ class Result:
     def from_line(cls, line: dict[str, Any]) -> "Result":
         """The reverse of `line`, rounded as it was written."""
         count = len(line["exact"])
-        return cls(
-            key=Key(*(line[name] for name in Key._fields)),
-            **{name: np.array([float(x) for x in line[name]]) for name in ("exact", "agrees")},
-            **{name: _unpack(line[name], unit, count) for name, unit in _UNITS.items()},
-            **{name: np.array(line[name]) for name in ("layers", "density")},
-            **{name: line[name] for name in ("state_bytes", "full_bytes", "seconds")},
-        )
+        fields: dict[str, Any] = {name: np.array([float(x) for x in line[name]]) for name in ("exact", "agrees")}
+        fields |= {name: _unpack(line[name], unit, count) for name, unit in _UNITS.items()}
+        fields |= {name: np.array(line[name]) for name in ("layers", "density")}
+        fields |= {name: line[name] for name in ("state_bytes", "full_bytes", "seconds")}
+        return cls(key=Key(*(line[name] for name in Key._fields)), **fields)
 
 
 def _pack(values: np.ndarray, unit: int) -> list[int | None] | int | None:
