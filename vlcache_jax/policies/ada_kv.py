@@ -1,7 +1,7 @@
 """Ada-KV (Feng et al., arXiv 2407.11550, NeurIPS 2025)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from vlcache_jax.budgets import Budget, SlotBudget, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.pyramid_kv import Pyramid
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs
@@ -108,8 +108,8 @@ def AdaKV(
     pooling: str = "max",
     recent: Recent | None = None,
     mask_visual_sinks: bool = False,
-    candidate_fraction: float = 1.0,
     lanes: int = 1,
+    **options: Unpack[Options],
 ) -> Policy:
     """SnapKV's scores, with the slots of a layer shared among its KV heads; see `AdaptiveHeads`.
 
@@ -134,8 +134,8 @@ def AdaKV(
       pooling: "mean" or "max".
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
       mask_visual_sinks: see `MaskVisualSinks`.
-      candidate_fraction: see `Policy`. It bounds the slots of a head, too.
       lanes: groups of KV heads; slots are shared within a group only. 1: all heads of a layer. See `Policy.lanes`.
+      **options: see `Options`. `candidate_fraction` bounds the slots of a head, too.
 
     Returns:
       The policy.
@@ -156,6 +156,6 @@ def AdaKV(
         score=snap_score(pool, pooling, recent=recent, mask_visual_sinks=mask_visual_sinks),
         allocate=AdaptiveHeads(Pyramid(beta, recent) if pyramid else Uniform(), floor_alpha, recent),
         recent=recent,
-        candidate_fraction=candidate_fraction,
         lanes=lanes,
+        **options,
     )

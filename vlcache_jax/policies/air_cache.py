@@ -1,6 +1,7 @@
 """AirCache (arXiv 2503.23956, ICCV 2025). No code was released; what is known here comes from notes on the paper."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget, SlotBudget, share_slots
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Allocate
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 _BLOCK = 32  # rows whose attention exists at once
@@ -117,9 +118,7 @@ class StrengthAndSkewness(Allocate):
         )
 
 
-def AirCache(
-    budget: Budget = 0.1, *, ratio: float = 0.9, candidate_fraction: float = 1.0, bits: int | None = None
-) -> Policy:
+def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, **options: Unpack[Options]) -> Policy:
     """Elite text rows score the visual tokens, layer budgets follow strength and skewness, and text is kept.
 
     See `EliteAttention` and `StrengthAndSkewness` for the formulas. Text ranks before visual tokens.
@@ -133,8 +132,7 @@ def AirCache(
     Args:
       budget: see `Policy.budget`.
       ratio: a text row is elite if the last one attends to it at least `ratio` times as much as to its best.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -153,6 +151,5 @@ def AirCache(
         allocate=StrengthAndSkewness(),
         recent=0.0,
         protect="text",
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

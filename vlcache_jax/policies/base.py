@@ -1,6 +1,7 @@
 """A cache policy: which part of the prompt's KV cache is kept, composed of small parts."""
 
 import dataclasses
+from typing import TypedDict
 
 from vlcache_jax.budgets import Budget, Bytes, Mass, Tokens
 from vlcache_jax.errors import PolicyError
@@ -12,6 +13,19 @@ from vlcache_jax.policies.generated import Append, Generated
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
+
+
+class Options(TypedDict, total=False):
+    """What every method takes besides its own options, as keyword arguments; see `Policy`.
+
+    Example:
+      vlc.SnapKV(256, bits=8, generated=vlc.Recompress(every=128))
+    """
+
+    candidate_fraction: float
+    bits: int | None
+    evicted: Evicted
+    generated: Generated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

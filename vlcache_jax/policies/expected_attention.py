@@ -1,13 +1,14 @@
 """Expected attention (NVIDIA/kvpress: what coming queries will attend to, without seeing them)."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 _CHUNK = 16  # future positions whose rotations exist at once
@@ -89,8 +90,7 @@ def ExpectedAttention(
     sinks: int = 4,
     future: int = 512,
     recent: float = 0.0,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """Keeps what the average coming query is expected to attend to; see `ExpectedScore`.
 
@@ -104,8 +104,7 @@ def ExpectedAttention(
       sinks: first tokens, always kept and left out of the statistics.
       future: positions over which the rotation is averaged.
       recent: fraction of a layer's slots for its most recent tokens; the last token is kept in any case.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -123,6 +122,5 @@ def ExpectedAttention(
         score=ExpectedScore(sinks, future),
         recent=recent,
         sinks=sinks,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

@@ -1,7 +1,9 @@
 """H2O, heavy-hitter oracle (Zhang et al., arXiv 2306.14048, NeurIPS 2023)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -12,9 +14,8 @@ def H2O(
     *,
     recent: float = 0.5,
     normalised: bool = False,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
     decoding: str | Generated = "append",
+    **options: Unpack[Options],
 ) -> Policy:
     """The tokens with the most attention from all rows of the prompt, and the recent ones; the same for every layer.
 
@@ -36,8 +37,7 @@ def H2O(
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens. VL-Cache's comparison uses 0.1.
       normalised: divide a token's score by the number of rows that see it.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 
@@ -57,7 +57,6 @@ def H2O(
         rows=AllRows(),
         score=AccumulatedAttention(normalised=normalised),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
         generated=as_generated(decoding, Evict(weigh="sum")),
     )

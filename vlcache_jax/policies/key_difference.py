@@ -1,12 +1,13 @@
 """Key difference (KeyDiff; as NVIDIA/kvpress computes it)."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 
@@ -40,9 +41,7 @@ class KeyDifferenceScore(Score):
         return -anchor_cosine(inputs)
 
 
-def KeyDifference(
-    budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0, bits: int | None = None
-) -> Policy:
+def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens whose keys differ most from the mean direction: near-duplicates go first.
 
         score_j = -cos(k_j, mean over i of k_i / |k_i|), for every KV head, on rotated keys
@@ -55,8 +54,7 @@ def KeyDifference(
     Args:
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -73,6 +71,5 @@ def KeyDifference(
         budget=budget,
         score=KeyDifferenceScore(),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

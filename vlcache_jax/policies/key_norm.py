@@ -1,12 +1,13 @@
 """Key norm (Devoto et al., "A Simple and Effective L2 Norm-Based Strategy", arXiv 2406.11430, EMNLP 2024)."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 
@@ -21,9 +22,7 @@ class KeyNormScore(Score):
         return -jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
 
 
-def KeyNorm(
-    budget: Budget = 0.1, *, recent: float = 0.1, candidate_fraction: float = 1.0, bits: int | None = None
-) -> Policy:
+def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens with the smallest keys: a small norm goes with much attention, in text models.
 
         score_j = -|k_j|_2, for every KV head
@@ -36,8 +35,7 @@ def KeyNorm(
     Args:
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -54,6 +52,5 @@ def KeyNorm(
         budget=budget,
         score=KeyNormScore(),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

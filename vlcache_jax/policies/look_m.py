@@ -1,13 +1,14 @@
 """LOOK-M (Wan et al., arXiv 2406.18139, Findings of EMNLP 2024)."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.evicted import Drop, Merge
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs, Score
@@ -59,8 +60,7 @@ def LookM(
     recent: float = 0.5,
     merge: str | None = "pivotal",
     selection: str = "paper",
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """Text first: the recent tokens, then text, then the visual tokens with the most attention; the rest is merged.
 
@@ -88,8 +88,7 @@ def LookM(
       recent: fraction of a layer's slots for its most recent tokens.
       merge: "pivotal" (which the authors recommend), "averaged", "weighted"; None drops what is not kept.
       selection: "paper" or "code".
-      candidate_fraction: see `Policy`; below 1 with merge=None only.
-      bits: see `Policy`; with merge=None only.
+      **options: `candidate_fraction`, `bits`, `generated`: see `Policy`; the first two with merge=None only.
 
     Returns:
       The policy.
@@ -112,6 +111,5 @@ def LookM(
         recent=recent,
         protect="text" if selection == "code" else None,
         evicted=Drop() if merge is None else Merge(merge),
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

@@ -1,12 +1,13 @@
 """MixKV (arXiv 2510.20707, ICLR 2026), on SnapKV's votes."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget, Tokens
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.key_difference import unit_keys
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs, Score
@@ -72,8 +73,7 @@ def MixKV(
     window: int = 32,
     pool: int = 5,
     recent: Recent | None = None,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """SnapKV's votes mixed with the diversity of the keys, so that near-duplicates do not fill the slots.
 
@@ -89,8 +89,7 @@ def MixKV(
       window: rows that vote, and recent tokens that are kept.
       pool: odd number of neighbours, 1 for none.
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -110,6 +109,5 @@ def MixKV(
         rows=rows,
         score=DiversityMixed(snap_score(pool, recent=recent), recent.count if isinstance(recent, Tokens) else 0),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

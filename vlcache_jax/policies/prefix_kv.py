@@ -1,7 +1,9 @@
 """PrefixKV (Wang et al., arXiv 2412.03409, NeurIPS 2025)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.equal_mass import EqualMass
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -12,8 +14,7 @@ def PrefixKV(
     *,
     sinks: int = 4,
     recent: float = 0.0,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """Layer budgets that hold the same share of every layer's accumulated attention; see `EqualMass`.
 
@@ -31,8 +32,7 @@ def PrefixKV(
       budget: see `Policy.budget`.
       sinks: first tokens to keep.
       recent: fraction of a layer's slots for its most recent tokens; the last token is kept in any case.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -52,6 +52,5 @@ def PrefixKV(
         allocate=EqualMass(),
         recent=recent,
         sinks=sinks,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

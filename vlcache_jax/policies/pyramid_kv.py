@@ -1,6 +1,7 @@
 """PyramidKV (Cai et al., arXiv 2406.02069)."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget, SlotBudget, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Allocate
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.snap_kv import snap_score
 from vlcache_jax.selection import Recent, forced
@@ -64,8 +65,7 @@ def PyramidKV(
     pool: int = 5,
     pooling: str = "mean",
     recent: Recent | None = None,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """SnapKV's scores with layer budgets that fall with depth, whatever the prompt holds; see `Pyramid`.
 
@@ -81,8 +81,7 @@ def PyramidKV(
       pool: odd number of neighbours, 1 for none.
       pooling: "mean" or "max".
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -103,6 +102,5 @@ def PyramidKV(
         score=snap_score(pool, pooling, recent=recent),
         allocate=Pyramid(beta, recent),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )

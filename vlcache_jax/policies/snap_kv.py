@@ -1,7 +1,9 @@
 """SnapKV (Li et al., arXiv 2404.14469, NeurIPS 2024)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget, Tokens
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
@@ -19,8 +21,7 @@ def SnapKV(
     recent: Recent | None = None,
     heads: str = "each",
     mask_visual_sinks: bool = False,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """Votes of the last rows, pooled over neighbours; the same number of tokens in every layer and head.
 
@@ -46,8 +47,7 @@ def SnapKV(
       recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
       heads: "each" ranks for every KV head, "shared" once per layer.
       mask_visual_sinks: see `MaskVisualSinks`.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -67,8 +67,7 @@ def SnapKV(
         rows=rows,
         score=snap_score(pool, pooling, grid_side, recent, heads, mask_visual_sinks),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )
 
 

@@ -1,13 +1,15 @@
 """StreamingLLM (Xiao et al., arXiv 2309.17453, ICLR 2024)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.scores import Recency
 
 
 def StreamingLLM(
-    budget: Budget = 0.1, *, sinks: int = 4, bits: int | None = None, decoding: str | Generated = "append"
+    budget: Budget = 0.1, *, sinks: int = 4, decoding: str | Generated = "append", **options: Unpack[Options]
 ) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
 
@@ -25,7 +27,7 @@ def StreamingLLM(
     Args:
       budget: see `Policy.budget`.
       sinks: first tokens to keep; the paper uses 4.
-      bits: see `Policy`.
+      **options: see `Options`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 
@@ -45,6 +47,6 @@ def StreamingLLM(
         score=Recency(),
         recent=1.0,
         sinks=sinks,
-        bits=bits,
+        **options,
         generated=as_generated(decoding, Evict(weigh="last")),
     )

@@ -1,7 +1,9 @@
 """TOVA, token omission via attention (Oren et al., arXiv 2401.06104, EMNLP 2024)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import LastRow
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -10,9 +12,8 @@ from vlcache_jax.policies.scores import AccumulatedAttention
 def TOVA(
     budget: Budget = 0.1,
     *,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
     decoding: str | Generated = "append",
+    **options: Unpack[Options],
 ) -> Policy:
     """The tokens that the last row attends to, one selection for all heads of a layer, the same number in every layer.
 
@@ -26,8 +27,7 @@ def TOVA(
 
     Args:
       budget: see `Policy.budget`.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 
@@ -47,7 +47,6 @@ def TOVA(
         rows=LastRow(),
         score=AccumulatedAttention("shared"),
         recent=0.0,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
         generated=as_generated(decoding, Evict(weigh="last", heads="shared")),
     )

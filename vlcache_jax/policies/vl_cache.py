@@ -1,8 +1,10 @@
 """VL-Cache (Tu, Vashchilenko, Lu, Xu: arXiv 2410.23317, ICLR 2025)."""
 
+from typing import Unpack
+
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.allocate import SparsityAware
-from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -21,8 +23,7 @@ def VLCache(
     pooling: str = "mean",
     grid_side: int | None = None,
     mask_visual_sinks: bool = False,
-    candidate_fraction: float = 1.0,
-    bits: int | None = None,
+    **options: Unpack[Options],
 ) -> Policy:
     """Layer budgets from the sparsity of post-vision attention, token scores from the same attention.
 
@@ -46,8 +47,7 @@ def VLCache(
       pooling: "mean" or "max".
       grid_side: pool visual tokens over pool x pool patches of their grid instead; see `GridPooled`.
       mask_visual_sinks: see `MaskVisualSinks`; not the paper's.
-      candidate_fraction: see `Policy`.
-      bits: see `Policy`.
+      **options: see `Options`.
 
     Returns:
       The policy.
@@ -66,6 +66,5 @@ def VLCache(
         score=pooled(without_sinks(AccumulatedAttention(heads), mask_visual_sinks), pool, pooling, grid_side),
         allocate=SparsityAware(threshold, total),
         recent=recent,
-        candidate_fraction=candidate_fraction,
-        bits=bits,
+        **options,
     )
