@@ -15,15 +15,20 @@ from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.selection import Recent
 
 
-class Options(TypedDict, total=False):
-    """What every method takes besides its own options, as keyword arguments; see `Policy`.
-
-    Example:
-      vlc.SnapKV(256, bits=8, generated=vlc.Recompress(every=128))
-    """
+class StoreOptions(TypedDict, total=False):
+    """What every method takes besides its own options, as keyword arguments; see `Policy`."""
 
     candidate_fraction: float
     bits: int | None
+
+
+class Options(StoreOptions, total=False):
+    """And what those take that do not settle it themselves.
+
+    Example:
+      vlc.SnapKV(256, bits=8, generated=vlc.RollingWindow(64))
+    """
+
     evicted: Evicted
     generated: Generated
 

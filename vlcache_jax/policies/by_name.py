@@ -4,12 +4,12 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.ada_kv import AdaKV
 from vlcache_jax.policies.air_cache import AirCache
-from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.expected_attention import ExpectedAttention
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.generated import as_generated
@@ -68,9 +68,10 @@ def policy_by_name(name: str, **options: Any) -> Policy:
     """
     if name not in POLICIES:
         raise PolicyError(f"policy {name!r} does not exist{_nearest(name, list(POLICIES))}")
-    known = list(inspect.signature(POLICIES[name]).parameters)
-    if "options" in known:
-        known = [*(option for option in known if option != "options"), *Options.__annotations__]
+    parameters = inspect.signature(POLICIES[name]).parameters
+    known = [option for option in parameters if option != "options"]
+    if "options" in parameters:
+        known += get_args(parameters["options"].annotation)[0].__annotations__
     rule = None if "decoding" in known or "decoding" not in options else as_generated(options.pop("decoding"))
     for option in options:
         if option not in known:

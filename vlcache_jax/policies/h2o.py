@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -15,7 +15,7 @@ def H2O(
     recent: float = 0.5,
     normalised: bool = False,
     decoding: str | Generated = "append",
-    **options: Unpack[Options],
+    **options: Unpack[StoreOptions],
 ) -> Policy:
     """The tokens with the most attention from all rows of the prompt, and the recent ones; the same for every layer.
 
@@ -37,7 +37,7 @@ def H2O(
       budget: see `Policy.budget`.
       recent: fraction of a layer's slots for its most recent tokens. VL-Cache's comparison uses 0.1.
       normalised: divide a token's score by the number of rows that see it.
-      **options: see `Options`.
+      **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 

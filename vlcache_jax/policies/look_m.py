@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.evicted import Drop, Merge
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs, Score
@@ -60,7 +60,7 @@ def LookM(
     recent: float = 0.5,
     merge: str | None = "pivotal",
     selection: str = "paper",
-    **options: Unpack[Options],
+    **options: Unpack[StoreOptions],
 ) -> Policy:
     """Text first: the recent tokens, then text, then the visual tokens with the most attention; the rest is merged.
 
@@ -88,7 +88,7 @@ def LookM(
       recent: fraction of a layer's slots for its most recent tokens.
       merge: "pivotal" (which the authors recommend), "averaged", "weighted"; None drops what is not kept.
       selection: "paper" or "code".
-      **options: `candidate_fraction`, `bits`, `generated`: see `Policy`; the first two with merge=None only.
+      **options: see `StoreOptions`; with merge=None only.
 
     Returns:
       The policy.

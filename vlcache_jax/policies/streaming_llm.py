@@ -3,13 +3,13 @@
 from typing import Unpack
 
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.scores import Recency
 
 
 def StreamingLLM(
-    budget: Budget = 0.1, *, sinks: int = 4, decoding: str | Generated = "append", **options: Unpack[Options]
+    budget: Budget = 0.1, *, sinks: int = 4, decoding: str | Generated = "append", **options: Unpack[StoreOptions]
 ) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
 
@@ -27,7 +27,7 @@ def StreamingLLM(
     Args:
       budget: see `Policy.budget`.
       sinks: first tokens to keep; the paper uses 4.
-      **options: see `Options`.
+      **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 

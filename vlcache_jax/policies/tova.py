@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from vlcache_jax.budgets import Budget
-from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
 from vlcache_jax.policies.rows import LastRow
 from vlcache_jax.policies.scores import AccumulatedAttention
@@ -13,7 +13,7 @@ def TOVA(
     budget: Budget = 0.1,
     *,
     decoding: str | Generated = "append",
-    **options: Unpack[Options],
+    **options: Unpack[StoreOptions],
 ) -> Policy:
     """The tokens that the last row attends to, one selection for all heads of a layer, the same number in every layer.
 
@@ -27,7 +27,7 @@ def TOVA(
 
     Args:
       budget: see `Policy.budget`.
-      **options: see `Options`.
+      **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.generated`.
 

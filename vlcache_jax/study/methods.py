@@ -17,6 +17,7 @@ _SMALL_WINDOW = {"recent": 0.1}  # 32 recent tokens would fill small budgets
 _OPTIONS: dict[str, dict[str, Any]] = {
     "snap_kv": _SMALL_WINDOW,
     "pyramid_kv": _SMALL_WINDOW,
+    "ada_kv": _SMALL_WINDOW,
     "mix_kv": _SMALL_WINDOW,
 }
 """Options with which a policy takes part; none for those that are not here."""
@@ -26,9 +27,12 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vl_cache_pooled": ("vl_cache", {"pool": 5, "pooling": "max"}),
     "vl_cache_grid": ("vl_cache", {"pool": 3, "pooling": "max", "grid_side": "model"}),
     "vl_cache_uniform": ("vl_cache", {"allocate": Uniform()}),
+    "vl_cache_int8": ("vl_cache", {"bits": 8}),
+    "vl_cache_int4": ("vl_cache", {"bits": 4}),
     "snap_kv_shared": ("snap_kv", {**_SMALL_WINDOW, "heads": "shared"}),
     "snap_kv_unpooled": ("snap_kv", {**_SMALL_WINDOW, "pool": 1}),
     "snap_kv_grid": ("snap_kv", {**_SMALL_WINDOW, "pool": 3, "grid_side": "model"}),
+    "look_m_unmerged": ("look_m", {"merge": None}),
 }
 """Policies by other names, with options. "grid_side" is the model's; "allocate" replaces the policy's own."""
 
@@ -47,6 +51,8 @@ LABELS = {
     "vl_cache_pooled": "VL-Cache, pooled over 5 tokens",
     "vl_cache_grid": "VL-Cache, pooled over 3 x 3 patches",
     "vl_cache_uniform": "VL-Cache, equal layers",
+    "vl_cache_int8": "VL-Cache, 8 bits",
+    "vl_cache_int4": "VL-Cache, 4 bits",
     "snap_kv": "SnapKV",
     "snap_kv_shared": "SnapKV, one ranking per layer",
     "snap_kv_unpooled": "SnapKV, not pooled",
@@ -55,7 +61,10 @@ LABELS = {
     "h2o": "H2O",
     "tova": "TOVA",
     "streaming_llm": "StreamingLLM",
+    "ada_kv": "Ada-KV",
+    "zip_vl": "ZipVL",
     "look_m": "LOOK-M",
+    "look_m_unmerged": "LOOK-M, nothing merged",
     "prefix_kv": "PrefixKV",
     "air_cache": "AirCache",
     "mix_kv": "MixKV",
