@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 
-_SMALLEST, _LARGEST = 32, 512  # slots read at once
+_SMALLEST, _LARGEST = 32, 128  # slots read at once; larger blocks fall out of a CPU's cache
 _BLOCKS = 8  # of the store
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
