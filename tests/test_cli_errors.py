@@ -79,7 +79,7 @@ class TestBeforeWeights:
         assert f"budget={float(budget)} is out of range" in refused("--budget", budget)
 
     def test_budget_not_a_number(self, refused: Run) -> None:
-        assert "'nan' is not a number" in refused("--budget", "nan")
+        assert "'nan' is not a budget: give 0.1 or 10%" in refused("--budget", "nan")
 
     @pytest.mark.parametrize("count", ["0", "-3"])
     def test_new_tokens(self, refused: Run, count: str) -> None:

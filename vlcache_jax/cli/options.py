@@ -7,7 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.budgets import Budget, Bytes, Mass, Tokens
+from vlcache_jax.cli.parser import BUDGET_FORMS
+from vlcache_jax.errors import InputError, PolicyError, VLCacheError
 from vlcache_jax.policies import POLICIES, LastRows, Policy, PostVision, policy_by_name
 from vlcache_jax.policies.rows import AllRows, Rows
 from vlcache_jax.sampling import Sampling
@@ -15,7 +17,44 @@ from vlcache_jax.sampling import Sampling
 _DEFAULT_BUDGET = 0.1
 
 
-def build_policy(name: str, budget: float | None, options: list[str]) -> Policy:
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that a word means; its range is the policy's matter.
+
+    Raises:
+      InputError: no such word.
+      PolicyError: a mass or cap out of range, or no cap.
+
+    Example:
+      >>> parse_budget("10%"), parse_budget("256"), parse_budget("64MiB"), parse_budget("mass:0.98:0.4")
+      (0.1, Tokens(count=256), Bytes(count=67108864), Mass(share=0.98, cap=0.4))
+    """
+    try:
+        budget = _budget(text.replace(" ", "").upper())
+    except VLCacheError:
+        raise
+    except (ValueError, KeyError):
+        budget = math.nan
+    if budget != budget:
+        raise InputError(f"{text!r} is not a budget: give {BUDGET_FORMS}")
+    return budget
+
+
+def _budget(word: str) -> Budget:
+    if word.startswith("MASS:"):
+        share, _, cap = word.removeprefix("MASS:").partition(":")
+        return Mass(float(share), cap=float(cap) if cap else None)
+    number = word.rstrip("KMGIB")
+    if number != word:
+        return Bytes(round(float(number) * _BYTES[word.removeprefix(number)]))
+    if word.isdecimal() and int(word) > 1:
+        return Tokens(int(word))
+    return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+
+
+def build_policy(name: str, budget: Budget | None, options: list[str]) -> Policy:
     """The policy called `name`, with `options` of the form "name=value".
 
     Raises PolicyError for a malformed option or whatever `policy_by_name` refuses.

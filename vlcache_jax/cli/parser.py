@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 PROGRAM = "vlcache-jax"
 MAX_NEW_TOKENS = 64
 BUDGET = 0.1
+BUDGET_FORMS = "0.1 or 10% of the prompt's cache, 256 (tokens a layer), 64MiB (bytes a prompt), or mass:0.98:0.4"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +51,9 @@ def _demo(commands: Any) -> None:
         "see it work: a small checkpoint answers questions, with the full cache and with VL-Cache",
         "demo",
     )
-    parser.add_argument("--budget", type=_number, default=BUDGET, help="fraction of the cache to keep (default: 0.1)")
+    parser.add_argument(
+        "--budget", type=_budget, default=BUDGET, help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%")
+    )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="ask about your own image ...")
     parser.add_argument("--question", metavar="TEXT", help="... your own question")
     parser.add_argument(
@@ -77,7 +80,10 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--raw", action="store_true", help="use --prompt as it stands, placeholders included")
     parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
     parser.add_argument(
-        "--budget", type=_number, metavar="FRACTION", help="fraction of the prompt's cache to keep (default: 0.1)"
+        "--budget",
+        type=_budget,
+        metavar="BUDGET",
+        help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%"),
     )
     parser.add_argument(
         "--policy-option",
@@ -126,7 +132,10 @@ def _plan(commands: Any) -> None:
     parser.add_argument("--images", type=_whole, default=1, metavar="N", help="images of each prompt (default: 1)")
     parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
     parser.add_argument(
-        "--budget", type=_number, metavar="FRACTION", help="fraction of the cache to keep (default: 0.1)"
+        "--budget",
+        type=_budget,
+        metavar="BUDGET",
+        help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%"),
     )
     parser.add_argument(
         "--policy-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the policy"
@@ -226,6 +235,16 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
+
+
+def _budget(text: str) -> Any:
+    from vlcache_jax.cli.options import parse_budget  # imports JAX
+    from vlcache_jax.errors import VLCacheError
+
+    try:
+        return parse_budget(text)
+    except VLCacheError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(text: str) -> int:

@@ -7,7 +7,7 @@ import sys
 import jax
 
 from vlcache_jax.budgets import budget_text
-from vlcache_jax.cli.options import build_policy
+from vlcache_jax.cli.options import build_policy, parse_budget
 from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
@@ -45,12 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _other_policy(text: str) -> Policy:
     name, colon, budget = text.partition(":")
     try:
-        fraction = float(budget) if colon else None
-    except ValueError:
-        raise InputError(
-            f"--compare {text!r}: {budget!r} is no budget; give NAME or NAME:BUDGET, as in vl_cache:0.3"
-        ) from None
-    return build_policy("full_cache" if name == "full" else name, fraction, [])
+        wanted = parse_budget(budget) if colon else None
+    except InputError as error:
+        raise InputError(f"--compare {text!r}: {error}") from None
+    return build_policy("full_cache" if name == "full" else name, wanted, [])
 
 
 def _mesh(text: str) -> dict[str, int]:
