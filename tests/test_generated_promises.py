@@ -175,7 +175,12 @@ def test_a_step_updates_the_state_in_place(llava, policy):
         (lambda: vlc.Evict(heads="all"), r"heads='all'"),
         (lambda: vlc.Evict(sinks=-1), r"sinks=-1"),
         (lambda: dataclasses.replace(vlc.VLCache(0.2), generated=vlc.Evict()), r"same number of slots .*Recompress"),
-        (lambda: dataclasses.replace(vlc.LookM(0.2), generated=vlc.Evict()), r"protect='text'"),
+        (
+            lambda: dataclasses.replace(vlc.LookM(0.2), generated=vlc.Evict()),
+            r"evicted=Merge.*use bits=None and evicted=Drop",
+        ),
+        (lambda: vlc.VLCache(0.2, bits=8, generated=vlc.Recompress()), r"bits=8 .*use bits=None"),
+        (lambda: vlc.Policy(name="own", budget=0.2, protect="text", generated=vlc.Evict()), r"protect='text'"),
         (lambda: dataclasses.replace(vlc.KeyNorm(0.2), generated=vlc.Evict()), r"weigh='last'"),
         (lambda: dataclasses.replace(vlc.H2O(0.2), generated=vlc.Evict(heads="shared")), r"one ranking"),
         (lambda: dataclasses.replace(vlc.H2O(0.2), generated="evict"), r"generated='evict' is not a rule"),
