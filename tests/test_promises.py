@@ -140,7 +140,10 @@ def test_memory_is_freed(llava, policy):
     slack = (3 * 15 + 15) / (3 * 240) + 0.01  # alignment of segments and pool; the paper's total may be 1 % above
     budget = policy.budget.count / 240 if isinstance(policy.budget, vlc.Tokens) else policy.budget
     budget = policy.budget.cap if isinstance(policy.budget, vlc.Mass) else budget
-    if policy.evicted == vlc.Drop():
+    if policy.bits is not None:  # scales, of tiny heads: test_quantised_stores counts them
+        assert state.context.nbytes / whole <= 2 * (budget + slack)
+        assert real < whole
+    elif policy.evicted == vlc.Drop():
         assert real / whole <= budget + slack
     else:
         assert state.context.nbytes / whole <= budget + slack
@@ -158,7 +161,7 @@ def test_kept_tokens_are_the_budget(llava, policy):
         assert np.all(total <= policy.budget.cap * 3 * lengths + 1e-3)
         wanted = np.asarray(report.kept).sum(axis=1)
     elif policy == METHODS["zip_vl"]:
-        assert np.all(total <= [int(3 * n) * 3 // 10 for n in lengths])
+        assert np.all(total <= np.array([int(3 * n) * 3 // 10 for n in lengths]) + 1e-3)
         wanted = np.asarray(report.kept).sum(axis=1)
     elif policy == METHODS["vl_cache_paper"]:
         wanted = np.asarray(report.kept).sum(axis=1)
