@@ -146,7 +146,7 @@ def test_a_row_holds_what_it_holds_alone_and_padding_widens_no_step(name):
 
 
 def pool_bytes(slots, bits):
-    """Of one KV head: codes, a step and a zero for each group and channel of keys (of 128) and each value, positions."""
+    """Of one KV head: codes, steps and zeros of each group and channel (of 128) of keys and each value, positions."""
     group = 256 // bits
     return 2 * slots * bits // 8 * HEAD_DIM + slots // group * 2 * 128 * 4 + slots * 2 * 4 + slots * 4
 
@@ -277,7 +277,7 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
         (lambda: vlc.FullCache(bits=True), "bits=True cannot be stored"),
         (lambda: vlc.Quantise(16), "Quantise: bits=16 cannot be stored"),
         (lambda: vlc.Quantise(None), "Quantise: bits=None cannot be stored"),
-        (lambda: dataclasses.replace(vlc.VLCache(), evicted="drop"), r"evicted='drop' is not known: use Drop\(\), Merge"),
+        (lambda: vlc.VLCache(evicted="drop"), r"evicted='drop' is not known: use Drop\(\), Merge"),
         (lambda: dataclasses.replace(vlc.VLCache(bits=4), evicted=vlc.Quantise(4)), r"not below bits=4"),
         (lambda: vlc.ZipVL(bits=2), r"zip_vl: evicted=Quantise\(2\) is not below bits=2 of the kept tokens: give"),
         (lambda: vlc.ZipVL(vlc.Bytes(10**6)), "zip_vl: budget=1000000 bytes cannot be promised with evicted=Quantise"),

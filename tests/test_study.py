@@ -360,18 +360,16 @@ def test_prompts_are_split_behind_their_images():
         before.images_end(ragged_batch(rows=2))
 
 
-if before.AVAILABLE:
-
-    def test_all_of_a_context_answers_as_the_full_cache():
-        model, params = tiny_llava()
-        batch = asked_batch()
-        out = vlc.generate(model, params, batch, vlc.FullCache(), NEW)
-        arguments = (Replay(model), params, batch, record(model, params, batch))
-        tokens, lengths, stores, _ = before.answer_before(*arguments, vlc.FullCache(), NEW)
-        np.testing.assert_array_equal(tokens, out.tokens)
-        np.testing.assert_array_equal(lengths, out.lengths)
-        some = before.answer_before(*arguments, vlc.KeyDifference(0.3), NEW)[2]
-        end = np.full(3, 19)
-        whole = np.ones((3, 3, 2, 19), np.float32)
-        assert np.all(held(stores, end, whole).kept == 19)
-        np.testing.assert_allclose(np.mean(held(some, end, whole).kept, axis=1) / 19, 0.3, atol=0.02)
+def test_all_of_a_context_answers_as_the_full_cache():
+    model, params = tiny_llava()
+    batch = asked_batch()
+    out = vlc.generate(model, params, batch, vlc.FullCache(), NEW)
+    arguments = (Replay(model), params, batch, record(model, params, batch))
+    tokens, lengths, stores, _ = before.answer_before(*arguments, vlc.FullCache(), NEW)
+    np.testing.assert_array_equal(tokens, out.tokens)
+    np.testing.assert_array_equal(lengths, out.lengths)
+    some = before.answer_before(*arguments, vlc.KeyDifference(0.3), NEW)[2]
+    end = np.full(3, 19)
+    whole = np.ones((3, 3, 2, 19), np.float32)
+    assert np.all(held(stores, end, whole).kept == 19)
+    np.testing.assert_allclose(np.mean(held(some, end, whole).kept, axis=1) / 19, 0.3, atol=0.02)

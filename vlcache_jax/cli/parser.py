@@ -196,6 +196,12 @@ def _study(commands: Any) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of the demo (default: all)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="besides the full cache (default: all)")
     parser.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        help="known: the question is in the prompt that is compressed; before: it comes afterwards (default: both)",
+    )
+    parser.add_argument(
         "--budgets", nargs="+", type=_number, metavar="FRACTION", help="default: 0.01 0.02 0.05 0.1 0.2 0.4 0.6 1"
     )
     parser.add_argument("--batch", type=_whole, default=50, metavar="N", help="prompts answered together (default: 50)")

@@ -15,7 +15,7 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.study.methods import BUDGETS, all_methods, choose
 from vlcache_jax.study.pages import write_pages
 from vlcache_jax.study.results import ResultFile
-from vlcache_jax.study.run import run_study
+from vlcache_jax.study.run import MODES, run_study
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     known = {method.name: method for method in all_methods()}
     methods = [known[name] for name in choose("methods", arguments.methods, list(known))]
     tasks = choose("tasks", arguments.tasks, TASKS)
+    modes = choose("modes", arguments.modes, MODES)
     budgets = _budgets(arguments.budgets)
     folder = Path(arguments.output)
     if folder.exists() and not folder.is_dir():
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         budgets=budgets,
         samples=arguments.samples,
         batch_size=arguments.batch,
+        modes=modes,
     )
     file.close()
     for path in write_pages(file, folder):

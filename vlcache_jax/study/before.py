@@ -1,7 +1,6 @@
 """Compression before the question is known: the prompt up to and including its images is compressed, then asked."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,6 @@ from vlcache_jax.interfaces import Params
 from vlcache_jax.policies import Policy
 from vlcache_jax.state import PackedStore
 from vlcache_jax.study.recording import Recording, Replay, first_columns
-
-AVAILABLE = importlib.util.find_spec("vlcache_jax.context") is not None
-"""Whether the library can ask a compressed context; without it there is no such mode."""
 
 
 @jax.tree_util.register_dataclass

@@ -29,7 +29,7 @@ from vlcache_jax.study.recording import Recording, Replay, record
 from vlcache_jax.study.results import Key, Result, ResultFile
 from vlcache_jax.study.tasks import EXACT, SECOND, TaskData, load_task, score
 
-KNOWN, BEFORE = "known", "before"
+KNOWN, BEFORE = MODES = "known", "before"
 """Modes: the question is in the prompt that is compressed; or it comes when the images have been compressed."""
 
 PICTURED = 0.1
@@ -194,6 +194,7 @@ def run_study(
     budgets: Sequence[float],
     samples: int,
     batch_size: int = 50,
+    modes: Sequence[str] = MODES,
     log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> None:
     """Measures every configuration that the file does not hold yet.
@@ -206,10 +207,10 @@ def run_study(
       budgets: fractions. At 1 every method is the full cache, which is measured once.
       samples: of each task.
       batch_size: prompts answered together at most.
+      modes: with the question `KNOWN` when the prompt is compressed, or compressed `BEFORE` it is known.
       log: gets a line for each configuration.
     """
     study = Study(vlm)
-    modes = [KNOWN, *([BEFORE] if before.AVAILABLE else [])]
     grid = [
         (method, budget, mode)
         for mode in modes
