@@ -23,4 +23,5 @@ def test_packing_makes_no_copies(heads, position_heads, lanes, bits):
     arguments = [keys, keys, positions, order, slots, *([channels] if bits else [])]
     program = compile_for("v5e:2x2", lambda *x: pack(*x[:5], pool, lanes, bits, *x[5:]), *arguments)
     written = 2 * batch * (lanes or kv_heads) * pool * head_dim * (16 if bits is None else bits) // 8
-    assert temporaries(program) < written / 50
+    # Index tables; those of shared lanes and quantised stores, which hold less, are 5 % (libtpu 0.0.50).
+    assert temporaries(program) < written / (50 if lanes is None and bits is None else 15)
