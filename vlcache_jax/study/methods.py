@@ -33,6 +33,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "snap_kv_unpooled": ("snap_kv", {**_SMALL_WINDOW, "pool": 1}),
     "snap_kv_grid": ("snap_kv", {**_SMALL_WINDOW, "pool": 3, "grid_side": "model"}),
     "look_m_unmerged": ("look_m", {"merge": None}),
+    "zip_vl_evicting": ("zip_vl", {"evicted": "drop"}),
 }
 """Policies by other names, with options. "grid_side" is the model's; "allocate" replaces the policy's own."""
 
@@ -62,7 +63,8 @@ LABELS = {
     "tova": "TOVA",
     "streaming_llm": "StreamingLLM",
     "ada_kv": "Ada-KV",
-    "zip_vl": "ZipVL",
+    "zip_vl": "ZipVL, the rest at 2 bits",
+    "zip_vl_evicting": "ZipVL, the rest evicted",
     "look_m": "LOOK-M",
     "look_m_unmerged": "LOOK-M, nothing merged",
     "prefix_kv": "PrefixKV",
