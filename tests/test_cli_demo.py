@@ -78,7 +78,7 @@ def test_own_question(assets: Path, capsys: pytest.CaptureFixture) -> None:
     [
         (["--question", "w1"], "belong together"),
         (["--image", "x.png"], "belong together"),
-        (["--budget", "2"], "budget=2.0 is out of range"),
+        (["--budget", "1.5"], "budget=1.5 is out of range"),
         (["--image", "absent.png", "--question", "w1"], "is missing"),
     ],
 )
