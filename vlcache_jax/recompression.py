@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax import ops
-from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.generated import Recompress
 from vlcache_jax.selection import forced
 from vlcache_jax.state import ALIGNMENT, KVState, PackedStore, RecentQueries, TailStore, align
@@ -30,18 +29,10 @@ def no_queries(queries: jax.Array) -> RecentQueries:
 
 
 def make_room(state: KVState) -> KVState:
-    """Recompresses if the tail is full; to be called before a step.
-
-    Raises:
-      PolicyError: a part of the prompt is quantised (when traced).
-    """
+    """Recompresses if the tail is full; to be called before a step. `Recompress.check` refused quantised stores."""
     context, tail, observed = state.context, state.tail, state.observed
     assert isinstance(tail.rule, Recompress)
     assert isinstance(observed, RecentQueries)
-    if state.more or context.key_scales is not None:
-        raise PolicyError(
-            "Recompress cannot rewrite a quantised context: use Append() or RollingWindow() as Policy.generated"
-        )
     full = jnp.max(tail.length) >= tail.rule.every
 
     def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
