@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -73,15 +74,17 @@ SHAPES: dict[str, LlavaConfig] = {
 }  # fmt: skip
 
 
-def random_params(model: Llava, seed: int = 0) -> Any:
-    """Parameters drawn on the host: normal(0.02), norm scales and biases near 1 and 0."""
-    rng = np.random.default_rng(seed)
+def random_params(model: Llava, seed: int = 0, dtype: Any = jnp.float32) -> Any:
+    """Parameters drawn where they will be used: normal(0.02), norm scales and biases near 1 and 0."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model.abstract_params())
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
 
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        noise = rng.standard_normal(leaf.shape, dtype=np.float32) * np.float32(0.02)
-        return jnp.asarray(noise + 1 if path[-1].key == "scale" else noise, leaf.dtype)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], around: int) -> jax.Array:
+        return around + jnp.asarray(0.02, dtype) * jax.random.normal(key, shape, dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, model.abstract_params())
+    drawn = [draw(key, x.shape, int(path[-1].key == "scale")) for key, (path, x) in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
 
 
 def count_params(params: Any) -> int:
@@ -159,6 +162,11 @@ def timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
+
+
+def repeated_copy(rounds: int) -> Callable[[jax.Array], jax.Array]:
+    """One program that reads and writes an array so many times: the yardstick of everything bound by bandwidth."""
+    return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:

@@ -63,6 +63,31 @@ def test_compile_count(tmp_path):
         assert (row["prefill"], row["decode"], row["other"]) == (1, 1, 0)
 
 
+def test_decode_step_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import harness
+
+    sizes = ["--shape", "smoke", "--shapes", "2x40", "--scored", "8", "--steps", "3", "--repeats", "1"]
+    copy = ["--copy-bytes", "4096", "--rounds", "2"]
+    result = run(tmp_path, "gpu/decode_step.py", *sizes, *copy, "--decode-attention", "default", "pallas_gpu")
+    full, compressed = (row for row in result["rows"] if row["name"] != "copy")
+    decoder = harness.Llava(harness.SHAPES["smoke"]).abstract_params()["decoder"]
+    weights = sum(2 * x.size for name in decoder.keys() - {"embed_tokens"} for x in jax.tree.leaves(decoder[name]))
+    prompt = 2 * 2 * 2 * 8 * 2 * 2  # rows, layers, KV heads, head size, keys and values, bytes
+    assert full["bytes"] == weights + prompt * 40 + prompt * 3 // 2
+    assert weights < compressed["bytes"] < weights + prompt * 10
+    assert all("pallas_gpu" in name for name in result["settings"]["failures"])
+
+
+def test_the_papers_table(tmp_path):
+    options = ["--shape", "smoke", "--cases", "2x40", "1x30", "--steps", "3", "--repeats", "1"]
+    result = run(tmp_path, "gpu/paper_table.py", *options, "--sides", "vl_cache", "transformers", "--budget", "0.5")
+    assert [row["side"] for row in result["rows"]] == ["vl_cache", "transformers"] * 2
+    assert all(0 < row["prefill"]["median"] < row["end_to_end"]["median"] for row in result["rows"])
+    failing = run(tmp_path, "gpu/paper_table.py", *options[:2], "--cases", "1x3", "--sides", "vl_cache")
+    assert "too few" in failing["rows"][0]["failed"]
+
+
 @pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(budget=0.2)])
 def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

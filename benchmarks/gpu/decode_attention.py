@@ -33,11 +33,6 @@ def repeated(function: Callable[..., tuple[jax.Array, jax.Array]], rounds: int) 
     return run
 
 
-def copied(rounds: int) -> Callable[[jax.Array], jax.Array]:
-    """One program that reads and writes an array so many times."""
-    return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
-
-
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llava-v1.6-mistral-7b")
@@ -50,7 +45,7 @@ def main() -> None:
     heads, kv_heads, head_dim = SHAPES[args.model]
 
     block = jnp.zeros(args.copy_bytes // 2, jnp.bfloat16)
-    copy = copied(args.rounds)
+    copy = harness.repeated_copy(args.rounds)
     sides = {"copy": lambda: harness.timed(lambda: copy(block)) / args.rounds}
     moved, failures, errors = {"copy": 2 * block.nbytes}, {}, {}
     for size in args.shapes:
