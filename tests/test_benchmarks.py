@@ -69,7 +69,7 @@ def test_decode_step_of_a_gpu(tmp_path, monkeypatch):
 
     sizes = ["--shape", "smoke", "--shapes", "2x40", "--scored", "8", "--steps", "3", "--repeats", "1"]
     copy = ["--copy-bytes", "4096", "--rounds", "2"]
-    result = run(tmp_path, "gpu/decode_step.py", *sizes, *copy, "--decode-attention", "default", "pallas_gpu")
+    result = run(tmp_path, "gpu/decode_step.py", *sizes, *copy, "--decode-attention", "xla_wide", "pallas_gpu")
     full, compressed = (row for row in result["rows"] if row["name"] != "copy")
     decoder = harness.Llava(harness.SHAPES["smoke"]).abstract_params()["decoder"]
     weights = sum(2 * x.size for name in decoder.keys() - {"embed_tokens"} for x in jax.tree.leaves(decoder[name]))

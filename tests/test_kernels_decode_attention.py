@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from vlcache_jax.kernels.decode_attention import decode_attention, pallas_tpu, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention import decode_attention, pallas_tpu, xla
 from vlcache_jax.kernels.decode_attention.shapes import SHAPES
 from vlcache_jax.kernels.merge import merge
 
@@ -53,7 +53,7 @@ def compiled(implementation, case, scale=None, interpret=True):
 
     def run(arguments, named):
         options = {"interpret": interpret} if implementation == "pallas_tpu" else {}
-        with mock.patch.object(pallas_tpu, "_MAX_BLOCK", 128), mock.patch.object(xla_blocks, "_BLOCK", 128):
+        with mock.patch.object(pallas_tpu, "_MAX_BLOCK", 128):
             return decode_attention(
                 *arguments,
                 **named,
@@ -107,6 +107,15 @@ def test_formula(implementation, name, data):
 def test_formula_of_unaligned_segments(implementation, name, data):
     case = PLAIN[name]
     arguments, named = case.arguments(*data.draw(segments(case, alignment=1)))
+    check(case, compiled(implementation, case)(arguments, named), expected(case, arguments, named))
+
+
+@pytest.mark.parametrize("store", ["float32", "int8"])
+@pytest.mark.parametrize("implementation", ["xla", "xla_wide"])
+def test_segments_of_many_blocks(implementation, store):
+    case = Case(2, 4, 2, 2, 4096, 8, store=store)
+    offsets, lengths = np.array([[0, 32], [1024, 512]], np.int32), np.array([[1111, 3333], [0, 1024]], np.int32)
+    arguments, named = case.arguments(offsets, lengths)
     check(case, compiled(implementation, case)(arguments, named), expected(case, arguments, named))
 
 
@@ -215,21 +224,22 @@ def test_work_follows_the_longest_segment(lengths, steps):
     arguments, _ = case.arguments(np.zeros((2, 1), np.int32), np.array(lengths, np.int32)[:, None])
     with mock.patch.object(jax.lax, "fori_loop", recorder):
         decode_attention(*arguments, implementation="xla")
-    assert xla.block_size(16384) == 128
+    assert xla.block_size(16384, xla.LARGEST) == 128
     assert loops == [steps - 1]  # the first block is read before the loop
 
 
+@pytest.mark.parametrize(("implementation", "block"), [("xla", 128), ("xla_wide", 512)])
 @pytest.mark.parametrize("name", ["per head", "causal", "int8"])
-def test_a_step_touches_one_block_of_the_store(name):
+def test_a_step_touches_one_block_of_the_store(name, implementation, block):
     case = CASES[name]
     case = Case(**{**vars(case), "slots": 8192})
     arguments, named = case.arguments(*ragged(case))
-    jaxpr = jax.make_jaxpr(lambda a, n: decode_attention(*a, **n, causal=case.causal, implementation="xla"))(
+    jaxpr = jax.make_jaxpr(lambda a, n: decode_attention(*a, **n, causal=case.causal, implementation=implementation))(
         arguments, named
     )
     (loop,) = [e for e in jaxpr.eqns if e.primitive.name == "while"]
     made = [out.aval.shape for e in loop.params["body_jaxpr"].jaxpr.eqns for out in e.outvars]
-    assert any(128 in shape for shape in made)
+    assert any(block in shape for shape in made)
     assert not any(max(shape, default=0) >= 8192 // 4 for shape in made)
 
 

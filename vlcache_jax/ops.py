@@ -32,7 +32,7 @@ MODEL_AXIS = "model"
 _CHOICES = {
     "attention": ("splash_tpu", "cudnn", "xla", "reference"),
     "column_statistics": ("pallas_tpu", "xla", "xla_columns", "reference"),
-    "decode_attention": ("pallas_tpu", "pallas_gpu", "xla", "reference"),
+    "decode_attention": ("pallas_tpu", "pallas_gpu", "xla", "xla_wide", "reference"),
 }
 
 
@@ -43,7 +43,7 @@ class Kernels:
     Attributes:
       attention: of the prefill: "splash_tpu", "cudnn", "xla", "reference", or a tuple of names, the first that serves.
       column_statistics: "pallas_tpu", "xla", "xla_columns" or "reference".
-      decode_attention: "pallas_tpu", "pallas_gpu", "xla" or "reference".
+      decode_attention: "pallas_tpu", "pallas_gpu", "xla", "xla_wide" or "reference".
 
     Raises:
       InputError: a name that does not exist.

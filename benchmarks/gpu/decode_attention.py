@@ -37,7 +37,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llava-v1.6-mistral-7b")
     parser.add_argument("--shapes", nargs="+", default=["32x4096", "1x1024"], help="batch x kept tokens")
-    parser.add_argument("--implementations", nargs="+", default=["pallas_gpu", "xla"])
+    parser.add_argument("--implementations", nargs="+", default=["pallas_gpu", "xla_wide", "xla"])
     parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--rounds", type=int, default=100, help="calls inside one program")
     parser.add_argument("--repeats", type=int, default=7)

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--scored", type=int, default=50, help="text tokens after the image, the rows that score")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--decode-attention", nargs="+", default=["default", "pallas_gpu"], help="implementations")
+    parser.add_argument("--decode-attention", nargs="+", default=["xla_wide", "pallas_gpu"], help="implementations")
     parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--rounds", type=int, default=100, help="copies inside one program")
     parser.add_argument("--repeats", type=int, default=5)
@@ -62,7 +62,7 @@ def main() -> None:
         for policy in (vlc.FullCache(), vlc.VLCache(budget=args.budget)):
             logits, state = vlc.prefill(model, params, prompts, policy, args.steps + 1)
             for name in args.decode_attention:
-                kernels = vlc.Kernels(decode_attention=None if name == "default" else name)
+                kernels = vlc.Kernels(decode_attention=name)
 
                 def decode(logits=logits, state=state, kernels=kernels) -> Any:
                     return vlc.decode(model, params, logits, state, args.steps + 1, eos_token_ids=(), kernels=kernels)

@@ -12,7 +12,7 @@ from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import dispatch
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 
-_ORDER = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
+_ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
 
 def decode_attention(
@@ -55,7 +55,8 @@ def decode_attention(
       scale: factor of the logits, head_dim ** -0.5 by default.
       causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
         Otherwise every query sees the whole segment.
-      implementation: "xla", "pallas_tpu", "pallas_gpu" or "reference"; None takes the best of the platform.
+      implementation: "xla", "xla_wide" (larger blocks, for GPUs), "pallas_tpu", "pallas_gpu" or "reference"; None takes
+        the best of the platform.
       interpret: runs the Pallas implementation that was named in an interpreter: True, or Pallas' own parameters.
 
     Returns:
@@ -84,6 +85,7 @@ def decode_attention(
         "pallas_gpu": partial(pallas_gpu.decode_attention, interpret=interpret, **options),
         "pallas_tpu": partial(pallas_tpu.decode_attention, interpret=interpret, **options),
         "xla": partial(_xla, **options),
+        "xla_wide": partial(_xla, largest=xla.WIDE, **options),
         "reference": partial(reference.decode_attention, **options),
     }
     out, lse = dispatch(implementation, implementations, _ORDER, query, store, segments)
@@ -91,11 +93,11 @@ def decode_attention(
 
 
 def _xla(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, largest: int = xla.LARGEST
 ) -> tuple[jax.Array, jax.Array]:
     if query.shape[1] > 1 or store.packing > 1 or store.key_scales is not None:
-        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal)
-    out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale)
+        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal, largest=largest)
+    out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale, largest=largest)
     return out[:, None], lse[:, None]
 
 

@@ -24,7 +24,7 @@ from vlcache_jax.kernels.merge import merge
 Part = tuple[Store, Segments]
 Attention = tuple[jax.Array, jax.Array]
 
-_ORDER = {"tpu": ("pallas_tpu", "xla"), "default": ("xla",)}
+_ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
 _MOST_ROWS = 2048  # queries times heads of one call, so that a block of queries fits a TPU's VMEM
 _MOST_GPU_ROWS = 64  # of a KV head: the rows of a wgmma
@@ -94,17 +94,20 @@ def union_attention(
     def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> Attention:
         return merge([of_part(name, query, part) for part in parts])
 
-    def together(query: jax.Array, parts: Sequence[Part]) -> Attention:
+    def together(name: str, largest: int, query: jax.Array, parts: Sequence[Part]) -> Attention:
         """All float parts of one query for each of their rows share one softmax."""
         joint = [part for part in parts if part[0].key_scales is None and _ordinary(query, part)]
-        others = [of_part("xla", query, part) for part in parts if not any(part is other for other in joint)]
+        others = [of_part(name, query, part) for part in parts if not any(part is other for other in joint)]
         if not joint:
             return merge(others)
-        out = xla.decode_attention(query, joint, scale=scale)
+        out = xla.decode_attention(query, joint, scale=scale, largest=largest)
         return merge([out, *others]) if others else out
 
     names = ("pallas_tpu", "pallas_gpu", "reference")
-    implementations = {name: partial(separately, name) for name in names} | {"xla": together}
+    implementations = {name: partial(separately, name) for name in names}
+    implementations |= {
+        name: partial(together, name, size) for name, size in (("xla", xla.LARGEST), ("xla_wide", xla.WIDE))
+    }
     return dispatch(implementation, implementations, _ORDER, query, list(parts))
 
 

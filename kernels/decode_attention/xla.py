@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 
-_SMALLEST, _LARGEST = 32, 128  # slots read at once; larger blocks fall out of a CPU's cache
+# Slots read at once: larger blocks fall out of a CPU's cache; on a GPU what a step launches costs more than idle slots.
+_SMALLEST, LARGEST, WIDE = 32, 128, 512
 _BLOCKS = 8  # of the store
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -23,10 +24,13 @@ _LOWEST = _MASKED / 2  # exp(_MASKED - _LOWEST) = 0: a block without slots needs
 Part = tuple[Store, Segments]
 
 
-def decode_attention(query: jax.Array, parts: Sequence[Part], *, scale: float) -> tuple[jax.Array, jax.Array]:
+def decode_attention(
+    query: jax.Array, parts: Sequence[Part], *, scale: float, largest: int = LARGEST
+) -> tuple[jax.Array, jax.Array]:
     """Attention of query [batch, heads, head_dim] over the union of its segments in float stores.
 
-    The heads of an item share their segment: all heads of a row if offsets are [batch, 1], else one KV head.
+    The heads of an item share their segment: all heads of a row if offsets are [batch, 1], else one KV head. At most
+    `largest` slots are read at once.
     """
     batch, heads, head_dim = query.shape
     lanes = parts[0][0].lanes
@@ -37,7 +41,7 @@ def decode_attention(query: jax.Array, parts: Sequence[Part], *, scale: float) -
 
     def step(state: tuple[jax.Array, ...], i: jax.Array | int, parts: Sequence[Part]) -> tuple[jax.Array, ...]:
         highest, total, out = state
-        blocks = [_block(store, segments, i, items, lanes_per_item) for store, segments in parts]
+        blocks = [_block(store, segments, i, items, lanes_per_item, largest) for store, segments in parts]
         k, v, inside = (jnp.concatenate(x, axis=3) if len(x) > 1 else x[0] for x in zip(*blocks, strict=True))
         logits = scale * jnp.einsum("bilhd,bilsd->bilhs", q, k, preferred_element_type=jnp.float32)
         logits = jnp.where(inside.swapaxes(3, 4), logits, _MASKED)
@@ -54,7 +58,7 @@ def decode_attention(query: jax.Array, parts: Sequence[Part], *, scale: float) -
     )
     state = step(start, 0, parts)
     for part in parts:
-        block = block_size(part[0].slots)
+        block = block_size(part[0].slots, largest)
         if block < part[0].slots:
             blocks = (jnp.max(part[1].lengths) + block - 1) // block
             state = jax.lax.fori_loop(1, blocks, lambda i, state, part=part: step(state, i, [part]), state)
@@ -65,18 +69,18 @@ def decode_attention(query: jax.Array, parts: Sequence[Part], *, scale: float) -
     return out.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
 
 
-def block_size(slots: int) -> int:
+def block_size(slots: int, largest: int) -> int:
     """Slots read at once: a share of the store, since segments are short where stores are small."""
     share = slots // _BLOCKS // 16 * 16
-    return min(slots, max(_SMALLEST, min(_LARGEST, share)))
+    return min(slots, max(_SMALLEST, min(largest, share)))
 
 
 def _block(
-    store: Store, segments: Segments, i: jax.Array | int, items: int, lanes_per_item: int
+    store: Store, segments: Segments, i: jax.Array | int, items: int, lanes_per_item: int, largest: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], and which slots count."""
     batch, lanes, slots, head_dim = store.keys.shape
-    block = block_size(slots)
+    block = block_size(slots, largest)
     offsets, lengths = (jnp.broadcast_to(x, (batch, items)) for x in (segments.offsets, segments.lengths))
     lane = jnp.arange(items) * lanes // items
     wanted = offsets + i * block

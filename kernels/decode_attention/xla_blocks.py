@@ -7,24 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.decode_attention.xla import LARGEST
 from vlcache_jax.kernels.quantisation import dequantise_keys, dequantise_values, group_size
-
-_BLOCK = 128  # slots read at once
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def decode_attention(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool
+    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, largest: int = LARGEST
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.decode_attention`; `query` is [batch, n, heads, head_dim]."""
+    """See `api.decode_attention`; `query` is [batch, n, heads, head_dim]. At most `largest` slots are read at once."""
     batch, n, heads, head_dim = query.shape
     offsets, lengths = segments.offsets, segments.lengths
     items = lengths.shape[1]  # segments of a row
     lanes = store.lanes if items == 1 else 1  # of an item
     group = heads // (items * lanes)  # query heads of a lane
     unit = 1 if store.key_scales is None else group_size(8 // store.packing)
-    block = min(_BLOCK, store.slots)
+    block = min(largest, store.slots)
     first_lane = jnp.arange(items) * store.lanes // items
     q = query.reshape(batch, n, items, lanes, group, head_dim).transpose(0, 2, 3, 1, 4, 5)
     q = q.reshape(batch, items, lanes, n * group, head_dim)
