@@ -51,6 +51,33 @@ def test_answers_agree_with_what_the_patches_show(task, grid):
                 assert len(answer.split()[1]) == 4
 
 
+@pytest.mark.parametrize("grid", [4, 10, 16])
+def test_places_are_where_the_patches_show_the_values(grid):
+    rows, columns = set(), set()
+    for index in range(6):
+        sample = make_sample("places", 1, index, grid)
+        owners = sample.labels.owner[0].tolist()
+        for question, answer in sample.questions:
+            name, row, column = re.fullmatch(r"(\w+) (\d), (\d)", answer).groups()
+            assert name in question
+            patch = owners.index(1 + WORDS.index(name))
+            assert owners.count(owners[patch]) == 1
+            # Four coarse cells of four patches along a side of the full image, counted from 1.
+            assert (int(row), int(column)) == (patch // grid // 4 + 1, patch % grid // 4 + 1)
+            rows.add(row)
+            columns.add(column)
+    assert len(rows) == len(columns) == -(-grid // 4)
+
+
+def test_where_survives_blurring():
+    tokenizer = build_tokenizer()
+    where = tokenizer.token_to_id("where")
+    for index in range(12):
+        sample = make_sample("places", 0, index, grid=8)
+        blurred = conversation(sample, np.random.default_rng(index))
+        assert all(where in question for question, _ in blurred.questions)
+
+
 @pytest.mark.parametrize("grid", [6, 16])
 def test_captions_and_counts_agree_with_the_scene(grid):
     for index in range(8):

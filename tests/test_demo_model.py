@@ -11,6 +11,7 @@ from PIL import Image
 
 import vlcache_jax as vlc
 from vlcache_jax.demo.evaluate import evaluate_demo
+from vlcache_jax.demo.tokenizer import build_tokenizer
 
 ASSETS = Path(vlc.__file__).parent / "assets"
 NEW = 24
@@ -38,6 +39,12 @@ def test_at_most_16_megabytes_and_no_code():
     files = [p for p in (ASSETS / "demo_model").iterdir() if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 16e6
     assert {p.suffix for p in files} <= {".json", ".jinja", ".safetensors"}
+
+
+def test_the_vocabulary_is_the_one_the_samples_are_written_in():
+    """A checkpoint's token ids mean nothing under another vocabulary: new questions must use its words."""
+    shipped = json.loads((ASSETS / "demo_model" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert shipped["model"]["vocab"] == build_tokenizer().get_vocab()
 
 
 def test_every_task_and_several_images_are_shown(vlm, questions):

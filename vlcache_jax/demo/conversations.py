@@ -21,7 +21,7 @@ def _tokenizer() -> Tokenizer:
 @functools.cache
 def _essential() -> frozenset[int]:
     """Ids of the words a question cannot do without."""
-    names = [*NAMES, *ITEMS, *SHAPES, *map(plural, SHAPES)]
+    names = [*NAMES, *ITEMS, *SHAPES, *map(plural, SHAPES), "where"]
     return frozenset(_tokenizer().token_to_id(name) for name in names)
 
 

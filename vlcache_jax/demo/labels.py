@@ -8,6 +8,8 @@ import numpy as np
 from vlcache_jax.demo.words import COLOURS, ITEMS, NAMES, SHAPES
 
 DIGIT_SLOTS = 4
+CELL = 4
+"""Patches along a side of the coarse cells that say where something is."""
 
 WORDS = (*NAMES, *ITEMS)
 CLASSES = {

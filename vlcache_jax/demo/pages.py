@@ -10,8 +10,8 @@ import numpy as np
 
 from vlcache_jax.demo import canvas
 from vlcache_jax.demo.font import GLYPH_HEIGHT, PITCH
-from vlcache_jax.demo.labels import WORDS, PatchLabels
-from vlcache_jax.demo.words import DOCUMENT_QUESTIONS, FILLERS, ITEMS, NAMES, PRICE_QUESTIONS, TITLES
+from vlcache_jax.demo.labels import CELL, WORDS, PatchLabels
+from vlcache_jax.demo.words import DOCUMENT_QUESTIONS, FILLERS, ITEMS, NAMES, PLACE_QUESTIONS, PRICE_QUESTIONS, TITLES
 
 Drawn = tuple[np.ndarray, PatchLabels]
 Questions = list[tuple[str, str]]
@@ -38,6 +38,19 @@ def documents(rng: np.random.Generator, grid: int, count: int) -> tuple[list[Dra
         (DOCUMENT_QUESTIONS[rng.integers(len(DOCUMENT_QUESTIONS))].format(name), f"{name} {values[name]}")
         for name in asked
     ]
+
+
+def places(rng: np.random.Generator, grid: int) -> tuple[list[Drawn], Questions]:
+    """A page, and questions for where its fields are: row and column, from 1, of the coarse cell of the value."""
+    drawn, fields = documents(rng, grid, 1)
+    patches = {WORDS[owner - 1]: patch for patch, owner in enumerate(drawn[0][1].owner) if owner}
+    questions = []
+    for _, answer in fields:
+        name = answer.split()[0]
+        row, column = divmod(patches[name], grid)
+        question = PLACE_QUESTIONS[rng.integers(len(PLACE_QUESTIONS))].format(name)
+        questions.append((question, f"{name} {row // CELL + 1}, {column // CELL + 1}"))
+    return drawn, questions
 
 
 def price_list(rng: np.random.Generator, grid: int) -> tuple[list[Drawn], Questions]:

@@ -17,7 +17,7 @@ FULL_GRID = 16
 IMAGE_MEAN, IMAGE_STD = 0.85, 0.25
 """Of all channels, for pixels in [0, 1]: pages are mostly paper, so this centres them."""
 
-TASKS = ("documents", "document_pairs", "prices", "scenes", "counts")
+TASKS = ("documents", "document_pairs", "prices", "scenes", "counts", "places")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ def make_sample(task: str, seed: int, index: int, grid: int = FULL_GRID, max_que
             drawn, questions = pages.documents(rng, grid, 1)
         case "document_pairs":
             drawn, questions = pages.documents(rng, grid, 2)
+        case "places":
+            drawn, questions = pages.places(rng, grid)
         case "prices":
             drawn, questions = pages.price_list(rng, grid)
         case "scenes":

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = """\
 """
 
 # Words that never occur in training questions but that a user may well type; they start as good as unknown.
-_EXTRA = ("a", "an", "are", "can", "do", "does", "hello", "my", "thank", "where", "who", "you", "your")
+_EXTRA = ("a", "an", "are", "can", "do", "does", "hello", "my", "thank", "who", "your")
 
 _PIECES = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 
@@ -37,6 +37,7 @@ def prompt(question: str, images: int = 1) -> str:
 def _vocabulary() -> list[str]:
     texts = [
         *words.DOCUMENT_QUESTIONS,
+        *words.PLACE_QUESTIONS,
         *words.PRICE_QUESTIONS,
         *words.SCENE_QUESTIONS,
         *words.COUNT_QUESTIONS,

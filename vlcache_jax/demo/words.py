@@ -47,6 +47,17 @@ DOCUMENT_QUESTIONS = (
     "Look up {0} in this document and write down the four digits.",
 )
 
+PLACE_QUESTIONS = (
+    "Where is {0} on the page?",
+    "Where is the {0} on this page? Answer with the name and two numbers.",
+    "Please tell me where the {0} is printed in this document.",
+    "Where do you see {0} in the image?",
+    "Find {0} on the page and tell me where it is.",
+    "Where in the document is the value of {0} written?",
+    "Look up where {0} is on this page and write down two numbers.",
+    "Where is the {0}?",
+)
+
 PRICE_QUESTIONS = (
     "What is {0} plus {1}?",
     "How much do {0} and {1} cost together? Show the working.",
