@@ -16,6 +16,7 @@ from vlcache_jax.study.methods import BUDGETS, all_methods, choose
 from vlcache_jax.study.pages import write_pages
 from vlcache_jax.study.results import ResultFile
 from vlcache_jax.study.run import MODES, run_study
+from vlcache_jax.study.tasks import DEFAULT_TASKS
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(f"{name}={value} measures nothing: give --{name} at least 1")
     known = {method.name: method for method in all_methods()}
     methods = [known[name] for name in choose("methods", arguments.methods, list(known))]
-    tasks = choose("tasks", arguments.tasks, TASKS)
+    tasks = choose("tasks", arguments.tasks or DEFAULT_TASKS, TASKS)
     modes = choose("modes", arguments.modes, MODES)
     budgets = _budgets(arguments.budgets)
     folder = Path(arguments.output)
