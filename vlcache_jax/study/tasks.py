@@ -14,8 +14,9 @@ from vlcache_jax.metrics import anls, cider_d, exact_match
 
 Scorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
-DEFAULT_TASKS = ("documents", "prices", "scenes")
-"""What the study measures unless told otherwise: reading, mathematics and captions, the paper's three families."""
+DEFAULT_TASKS = ("documents", "prices", "scenes", "places")
+"""What the study measures unless told otherwise: reading, mathematics and captions, the paper's three families; and
+localisation."""
 
 _ROOM = 2  # tokens that an answer may be longer than the longest right one, at least
 _STEP = 4  # room for answers is a multiple of this: few programs for many tasks
