@@ -72,6 +72,7 @@ class Stage(NamedTuple):
 
 
 _SINGLE = ("documents", "scenes", "documents", "prices", "documents", "counts")
+_WHOLE = (*_SINGLE, "places", "places")  # places of an image that is all there, not a window of one
 _PAIRS = ("document_pairs",)
 
 
@@ -118,7 +119,7 @@ FULL = Recipe(
         Stage((Shape(("documents",), 4, 1, 24, 128),), 0.5, 0.1),
         Stage((Shape(_SINGLE, 6, 1, 20, 160),), 0.65, 0.4),
         Stage((*3 * (Shape(_SINGLE, 10, 1, 15, 288),), Shape(_PAIRS, 6, 2, 16, 256)), 0.75, 0.55),
-        Stage((*5 * (Shape(_SINGLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 12, 384)), 2.0, 1.0),
+        Stage((*5 * (Shape(_WHOLE, 16, 1, 12, 512),), Shape(_PAIRS, 10, 2, 12, 384)), 2.0, 1.0),
     ),
     vision_steps=1800,
 )  # fmt: skip
@@ -306,7 +307,7 @@ def evaluate_tasks(model: Llava, params: Params, recipe: Recipe, grid: int, samp
     """Exact match per task under teacher forcing on held-out samples, all questions of each."""
     run = _eval_step(model)
     scores = {}
-    for task in ("documents", "prices", "scenes", "counts"):
+    for task in ("documents", "prices", "scenes", "counts", *(("places",) if grid == FULL_GRID else ())):
         shape = Shape((task,), grid, 1, 16, 512 if grid > 10 else 288)
         right = asked = 0
         for number in range(-(-samples // shape.rows)):

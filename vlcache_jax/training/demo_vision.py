@@ -1,6 +1,7 @@
 """First stage of the demo's recipe: tower and projector alone learn what every patch shows.
 
-A throw-away linear head on the projected features predicts `PatchLabels`. The decoder then starts from features that
+A throw-away linear head on the projected features predicts `PatchLabels`, and in which coarse cell of the full image
+the patch lies. The decoder then starts from features that
 hold the words and digits, instead of having to discover reading through a few answer tokens.
 """
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vlcache_jax.demo.labels import CLASSES, DIGIT_SLOTS, PatchLabels
+from vlcache_jax.demo.labels import CELL, CLASSES, DIGIT_SLOTS, PatchLabels
 from vlcache_jax.demo.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, make_sample
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.training.state import Loss, Metrics, Params
 
 _WIDTHS = {name: classes * (DIGIT_SLOTS if name == "digits" else 1) for name, classes in CLASSES.items()}
+_CELLS = FULL_GRID // CELL  # along a side
 
 
 _SIZE = 0.3
@@ -73,7 +75,7 @@ def patch_batches(seed: int, grid: int, size: int, start: int = 0) -> Iterator[P
 
 def init_head(key: jax.Array, hidden_size: int) -> Params:
     """The linear head's parameters."""
-    width = sum(_WIDTHS.values())
+    width = sum(_WIDTHS.values()) + _CELLS**2
     return {
         "kernel": 0.02 * jax.random.normal(key, (hidden_size, width)),
         "bias": jnp.zeros(width),
@@ -86,8 +88,10 @@ def patch_loss(model: Llava) -> Loss:
     The head reads the projected features as the decoder will: normalised. Their size is held near `_SIZE`, so that
     the residual stream neither drowns in them nor they in it.
 
+    Without being asked for it, the tower forgets where a patch lies: nothing else it predicts depends on that.
+
     Metrics: the share of labelled patches whose class is right, per kind of label ("digits": all four of a value),
-    and of unlabelled ones that are given a class ("..._false").
+    and of unlabelled ones that are given a class ("..._false"); "place": of all patches whose cell is right.
     """
 
     def loss(params: Params, batch: PatchBatch) -> tuple[jax.Array, Metrics]:
@@ -113,6 +117,11 @@ def patch_loss(model: Llava) -> Loss:
                 right, shown = right.all(-1), shown.max(-1)
             metrics[name] = jnp.sum(right * shown) / jnp.maximum(shown.sum(), 1)
             metrics[name + "_false"] = jnp.sum(~right * (1 - shown)) / jnp.maximum((1 - shown).sum(), 1)
+        rows, columns = jnp.divmod(jnp.asarray(batch.patch_ids), FULL_GRID)
+        place = jnp.broadcast_to(rows // CELL * _CELLS + columns // CELL, logits.shape[:-1])
+        part = logits[..., -(_CELLS**2) :]
+        total += 0.2 * jnp.mean(optax.softmax_cross_entropy_with_integer_labels(part, place))
+        metrics["place"] = jnp.mean(jnp.argmax(part, -1) == place)
         return total + 0.02 * oversize, metrics
 
     return loss
