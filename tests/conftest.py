@@ -47,6 +47,24 @@ def pytest_ignore_collect(collection_path: Path, config):
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
 
 
+# These take minutes, most of them in the TPU's compiler: started first, they leave no worker behind at the end.
+_LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py", "test_promises.py", "test_methods_promises.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several workers, each runs whole files: what a file's tests share is then compiled only once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 _MAPS = Path("/proc/self/maps")
 
 
