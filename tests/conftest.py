@@ -32,9 +32,13 @@ _NEEDS_TPU_COMPILER = re.compile(r"^(import|from) tpu\b", re.MULTILINE)
 _HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  # where libtpu is published
 
 
+# These take minutes in the TPU's compiler. Started first, they leave no worker behind at the end.
+_LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py")
+
+
 def pytest_addoption(parser):
-    """`--core`: leave out the files that compare with the reference implementation (torch, transformers)."""
-    parser.addoption("--core", action="store_true", help="leave out the files that need torch or transformers")
+    """`--core`: leave out the files that compare with torch and transformers or compile whole models for TPUs."""
+    parser.addoption("--core", action="store_true", help="leave out what needs torch, transformers or much time")
 
 
 def pytest_ignore_collect(collection_path: Path, config):
@@ -42,13 +46,9 @@ def pytest_ignore_collect(collection_path: Path, config):
     if collection_path.suffix != ".py":
         return None
     text = collection_path.read_text(encoding="utf-8")
-    if config.getoption("--core") and _NEEDS_REFERENCE.search(text):
+    if config.getoption("--core") and (collection_path.name in _LONGEST or _NEEDS_REFERENCE.search(text)):
         return True
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
-
-
-# These take minutes, most of them in the TPU's compiler: started first, they leave no worker behind at the end.
-_LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py", "test_promises.py", "test_methods_promises.py")
 
 
 def pytest_collection_modifyitems(items):
