@@ -48,7 +48,7 @@ def test_the_vocabulary_is_the_one_the_samples_are_written_in():
 
 
 def test_every_task_and_several_images_are_shown(vlm, questions):
-    assert {"document", "scene", "math", "two pages"} <= {entry["task"] for entry in questions}
+    assert {"document", "scene", "math", "two pages", "place"} <= {entry["task"] for entry in questions}
     assert max(len(entry["images"]) for entry in questions) == 2
     batch = ask(vlm, questions)
     assert np.asarray(batch.vision_mask).sum(axis=1).min() >= 256
@@ -90,7 +90,7 @@ def test_a_tenth_of_the_cache(vlm, questions):
     np.testing.assert_allclose(report.kept_fraction, 0.1, atol=0.005)
 
 
-@pytest.mark.parametrize("task", ["documents", "prices"])
+@pytest.mark.parametrize("task", ["documents", "prices", "places"])
 def test_what_it_reads_and_what_a_tenth_of_the_cache_keeps(vlm, task):
     """Floors below the measured figures (docs/demo_model.md), by more than the noise of 64 samples."""
     policies = (vlc.FullCache(), vlc.VLCache(budget=0.1), vlc.RandomEviction(budget=0.1))

@@ -193,7 +193,9 @@ def _study(commands: Any) -> None:
     parser.add_argument(
         "--samples", type=_whole, default=300, metavar="N", help="held-out samples of each task (default: 300)"
     )
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of the demo (default: documents, prices, scenes, places)")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="of the demo (default: documents, prices, scenes, places)"
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="besides the full cache (default: all)")
     parser.add_argument(
         "--modes",

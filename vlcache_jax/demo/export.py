@@ -18,6 +18,7 @@ EXAMPLES = (
     ("scene", "scenes", 3, 1),
     ("math", "prices", 4, 1),
     ("two pages", "document_pairs", 5, 0),
+    ("place", "places", 6, 1),
 )
 """(task as the demo names it, task, sample, question) of the example images."""
 

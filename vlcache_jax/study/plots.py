@@ -185,13 +185,13 @@ def _shade(value: float) -> Colour:
 
 def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
     """For each task the density of every layer, and what share of the prompt methods keep there."""
-    shown = [name for name in methods if table.result(table.families[0], name, budget) is not None]
+    shown = [name for name in methods if table.result(table.tasks[0], name, budget) is not None]
     styles = _styles(shown)
     for name in ("oracle_by_mass",):
         if name in table.methods:
             styles[name] = (INK, (10, 5), -1)
     rows, panel, height = 2, 300, 250
-    width = 2 * _MARGIN + 60 + len(table.families) * panel
+    width = 2 * _MARGIN + 60 + len(table.tasks) * panel
     width = max(width, 1000)
     legend = _legend_height(styles, width, False)
     sheet = Sheet(width, 104 + rows * (height + 90) + legend)
@@ -199,10 +199,10 @@ def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
     sheet.text(
         _MARGIN, 80, "Density: share of the question's attention entries above 1 % of their row's largest", 17, GREY
     )
-    densities = {task: table.density(task, budget) for task in table.families}
+    densities = {task: table.density(task, budget) for task in table.tasks}
     kept = {
         (task, name): result.layers
-        for task in table.families
+        for task in table.tasks
         for name in styles
         if (result := table.result(task, name, budget)) is not None
     }
@@ -210,7 +210,7 @@ def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
         _round_up(max((float(np.max(d)) for d in densities.values() if d is not None), default=1.0)),
         _round_up(max((float(np.max(x)) for x in kept.values()), default=1.0)),
     )
-    for number, task in enumerate(table.families):
+    for number, task in enumerate(table.tasks):
         x = _MARGIN + 60 + number * panel
         for row, top in enumerate(tops):
             y = 104 + row * (height + 90)

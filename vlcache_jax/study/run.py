@@ -27,7 +27,7 @@ from vlcache_jax.study.methods import FULL, Method
 from vlcache_jax.study.oracle import answer_attention, with_answer_attention
 from vlcache_jax.study.recording import Recording, Replay, record
 from vlcache_jax.study.results import Key, Result, ResultFile
-from vlcache_jax.study.tasks import EXACT, SECOND, TaskData, load_task, score
+from vlcache_jax.study.tasks import EXACT, TaskData, load_task, score
 
 KNOWN, BEFORE = MODES = "known", "before"
 """Modes: the question is in the prompt that is compressed; or it comes when the images have been compressed."""
@@ -239,9 +239,8 @@ def run_study(
                     if isinstance(outcome, PolicyError):
                         progress.skip(f"{task} {method.name} {budget:g}: left out, {outcome}")
                         continue
-                    result, *others, kept = outcome
-                    for one in (result, *others):
-                        file.add(one)
+                    result, kept = outcome
+                    file.add(result)
                     if budget == pictured and mode == KNOWN:
                         file.add_kept(task, method.name, budget, **kept)
                     progress.step(result)
@@ -259,8 +258,8 @@ def _pending(file: ResultFile, task: str, grid: list[Configuration]) -> list[Con
 
 def _measured(
     study: Study, data: TaskData, prompts: Sequence[Prompts], item: Configuration
-) -> tuple[Any, ...] | PolicyError:
-    """A configuration's results and, last, what its first sample kept; or why there is none."""
+) -> tuple[Result, dict[str, Any]] | PolicyError:
+    """A configuration's result and what its first sample kept; or why there is none."""
     method, budget, mode = item
     begun = time.monotonic()
     try:
@@ -282,12 +281,7 @@ def _measured(
         full_bytes=prompts[0].full_bytes,
         seconds=time.monotonic() - begun,
     )
-    results = [result]
-    if data.name in SECOND:
-        second = SECOND[data.name]
-        value = score(second, measured.texts, data.answers)
-        results.append(dataclasses.replace(result, key=result.key._replace(task=second), score=value))
-    return *results, _first_kept(measured, prompts[0])
+    return result, _first_kept(measured, prompts[0])
 
 
 def _first_kept(measured: Measured, prompts: Prompts) -> dict[str, Any]:

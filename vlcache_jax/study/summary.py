@@ -8,14 +8,13 @@ from vlcache_jax.metrics import bootstrap_interval
 from vlcache_jax.study.methods import FULL, Method, all_methods
 from vlcache_jax.study.results import Key, Result, ResultFile
 from vlcache_jax.study.run import KNOWN
-from vlcache_jax.study.tasks import SECOND, score_name
+from vlcache_jax.study.tasks import score_name
 
 _TITLES = {
     "documents": "Documents",
     "document_pairs": "Two pages",
     "prices": "Prices",
     "scenes": "Scenes",
-    "scene_order": "Scenes, what comes before what",
     "counts": "Counts",
     "places": "Places",
 }
@@ -26,7 +25,6 @@ class Table:
 
     Attributes:
       tasks, methods, budgets: what there are results of. The full cache counts as every method's budget of 1.
-      families: the tasks without second scores of the same answers (`tasks.SECOND`); means are over these.
       samples: of each task.
     """
 
@@ -34,7 +32,6 @@ class Table:
         self._results = file.results
         self._mode = mode
         self.tasks = [task for task in dict.fromkeys(key.task for key in file.results) if self.full(task) is not None]
-        self.families = [task for task in self.tasks if task not in SECOND.values()]
         there = {key.method for key in file.results if key.mode == mode and key.task in self.tasks}
         order = [method.name for method in all_methods()]
         self.methods = [name for name in order if name in there] + sorted(there - {FULL, *order})
@@ -68,7 +65,7 @@ class Table:
     def relative(self, task: str | None, method: str, budget: float) -> float | None:
         """Mean score as a share of the full cache's; None for a task means all of them, and all must be there."""
         if task is None:
-            values = [self.relative(name, method, budget) for name in self.families]
+            values = [self.relative(name, method, budget) for name in self.tasks]
             known = [value for value in values if value is not None]
             return sum(known) / len(known) if known and len(known) == len(values) else None
         value, full = self.value(task, method, budget), self.full(task)
@@ -83,7 +80,7 @@ class Table:
         """Methods by their mean relative score over all tasks and budgets, the best first."""
 
         def mean(method: str) -> float:
-            values = [self.relative(task, method, b) for task in self.families for b in self.budgets if b < 1]
+            values = [self.relative(task, method, b) for task in self.tasks for b in self.budgets if b < 1]
             known = [value for value in values if value is not None]
             return sum(known) / len(known) if known else -1.0
 
@@ -154,7 +151,7 @@ def _pair(result: Result | None, *names: str) -> str:
 
 
 def _means(table: Table, method: str, budget: float, names: Sequence[str]) -> str:
-    results = [table.result(task, method, budget) for task in table.families]
+    results = [table.result(task, method, budget) for task in table.tasks]
     known = [result for result in results if result is not None]
     if not known:
         return ""
@@ -163,7 +160,7 @@ def _means(table: Table, method: str, budget: float, names: Sequence[str]) -> st
 
 
 def _cost(table: Table, method: str, budget: float) -> str:
-    results = [result for task in table.families if (result := table.result(task, method, budget)) is not None]
+    results = [result for task in table.tasks if (result := table.result(task, method, budget)) is not None]
     if not results:
         return ""
     kept = np.mean([result.kept.mean() for result in results])

@@ -39,29 +39,12 @@ def _caption(texts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     return cider_d(texts, [[answer] for answer in answers])
 
 
-def order_of_pairs(text: str, answer: str) -> float:
-    """Share of the pairs of shapes that a caption lists in the order of the right one.
-
-    Captions list shapes in reading order, so this asks where shapes are, two by two: the only question of place that
-    the demo model answers. Shapes that are left out lose their pairs; what is listed besides costs nothing.
-
-    Example:
-      >>> order_of_pairs("red cross, blue star", "red cross, green disc, blue star")
-      0.3333333333333333
-    """
-    wanted, found = ([word.strip() for word in caption.split(",")] for caption in (answer, text))
-    pairs = [(a, b) for i, a in enumerate(wanted) for b in wanted[i + 1 :]]
-    right = [a in found and b in found and found.index(a) < found.index(b) for a, b in pairs]
-    return sum(right) / max(1, len(right))
-
-
 EXACT: Scorer = _each(exact_match)
 
 SCORES: dict[str, tuple[str, Scorer]] = {
     "documents": ("ANLS", _each(anls, _value)),
     "document_pairs": ("ANLS", _each(anls, _value)),
     "scenes": ("CIDEr", _caption),
-    "scene_order": ("pairs in order", _each(order_of_pairs)),
     "places": ("accuracy", _each(exact_match, _value)),
     "prices": ("accuracy", _each(exact_match, lambda text: text.rpartition("=")[2])),
 }
@@ -69,9 +52,6 @@ SCORES: dict[str, tuple[str, Scorer]] = {
 
 Documents and places: of what follows the name asked for. Prices: of the sum.
 """
-
-SECOND = {"scenes": "scene_order"}
-"""Answers that are scored a second time, as a task of their own: localisation."""
 
 
 def score_name(task: str) -> str:
