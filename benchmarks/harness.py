@@ -187,6 +187,33 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 
 
+def beside_copy(timings: Mapping[str, Timing], moved: Mapping[str, int], unit: str) -> list[dict[str, Any]]:
+    """Prints, and returns as records, the bandwidth of every side and its share of that of the side "copy".
+
+    Args:
+      timings: of the sides.
+      moved: bytes that each reads or writes at least.
+      unit: of the printed times, "ms" or "us".
+    """
+    scale, digits = {"ms": (1e3, 3), "us": (1e6, 1)}[unit]
+    speed = {name: moved[name] / timing.median for name, timing in timings.items()}
+    share = {name: speed[name] / speed["copy"] for name in timings}
+    table(["", unit, "GB/s", "share of the copy"], [
+        [name, spread(timing.record(), scale, digits), f"{speed[name] / 1e9:.0f}", f"{share[name]:.0%}"]
+        for name, timing in timings.items()
+    ])  # fmt: skip
+    return [
+        {
+            "name": name,
+            "seconds": timing.record(),
+            "bytes": moved[name],
+            "bytes_per_second": speed[name],
+            "share_of_copy": share[name],
+        }
+        for name, timing in timings.items()
+    ]
+
+
 def ratio(numerator: Timing, denominator: Timing) -> dict[str, float]:
     """Median, lowest and highest ratio of the two within a round."""
     rounds = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=True)]

@@ -71,20 +71,9 @@ def main() -> None:
             moved[side] = sum(x.nbytes for x in store)
 
     timings = harness.alternate(sides, args.repeats)
-    speed = {name: moved[name] / timing.median for name, timing in timings.items()}
-    records, lines = [], []
-    for name, timing in timings.items():
-        share = speed[name] / speed["copy"]
-        records.append({
-            "name": name,
-            "seconds": timing.record(),
-            "bytes": moved[name],
-            "bytes_per_second": speed[name],
-            "share_of_copy": share,
-            "largest_difference_from_xla": errors.get(name),
-        })  # fmt: skip
-        lines.append([name, harness.spread(timing.record(), 1e6, 1), f"{speed[name] / 1e9:.0f}", f"{share:.0%}"])
-    harness.table(["", "us", "GB/s", "share of the copy"], lines)
+    records = harness.beside_copy(timings, moved, "us")
+    for record in records:
+        record["largest_difference_from_xla"] = errors.get(record["name"])
     for name, reason in failures.items():
         print(f"{name}: {reason}")
     settings = {k: v for k, v in vars(args).items() if k != "json"}

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/decode_step.py --json decode_step.json
 
-The bound is the time to read what every step must read, the decoder's weights and the keys and values of prompt and
-answer, at the bandwidth of a copy measured in the same run. A step's time is that of the compiled loop of
-`vlc.generate` divided by its steps, so that no launch from the host counts.
+What every step must read, the decoder's weights and the keys and values of prompt and answer, over its time is the
+bandwidth it reaches; beside it stands that of a copy measured in the same run. A step's time is that of the compiled
+loop of `vlc.generate` divided by its steps, so that no launch from the host counts.
 """
 
 import sys
@@ -77,17 +77,7 @@ def main() -> None:
                 moved[side] = weight_bytes(params) + cache_bytes(state, args.steps)
 
     timings = harness.alternate(sides, args.repeats)
-    bandwidth = moved["copy"] / timings["copy"].median
-    records, lines = [], []
-    for name, timing in timings.items():
-        bound = moved[name] / bandwidth
-        share = bound / timing.median
-        records.append({
-            "name": name, "seconds": timing.record(), "bytes": moved[name], "bound_seconds": bound,
-            "share_of_bound": share,
-        })  # fmt: skip
-        lines.append([name, harness.spread(timing.record(), 1e3, 3), f"{bound * 1e3:.3f}", f"{share:.0%}"])
-    harness.table(["", "ms", "bound, ms", "share of the bound"], lines)
+    records = harness.beside_copy(timings, moved, "ms")
     for name, reason in failures.items():
         print(f"{name}: {reason}")
     settings = {k: v for k, v in vars(args).items() if k != "json"}
