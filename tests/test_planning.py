@@ -170,6 +170,21 @@ def test_search_without_peaks():
     assert (limit.fits, limit.refused) == (37, 38)
 
 
+def test_search_that_is_led_too_far_and_measures_no_refusal():
+    """As the compiler does it: the line promises 21,504, and a refusal does not say how much would be needed."""
+    limit = largest(
+        lambda n: (n <= 18_000, 7200 if n <= 8192 else 14_000 if n <= 18_000 else None),
+        8192,
+        known=(True, 7200),
+        fixed_bytes=2000,
+        available_bytes=15_650,
+        step=128,
+        ceiling=32_512,
+        max_compilations=5,
+    )
+    assert 16_000 <= limit.fits <= 18_000 < limit.refused
+
+
 # --- the numbers are the compiler's ---
 
 

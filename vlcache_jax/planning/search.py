@@ -34,7 +34,8 @@ def largest(
     """Searches for the largest size that fits.
 
     Memory grows nearly linearly with the size, so a straight line through the two nearest measurements says where to
-    look next. Only what was compiled counts as fitting.
+    look next. Where it says too much, and a refusal leaves no measurement, the next step back is twice the last one.
+    Only what was compiled counts as fitting.
 
     Args:
       peak: compiles a size; (fits, peak bytes of a device or None where unknown).
@@ -58,7 +59,7 @@ def largest(
     low: int | None = start if known[0] else None
     high: int | None = None if known[0] else start
     points = {0: fixed_bytes} | ({start: known[1]} if known[1] is not None else {})
-    count = 0
+    count = refusals = 0
     while count < max_compilations:
         floor = 0 if low is None else low
         if high is None and floor >= ceiling:
@@ -69,12 +70,17 @@ def largest(
         size = _guess(points, floor, high, available_bytes)
         # Not closer to a known end than the precision: one more compilation there then ends the search.
         size = max(size // step * step, floor + precision)
-        size = min(size, ceiling if high is None else max(high - precision, floor + step))
+        if high is None:
+            size = min(size, ceiling)
+        else:
+            back = precision << max(0, refusals - 1)
+            size = min(size, max(high - back, (floor + high) // 2 // step * step, floor + step))
         fits, bytes_needed = peak(size)
         count += 1
         if bytes_needed is not None:
             points[size] = bytes_needed
         low, high = (size, high) if fits else (low, size)
+        refusals = 0 if fits else refusals + 1
     return Limit(fits=low, refused=high, compilations=count)
 
 
