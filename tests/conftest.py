@@ -18,8 +18,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# Tests compile far longer than they run. LLVM's optimisations are left out, and, where JAX still has the older ones (0.10),
-# so are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX runs the tests with them.
+# Tests compile far longer than they run. LLVM's optimisations are left out, and so, where JAX still has the older ones
+# (0.10), are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX tests with them.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

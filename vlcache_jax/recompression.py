@@ -9,16 +9,21 @@ and the order within a segment is lost, which nothing depends on. Everything is 
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax import ops
 from vlcache_jax.policies.generated import Recompress
-from vlcache_jax.selection import forced
+from vlcache_jax.selection import as_unsigned, forced, highest, indices
 from vlcache_jax.state import ALIGNMENT, KVState, PackedStore, RecentQueries, TailStore, align
 
 _SCORED, _MOVED = 128, 1024  # slots of a lane at once
+_LAST = jnp.iinfo(jnp.int32).max
+
+_Both = tuple[jax.Array, jax.Array]
+"""Of the context [batch, lanes, slots] and of the tail [batch, lanes, segments, every]."""
 
 
 def no_queries(queries: jax.Array) -> RecentQueries:
@@ -94,24 +99,15 @@ def recompress(
     new = _tail_scores(tail_keys, queries, lse, rows) / group
 
     end = next_position[:, None, None]
-    new_positions = jnp.broadcast_to((end - every + jnp.arange(every))[:, :, None], (batch, lanes, segments, every))
-    kept = _keep(
-        jnp.concatenate([jnp.where(used, segment, segments), _flat(jnp.broadcast_to(
-            jnp.arange(segments, dtype=jnp.int32)[:, None], new.shape))], axis=2),
-        jnp.concatenate([old, _flat(new)], axis=2),
-        jnp.concatenate([context.positions, _flat(new_positions)], axis=2),
-        lengths,
-        end,
-        rule,
-    )  # fmt: skip
-    stays, enters = kept[..., :slots], kept[..., slots:].reshape(new.shape)
+    new_positions = jnp.broadcast_to((end - every + jnp.arange(every))[:, :, None], new.shape)
+    stays, enters = _keep((old, new), (context.positions, new_positions), used, known, offsets, lengths, end, rule)
 
     leaves = used & ~stays
     before = jnp.cumsum(leaves, axis=2, dtype=jnp.int32) - leaves  # in the lane
     first = jnp.take_along_axis(before, jnp.take_along_axis(offsets, segment, axis=2), axis=2)
-    entering = _flat(jnp.argsort(~enters, axis=3, stable=True).astype(jnp.int32))  # tail slots, those that stay first
+    entering = _flat(indices(enters, every))  # their slots in the tail, then `every`
     number = jnp.minimum(before - first, every - 1)
-    chosen = jnp.take_along_axis(entering, segment * every + number, axis=2)
+    chosen = jnp.minimum(jnp.take_along_axis(entering, segment * every + number, axis=2), every - 1)
     source = segment * every + chosen
     positions = jnp.where(leaves, jnp.take_along_axis(_flat(new_positions), source, axis=2), context.positions)
     keys = _moved(context.keys, _flat(tail_keys), leaves, source)
@@ -166,28 +162,50 @@ def _received(query: jax.Array, key: jax.Array, lse: jax.Array, seen: jax.Array 
 
 
 def _keep(
-    segment: jax.Array, scores: jax.Array, positions: jax.Array, lengths: jax.Array, end: jax.Array, rule: Recompress
-) -> jax.Array:
-    """Which entries stay: as many in each segment as it has slots.
+    scores: _Both,
+    positions: _Both,
+    used: jax.Array,
+    of_block: jax.Array,
+    offsets: jax.Array,
+    lengths: jax.Array,
+    end: jax.Array,
+    rule: Recompress,
+) -> _Both:
+    """Which entries stay: as many in each segment as it has slots, the strongest; of equal ones the older.
 
-    segment i32, scores f32, positions i32 [batch, lanes, entries]; lengths i32 [batch, lanes, segments]; end i32
-    [batch, 1, 1] -> bool [batch, lanes, entries]. Entries of segment number `segments` are free slots.
+    Two searches for a threshold of each segment, bit by bit: a sort takes the TPU's compiler a minute.
+
+    used bool [batch, lanes, slots]; of_block i32 [batch, lanes, slots / ALIGNMENT], the segment of a block; offsets and
+    lengths i32 [batch, lanes, segments]; end i32 [batch, 1, 1]; scores f32, positions i32 -> bool.
     """
-    segments, every = lengths.shape[2], rule.every
-    known = jnp.minimum(segment, segments - 1)
     assert rule.recent is not None
     assert rule.sinks is not None
-    latest, first = (jnp.take_along_axis(x, known, axis=2) for x in forced(lengths, rule.recent, rule.sinks))
-    must = (positions >= end - latest) | (positions < first)
-    weakness = jnp.where(must, -jnp.inf, -jnp.nan_to_num(scores, nan=jnp.finfo(jnp.float32).min))
-    index = jnp.broadcast_to(jnp.arange(segment.shape[2], dtype=jnp.int32), segment.shape)
-    ranked, _, _, index = jax.lax.sort((segment, weakness, positions, index), num_keys=3)
-    candidates = lengths + every
-    begin = jnp.cumsum(candidates, axis=2) - candidates
-    known = jnp.minimum(ranked, segments - 1)
-    rank = jnp.arange(segment.shape[2]) - jnp.take_along_axis(begin, known, axis=2)
-    kept = (rank < jnp.take_along_axis(lengths, known, axis=2)) & (ranked < segments)
-    return jax.lax.sort((index, kept.astype(jnp.int32)), num_keys=1)[1] > 0
+
+    def spread(x: jax.Array) -> _Both:  # [batch, lanes, segments]
+        return jnp.repeat(jnp.take_along_axis(x, of_block, axis=2), ALIGNMENT, axis=2), x[..., None]
+
+    def count(marks: _Both) -> jax.Array:  # -> i32 [batch, lanes, segments]
+        of_blocks = jnp.sum(marks[0].reshape(*of_block.shape, ALIGNMENT), axis=3, dtype=jnp.int32)
+        before = jnp.pad(jnp.cumsum(of_blocks, axis=2), ((0, 0), (0, 0), (1, 0)))
+        ends = (offsets // ALIGNMENT, (offsets + align(lengths)) // ALIGNMENT)
+        first, last = (jnp.take_along_axis(before, x, axis=2) for x in ends)
+        return last - first + jnp.sum(marks[1], axis=3, dtype=jnp.int32)
+
+    def largest(numbers: _Both, wanted: jax.Array) -> tuple[_Both, _Both]:
+        """Marks those above the wanted-th largest of their segment, and those equal to it. Zeros are not there."""
+        reached = highest(lambda t: count(jax.tree.map(operator.ge, numbers, spread(t))) >= wanted, wanted.shape)
+        return tuple(jax.tree.map(compare, numbers, spread(reached)) for compare in (operator.gt, operator.eq))
+
+    latest, first = (spread(x) for x in forced(lengths, rule.recent, rule.sinks))
+    numbers = []
+    for score, position, after, late, early in zip(scores, positions, (end, end[..., None]), latest, first):
+        must = (position >= after - late) | (position < early)
+        score = jnp.nan_to_num(score, nan=jnp.finfo(jnp.float32).min)
+        numbers.append(as_unsigned(jnp.where(must, jnp.inf, score)))
+    strong, equal = largest((jnp.where(used, numbers[0], 0), numbers[1]), lengths)
+    ages = jax.tree.map(lambda e, position: jnp.where(e, _LAST - position, 0).astype(jnp.uint32), equal, positions)
+    older, oldest = largest(ages, lengths - count(strong))
+    return jax.tree.map(lambda *marks: marks[0] | marks[1] | marks[2], strong, older, oldest)
 
 
 def _moved(store: jax.Array, entering: jax.Array, leaves: jax.Array, source: jax.Array) -> jax.Array:
