@@ -15,8 +15,9 @@ def cpu_layout(params: dict[str, Any]) -> dict[str, Any]:
     """The same parameters with the decoder's layers as a tuple of trees, and projections of one input as one matrix.
 
     From stacked layers XLA's CPU backend copies the weights of each layer before it multiplies with them, at every
-    decoded token, and each product costs a fixed time; a step takes half as long with this layout. The price is a
-    program that grows with the number of layers, and so does its compile time. On accelerators, on a mesh and for
+    decoded token, and each product costs a fixed time; a step takes half as long with this layout. Tied embeddings get
+    a transposed copy for the output, since a product with the table as it lies takes several times as long. The price
+    is a program that grows with the number of layers, and so does its compile time. On accelerators, on a mesh and for
     training leave the parameters as `load` gives them.
 
     Args:
@@ -28,7 +29,8 @@ def cpu_layout(params: dict[str, Any]) -> dict[str, Any]:
     decoder = params["decoder"]
     count = len(jax.tree.leaves(decoder["layers"])[0])
     layers = tuple(_fuse(jax.tree.map(lambda x: x[i], decoder["layers"])) for i in range(count))  # noqa: B023
-    return {**params, "decoder": {**decoder, "layers": layers}}
+    head = decoder.get("lm_head") or {"kernel": decoder["embed_tokens"]["embedding"].T}
+    return {**params, "decoder": {**decoder, "layers": layers, "lm_head": head}}
 
 
 def _fuse(layer: dict[str, Any]) -> dict[str, Any]:

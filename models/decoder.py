@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         )
         self.layers = DecoderLayer(c, self.dtype)
         self.final_norm = RMSNorm(c.rms_norm_eps, self.dtype)
-        if not c.tie_embeddings:
+        if not c.tie_embeddings or self.has_variable("params", "lm_head"):  # see `cpu_layout`
             self.lm_head = nn.Dense(
                 c.vocab_size,
                 use_bias=False,
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and not self.has_variable("params", "lm_head"):
             table = self.embed_tokens.embedding.astype(self.dtype)
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         return self.lm_head(hidden)

@@ -8,6 +8,7 @@ together, which for short segments is all there is, and what is left of each in 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from vlcache_jax.kernels.decode_attention.types import Segments, Store
 
 # Slots read at once: larger blocks fall out of a CPU's cache; on a GPU what a step launches costs more than idle slots.
 _SMALLEST, LARGEST, WIDE = 32, 128, 512
-_BLOCKS = 8  # of the store
+_LARGE_STORE = 3072  # slots
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 _LOWEST = _MASKED / 2  # exp(_MASKED - _LOWEST) = 0: a block without slots needs no second mask
 
 Part = tuple[Store, Segments]
+State = tuple[jax.Array, jax.Array, jax.Array]
+"""Highest logit, sum of weights, sum of weighted values; of each query head."""
 
 
 def decode_attention(
@@ -39,29 +42,28 @@ def decode_attention(
     # [batch, items, lanes of the item, query heads of the lane, head_dim]
     q = query.reshape(batch, items, lanes_per_item, -1, head_dim)
 
-    def step(state: tuple[jax.Array, ...], i: jax.Array | int, parts: Sequence[Part]) -> tuple[jax.Array, ...]:
-        highest, total, out = state
+    def attend(i: jax.Array | int, parts: Sequence[Part], highest: jax.Array | float) -> State:
+        """Block i of the parts; weights are relative to the highest logit, of those before them at least."""
         blocks = [_block(store, segments, i, items, lanes_per_item, largest) for store, segments in parts]
         k, v, inside = (jnp.concatenate(x, axis=3) if len(x) > 1 else x[0] for x in zip(*blocks, strict=True))
         logits = scale * jnp.einsum("bilhd,bilsd->bilhs", q, k, preferred_element_type=jnp.float32)
         logits = jnp.where(inside.swapaxes(3, 4), logits, _MASKED)
-        new_highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - new_highest[..., None])
-        decay = jnp.exp(highest - new_highest)
-        part = jnp.einsum("bilhs,bilsd->bilhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return new_highest, total * decay + jnp.sum(weights, -1), out * decay[..., None] + part
+        highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - highest[..., None])
+        out = jnp.einsum("bilhs,bilsd->bilhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return highest, jnp.sum(weights, axis=-1), out
 
-    start = (
-        jnp.full(q.shape[:-1], _LOWEST, jnp.float32),
-        jnp.zeros(q.shape[:-1], jnp.float32),
-        jnp.zeros(q.shape, jnp.float32),
-    )
-    state = step(start, 0, parts)
+    def step(i: jax.Array, state: State, part: Part) -> State:
+        new = attend(i, [part], state[0])
+        decay = jnp.exp(state[0] - new[0])
+        return new[0], state[1] * decay + new[1], state[2] * decay[..., None] + new[2]
+
+    state = attend(0, parts, _LOWEST)
     for part in parts:
         block = block_size(part[0].slots, largest)
         if block < part[0].slots:
             blocks = (jnp.max(part[1].lengths) + block - 1) // block
-            state = jax.lax.fori_loop(1, blocks, lambda i, state, part=part: step(state, i, [part]), state)
+            state = jax.lax.fori_loop(1, blocks, partial(step, part=part), state)
     highest, total, out = state
     empty = total == 0
     out = out / jnp.where(empty, 1, total)[..., None]
@@ -70,8 +72,8 @@ def decode_attention(
 
 
 def block_size(slots: int, largest: int) -> int:
-    """Slots read at once: a share of the store, since segments are short where stores are small."""
-    share = slots // _BLOCKS // 16 * 16
+    """Slots read at once: `largest` of a large store, fewer of a small one, whose segments are short."""
+    share = largest * slots // _LARGE_STORE // 16 * 16
     return min(slots, max(_SMALLEST, min(largest, share)))
 
 
