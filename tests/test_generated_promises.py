@@ -17,6 +17,7 @@ from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.policies import AccumulatedAttention, policy_by_name
 from vlcache_jax.recompression import recompress
 from vlcache_jax.report import make_report
+from vlcache_jax.selection import forced
 
 RULES = {
     "window": vlc.StreamingLLM(0.4, decoding="window:5"),
@@ -125,6 +126,32 @@ def test_recompression_of_heads_that_share_a_lane():
     for apart, together in zip(run(context, *parts), run(shared, *parts), strict=True):
         np.testing.assert_array_equal(apart, together.reshape(apart.shape))
     assert int(jnp.max(run(context, *parts)[2])) == int(jnp.max(batch.lengths)) + 5
+
+
+def test_recompression_keeps_the_older_of_equals():
+    """Queries of zeros look at all that they see alike, so age decides, wherever in its segment a token lies."""
+    batch = ragged(seed=8)
+    _, _, state = program(RULES["recompress"], 6)(scripted_params(batch, 6, 8), batch)
+    context, rule = state.context, state.tail.rule
+    positions = np.array(context.positions)
+    segments = [
+        (row, lane, slice(start, start + count), count)
+        for row, lane in np.ndindex(positions.shape[:2])
+        for start, count in zip(np.asarray(context.offsets)[row, :, 0], np.asarray(context.lengths)[row, :, 0])
+    ]
+    before = []
+    for row, lane, inside, _ in segments:
+        positions[row, lane, inside] = positions[row, lane, inside][::-1]
+        before.append(np.sort(positions[row, lane, inside]))
+    alike = jax.tree.map(jnp.zeros_like, state.observed)
+    context = dataclasses.replace(context, positions=jnp.asarray(positions))
+    after = np.asarray(jax.jit(recompress)(context, state.tail, alike, state.next_position)[2])
+    for (row, lane, inside, count), old in zip(segments, before):
+        latest, _ = forced(int(count), rule.recent, rule.sinks)
+        end = int(state.next_position[row])
+        everything = np.concatenate([old, np.arange(end - rule.every, end)])
+        expected = np.concatenate([everything[: count - latest], everything[-latest:]])
+        np.testing.assert_array_equal(np.sort(after[row, lane, inside]), expected)
 
 
 def test_rows_end_on_their_own(llava):

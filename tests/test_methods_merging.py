@@ -139,6 +139,10 @@ def test_what_nothing_went_to_stays_as_it_is():
         assert np.asarray(x).tobytes() == y.tobytes()
 
 
+# With the emitters that conftest.py chooses before JAX 0.11, programs of different batches differ in the last bit.
+AS_USERS_COMPILE = jax.__version_info__ >= (0, 11)
+
+
 def test_a_row_merges_alike_in_any_batch_and_padding():
     policy = policy_with("pivotal")
     batch = stub_batch()
@@ -150,6 +154,8 @@ def test_a_row_merges_alike_in_any_batch_and_padding():
             alone = prefill(policy, *row_alone(batch, params, row, length))
             for (layer, _, head), own in stored(alone).items():
                 for x, y in zip(own, whole[layer, row, head]):
+                    if length == batch.length and AS_USERS_COMPILE:
+                        np.testing.assert_array_equal(x, y)
                     np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 

@@ -179,11 +179,9 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype):
     batch = ragged_batch(rows=4, seed=3)
     _, state = vlc.prefill(model, params, batch, policy, NEW)
     together = generate(llava, batch, policy)
+    # candidate_fraction is a fraction of the padded length, so such a row is compared at the same padding
+    lengths = [batch.length] if policy.candidate_fraction < 1 else [None, batch.length, 64]
     for row in range(4):
-        # Without padding (a program of its own: two rows), with as much as in the batch, and with more.
-        lengths = [None, batch.length, 64] if row % 2 == 0 else [batch.length, 64]
-        if policy.candidate_fraction < 1:  # which is a fraction of the padded length
-            lengths = [batch.length]
         for length in lengths:
             wide = one_row(batch, row, length if length != 64 else None)
             if length == 64:
