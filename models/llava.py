@@ -53,7 +53,8 @@ class Llava(nn.Module):
             max_positions=c.decoder.max_positions,
             dtype=self.dtype,
             eos_token_ids=c.eos_token_ids,
-            pad_token_id=c.pad_token_id if c.pad_token_id is not None else (c.eos_token_ids or (0,))[0],
+            # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.
+            pad_token_id=next(i for i in (c.pad_token_id, *c.eos_token_ids, 0) if i in range(c.decoder.vocab_size)),
             vision_grid=0 if c.feature_select == "full" else c.vision.grid_size,
         )
 

@@ -17,6 +17,7 @@ from vlcache_jax.models.processing.chat import ChatTemplate, read_template, spli
 from vlcache_jax.models.processing.files import read_json
 from vlcache_jax.models.processing.images import ImageLike, is_image_like, load_image
 from vlcache_jax.models.processing.layout import VisionLayout, agree_on_pinpoints
+from vlcache_jax.models.processing.rows import check_rows, padding_id
 from vlcache_jax.models.processing.tokenizer import Tokenizer
 from vlcache_jax.models.processing.transform import ImageTransform
 
@@ -106,6 +107,16 @@ class Processor:
             chat_template=read_template(folder),
             buckets=buckets,
         )
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the model's embedding table: every token id of a prompt lies below. The weights are held to it."""
+        return self.config.decoder.vocab_size
+
+    @property
+    def padding_id(self) -> int:
+        """The id that fills padded rows: it always has a row, which the tokenizer's padding token need not."""
+        return padding_id(self.tokenizer, self.embedding_rows)
 
     @property
     def has_chat_template(self) -> bool:
@@ -218,11 +229,12 @@ class Processor:
             tokens.append(self.tokenizer.encode(item, add_special_tokens=False))
             if not tokens[-1]:
                 raise InputError(f"text {number} is empty: {item!r} has no tokens")
+            check_rows(tokens[-1], self.embedding_rows, self.tokenizer, f"text {number}")
         longest = max(map(len, tokens))
         short = next((size for size in (16, 32) if longest <= size), None)
         length = pad_to if pad_to is not None else short or bucket_length(longest, self._buckets)
         _check_room("pad_to", length, longest, "tokens in the longest text")
-        ids = np.full((len(tokens), int(length)), self.tokenizer.pad_token_id, np.int32)
+        ids = np.full((len(tokens), int(length)), self.padding_id, np.int32)
         for row, of_text in enumerate(tokens):
             ids[row, : len(of_text)] = of_text
         lead = (len(rows), len(rows[0])) if nested else (len(rows),)
@@ -318,6 +330,7 @@ class Processor:
                 f"have {sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
                 f"{prompt[:80]!r}"
             )
+        check_rows(tokens.tolist(), self.embedding_rows, self.tokenizer, f"row {row}")
         return tokens
 
     def _assemble(
@@ -329,7 +342,7 @@ class Processor:
         most: int,
     ) -> Batch:
         size = len(tokens)
-        token_rows = np.full((size, length), self.tokenizer.pad_token_id, np.int32)
+        token_rows = np.full((size, length), self.padding_id, np.int32)
         vision_index = np.full((size, length), TEXT, np.int32)
         side = self.config.vision.image_size
         pixels = np.zeros((size, most, side, side, 3), np.float32)

@@ -92,6 +92,10 @@ class Tokenizer:
         """The id of one token, or None if the vocabulary lacks it."""
         return self.backend.token_to_id(token)
 
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token of an id, or None if the vocabulary lacks it."""
+        return self.backend.id_to_token(token_id)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` also those that start or end a sequence."""
         try:

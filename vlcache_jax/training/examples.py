@@ -8,6 +8,7 @@ import numpy as np
 from vlcache_jax.batch import TEXT
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processing.rows import check_rows
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
 
 
@@ -50,9 +51,10 @@ def make_train_batch(
         tokens = np.asarray(batch.tokens[row, : batch.lengths[row]])
         index = np.asarray(batch.vision_index[row, : batch.lengths[row]])
         start = 1 + int(np.max(np.flatnonzero(index != TEXT), initial=0))
-        ids = tokenizer.encode(answer, False)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        questions = [(tokens[start:].tolist(), [*ids, *end])]
+        ids = [*tokenizer.encode(answer, False), *end]
+        check_rows(ids, processor.embedding_rows, tokenizer, f"row {row}, the answer and its end")
+        questions = [(tokens[start:].tolist(), ids)]
         pixels = np.asarray(batch.pixels[row])
         conversations.append(Conversation(tokens[:start].tolist(), index[:start].tolist(), questions, pixels))
-    return pack(conversations, length, pad_token=tokenizer.pad_token_id)
+    return pack(conversations, length, pad_token=processor.padding_id)
