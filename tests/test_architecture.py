@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for folder in ("vlcache_jax", "models", "kernels") for p in (ROOT / folder).rglob("*.py"))
 CORE = {
     "batch", "budgets", "context", "decoding", "errors", "extending", "fractions", "generation", "interfaces",
-    "merging", "packing", "prefill", "report", "sampling", "selection", "state", "validation",
+    "merging", "packing", "prefilling", "report", "sampling", "selection", "state", "validation",
 }  # fmt: skip
 
 
@@ -44,8 +44,16 @@ def test_imports(path):
             outside = ("models", "loading", "training", "cli", "demo", "explain")
             assert not name.startswith(tuple(f"vlcache_jax.{part}" for part in outside)), name
         if relative.parts[0] == "models":
-            outside = ("loading", "training", "cli", "demo", "explain", "generation", "prefill", "decoding")
+            outside = ("loading", "training", "cli", "demo", "explain", "generation", "prefilling", "decoding")
             assert not name.startswith(tuple(f"vlcache_jax.{part}" for part in outside)), name
+
+
+def test_no_public_name_is_also_a_module():
+    """Public names are looked up at their first use: a submodule of the same name, once imported, would hide one."""
+    import vlcache_jax as vlc
+
+    modules = {path.stem for path in (ROOT / "vlcache_jax").iterdir()} | {"models", "kernels"}
+    assert not modules.intersection(vlc.__all__)
 
 
 def test_every_public_name_has_a_docstring_and_a_place_in_the_guide():

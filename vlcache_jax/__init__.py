@@ -1,121 +1,28 @@
-"""Vision-language models in JAX/Flax with a compressed, fixed-shape KV cache."""
+"""Vision-language models in JAX/Flax with a compressed, fixed-shape KV cache.
 
+The public names are those of `vlcache_jax.public`. They are imported at the first use of one, since that takes JAX and
+seconds, and `vlcache-jax --help` or its first line of progress must not wait for it.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from vlcache_jax.batch import Batch, Continuation
-from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
-from vlcache_jax.context import Context, answer, compress, extend
-from vlcache_jax.context_files import load_context, save_context
-from vlcache_jax.decoding import decode_step
-from vlcache_jax.errors import CheckpointError, InputError, PolicyError, VLCacheError
-from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
-from vlcache_jax.loading import VLM, load
-from vlcache_jax.ops import Kernels
-from vlcache_jax.policies import (
-    H2O,
-    TOVA,
-    AdaKV,
-    AirCache,
-    Append,
-    Drop,
-    Evict,
-    ExpectedAttention,
-    FullCache,
-    KeyDifference,
-    KeyNorm,
-    LastRows,
-    LookM,
-    Merge,
-    MixKV,
-    Policy,
-    PostVision,
-    PrefixKV,
-    PyramidKV,
-    Quantise,
-    RandomEviction,
-    Recompress,
-    RollingWindow,
-    SnapKV,
-    StreamingLLM,
-    VLCache,
-    ZipVL,
-    policy_by_name,
-)
-from vlcache_jax.prefill import prefill
-from vlcache_jax.report import Report
-from vlcache_jax.sampling import Sampling
-from vlcache_jax.state import KVState
-
-if TYPE_CHECKING:
-    from vlcache_jax.planning import plan
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "H2O",
-    "TOVA",
-    "VLM",
-    "AdaKV",
-    "AirCache",
-    "Append",
-    "Batch",
-    "Bytes",
-    "CheckpointError",
-    "Context",
-    "Continuation",
-    "Drop",
-    "Evict",
-    "ExpectedAttention",
-    "FullCache",
-    "Generation",
-    "InputError",
-    "KVState",
-    "Kernels",
-    "KeyDifference",
-    "KeyNorm",
-    "LastRows",
-    "LookM",
-    "Mass",
-    "Merge",
-    "MixKV",
-    "Policy",
-    "PolicyError",
-    "PostVision",
-    "PrefixKV",
-    "PyramidKV",
-    "Quantise",
-    "RandomEviction",
-    "Recompress",
-    "Report",
-    "RollingWindow",
-    "Sampling",
-    "SnapKV",
-    "StreamingLLM",
-    "Tokens",
-    "VLCache",
-    "VLCacheError",
-    "ZipVL",
-    "answer",
-    "compress",
-    "decode",
-    "decode_step",
-    "extend",
-    "generate",
-    "layer_budgets",
-    "load",
-    "load_context",
-    "plan",
-    "policy_by_name",
-    "prefill",
-    "save_context",
-    "stream",
-    "stream_decode",
-]
+if TYPE_CHECKING:
+    from vlcache_jax.public import *  # noqa: F403
+    from vlcache_jax.public import __all__  # noqa: F401
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module("vlcache_jax.public")
+            if name == "__all__" or name in public.__all__:
+                return getattr(public, name)
+            if name in globals():  # a submodule, imported with the names
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "plan":  # imported when it is asked for: few programs plan
-        from vlcache_jax.planning import plan
-
-        return plan
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*import_module("vlcache_jax.public").__all__, *globals()})

@@ -25,7 +25,7 @@ from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.generated import APPEND
-from vlcache_jax.prefill import empty_tail, prefill
+from vlcache_jax.prefilling import empty_tail, prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling
 from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align

@@ -15,7 +15,7 @@ from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.ops import Kernels, on_mesh_of
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
-from vlcache_jax.prefill import prefill
+from vlcache_jax.prefilling import prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling, next_token
 from vlcache_jax.state import KVState, PackedStore

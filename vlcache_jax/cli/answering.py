@@ -12,7 +12,7 @@ from vlcache_jax.explain import Kept, kept_by_layer
 from vlcache_jax.generation import decode, stream_decode
 from vlcache_jax.loading import VLM
 from vlcache_jax.policies import Policy
-from vlcache_jax.prefill import prefill
+from vlcache_jax.prefilling import prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling
 

@@ -19,7 +19,7 @@ from vlcache_jax.models.llava import Llava
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
 from vlcache_jax.policies.base import Policy
-from vlcache_jax.prefill import prefill
+from vlcache_jax.prefilling import prefill
 from vlcache_jax.state import KVState
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -85,7 +85,7 @@ class Programs:
         self.params: Params = place_params(jax.tree.map(lambda x: _struct(x.shape, model.dtype), shapes), mesh)
 
     def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
-        """`vlcache_jax.prefill`, its state split over devices; (what the compiler says, the compiled program)."""
+        """`prefill`, its state split over devices; (what the compiler says, the compiled program)."""
         run = self._prefill(work, policy)
         state = self.state(work, policy)
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))

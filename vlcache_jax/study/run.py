@@ -20,7 +20,7 @@ from vlcache_jax.generation import decode
 from vlcache_jax.loading import VLM
 from vlcache_jax.models.cpu_layout import cpu_layout
 from vlcache_jax.policies import FullCache, Policy
-from vlcache_jax.prefill import prefill
+from vlcache_jax.prefilling import prefill
 from vlcache_jax.study import before
 from vlcache_jax.study.measure import Held, Stores, held, kept_tokens, store_bytes
 from vlcache_jax.study.methods import FULL, Method
