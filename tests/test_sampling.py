@@ -136,7 +136,16 @@ def test_frequencies(sampling, expected):
         ({"temperature": 0.0}, "temperature=0.0 must be above 0; for greedy decoding use sampling=None"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+        ({"temperature": "hot"}, "temperature='hot' is not a number"),
+        ({"temperature": True}, "temperature=True is not a number"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": 2.5}, "top_k=2.5 is not an integer"),
+        ({"top_k": 2.0}, "top_k=2.0 is not an integer"),
+        ({"top_k": True}, "top_k=True is not an integer"),
+        ({"top_k": float("nan")}, "top_k=nan is not an integer"),
+        ({"top_p": float("nan")}, r"top_p=nan must lie in \(0, 1\]"),
+        ({"top_p": "0.5"}, "top_p='0.5' is not a number"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
     ],
@@ -149,3 +158,6 @@ def test_errors(options, message):
 def test_hashable():
     assert hash(Sampling(top_k=3)) == hash(Sampling(top_k=3))
     assert Sampling(top_k=3) != Sampling(top_k=4)
+    same = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.5))
+    assert same == Sampling(temperature=0.5, top_k=3, top_p=0.5)
+    assert hash(same) == hash(Sampling(temperature=0.5, top_k=3, top_p=0.5))

@@ -28,6 +28,7 @@ from vlcache_jax.policies.generated import APPEND
 from vlcache_jax.prefilling import empty_tail, prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling
+from vlcache_jax.seeds import Seeds, seed_words
 from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align
 
 
@@ -192,7 +193,7 @@ def answer(
     *,
     samples: int | None = None,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] | jax.Array = 0,
+    seeds: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> Generation:
@@ -205,8 +206,8 @@ def answer(
       max_new_tokens: answers are cut at this length.
       samples: answers to each question; None for one, without an axis of its own.
       sampling: None for greedy decoding.
-      seeds: an integer, or one for each answer: i32 of the answers' leading axes, or broadcast to them. With an integer
-        sample i draws with `seeds + i`. A draw depends on its own seed, never on the others.
+      seeds: one, or an array of the answers' leading axes, or broadcast to them; integers or keys, as in `generate`.
+        With a single one sample i draws with seed + i. A draw depends on its own seed, never on the others.
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty list never stops.
       kernels: as in `compress`.
 
@@ -231,7 +232,7 @@ def answer(
             raise InputError(f"samples={samples} greedy answers would all be the same: give sampling=Sampling(...)")
     lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
     shape = lead if samples is None else (*lead, samples)
-    seeds = _seeds(seeds, shape, samples)
+    seeds = seed_words(seeds, shape, samples).reshape(-1, 2)
     asked = ctx if questions is None else _extend(ctx, (questions,), kernels, max_new_tokens)
     logits, state = asked.start(max_new_tokens, asked.rows * (samples or 1))
     options: dict[str, Any] = {"sampling": sampling, "eos_token_ids": eos_token_ids, "kernels": kernels}
@@ -322,13 +323,3 @@ def _check_positions(ctx: Context, appended: Any, new_tokens: int) -> None:
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"{name}={value!r}: give a whole number of at least 1")
-
-
-def _seeds(seeds: Any, shape: tuple[int, ...], samples: int | None) -> jax.Array:
-    seeds = jnp.asarray(seeds, jnp.int32)
-    if seeds.ndim == 0 and samples is not None:
-        seeds = seeds + jnp.arange(samples)
-    try:
-        return jnp.broadcast_to(seeds, shape).reshape(-1)
-    except ValueError as error:
-        raise InputError(f"seeds of shape {seeds.shape} do not fit answers {shape}") from error

@@ -18,6 +18,7 @@ from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.prefilling import prefill
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling, next_token
+from vlcache_jax.seeds import Seeds, seed_words
 from vlcache_jax.state import KVState, PackedStore
 
 
@@ -56,7 +57,7 @@ def generate(
     max_new_tokens: int = 64,
     *,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] | jax.Array = 0,
+    seeds: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> Generation:
@@ -72,8 +73,9 @@ def generate(
       policy: what to keep of the prompt's cache; `FullCache()` by default.
       max_new_tokens: answers are cut at this length.
       sampling: None for greedy decoding.
-      seeds: an integer for all rows, or i32 [batch]. A row's sample depends on its own seed, never on the batch; to
-        draw several answers to one prompt, see `vlc.answer`.
+      seeds: one for all rows or one for each: integers of up to 64 bits, or keys of `jax.random.key`. A row's sample
+        depends on its own seed, never on the batch or on JAX's settings; to draw several answers to one prompt, see
+        `vlc.answer`.
       eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
       kernels: which implementation of each op to use; the platform's best by default.
 
@@ -81,14 +83,14 @@ def generate(
       The answers and a report.
 
     Raises:
-      InputError: see `prefill`; or a number of seeds other than rows.
+      InputError: see `prefill`; or seeds that are none, or other than rows in number.
 
     Example:
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
       texts = vlm.processor.decode(out)
     """
     policy = FullCache() if policy is None else policy
-    _check_seeds(seeds, batch.size)
+    seeds = seed_words(seeds, (batch.size,))
     logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
@@ -104,7 +106,7 @@ def stream(
     max_new_tokens: int = 64,
     *,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] | jax.Array = 0,
+    seeds: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
@@ -116,7 +118,7 @@ def stream(
       i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have.
     """
     policy = FullCache() if policy is None else policy
-    _check_seeds(seeds, batch.size)
+    seeds = seed_words(seeds, (batch.size,))
     logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
@@ -130,7 +132,7 @@ def decode(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] | jax.Array = 0,
+    seeds: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -147,10 +149,10 @@ def decode(
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
 
     Raises:
-      InputError: a number of seeds other than rows, or max_new_tokens beyond the state's room.
+      InputError: seeds that do not fit, or max_new_tokens beyond the state's room.
     """
     _check_room(model, state, max_new_tokens)
-    seeds = _check_seeds(seeds, logits.shape[0])
+    seeds = seed_words(seeds, (logits.shape[0],))
     stop = _stop_ids(model, eos_token_ids)
     with on_mesh_of(params, logits, state):
         return _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop, kernels or Kernels())
@@ -164,13 +166,13 @@ def stream_decode(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
-    seeds: int | Sequence[int] | jax.Array = 0,
+    seeds: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`."""
     _check_room(model, state, max_new_tokens)
-    seeds = _check_seeds(seeds, logits.shape[0])
+    seeds = seed_words(seeds, (logits.shape[0],))
     stop = _stop_ids(model, eos_token_ids)
 
     def tokens() -> Iterator[np.ndarray]:
@@ -207,13 +209,6 @@ def _check_room(model: VisionLanguageModel, state: KVState, max_new_tokens: int)
             f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
             "lower it"
         )
-
-
-def _check_seeds(seeds: int | Sequence[int] | jax.Array, rows: int) -> jax.Array:
-    seeds = jnp.asarray(seeds, jnp.int32)
-    if seeds.ndim > 1 or seeds.size not in (1, rows):
-        raise InputError(f"seeds of shape {seeds.shape} do not fit {rows} rows: give one integer or one per row")
-    return jnp.broadcast_to(seeds, (rows,))
 
 
 def _stop_ids(model: VisionLanguageModel, eos_token_ids: Sequence[int] | None) -> tuple[int, ...]:

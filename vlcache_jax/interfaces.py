@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any, Protocol
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -49,4 +47,3 @@ class VisionLanguageModel(Protocol):
 
 
 Params = dict[str, Any]
-PRNGSeed = int | jax.Array

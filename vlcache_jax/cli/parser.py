@@ -264,6 +264,6 @@ def _whole(text: str) -> int:
 
 def _seed(text: str) -> int:
     value = _whole(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number from 0 to {2**31 - 1}")
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number from 0 to {2**64 - 1}")
     return value

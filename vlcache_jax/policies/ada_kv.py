@@ -11,6 +11,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.pyramid_kv import Pyramid
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs
@@ -97,6 +98,7 @@ def _with_floor(found: jax.Array, mean: jax.Array, floor: float) -> jax.Array:
     return whole + (rank < left)
 
 
+@method
 def AdaKV(
     budget: Budget = 0.1,
     *,

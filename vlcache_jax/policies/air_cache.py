@@ -10,6 +10,7 @@ from vlcache_jax.budgets import Budget, SlotBudget, share_slots
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 _BLOCK = 32  # rows whose attention exists at once
@@ -118,6 +119,7 @@ class StrengthAndSkewness(Allocate):
         )
 
 
+@method
 def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, **options: Unpack[Options]) -> Policy:
     """Elite text rows score the visual tokens, layer budgets follow strength and skewness, and text is kept.
 

@@ -1,10 +1,8 @@
 """Policies by name, for the command line and configuration files."""
 
 import dataclasses
-import difflib
-import inspect
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.ada_kv import AdaKV
@@ -17,6 +15,7 @@ from vlcache_jax.policies.h2o import H2O
 from vlcache_jax.policies.key_difference import KeyDifference
 from vlcache_jax.policies.key_norm import KeyNorm
 from vlcache_jax.policies.look_m import LookM
+from vlcache_jax.policies.method import nearest, options_of
 from vlcache_jax.policies.mix_kv import MixKV
 from vlcache_jax.policies.prefix_kv import PrefixKV
 from vlcache_jax.policies.pyramid_kv import PyramidKV
@@ -67,20 +66,11 @@ def policy_by_name(name: str, **options: Any) -> Policy:
       0.2
     """
     if name not in POLICIES:
-        raise PolicyError(f"policy {name!r} does not exist{_nearest(name, list(POLICIES))}")
-    parameters = inspect.signature(POLICIES[name]).parameters
-    known = [option for option in parameters if option != "options"]
-    if "options" in parameters:
-        known += get_args(parameters["options"].annotation)[0].__annotations__
+        raise PolicyError(f"policy {name!r} does not exist{nearest(name, list(POLICIES))}")
+    known = options_of(POLICIES[name])
     rule = None if "decoding" in known or "decoding" not in options else as_generated(options.pop("decoding"))
     for option in options:
         if option not in known:
-            raise PolicyError(f"policy {name!r} has no option {option!r}{_nearest(option, known)}")
+            raise PolicyError(f"policy {name!r} has no option {option!r}{nearest(option, known)}")
     policy = POLICIES[name](**options)
     return policy if rule is None else dataclasses.replace(policy, generated=rule)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    did_you_mean = f": did you mean {close[0]!r}?" if close else ":"
-    return f"{did_you_mean} Known: {', '.join(known)}"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 _CHUNK = 16  # future positions whose rotations exist at once
@@ -84,6 +85,7 @@ class ExpectedScore(Score):
         return jax.lax.fori_loop(0, -(-self.future // _CHUNK), add, zero) / self.future
 
 
+@method
 def ExpectedAttention(
     budget: Budget = 0.1,
     *,

@@ -1,8 +1,10 @@
 """No compression, or none but fewer bits."""
 
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.method import method
 
 
+@method
 def FullCache(*, bits: int | None = None) -> Policy:
     """Keeps the whole prompt: the yardstick of every other policy.
 

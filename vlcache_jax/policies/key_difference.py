@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 
@@ -41,6 +42,7 @@ class KeyDifferenceScore(Score):
         return -anchor_cosine(inputs)
 
 
+@method
 def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens whose keys differ most from the mean direction: near-duplicates go first.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 
@@ -22,6 +23,7 @@ class KeyNormScore(Score):
         return -jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
 
 
+@method
 def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens with the smallest keys: a small norm goes with much attention, in text models.
 

@@ -10,6 +10,7 @@ from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.evicted import Drop, Merge
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs, Score
 
@@ -54,6 +55,7 @@ class TextPrior(Score):
         return jnp.where(jnp.isfinite(scores), rank, jnp.nan)
 
 
+@method
 def LookM(
     budget: Budget = 0.2,
     *,

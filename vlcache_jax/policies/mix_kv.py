@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget, Tokens
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.key_difference import unit_keys
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs, Score
 from vlcache_jax.policies.snap_kv import snap_score
@@ -67,6 +68,7 @@ class DiversityMixed(Score):
         return jnp.where(inside, mixed, vote)
 
 
+@method
 def MixKV(
     budget: Budget = 0.1,
     *,

@@ -5,10 +5,12 @@ from typing import Unpack
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.equal_mass import EqualMass
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import AllRows
 from vlcache_jax.policies.scores import AccumulatedAttention
 
 
+@method
 def PrefixKV(
     budget: Budget = 0.1,
     *,

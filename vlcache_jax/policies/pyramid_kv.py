@@ -10,6 +10,7 @@ from vlcache_jax.budgets import Budget, SlotBudget, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.snap_kv import snap_score
 from vlcache_jax.selection import Recent, forced
@@ -57,6 +58,7 @@ class Pyramid(Allocate):
         return slots + (room & (jnp.cumsum(room, axis=1) <= extra))
 
 
+@method
 def PyramidKV(
     budget: Budget = 0.1,
     *,

@@ -4,9 +4,11 @@ from typing import Unpack
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import RandomScore
 
 
+@method
 def RandomEviction(budget: Budget = 0.1, *, recent: float = 0.1, seed: int = 0, **options: Unpack[Options]) -> Policy:
     """Keeps random tokens, the same number in every layer, besides the recent ones: what a score must beat.
 

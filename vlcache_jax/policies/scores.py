@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.batch import TEXT
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.seeds import random_bits, seed_words, uniform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,18 +101,30 @@ class AccumulatedAttention(Score):
 
 @dataclasses.dataclass(frozen=True)
 class RandomScore(Score):
-    """Uniform random numbers: the yardstick that every method must beat. The same for every row of a batch."""
+    """Uniform random numbers: the yardstick that every method must beat. The same for every row of a batch.
+
+    Raises:
+      PolicyError: a seed that is no integer of up to 64 bits.
+    """
 
     needs_attention = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        try:
+            if not isinstance(self.seed, int | np.integer):
+                raise InputError(f"{self.seed!r} is not an integer")
+            seed_words(self.seed, ())
+        except InputError as error:
+            raise PolicyError(f"seed={self.seed!r} is not known: give an integer below 2**64") from error
+
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """See `Score.__call__`."""
         batch, length, kv_heads, _ = inputs.key.shape
-        key = jax.random.fold_in(jax.random.key(self.seed), inputs.layer)
-        # One number per position, drawn position by position: it does not depend on the padding.
-        draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (kv_heads,)))
-        return jnp.broadcast_to(draw(jnp.arange(length)).T, (batch, kv_heads, length))
+        words = jnp.asarray(seed_words(self.seed, ()))
+        # Drawn position by position, so that it does not depend on the padding.
+        draw = jax.vmap(lambda i: uniform(random_bits(words, (inputs.layer, i), kv_heads)))
+        return jnp.broadcast_to(draw(jnp.arange(length)).T[None], (batch, kv_heads, length))
 
 
 @dataclasses.dataclass(frozen=True)

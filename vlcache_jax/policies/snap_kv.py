@@ -4,6 +4,7 @@ from typing import Unpack
 
 from vlcache_jax.budgets import Budget, Tokens
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
@@ -11,6 +12,7 @@ from vlcache_jax.policies.visual_sinks import without_sinks
 from vlcache_jax.selection import Recent
 
 
+@method
 def SnapKV(
     budget: Budget = 0.1,
     *,

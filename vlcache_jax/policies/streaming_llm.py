@@ -5,9 +5,11 @@ from typing import Unpack
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import Recency
 
 
+@method
 def StreamingLLM(
     budget: Budget = 0.1, *, sinks: int = 4, decoding: str | Generated = "append", **options: Unpack[StoreOptions]
 ) -> Policy:

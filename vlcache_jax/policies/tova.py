@@ -5,10 +5,12 @@ from typing import Unpack
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Policy, StoreOptions
 from vlcache_jax.policies.generated import Evict, Generated, as_generated
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import LastRow
 from vlcache_jax.policies.scores import AccumulatedAttention
 
 
+@method
 def TOVA(
     budget: Budget = 0.1,
     *,

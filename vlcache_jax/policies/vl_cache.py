@@ -5,12 +5,14 @@ from typing import Unpack
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.allocate import SparsityAware
 from vlcache_jax.policies.base import Options, Policy
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention
 from vlcache_jax.policies.visual_sinks import without_sinks
 
 
+@method
 def VLCache(
     budget: Budget = 0.1,
     *,

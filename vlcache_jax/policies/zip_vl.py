@@ -10,6 +10,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.equal_mass import EqualMass
 from vlcache_jax.policies.evicted import Drop, Quantise
+from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs
 
@@ -44,6 +45,7 @@ class EnoughMass(EqualMass):
         return jnp.minimum(enough, super().slots(measured, lengths, budget))
 
 
+@method
 def ZipVL(
     budget: Budget = 0.6,
     *,
