@@ -19,3 +19,10 @@ assert set(vlcache_jax.__all__) < set(dir(vlcache_jax)) & set(globals())
 assert not hasattr(vlcache_jax, "generat")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_module_can_be_imported_before_the_names():
+    """`from vlcache_jax import ops`, inside a module, must not import everything else first: that is a circle."""
+    subprocess.run(
+        [sys.executable, "-c", "import vlcache_jax.decoding, vlcache_jax.generation"], check=True, timeout=120
+    )

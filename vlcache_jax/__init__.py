@@ -5,6 +5,7 @@ seconds, and `vlcache-jax --help` or its first line of progress must not wait fo
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "__all__" or not name.startswith("_"):
-            public = import_module("vlcache_jax.public")
-            if name == "__all__" or name in public.__all__:
-                return getattr(public, name)
-            if name in globals():  # a submodule, imported with the names
-                return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name != "__all__" and name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if find_spec(f"{__name__}.{name}") is not None:  # `from vlcache_jax import ops` asks here first
+            return import_module(f"{__name__}.{name}")
+        public = import_module(f"{__name__}.public")
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(public, name)
+        return value
 
 
 def __dir__() -> list[str]:
