@@ -39,10 +39,25 @@ class RopeConfig:
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
 
+    def extended(self, max_positions: int) -> int:
+        """Positions that a model of `max_positions` (its `max_position_embeddings`) can use with this scaling.
+
+        `linear` and `dynamic` configs keep the length that the model was trained with, so the factor comes on top;
+        `yarn` and `llama3` configs give that length apart, and `max_position_embeddings` may be the extended one.
+        """
+        if self.kind in ("linear", "dynamic"):
+            return max(max_positions, int(max_positions * self.factor))
+        if self.kind in ("yarn", "llama3"):
+            return max(max_positions, int((self.original_max_positions or max_positions) * self.factor))
+        return max_positions
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP."""
+    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP.
+
+    `max_positions` is the `max_position_embeddings` of its config; the model can use `extended_positions`.
+    """
 
     family: str  # llama, mistral or qwen2
     vocab_size: int
@@ -60,6 +75,11 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     activation: str = "silu"
+
+    @property
+    def extended_positions(self) -> int:
+        """Positions that a prompt and its answer may have together, those of rope scaling included."""
+        return self.rope.extended(self.max_positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

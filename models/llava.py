@@ -50,7 +50,7 @@ class Llava(nn.Module):
             num_layers=c.decoder.num_layers,
             num_kv_heads=c.decoder.num_kv_heads,
             head_dim=c.decoder.head_dim,
-            max_positions=c.decoder.max_positions,
+            max_positions=c.decoder.extended_positions,
             dtype=self.dtype,
             eos_token_ids=c.eos_token_ids,
             # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.

@@ -64,7 +64,7 @@ def test_integers_are_listed_but_not_read(tmp_path: Path) -> None:
         (b"[" * 100_000, b"", None, "not JSON"),
         (b'{"w": 1, "w": 2}', b"", None, "twice"),
         ({"w": 5}, b"", None, "'w' is described as 5"),
-        ({"w": entry(dtype="F33")}, b"\0" * 8, None, "'w' is described as"),
+        ({"w": entry(dtype="F33")}, b"\0" * 8, None, "'w' has the element type \"F33\", which is not known"),
         ({"w": entry(dtype=["F32"])}, b"\0" * 8, None, "'w' is described as"),
         ({"w": entry(shape=[-2])}, b"\0" * 8, None, "'w' is described as"),
         ({"w": entry(shape=[2.0])}, b"\0" * 8, None, "'w' is described as"),
@@ -123,7 +123,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         SafetensorsFolder(tmp_path)
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a folder, not a plain file"):
         SafetensorsFolder(tmp_path)
 
 
@@ -208,6 +208,36 @@ def test_shards_that_disagree_with_the_index(tmp_path: Path) -> None:
     index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     with pytest.raises(CheckpointError, match=r"two\.safetensors is missing"):
         SafetensorsFolder(tmp_path)
-    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "two.safetensors")
-    with pytest.raises(CheckpointError, match=r"'a' is both in one\.safetensors and in two\.safetensors"):
+    save_file({"a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a' is both in one\.safetensors and in two\.safetensors .* differ"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_the_same_tensor_twice_is_read_once(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "one.safetensors")
+    save_file({"a": torch.ones(3), "b": torch.zeros(1)}, tmp_path / "two.safetensors")
+    index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    with pytest.warns(UserWarning, match=r"'a' is both in one\.safetensors and in two\.safetensors .* same bytes"):
+        folder = SafetensorsFolder(tmp_path)
+    assert folder.tensors["a"].file == "one.safetensors"
+    assert folder.view("a").tolist() == [1, 1, 1]
+    for different in (torch.ones(3, dtype=torch.float64), torch.ones(3, 1), torch.tensor([1.0, 1.0, float("nan")])):
+        save_file({"a": different, "b": torch.zeros(1)}, tmp_path / "two.safetensors")
+        with pytest.raises(CheckpointError, match=r"'a' is both in .* differ"):
+            SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["two", "model-00002-of-00002"])  # the latter is found though the index forgot it
+def test_an_index_that_names_the_wrong_shard(other: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.zeros(1), "c": torch.zeros(1)}, tmp_path / f"{other}.safetensors")
+    listed = {"a": "one.safetensors", "b": "one.safetensors"}
+    index(tmp_path, listed | ({"c": "two.safetensors"} if other == "two" else {}))
+    with pytest.warns(UserWarning, match=rf"wrong file for 1 tensors, such as 'b': it says one.*{other}.*holds it"):
+        folder = SafetensorsFolder(tmp_path)
+    assert folder.tensors["b"].file == f"{other}.safetensors"
+    assert folder.view("b").tolist() == [0]
+    save_file({"b": torch.zeros(1)}, tmp_path / f"{other}.safetensors")
+    index(tmp_path, listed | {"d": "one.safetensors"})
+    with pytest.raises(CheckpointError, match=r"'.' in one\.safetensors, which does not hold it, nor does another"):
         SafetensorsFolder(tmp_path)

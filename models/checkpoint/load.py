@@ -3,7 +3,6 @@
 import difflib
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +11,17 @@ from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.checkpoint.copying import copy_cast
+from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.checkpoint.mapping import BY_NAME, BY_PATH, IGNORED, Rule, canonical
 from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, SafetensorsFolder
+from vlcache_jax.models.checkpoint.unsupported import refuse_quantised_tensors
 
 _LISTED = 20  # problems of one kind that a message spells out
+_COMPARED = 200  # names that are searched for one like another
 
 
 def load_params(
-    folder: str | Path,
+    folder: Folder,
     abstract_params: dict[str, Any],
     dtype: Any = None,
     shardings: Any = None,
@@ -31,7 +33,8 @@ def load_params(
     layers) beyond what the devices do.
 
     Args:
-      folder: With `model.safetensors`, or `model.safetensors.index.json` and its shards.
+      folder: With `model.safetensors`, or `model.safetensors.index.json` and its shards. A path, or what
+        `checkpoint_folder` made of one.
       abstract_params: The tree to fill, with `jax.ShapeDtypeStruct` leaves; `jax.eval_shape` of the model's
         `init`.
       dtype: Of the returned arrays; None takes each leaf's own from `abstract_params`.
@@ -103,7 +106,8 @@ def _match(
             misshapen.append(f"{name}: the config gives {expected}, the file has {list(info.shape)}")
         if info.dtype not in DTYPES:
             unreadable.append(f"{name}: {info.dtype}")
-        if (other := found[rule.path].setdefault(layer or 0, name)) != name:
+        other = found[rule.path].setdefault(layer or 0, name)
+        if other != name and not reader.same_bytes(reader.tensors[other], info):
             twice.append(f"{other} and {name}")
 
     missing = []
@@ -118,13 +122,14 @@ def _match(
         *_listing("missing tensors", missing),
         *_listing("tensors that belong to no parameter", unknown),
         *_listing("tensors of the wrong shape", misshapen),
-        *_listing(f"tensors of an unsupported dtype (supported: {', '.join(DTYPES)})", unreadable),
-        *_listing("tensors present twice", twice),
+        *_listing(f"tensors of an unsupported dtype (convert them to one of {', '.join(DTYPES)})", unreadable),
+        *_listing("tensors present twice, with different values", twice),
     ]
     if problems:
+        refuse_quantised_tensors(reader.folder, unknown)
         hint = ""
         if missing and unknown:
-            near = difflib.get_close_matches(missing[0], unknown, n=1)
+            near = difflib.get_close_matches(missing[0], unknown[:_COMPARED], n=1)
             hint = f"\n  ({missing[0]} may be what the file calls {near[0]})" if near else ""
         raise CheckpointError(
             f"the tensors in {reader.folder} do not fit its config.json:\n  " + "\n  ".join(problems) + hint
@@ -138,7 +143,7 @@ def _listing(title: str, items: list[str]) -> list[str]:
     if not items:
         return []
     more = [f"  ... and {len(items) - _LISTED} more"] if len(items) > _LISTED else []
-    return [f"{len(items)} {title}:", *(f"  {item}" for item in items[:_LISTED]), *more]
+    return [f"{len(items)} {title}:", *(f"  {item[:300]}" for item in items[:_LISTED]), *more]
 
 
 def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:

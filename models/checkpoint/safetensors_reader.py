@@ -7,8 +7,8 @@ Format: https://huggingface.co/docs/safetensors/index#format
 """
 
 import dataclasses
-import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.checkpoint.files import checkpoint_folder, file_inside, read_json
+from vlcache_jax.json_text import parse_json, shorten
+from vlcache_jax.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME, TENSOR_SIDE
+from vlcache_jax.models.checkpoint.files import Folder, checkpoint_folder, file_inside, read_json
+from vlcache_jax.models.checkpoint.unsupported import no_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,13 +45,14 @@ _OTHER_BITS = {
     "C64": 64,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
     "F4": 4,
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_COMPARED = 2**24  # bytes of two tensors compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,50 +75,80 @@ class SafetensorsFolder:
       tensors: What the headers say, by tensor name.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Reads and checks the headers; no tensor data is read.
+    def __init__(self, folder: Folder) -> None:
+        """Reads and checks the headers. Tensor data are read of tensors alone that are there twice.
+
+        Warns if the index names a wrong shard for a tensor that another one holds, or if two shards hold a tensor with
+        the same bytes: what is loaded is right all the same.
 
         Raises:
-          CheckpointError: if files are missing, corrupt, truncated, or named outside the folder.
+          CheckpointError: if files are missing, corrupt, truncated, or named outside the folder, or two shards hold
+            different tensors of one name.
         """
         self.folder = checkpoint_folder(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[str, np.memmap] = {}
         listed = self._files()
-        for file in sorted(set(listed.values())) if listed else [SINGLE_FILE]:
-            for info in read_header(file_inside(self.folder, file))[0]:
-                if info.name in self.tensors:
-                    other = self.tensors[info.name].file
-                    raise CheckpointError(f"tensor {info.name!r} is both in {other} and in {file} of {self.folder}")
-                self.tensors[info.name] = info
+        files = sorted(set(listed.values())) if listed else [SINGLE_FILE]
+        for file in files:
+            self._add(file, listed)
+        if any(name not in self.tensors for name in listed):
+            for path in sorted(self.folder.path.glob("model-*.safetensors")):  # shards that the index forgot
+                if path.name not in files:
+                    self._add(path.name, listed, wanted=listed.keys() - self.tensors.keys())
+        misplaced = [name for name, file in listed.items() if name in self.tensors and self.tensors[name].file != file]
         for name, file in listed.items():
-            if name not in self.tensors or self.tensors[name].file != file:
+            if name not in self.tensors:
                 raise CheckpointError(
-                    f"{self.folder / INDEX_FILE} places tensor {name!r} in {file}, which does not hold it; "
-                    "the files are not from the same download"
+                    f"{self.folder / INDEX_FILE} places tensor {_quoted(name)} in {file}, which does not hold it, nor "
+                    "does another shard; the files are not from the same download"
                 )
+        if misplaced:
+            name = misplaced[0]
+            warnings.warn(
+                f"{self.folder / INDEX_FILE} names the wrong file for {len(misplaced)} tensors, such as "
+                f"{_quoted(name)}: it says {listed[name]}, {self.tensors[name].file} holds it and is read",
+                stacklevel=2,
+            )
+
+    def _add(self, file: str, listed: dict[str, str], wanted: Any = None) -> None:
+        """Takes in the tensors of a file: all, or those `wanted`."""
+        for info in read_header(file_inside(self.folder, file))[0]:
+            if wanted is not None and info.name not in wanted:
+                continue
+            other = self.tensors.get(info.name)
+            if other is not None:
+                if not self.same_bytes(other, info):
+                    raise CheckpointError(
+                        f"tensor {_quoted(info.name)} is both in {other.file} and in {file} of {self.folder}, and the "
+                        "two differ; the files are not from the same download"
+                    )
+                warnings.warn(
+                    f"tensor {_quoted(info.name)} is both in {other.file} and in {file} of {self.folder}, with the "
+                    "same bytes",
+                    stacklevel=3,
+                )
+            if other is None or listed.get(info.name) == file:
+                self.tensors[info.name] = info
 
     def _files(self) -> dict[str, str]:
         """Tensor name -> shard, from the index; empty if there is one single file."""
-        if (self.folder / SINGLE_FILE).exists():
+        if self.folder.has(SINGLE_FILE):
             return {}
-        if not (self.folder / INDEX_FILE).exists():
-            raise CheckpointError(self._nothing_found())
+        if not self.folder.has(INDEX_FILE):
+            raise no_weights(self.folder)
         path = file_inside(self.folder, INDEX_FILE)
-        listed = read_json(path).get("weight_map")
+        listed = read_json(path, TABLE_BYTES).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
             raise CheckpointError(f"{path} has no 'weight_map' of tensor names to file names")
         return listed
 
-    def _nothing_found(self) -> str:
-        pickled = sorted(f.name for f in self.folder.iterdir() if f.suffix in _PICKLED)
-        if pickled:
-            return (
-                f"{self.folder} has weights only as {', '.join(pickled)}; such files are pickled and can run "
-                "code when read, so they are refused. Convert them once: load the model with transformers in "
-                "an environment you trust and call save_pretrained(folder), which writes safetensors"
-            )
-        return f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights there"
+    def same_bytes(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two tensors are equal, bit for bit."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        a, b = self._bytes(one), self._bytes(other)
+        return all(np.array_equal(a[i : i + _COMPARED], b[i : i + _COMPARED]) for i in range(0, len(a), _COMPARED))
 
     def view(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of the mapped file; bytes are read when they are used.
@@ -128,40 +162,39 @@ class SafetensorsFolder:
                 f"tensor {name!r} in {self.folder / info.file} has dtype {info.dtype}; "
                 f"supported: {', '.join(DTYPES)} (quantised checkpoints are not)"
             )
+        return self._bytes(info).view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def _bytes(self, info: TensorInfo) -> np.ndarray:
         if info.file not in self._maps:
             self._maps[info.file] = np.memmap(file_inside(self.folder, info.file), np.uint8, mode="r")
-        data = self._maps[info.file][info.start : info.stop]
-        return np.asarray(data).view(DTYPES[info.dtype]).reshape(info.shape)
+        return np.asarray(self._maps[info.file][info.start : info.stop])
 
 
 def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
     """The tensors of a safetensors file, checked against its size, and its metadata, unchecked.
 
     Raises:
-      CheckpointError: if the file is missing, corrupt or truncated.
+      CheckpointError: if the file is missing, corrupt or truncated, or beyond the limits of `vlcache_jax.limits`.
     """
 
     def corrupt(why: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a valid safetensors file: {why}; download it again")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            if size < 8 or length > size - 8:
                 raise corrupt(f"its header claims {length} bytes, the file has {size}")
+            if length > TABLE_BYTES:
+                raise CheckpointError(f"{path} has a header of {length} bytes; at most {TABLE_BYTES} are read")
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise corrupt(f"its header is not JSON ({error})") from error
+        header = parse_json(raw, TABLE_BYTES)
+    except ValueError as error:
+        raise corrupt(f"its header is not JSON that can be read ({error})") from error
     if not isinstance(header, dict):
         raise corrupt("its header is not a JSON object")
     metadata = header.pop("__metadata__", None)
@@ -171,21 +204,34 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
     for name, entry in header.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            if not isinstance(dtype, str) or not isinstance(shape, list):
+                raise ValueError("malformed")
+            if len(name) > TENSOR_NAME or len(shape) > TENSOR_AXES:
+                raise ValueError("beyond the limits")
+            if not all(type(n) is int and 0 <= n <= TENSOR_SIDE for n in (*shape, start, stop)):
                 raise ValueError("sizes must be whole numbers")
-            bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_BITS[dtype]
         except (KeyError, TypeError, ValueError) as error:
-            raise corrupt(f"tensor {name!r} is described as {str(entry)[:200]}") from error
+            raise corrupt(f"tensor {_quoted(name)} is described as {shorten(entry, 200)}") from error
+        bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_BITS.get(dtype)
+        if bits is None:
+            raise CheckpointError(
+                f"{path}: tensor {_quoted(name)} has the element type {shorten(dtype)}, which is not known; parameters "
+                f"can be {', '.join(DTYPES)}: convert the checkpoint to one of them"
+            )
         if (stop - start) * 8 != math.prod(shape) * bits:
-            raise corrupt(f"tensor {name!r} of {dtype} {shape} cannot fill bytes {start} to {stop}")
+            raise corrupt(f"tensor {_quoted(name)} of {dtype} {shape} cannot fill bytes {start} to {stop}")
         infos.append(TensorInfo(name, path.name, dtype, tuple(shape), 8 + length + start, 8 + length + stop))
 
     # The format allows no gap and no overlap, so a truncated file cannot pass.
     end = 8 + length
     for info in sorted(infos, key=lambda i: (i.start, i.stop)):
         if info.start != end:
-            raise corrupt(f"tensor {info.name!r} starts at byte {info.start}, expected {end}")
+            raise corrupt(f"tensor {_quoted(info.name)} starts at byte {info.start}, expected {end}")
         end = info.stop
     if end != size:
         raise corrupt(f"its tensors end at byte {end}, the file at {size} (truncated, or something was appended)")
     return infos, metadata
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:197]}...")

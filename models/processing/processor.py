@@ -1,6 +1,5 @@
 """Images and text to a `Batch`, and tokens back to text."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.checkpoint.files import checkpoint_folder
+from vlcache_jax.models.checkpoint.files import Folder, checkpoint_folder
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.processing.buckets import bucket_length, check_buckets
@@ -64,7 +63,7 @@ class Processor:
             )
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str], *, buckets: Sequence[int] | None = None) -> "Processor":
+    def from_folder(cls, path: Folder, *, buckets: Sequence[int] | None = None) -> "Processor":
         """Reads the processor of a checkpoint folder, in the forms that transformers 4 and 5 write.
 
         Needs `config.json`, `tokenizer.json`, and `preprocessor_config.json` or a `processor_config.json`
@@ -79,7 +78,7 @@ class Processor:
         Raises:
           CheckpointError: a file is missing or malformed, or the parts do not fit one another.
         """
-        folder = checkpoint_folder(os.fspath(path)).resolve()
+        folder = checkpoint_folder(path)
         config = read_config(folder)
         settings = read_json(folder, "processor_config.json") or {}
         source, images = "processor_config.json", settings.get("image_processor")

@@ -295,7 +295,7 @@ def _workload(config: LlavaConfig, batch: int, prompt: int, new_tokens: int, ima
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
-    positions = config.decoder.max_positions
+    positions = config.decoder.extended_positions
     if prompt + new_tokens > positions:
         raise InputError(
             f"prompt={prompt} and new_tokens={new_tokens} need {prompt + new_tokens} positions but the model has "
