@@ -20,8 +20,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Tests compile far longer than they run. LLVM's optimisations are left out, and so, where JAX still has the older ones
 # (0.10), are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX tests with them.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+# With `--users-compiler` programs are compiled as users compile them; CI runs the promises about bits like that.
+_QUICK_COMPILER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
@@ -43,6 +43,15 @@ _LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py")
 def pytest_addoption(parser):
     """`--core`: leave out the files that compare with torch and transformers or compile whole models for TPUs."""
     parser.addoption("--core", action="store_true", help="leave out what needs torch, transformers or much time")
+    parser.addoption("--users-compiler", action="store_true", help="compile with XLA's default settings, slowly")
+
+
+def pytest_configure(config):
+    """Before any test file imports JAX; also in each of xdist's workers."""
+    assert "jax" not in sys.modules
+    flags = "" if config.getoption("--users-compiler") else _QUICK_COMPILER
+    own = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{own} --xla_force_host_platform_device_count=8 {flags}"
 
 
 def pytest_ignore_collect(collection_path: Path, config):

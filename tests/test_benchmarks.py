@@ -29,6 +29,7 @@ def run(tmp_path: Path, script: str, *options: str) -> dict:
     return result
 
 
+@pytest.mark.thorough
 def test_decode_speed(tmp_path):
     options = ["--shape", "smoke", "--batch", "2", "--length", "32", "--steps", "4", "--repeats", "1"]
     result = run(tmp_path, "decode_speed.py", *options, "--layout", "cpu")
@@ -37,6 +38,7 @@ def test_decode_speed(tmp_path):
     assert all(row["same_tokens"] == 1 for row in result["rows"] if row["policy"] == "full_cache")
 
 
+@pytest.mark.thorough
 def test_prefill_overhead(tmp_path):
     result = run(
         tmp_path, "prefill_overhead.py", "--shape", "smoke", "--length", "64", "--scored", "8", "--repeats", "1"
@@ -44,6 +46,7 @@ def test_prefill_overhead(tmp_path):
     assert all(row["ratio"]["median"] > 0 for row in result["rows"])
 
 
+@pytest.mark.thorough
 def test_decode_attention_cpu(tmp_path):
     options = ["--model", "qwen2-0.5b", "--batch", "1", "--tokens", "256", "--repeats", "1", "--calls", "1"]
     result = run(tmp_path, "decode_attention_cpu.py", *options)
@@ -56,6 +59,7 @@ def test_state_bytes(tmp_path):
     assert [row["ratio"] <= 0.13 for row in result["rows"]] == [True]
 
 
+@pytest.mark.thorough
 def test_compile_count(tmp_path):
     result = run(tmp_path, "compile_count.py", "--shape", "smoke", "--bucket", "64", "--prompts", "5")
     assert result["rows"]
@@ -63,6 +67,7 @@ def test_compile_count(tmp_path):
         assert (row["prefill"], row["decode"], row["other"]) == (1, 1, 0)
 
 
+@pytest.mark.thorough
 def test_decode_step_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import harness
@@ -79,6 +84,7 @@ def test_decode_step_of_a_gpu(tmp_path, monkeypatch):
     assert all("pallas_gpu" in name for name in result["settings"]["failures"])
 
 
+@pytest.mark.thorough
 def test_the_papers_table(tmp_path):
     options = ["--shape", "smoke", "--cases", "2x40", "1x30", "--steps", "3", "--repeats", "1"]
     result = run(tmp_path, "gpu/paper_table.py", *options, "--sides", "vl_cache", "transformers", "--budget", "0.5")
@@ -88,7 +94,7 @@ def test_the_papers_table(tmp_path):
     assert "too few" in failing["rows"][0]["failed"]
 
 
-@pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(budget=0.2)])
+@pytest.mark.parametrize("policy", [pytest.param(vlc.FullCache(), marks=pytest.mark.thorough), vlc.VLCache(budget=0.2)])
 def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import harness

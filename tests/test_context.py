@@ -95,6 +95,7 @@ def test_a_conversation_is_one_long_prompt(llava, batch, full):
             np.testing.assert_array_equal(answer.lengths, lengths)
 
 
+@pytest.mark.bits
 def test_a_question_in_the_prompt_is_generate(llava, batch, ctx):
     plain = vlc.generate(*llava, batch, POLICY, NEW, **FREE)
     out = vlc.answer(ctx, max_new_tokens=NEW, **FREE)
@@ -106,6 +107,7 @@ def test_a_question_in_the_prompt_is_generate(llava, batch, ctx):
     np.testing.assert_array_equal(tokens, plain.tokens)
 
 
+@pytest.mark.bits
 def test_every_question_is_answered_as_if_alone(llava, batch, ctx, answers):
     asked = questions()
     for row in range(ROWS):
@@ -174,6 +176,7 @@ def test_bfloat16(batch):
     np.testing.assert_allclose(ctx.logits, plain, atol=0.05 * float(jnp.std(plain)))
 
 
+@pytest.mark.bits
 def test_one_context_on_all_devices_of_a_mesh(llava):
     """Four questions on four times two devices, each of which has the context's only row (of its KV heads)."""
     model, params = llava
@@ -220,15 +223,6 @@ def test_bad_input(ctx, call, message):
         call(ctx)
 
 
-@pytest.fixture
-def optimised():
-    """As programs are compiled by default."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.mark.usefixtures("optimised")
 def test_the_context_is_neither_copied_nor_repeated():
     """32 questions to one long prompt: temporaries, and the questions' own stores, are next to nothing beside it."""
     model, params = tiny_llava()

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import vlcache_jax as vlc
 from vlcache_jax.policies import POLICIES
 
@@ -10,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "contexts.md"
 
 
+@pytest.mark.thorough
 def test_the_page(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
     (tmp_path / "vlcache_jax").symlink_to(ROOT / "vlcache_jax")

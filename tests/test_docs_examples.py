@@ -52,6 +52,7 @@ def test_the_guide(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.strip()  # the stream
 
 
+@pytest.mark.thorough
 def test_the_training_page(names: dict[str, Any]) -> None:
     prompts, answers = ["<image>\nRead the value of salary on this page"] * 4, ["salary 9338"] * 4
     names["data"] = [([[names["first"]]] * 4, prompts, answers)] * 2
@@ -62,6 +63,7 @@ def test_the_training_page(names: dict[str, Any]) -> None:
     assert np.isfinite(float(names["metrics"]["loss"]))
 
 
+@pytest.mark.thorough
 def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     notebook = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"__name__": "notebook"}

@@ -34,6 +34,7 @@ def llava():
     return tiny_llava()
 
 
+@pytest.mark.bits
 @rules
 def test_free_slots_are_never_read(policy):
     batch = ragged()
@@ -43,6 +44,7 @@ def test_free_slots_are_never_read(policy):
     assert np.isfinite(clean).all()
 
 
+@pytest.mark.bits
 @rules
 def test_a_row_does_in_a_batch_what_it_does_alone(policy):
     batch = ragged(seed=6)
@@ -166,6 +168,7 @@ def test_rows_end_on_their_own(llava):
         np.testing.assert_array_equal(out[row, : lengths[row]], tokens[row, : lengths[row]])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["tova", "recompress"])
 def test_mesh_gives_the_same_tokens(llava, name):
     model, params = llava

@@ -37,6 +37,7 @@ def row_alone(batch, params, row, length):
     return one, {name: cut(x[:, row : row + 1], 2, np.nan) for name, x in params.items()}
 
 
+@pytest.mark.bits
 @methods
 def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
     batch = stub_batch()

@@ -48,7 +48,8 @@ WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
 # A method differs from another only in what it keeps. So every method keeps every promise about that (here as far as
 # one compilation serves, and in test_methods_promises.py); what follows from a store, whoever filled it, is tested for
 # those that bring a part of their own: sinks, a protected kind, candidates, shared heads, a budget in tokens. FEW is
-# for promises whose every case is a large compilation.
+# for promises whose every case is a large compilation; of those, all but the first are thorough where the promise is
+# about what lies around the methods.
 PARTS = (
     "vl_cache",
     "vl_cache_shared",
@@ -61,11 +62,14 @@ PARTS = (
 FEW = ("vl_cache", "vl_cache_candidates", "full_cache")
 
 
-def over(names):
-    return pytest.mark.parametrize("policy", [WITH_FULL[name] for name in names], ids=names)
+def over(names, thorough=()):
+    marks = {name: [pytest.mark.thorough] for name in thorough}
+    return pytest.mark.parametrize(
+        "policy", [pytest.param(WITH_FULL[name], id=name, marks=marks.get(name, [])) for name in names]
+    )
 
 
-methods, parts, few_methods = over(list(METHODS)), over(PARTS), over(FEW)
+methods, parts, few_methods, around_methods = over(list(METHODS)), over(PARTS), over(FEW), over(FEW, thorough=FEW[1:])
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_one_compilation_whatever_the_prompts_hold(llava, policy):
     assert any(not np.array_equal(kept[0], other) for other in kept[1:])
 
 
-@few_methods
+@around_methods
 def test_one_compilation_of_a_whole_answer(llava, policy):
     model, params = llava
     traces = []
@@ -121,6 +125,7 @@ def test_one_compilation_of_a_whole_answer(llava, policy):
     assert len(traces) == 1
 
 
+@pytest.mark.bits
 @few_methods
 def test_jit_equals_plain(llava, policy):
     model, params = llava
@@ -172,6 +177,7 @@ def test_kept_tokens_are_the_budget(llava, policy):
     assert np.all(most > total + 1) if policy.name == "ada_kv" else np.all(abs(most - total) < 1e-3)
 
 
+@pytest.mark.bits
 @parts
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype):
@@ -220,6 +226,7 @@ def test_budget_one_keeps_everything(policy):
     assert dataclasses.replace(policy, budget=1.0, candidate_fraction=1.0).keeps_all  # which is all that prefill asks
 
 
+@pytest.mark.bits
 @few_methods
 def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     model, params = llava
@@ -230,6 +237,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     np.testing.assert_array_equal(generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens)
 
 
+@pytest.mark.bits
 @over((*PARTS, "ada_kv"))
 def test_free_slots_are_never_read(llava, policy):
     model, params = llava
@@ -249,7 +257,7 @@ def test_free_slots_are_never_read(llava, policy):
         token = jnp.argmax(clean, axis=-1)
 
 
-@few_methods
+@around_methods
 def test_decoding_is_one_loop_on_the_device(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=2)
@@ -259,6 +267,7 @@ def test_decoding_is_one_loop_on_the_device(llava, policy):
     assert "callback" not in text
 
 
+@pytest.mark.bits
 @few_methods
 def test_streaming_gives_the_same_tokens(llava, policy):
     model, params = llava
@@ -268,6 +277,7 @@ def test_streaming_gives_the_same_tokens(llava, policy):
     np.testing.assert_array_equal(np.stack(list(stream), axis=1), whole)
 
 
+@pytest.mark.bits
 @parts
 def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
     model, params = llava
@@ -285,7 +295,8 @@ def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
     np.testing.assert_array_equal(jnp.argmax(again, axis=-1), tokens[1])
 
 
-@few_methods
+@pytest.mark.bits
+@around_methods
 def test_inside_another_jitted_function_with_other_work(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4)
@@ -301,7 +312,8 @@ def test_inside_another_jitted_function_with_other_work(llava, policy):
     assert float(gradient["decoder"]["final_norm"]["scale"][0]) > 0
 
 
-@few_methods
+@pytest.mark.bits
+@around_methods
 def test_pmap_gives_the_same_tokens(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=8)
@@ -315,8 +327,11 @@ def test_pmap_gives_the_same_tokens(llava, policy):
     np.testing.assert_array_equal(tokens, generate(llava, batch, policy).tokens)
 
 
-@few_methods
-@pytest.mark.parametrize("shape", [(8, 1), (2, 2)], ids=["data", "data_and_model"])
+@pytest.mark.bits
+@around_methods
+@pytest.mark.parametrize(
+    "shape", [pytest.param((8, 1), id="data", marks=pytest.mark.thorough), pytest.param((2, 2), id="data_and_model")]
+)
 def test_mesh_gives_the_same_tokens(llava, policy, shape):
     model, params = llava
     batch = ragged_batch(rows=8)

@@ -130,6 +130,7 @@ def poisoned(store):
     )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["full_2", "vl_cache_8_others_2"])
 def test_a_row_holds_what_it_holds_alone_and_padding_widens_no_step(name):
     batch, policy = stub_batch(), CASES[name]
@@ -207,6 +208,7 @@ MIXED = dataclasses.replace(vlc.VLCache(0.3, bits=8), evicted=vlc.Quantise(2))
 NEW = 6
 
 
+@pytest.mark.bits
 def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     model, params = tiny_llava()
     batch = ragged_batch(rows=8)
@@ -251,6 +253,7 @@ def test_a_step_updates_the_state_in_place():
     assert memory.temp_size_in_bytes < 0.5 * buffers
 
 
+@pytest.mark.thorough
 def test_8_bits_change_at_most_one_answer_in_a_hundred():
     vlm = vlc.load(Path(vlc.__file__).parent / "assets" / "demo_model", dtype="float32")
     same = []

@@ -38,7 +38,7 @@ def _check_decode_step(programs):
     return compiled
 
 
-@pytest.mark.parametrize("topology", ["v6e:1x1", "v5p:1x1x1"])
+@pytest.mark.parametrize("topology", ["v6e:1x1", pytest.param("v5p:1x1x1", marks=pytest.mark.thorough)])
 def test_decode_step_copies_nothing(topology):
     _check_decode_step(_programs(topology))
 
@@ -65,6 +65,7 @@ def test_decoding_loop_copies_the_tail_and_no_weights():
     assert program.temporary_bytes < programs.bytes_of(state.tail) + 0.02 * programs.bytes_of(state.context)
 
 
+@pytest.mark.thorough
 def test_candidates_bound_the_memory_of_the_prefill():
     """The KV part of a prefill's peak is what it has beyond that of the same forward pass when nothing is kept."""
     programs = _programs("v5p:1x1x1")
