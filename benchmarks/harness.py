@@ -25,6 +25,7 @@ from vlcache_jax.models.checkpoint import save_params
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.config_reader import write_config
 from vlcache_jax.models.llava import Llava
+from vlcache_jax.writing import write_text
 
 IMAGE_TOKEN = 3
 
@@ -247,7 +248,7 @@ def finish(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     print(f"{record['date']}; {machine['cpu']}, {machine['cores']} cores, load {machine['load']}; "
           + ", ".join(f"{k} {v}" for k, v in record["versions"].items()))  # fmt: skip
     if path is not None:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_models import MODELS, hand_built, make_model
 
-from vlcache_jax.errors import CheckpointError
+from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.checkpoint import load_params, save_params
 from vlcache_jax.models.config_reader import read_config, write_config
 from vlcache_jax.models.llava import Llava
@@ -126,7 +126,7 @@ def test_a_failed_save_leaves_the_old_weights(saved: tuple[Path, dict, Any], mon
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         save_params(jax.tree.map(jnp.zeros_like, params), folder, config, max_shard_bytes=20_000)
     assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == before

@@ -8,9 +8,10 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 import dataclasses
 import math
+import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from vlcache_jax.json_text import parse_json, shorten
 from vlcache_jax.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME, TENSOR_SIDE
 from vlcache_jax.models.checkpoint.files import Folder, checkpoint_folder, file_inside, read_json
 from vlcache_jax.models.checkpoint.unsupported import no_weights
+from vlcache_jax.reading import open_plain
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -174,23 +176,29 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
     """The tensors of a safetensors file, checked against its size, and its metadata, unchecked.
 
     Raises:
-      CheckpointError: if the file is missing, corrupt or truncated, or beyond the limits of `vlcache_jax.limits`.
+      CheckpointError: if the file is missing, no plain file, corrupt, truncated, or beyond the limits of
+        `vlcache_jax.limits`.
     """
+    try:
+        with open_plain(path) as stream:
+            return parse_header(path, stream)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def parse_header(path: Path, stream: BinaryIO) -> tuple[list[TensorInfo], dict[str, Any]]:
+    """`read_header` of an open file; `path` is for messages. Raises OSError, too."""
 
     def corrupt(why: str) -> CheckpointError:
         return CheckpointError(f"{path} is not a valid safetensors file: {why}; download it again")
 
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise corrupt(f"its header claims {length} bytes, the file has {size}")
-            if length > TABLE_BYTES:
-                raise CheckpointError(f"{path} has a header of {length} bytes; at most {TABLE_BYTES} are read")
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise corrupt(f"its header claims {length} bytes, the file has {size}")
+    if length > TABLE_BYTES:
+        raise CheckpointError(f"{path} has a header of {length} bytes; at most {TABLE_BYTES} are read")
+    raw = stream.read(length)
     try:
         header = parse_json(raw, TABLE_BYTES)
     except ValueError as error:

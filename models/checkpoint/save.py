@@ -1,27 +1,26 @@
 """Writing the parameter tree as a checkpoint that transformers loads."""
 
 import json
-import math
-import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.checkpoint.copying import copy_cast
+from vlcache_jax.models.checkpoint.files import read_json
 from vlcache_jax.models.checkpoint.mapping import BY_PATH, Rule
-from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE, read_header
+from vlcache_jax.models.checkpoint.safetensors_writer import Entry, to_host, write_tensors
 from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.writing import check_target, make_folder, only_writer, remove, replacing, write_text
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _POST_NORM = "vision_tower.vision_model.post_layernorm"
-
-Entry = tuple[str, str, tuple[int, ...]]  # name, dtype's name, shape
+_MARK = "vlcache_jax"  # in the metadata of shards: whose they are
+_SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 
 def save_params(
@@ -29,9 +28,13 @@ def save_params(
 ) -> None:
     """Writes parameters as safetensors under the names of transformers, dtypes kept.
 
-    With `write_config` into the same folder, `LlavaForConditionalGeneration.from_pretrained` (or the
-    LLaVA-NeXT one) loads it. Files are written beside their final names and renamed at the end, so a crash
-    never leaves half a file under a valid name. One parameter at a time is brought to the host.
+    `vlcache_jax.save` writes these and everything else that a checkpoint folder needs. With `write_config` into the
+    same folder, `LlavaForConditionalGeneration.from_pretrained` (or the LLaVA-NeXT one) loads the weights.
+
+    Whenever the writer is killed, the folder holds the whole old weights or the whole new ones: shards get names that
+    nothing has, and one rename (of the index or of the single file) or removal (of the single file, which counts before
+    an index) makes them the folder's weights. Then the old ones are removed, and what killed writers left. One
+    parameter at a time is brought to the host.
 
     Args:
       params: Nested dict of arrays, as `load_params` returns.
@@ -41,36 +44,73 @@ def save_params(
 
     Raises:
       CheckpointError: if the parameters do not fit the config or have a dtype that is not a float.
+      InputError: if the files cannot be written, or another program is writing there.
     """
     leaves = _checked(params, config)
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    shards = _split([entry for path, leaf in leaves.items() for entry in _entries(path, leaf)], max_shard_bytes)
-    if len(shards) == 1:
-        names = [SINGLE_FILE]
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-
+    entries = [entry for path, leaf in leaves.items() for entry in _entries(path, leaf)]
     tensors = (tensor for path, leaf in leaves.items() for tensor in _tensors(path, leaf))
-    written: list[Path] = []
+    shards = _split(entries, max_shard_bytes)
+    root = make_folder(folder)
+    with only_writer(root):
+        single, index = root / SINGLE_FILE, root / INDEX_FILE
+        for path in (single, index):
+            check_target(path)
+        replaced = _named_by(index)
+        if len(shards) == 1:
+            with replacing(single) as stream:
+                write_tensors(stream, entries, tensors, {"format": "pt"})
+            remove(index)
+            names: list[str] = []
+        else:
+            names = _new_names(root, len(shards))
+            _write_shards(root, names, shards, tensors)
+            remove(single)
+        for path in root.iterdir():
+            if path.name not in names and _SHARD.fullmatch(path.name) and (path.name in replaced or _is_ours(path)):
+                remove(path)
+
+
+def _write_shards(root: Path, names: list[str], shards: list[list[Entry]], tensors: Iterator[np.ndarray]) -> None:
+    """Writes shards and, as the last file, their index; or, if that fails, none of them."""
+    listed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    total = sum(entry.nbytes for shard in shards for entry in shard)
     try:
         for name, shard in zip(names, shards, strict=True):
-            written.append(root / f"{name}.tmp-{os.getpid()}")
-            with written[-1].open("wb") as stream:
-                _write(stream, shard, tensors)
-        for name, path in zip(names, written, strict=True):
-            os.replace(path, root / name)
-    finally:
-        for path in written:
-            path.unlink(missing_ok=True)
-    if len(shards) > 1:
-        _write_index(root, names, shards)
-    # Last, so that there is a complete checkpoint at any time.
-    keep = {*names, *([INDEX_FILE] if len(shards) > 1 else [])}
-    for path in root.iterdir():
-        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name)
-        if ours and path.name not in keep:
-            path.unlink()
+            with replacing(root / name) as stream:
+                write_tensors(stream, shard, tensors, {"format": "pt", _MARK: "shard"})
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2, sort_keys=True)
+        write_text(root / INDEX_FILE, text + "\n")
+    except BaseException:
+        if not _named_by(root / INDEX_FILE) & set(names):
+            for name in names:
+                remove(root / name)
+        raise
+
+
+def _new_names(root: Path, count: int) -> list[str]:
+    """Names of shards: the usual ones, unless there is a file of such a name."""
+    tag = ""
+    while True:
+        names = [f"model-{tag}{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if not any((root / name).is_symlink() or (root / name).exists() for name in names):
+            return names
+        tag = f"{secrets.token_hex(4)}-"
+
+
+def _named_by(index: Path) -> set[str]:
+    """The files of an index; none if it cannot be read."""
+    try:
+        listed = read_json(index).get("weight_map")
+    except CheckpointError:
+        return set()
+    return {name for name in listed.values() if isinstance(name, str)} if isinstance(listed, dict) else set()
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and _MARK in read_header(path)[1]
+    except CheckpointError:
+        return False
 
 
 def _checked(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
@@ -82,7 +122,7 @@ def _checked(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...
     layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
     for path, leaf in leaves.items():
         name = "/".join(path)
-        if np.dtype(leaf.dtype) not in _DTYPE_NAMES:
+        if np.dtype(leaf.dtype) not in DTYPES.values():
             raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(DTYPES)}")
         if BY_PATH[path].per_layer and leaf.shape[0] != layers[path[0]]:
             raise CheckpointError(
@@ -111,21 +151,21 @@ def _expected_paths(config: LlavaConfig) -> set[tuple[str, ...]]:
 def _entries(path: tuple[str, ...], leaf: Any) -> Iterator[Entry]:
     """The tensors a parameter becomes. `_tensors` yields their data in the same order."""
     rule: Rule = BY_PATH[path]
-    dtype = _DTYPE_NAMES[np.dtype(leaf.dtype)]
+    dtype = np.dtype(leaf.dtype)
     if rule.per_layer:
         for layer in range(leaf.shape[0]):
-            yield rule.name.format(layer=layer), dtype, rule.theirs(leaf.shape[1:])
+            yield Entry(rule.name.format(layer=layer), dtype, rule.theirs(leaf.shape[1:]))
     else:
-        yield rule.name, dtype, rule.theirs(leaf.shape)
+        yield Entry(rule.name, dtype, rule.theirs(leaf.shape))
     if path == ("vision", "pre_norm", "bias"):
         # transformers has this norm though LLaVA never reaches it; without it loading would warn.
-        yield f"{_POST_NORM}.weight", dtype, leaf.shape
-        yield f"{_POST_NORM}.bias", dtype, leaf.shape
+        yield Entry(f"{_POST_NORM}.weight", dtype, leaf.shape)
+        yield Entry(f"{_POST_NORM}.bias", dtype, leaf.shape)
 
 
 def _tensors(path: tuple[str, ...], leaf: Any) -> Iterator[np.ndarray]:
     rule: Rule = BY_PATH[path]
-    values = np.asarray(jax.device_get(leaf))
+    values = to_host("/".join(path), leaf)
     back = None if rule.axes is None else np.argsort(rule.axes)
     for value in values if rule.per_layer else [values]:
         yield value if back is None else value.transpose(back)
@@ -134,50 +174,13 @@ def _tensors(path: tuple[str, ...], leaf: Any) -> Iterator[np.ndarray]:
         yield np.zeros_like(values)
 
 
-def _bytes(entry: Entry) -> int:
-    return math.prod(entry[2]) * DTYPES[entry[1]].itemsize
-
-
 def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        if shards[-1] and filled + _bytes(entry) > max_bytes:
+        if shards[-1] and filled + entry.nbytes > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
-        filled += _bytes(entry)
+        filled += entry.nbytes
     return shards
-
-
-def _write(stream: BinaryIO, shard: list[Entry], tensors: Iterator[np.ndarray]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in shard:
-        name, dtype, shape = entry
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + _bytes(entry)],
-        }
-        offset += _bytes(entry)
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the data are aligned in a mapped file
-    stream.write(len(raw).to_bytes(8, "little") + raw)
-    for _ in shard:
-        tensor = next(tensors)
-        contiguous = np.empty(tensor.shape, tensor.dtype)
-        copy_cast(contiguous, tensor)
-        stream.write(contiguous.reshape(-1).view(np.uint8).data)
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _write_index(folder: Path, names: list[str], shards: list[list[Entry]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(_bytes(entry) for shard in shards for entry in shard)},
-        "weight_map": {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard},
-    }
-    path = folder / f"{INDEX_FILE}.tmp-{os.getpid()}"
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(path, folder / INDEX_FILE)

@@ -1,13 +1,13 @@
 """Writing `config.json` and `generation_config.json` for transformers 5."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, RopeConfig
 from vlcache_jax.models.config_reader.defaults import ARCHITECTURES
+from vlcache_jax.writing import make_folder, write_text
 
 
 def write_config(config: LlavaConfig, folder: str | Path, dtype: str = "float32") -> None:
@@ -22,9 +22,15 @@ def write_config(config: LlavaConfig, folder: str | Path, dtype: str = "float32"
 
     Raises:
       CheckpointError: if the decoder has biases that its family cannot have.
+      InputError: if a file cannot be written.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
+    root = make_folder(folder)
+    for name, text in config_files(config, dtype).items():
+        write_text(root / name, text)
+
+
+def config_files(config: LlavaConfig, dtype: str = "float32") -> dict[str, str]:
+    """The texts of the files that `write_config` writes, by their names."""
     single = len(config.feature_layers) == 1
     vision = config.vision
     tokens = {
@@ -59,8 +65,11 @@ def write_config(config: LlavaConfig, folder: str | Path, dtype: str = "float32"
     }
     if config.model_type == "llava_next":
         values["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
-    _write_json(root / "config.json", values)
-    _write_json(root / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    present = {name: value for name, value in tokens.items() if value is not None}
+    return {
+        name: json.dumps(of_file, indent=2, sort_keys=True) + "\n"
+        for name, of_file in (("config.json", values), ("generation_config.json", present))
+    }
 
 
 def _eos(config: LlavaConfig) -> int | list[int] | None:
@@ -113,9 +122,3 @@ def _rope_values(rope: RopeConfig) -> dict[str, Any]:
         values |= {name: value for name, value in optional.items() if value is not None}
         values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
     return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -21,13 +21,14 @@ from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
-from vlcache_jax.cli.options import build_policy, check_picture_path, save_picture
+from vlcache_jax.cli.options import build_policy, check_picture_path
 from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
 from vlcache_jax.cli.table import megabytes, percent, table
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.explain import explain
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.policies import FullCache
+from vlcache_jax.writing import write_picture
 
 MODEL, IMAGES, QUESTIONS = "demo_model", "demo_images", "questions.json"
 MAX_NEW_TOKENS = 64
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
             question=first.question,
             answer=texts["vl_cache"][0],
         )
-        save_picture(picture, picture_path)
+        write_picture(picture_path, picture)
 
 
 def demo_assets(folder: str | None) -> Path:

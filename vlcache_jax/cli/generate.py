@@ -13,7 +13,7 @@ from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
-from vlcache_jax.cli.options import build_policy, build_sampling, check_new_tokens, check_picture_path, save_picture
+from vlcache_jax.cli.options import build_policy, build_sampling, check_new_tokens, check_picture_path
 from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
 from vlcache_jax.cli.table import megabytes, percent
 from vlcache_jax.errors import InputError
@@ -21,6 +21,7 @@ from vlcache_jax.explain import explain
 from vlcache_jax.models.processing.chat import ChatTemplate, read_template
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.models.processing.processor import Processor
+from vlcache_jax.writing import write_picture
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             question=arguments.prompt,
             answer=text,
         )
-        save_picture(picture, picture_path)
+        write_picture(picture_path, picture)
 
 
 def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str, raw: bool) -> Batch:

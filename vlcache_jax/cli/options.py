@@ -13,6 +13,7 @@ from vlcache_jax.errors import InputError, PolicyError, VLCacheError
 from vlcache_jax.policies import POLICIES, LastRows, Policy, PostVision, policy_by_name
 from vlcache_jax.policies.rows import AllRows, Rows
 from vlcache_jax.sampling import Sampling
+from vlcache_jax.writing import check_target
 
 _DEFAULT_BUDGET = 0.1
 
@@ -131,17 +132,7 @@ def check_picture_path(text: str | None) -> Path | None:
         raise InputError(
             f"--explain {text!r}: {path.suffix or 'no ending'!r} is no known image format: use .png, .jpg or .webp"
         )
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"--explain {text!r}: the folder {str(folder)!r} does not exist: create it first")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+    check_target(path)
+    if not os.access(path.parent, os.W_OK):
         raise InputError(f"--explain {text!r} cannot be written there: choose another path")
     return path
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a picture. Raises InputError if that fails after all (a full disk, say)."""
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--explain {str(path)!r} cannot be written ({error}): choose another path") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlcache_jax.cli.runtime import use_compilation_cache
 from vlcache_jax.errors import InputError
+from vlcache_jax.writing import make_folder
 
 _LEFT_BEHIND = ("state.safetensors", "vision.safetensors")  # by an earlier run
 
@@ -25,10 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{folder} holds an earlier run: add --resume to go on with it, or choose another --output")
     if arguments.resume and not earlier:
         raise InputError(f"{folder} holds no run to go on with: leave --resume out, or correct --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {arguments.output!r} cannot be created ({error}): choose another folder") from error
+    make_folder(folder)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {arguments.output!r} cannot be written: choose another folder")
 

@@ -11,6 +11,7 @@ from vlcache_jax.demo.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, UNKN
 from vlcache_jax.models.checkpoint.save import save_params
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import write_config
+from vlcache_jax.writing import make_folder, write_picture, write_text
 
 EXAMPLES = (
     ("document", "documents", 1, 0),
@@ -27,10 +28,10 @@ EXAMPLES_SEED = 2_000_003
 
 def export_demo(params: dict[str, Any], config: LlavaConfig, folder: Path) -> None:
     """Writes everything transformers and `vlcache_jax.load` read: weights in float32, configs, tokenizer, template."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_config(config, folder)
     save_params(params, folder, config)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", build_tokenizer().to_str(pretty=True))
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": PAD, "image_token": IMAGE}
     _write(
         folder / "tokenizer_config.json",
@@ -74,12 +75,12 @@ def export_demo(params: dict[str, Any], config: LlavaConfig, folder: Path) -> No
             "vision_feature_select_strategy": config.feature_select,
         },
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
 def write_examples(folder: Path) -> None:
     """Writes `EXAMPLES` as PNG files with a `questions.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     entries = []
     for name, task, index, number in EXAMPLES:
         sample = make_sample(task, EXAMPLES_SEED, index)
@@ -88,11 +89,12 @@ def write_examples(folder: Path) -> None:
         ]
         for file, pixels in zip(files, sample.images, strict=True):
             # Fewer shades of the paper's grain: half the bytes.
-            Image.fromarray(pixels // 8 * 8 + 4).quantize(64, dither=Image.Dither.NONE).save(folder / file)
+            picture = Image.fromarray(pixels // 8 * 8 + 4).quantize(64, dither=Image.Dither.NONE)
+            write_picture(folder / file, picture)
         question, answer = sample.questions[number]
         entries.append({"task": name, "images": files, "question": question, "answer": answer})
     _write(folder / "questions.json", entries)
 
 
 def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from vlcache_jax.study import heat_maps, plots
 from vlcache_jax.study.results import ResultFile
 from vlcache_jax.study.run import BEFORE
 from vlcache_jax.study.summary import Table, tables
+from vlcache_jax.writing import write_picture, write_text
 
 _LAYERS = ("vl_cache", "pyramid_kv", "prefix_kv", "air_cache", "snap_kv")
 _HEAT_MAPS = ("vl_cache", "snap_kv", "h2o", "expected_attention", "oracle")
@@ -19,11 +20,11 @@ def write_pages(file: ResultFile, folder: Path) -> list[Path]:
     """Writes `tables.md` and the pictures that the results allow; returns their paths."""
     table, before = Table(file), Table(file, BEFORE)
     written = [folder / "tables.md"]
-    written[0].write_text(_HEADER + "# Tables\n\n" + tables(table), encoding="utf-8")
+    write_text(written[0], _HEADER + "# Tables\n\n" + tables(table))
     if before.methods:
         written.append(folder / "tables_before.md")
         title = "# Tables: compressed before the question is known\n\n"
-        written[1].write_text(_HEADER + title + tables(before), encoding="utf-8")
+        write_text(written[1], _HEADER + title + tables(before))
     if len(table.budgets) < 2:
         return written
     variants = [name for name in table.methods if name.startswith(("vl_cache", "snap_kv"))]
@@ -46,7 +47,7 @@ def write_pages(file: ResultFile, folder: Path) -> list[Path]:
             if lines:
                 pictures[f"kept_{task}.png"] = heat_maps.kept_tokens(task, budget, lines)
     for name, picture in pictures.items():
-        picture.quantize(128, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+        write_picture(folder / name, picture.quantize(128, dither=Image.Dither.NONE), optimize=True)
         written.append(folder / name)
     return written
 

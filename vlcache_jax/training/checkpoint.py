@@ -1,4 +1,4 @@
-"""Saving and resuming a whole train state in one safetensors file: no pickle, written atomically."""
+"""Saving and resuming a whole train state in one file: no pickle, written whole or not at all, with checksums."""
 
 import json
 import os
@@ -7,26 +7,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from vlcache_jax.errors import CheckpointError
+from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
+from vlcache_jax.writing import make_folder
+
+_KIND = Kind("vlcache_jax.train_state", "train state", 1, "delete it to start afresh")
 
 
 def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any] | None = None) -> None:
     """Writes a pytree of arrays and a JSON-able dict of whatever the loop must remember.
 
     The file appears under its name only when it is complete, so a killed run leaves the previous one.
+
+    Raises:
+      InputError: the file cannot be written, progress is not JSON-able, or a leaf is of a type that no file holds.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    arrays = {jax.tree_util.keystr(key): np.asarray(jax.device_get(leaf), order="C") for key, leaf in leaves}
-    partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial, metadata={"progress": json.dumps(progress or {})})
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        description = {"progress": json.loads(json.dumps(progress or {}, allow_nan=False))}
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"progress cannot be written as JSON ({error}): give plain numbers, texts and lists"
+        ) from error
+    arrays = {jax.tree_util.keystr(key): x if hasattr(x, "dtype") else np.asarray(x) for key, x in leaves}
+    write_tensor_file(path, _KIND, description, arrays)
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, Any]]:
@@ -41,16 +47,15 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
       (state, progress), bit for bit as saved.
 
     Raises:
-      CheckpointError: the file is missing or corrupt, or was saved from another structure.
+      CheckpointError: the file is missing or damaged, or was saved from another structure.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            progress = json.loads((file.metadata() or {}).get("progress", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no train state at {path}; start without resuming") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a readable train state ({error}); delete it to start afresh") from error
+    if not os.path.lexists(path):
+        raise CheckpointError(f"there is no train state at {path}; start without resuming")
+    file = TensorFile.open(path, _KIND)
+    progress = file.description.get("progress")
+    if not isinstance(progress, dict):
+        raise file.damaged(f"its progress is {str(progress)[:80]!r}, not an object")
+    arrays = file.arrays()
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(key) for key, _ in leaves]
     if difference := sorted(set(names) ^ set(arrays)):
@@ -63,7 +68,8 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
         array = arrays[name]
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
             raise CheckpointError(
-                f"{path}: {name} is {array.dtype}{list(array.shape)}, the model has {leaf.dtype}{list(leaf.shape)}"
+                f"{path}: {name} is {array.dtype}{list(array.shape)}, the model has {leaf.dtype}{list(leaf.shape)}; "
+                "use the settings it was trained with"
             )
         loaded.append(jax.device_put(array, getattr(leaf, "sharding", None)))
     return jax.tree_util.tree_unflatten(structure, loaded), progress

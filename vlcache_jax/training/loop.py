@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlcache_jax.writing import append_line, make_folder
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ class ProgressLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, quiet: bool = False) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent)
         self._path, self._quiet = Path(path), quiet
         self._tokens, self._since = 0, time.monotonic()
 
@@ -72,7 +74,6 @@ class ProgressLog:
             self._tokens = 0
         self._since = now
         values = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **values}) + "\n")
+        append_line(self._path, json.dumps({"time": round(time.time(), 1), **values}))
         if not self._quiet:
             print("  ".join(f"{k} {v}" for k, v in values.items()), file=sys.stderr, flush=True)
