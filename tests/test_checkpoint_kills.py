@@ -165,7 +165,7 @@ def test_what_is_no_plain_file_is_not_replaced(name, kind, size, tmp_path):
         (folder / name).symlink_to(tmp_path / "blob")
     else:
         os.mkfifo(folder / name)
-    with pytest.raises(InputError, match=f"{name} is a {kind}"):
+    with pytest.raises(InputError, match=f"{name} cannot be written: it is a {kind}"):
         save_params(weights(1.0), folder, CONFIG, size)
     assert [path.name for path in folder.iterdir()] == [name]
     assert (tmp_path / "blob").read_text() == "of a cache"

@@ -149,8 +149,8 @@ TAMPERED = {
     "huge": (describe(stores=10**9), "claims 1000000000 stores"),
     "room": (describe(room=16), "room for 16 appended tokens"),
     "negative": (describe(room=-1), "its room is -1"),
-    "endless": (describe(full_bytes=10**30), "its full_bytes is '1000"),
-    "bytes": (describe(full_bytes="many"), "its full_bytes is 'many'"),
+    "endless": (describe(full_bytes=10**30), "its full_bytes is 1000"),
+    "bytes": (describe(full_bytes="many"), "its full_bytes is .many"),
     "policy": (describe(policy=3), "its policy is 3"),
     "budget": (describe(budget={"kind": "Process", "count": 1}), "its budget is"),
     "budget of a list": (describe(budget={"kind": ["Tokens"], "count": 1}), "its budget is"),
@@ -206,9 +206,7 @@ def test_untrusted_files(ctx, saved, name):
 
 def test_versions(ctx, saved):
     tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=1))
-    with pytest.raises(
-        vlc.CheckpointError, match=r"format version '1', this library reads version 2.*checksums.*again"
-    ):
+    with pytest.raises(vlc.CheckpointError, match=r"format version 1, this library reads version 2.*checksums.*again"):
         vlc.load_context(saved, ctx.model, ctx.params)
 
 
@@ -236,11 +234,11 @@ def set_metadata(change):
 
 
 HEADERS = {
-    "74 axes": (set_of("logits", shape=[1] * 74), "'logits' is described as .*too many axes"),
-    "64 axes": (set_of("logits", shape=[1] * 64), "too many axes"),
-    "an endless axis": (set_of("logits", shape=[10**30, 0], data_offsets=[0, 0]), "whole numbers"),
-    "negative": (set_of("logits", shape=[-5, -11]), "whole numbers"),
-    "a text": (set_of("logits", shape="555"), "too many axes"),
+    "74 axes": (set_of("logits", shape=[1] * 74), "'logits' is described as"),
+    "64 axes": (set_of("logits", shape=[1] * 64), "described as"),
+    "an endless axis": (set_of("logits", shape=[10**30, 0], data_offsets=[0, 0]), "'logits' is described as"),
+    "negative": (set_of("logits", shape=[-5, -11]), "'logits' is described as"),
+    "a text": (set_of("logits", shape="555"), "described as"),
     "another type": (set_of("next_position", dtype="F32"), "'next_position' has not the checksum"),
     "another shape": (set_of("report.kept", shape=[3, 5]), "'report.kept' has not the checksum"),
     "too long": (lambda _, data: data + b"\0", "something was appended"),
@@ -251,9 +249,12 @@ HEADERS = {
         set_metadata(lambda text: text.replace('"budget": 0.4', '"budget": 0.9')),
         "description has not",
     ),
-    "a key twice": (set_metadata(lambda text: text[:-1] + ', "room": 0}'), "'room' occurs twice"),
-    "not a number": (set_metadata(lambda text: text.replace('"room": 0', '"room": NaN')), "NaN is no number"),
-    "400 digits": (set_metadata(lambda text: text.replace('"room": 0', '"room": ' + "1" * 400)), "400 digits"),
+    "a key twice": (set_metadata(lambda text: text[:-1] + ', "room": 1}'), '"room" occurs twice'),
+    "not a number": (set_metadata(lambda text: text.replace('"room": 0', '"room": NaN')), "room is nan"),
+    "400 digits": (
+        set_metadata(lambda text: text.replace('"room": 0', '"room": ' + "1" * 400)),
+        "room is 11111.*at most 40 digits",
+    ),
     "no checksums": (set_metadata(lambda text: text.replace("checksums", "checksomes")), "checksum"),
 }
 

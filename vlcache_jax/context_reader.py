@@ -12,6 +12,7 @@ from vlcache_jax.budgets import Budget
 from vlcache_jax.context import Context
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.interfaces import Params, VisionLanguageModel
+from vlcache_jax.json_text import shorten
 from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.ops import on_mesh_of
 from vlcache_jax.report import Report
@@ -169,7 +170,7 @@ class ContextReader:
         self.within("report.kept_fraction", fraction, 0, 1.001)
         policy = self.described.get("policy")
         if not isinstance(policy, str) or len(policy) > _LONGEST_NAME:
-            self.fail(f"its policy is {str(policy)[:_LONGEST_NAME]!r}")
+            self.fail(f"its policy is {shorten(policy)}")
         budget = self.budget(self.described.get("budget"))
         counts: dict[str, Any] = {name: self.count(name) for name in COUNTS}
         arrays: dict[str, Any] = dict(
@@ -186,8 +187,8 @@ class ContextReader:
             try:
                 return kinds[value["kind"]](**{name: x for name, x in value.items() if name != "kind"})
             except (TypeError, PolicyError) as error:
-                self.fail(f"its budget is {str(value)[:200]} ({error})")
-        self.fail(f"its budget is {str(value)[:200]}")
+                self.fail(f"its budget is {shorten(value)} ({error})")
+        self.fail(f"its budget is {shorten(value)}")
 
     def take(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """Removes a tensor from those left; None in `shape` stands for any size."""
@@ -203,10 +204,10 @@ class ContextReader:
     def count(self, name: str) -> int:
         value = self.described.get(name)
         if type(value) is not int or not 0 <= value <= _MOST_BYTES:
-            self.fail(f"its {name} is {str(value)[:40]!r}, not a number of something")
+            self.fail(f"its {name} is {shorten(value)}, not a number from 0 to {_MOST_BYTES}")
         return value
 
-    def within(self, name: str, x: np.ndarray, low: int, high: int) -> None:
+    def within(self, name: str, x: np.ndarray, low: float, high: float) -> None:
         if x.size and not (x.min() >= low and x.max() <= high):  # NaN is neither
             self.fail(f"{name} reach from {x.min()} to {x.max()}, beyond {low} to {high}")
 

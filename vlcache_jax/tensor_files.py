@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.json_text import parse_json
+from vlcache_jax.json_text import parse_json, shorten
 from vlcache_jax.models.checkpoint.safetensors_reader import TensorInfo, parse_header
 from vlcache_jax.models.checkpoint.safetensors_writer import NAMES, Entry, as_bytes, to_host, write_tensors
 from vlcache_jax.reading import open_plain
@@ -100,7 +100,7 @@ class TensorFile:
         path = Path(path)
         try:
             with open_plain(path) as stream:
-                infos, metadata = parse_header(path, stream)
+                infos, metadata = parse_header(path, stream, kind.remedy)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         text = metadata.get(kind.name)
@@ -117,7 +117,7 @@ class TensorFile:
         version = description.pop("version", None)
         if version != kind.version:
             raise CheckpointError(
-                f"{path} is a {kind.title} of format version {str(version)[:40]!r}, this library reads version "
+                f"{path} is a {kind.title} of format version {shorten(version)}, this library reads version "
                 f"{kind.version} (which has checksums): {kind.remedy}, or use the release of vlcache_jax that saved it"
             )
         if metadata.get(f"{kind.name}.checksum") != hashlib.sha256(text.encode()).hexdigest():

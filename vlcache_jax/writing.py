@@ -40,7 +40,7 @@ def check_target(path: str | os.PathLike[str]) -> int | None:
     path = Path(path)
     with _writing(path):
         if not path.parent.is_dir():
-            raise InputError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
+            raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist; create it first")
         try:
             found = os.lstat(path).st_mode
         except FileNotFoundError:
@@ -49,11 +49,11 @@ def check_target(path: str | os.PathLike[str]) -> int | None:
             raise InputError(f"{str(path)!r} cannot be written: {error}; choose another path") from error
         if stat.S_ISLNK(found):
             raise InputError(
-                f"{path} is a link to {os.readlink(path)}, and links are not written through: give the path of the "
-                "file itself, or remove the link"
+                f"{path} cannot be written: it is a link to {os.readlink(path)}, and links are not followed; give the "
+                "path of the file itself, or remove the link"
             )
         if not stat.S_ISREG(found):
-            raise InputError(f"{path} is {kind_of(found)}, not a plain file: it is not replaced, give another path")
+            raise InputError(f"{path} cannot be written: it is {kind_of(found)}, not a plain file; give another path")
         return stat.S_IMODE(found)
 
 
@@ -257,7 +257,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):  # it was a plain file a moment ago
-            raise InputError(f"{path} is {kind_of(mode)}, not a plain file: give another path")
+            raise InputError(f"{path} cannot be written: it is {kind_of(mode)}, not a plain file; give another path")
         yield descriptor
     finally:
         os.close(descriptor)

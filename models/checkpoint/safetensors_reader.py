@@ -186,11 +186,13 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def parse_header(path: Path, stream: BinaryIO) -> tuple[list[TensorInfo], dict[str, Any]]:
-    """`read_header` of an open file; `path` is for messages. Raises OSError, too."""
+def parse_header(
+    path: Path, stream: BinaryIO, remedy: str = "download it again"
+) -> tuple[list[TensorInfo], dict[str, Any]]:
+    """`read_header` of an open file; its path and a remedy are for messages. Raises OSError, too."""
 
     def corrupt(why: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a valid safetensors file: {why}; download it again")
+        return CheckpointError(f"{path} is not a valid safetensors file: {why}; {remedy}")
 
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")

@@ -61,7 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch,
         modes=modes,
     )
-    file.close()
     for path in write_pages(file, folder):
         print(path)
     print(f"{len(file.results)} results in {file.path}", file=sys.stderr)

@@ -69,5 +69,5 @@ def _fit(text: str, size: int) -> str:
 
 def choose(kept: dict[tuple[str, str, float], dict[str, Any]], task: str, wanted: Sequence[str]) -> dict[str, Any]:
     """The lines of a task for the methods wanted, as far as there are any."""
-    lines = {method: line for (name, method, _), line in kept.items() if name == task}
+    lines = {method: line for (name, method, _), line in kept.items() if name == task and "layers" in line}
     return {method: lines[method] for method in wanted if method in lines}

@@ -14,16 +14,20 @@ makes them. Lines of kind "kept" hold what pictures are drawn from.
 
 import dataclasses
 import json
-import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.json_text import shorten
+from vlcache_jax.reading import read_plain
+from vlcache_jax.study.result_lines import UNITS, parse_line
+from vlcache_jax.writing import append_line, check_target, cut, make_folder
 
 FILE = "results.jsonl"
-_UNITS = {"score": 100, "mass": 100, "hits": 100, "kept": 10_000}
+_BEGINNING = b'{"kind":"'  # of every line
 _ALIKE = 0.002  # kept fractions that differ by less
 
 
@@ -70,7 +74,7 @@ class Result:
 
     def line(self) -> dict[str, Any]:
         """As it is written."""
-        values = {name: getattr(self, name) for name in _UNITS}
+        values = {name: getattr(self, name) for name in UNITS}
         if np.ptp(self.kept) < _ALIKE:
             values["kept"] = np.full_like(self.kept, self.kept.mean())
         return {
@@ -82,7 +86,7 @@ class Result:
             "layers": [round(float(x), 4) for x in self.layers],
             "density": [float(f"{x:.4g}") for x in self.density],
             **{name: "".join(str(int(x)) for x in getattr(self, name)) for name in ("exact", "agrees")},
-            **{name: _pack(values[name], unit) for name, unit in _UNITS.items()},
+            **{name: _pack(values[name], unit) for name, unit in UNITS.items()},
         }
 
     @classmethod
@@ -90,7 +94,7 @@ class Result:
         """The reverse of `line`, rounded as it was written."""
         count = len(line["exact"])
         fields: dict[str, Any] = {name: np.array([float(x) for x in line[name]]) for name in ("exact", "agrees")}
-        fields |= {name: _unpack(line[name], unit, count) for name, unit in _UNITS.items()}
+        fields |= {name: _unpack(line[name], unit, count) for name, unit in UNITS.items()}
         fields |= {name: np.array(line[name]) for name in ("layers", "density")}
         fields |= {name: line[name] for name in ("state_bytes", "full_bytes", "seconds")}
         return cls(key=Key(*(line[name] for name in Key._fields)), **fields)
@@ -118,32 +122,24 @@ class ResultFile:
     def __init__(self, folder: Path, study: dict[str, Any]) -> None:
         """Opens the file, or begins it.
 
+        The rest of a line that a killed run was writing is dropped, with a warning: what it held is measured again.
+
         Args:
           folder: where it lies; created if need be.
           study: what is measured; must be what an earlier run measured.
 
         Raises:
-          InputError: the file holds another study, or no study at all, or cannot be written.
+          InputError: the file holds another study, or no study at all, a line is damaged, or it cannot be written.
         """
         self.path = folder / FILE
         self.results: dict[Key, Result] = {}
         self.kept: dict[tuple[str, str, float], dict[str, Any]] = {}
         self.runs: list[dict[str, Any]] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = self._read()
-            self._check(lines, study)
-            for line in lines:
-                self._take(line)
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--output {str(folder)!r} cannot be written ({error}): choose another folder") from error
-        if not lines:
+        self._layers: int | None = None  # of the first result
+        self._seen: dict[tuple[Any, ...], int] = {}  # the line of each result
+        make_folder(folder)
+        if check_target(self.path) is None or not self._read(study):
             self._write({"kind": "study", **study})
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
     def add_run(self, run: dict[str, Any]) -> None:
         """Notes that a run begins."""
@@ -157,6 +153,10 @@ class ResultFile:
         """Appends what one sample kept."""
         self._write({"kind": "kept", "task": task, "method": method, "budget": budget, **values})
 
+    def _write(self, line: dict[str, Any]) -> None:
+        append_line(self.path, json.dumps(line, separators=(",", ":")))
+        self._take(line)
+
     def _take(self, line: dict[str, Any]) -> None:
         match line["kind"]:
             case "result":
@@ -167,41 +167,61 @@ class ResultFile:
             case "run":
                 self.runs.append(line)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._take(line)
+    def _read(self, study: dict[str, Any]) -> int:
+        """Takes the lines of the file, and drops what follows the last line break. Returns how many lines there are."""
+        try:
+            data = read_plain(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read ({error}): choose another --output") from error
+        whole, _, rest = data.rpartition(b"\n")
+        texts = whole.split(b"\n") if len(rest) < len(data) else []
+        for number, text in enumerate(texts, 1):
+            self._take(self._checked(number, text, study))
+        if rest:
+            begun = rest[:40].replace(b" ", b"")
+            if not (begun.startswith(_BEGINNING) or _BEGINNING.startswith(begun)):
+                raise self._damaged(len(texts) + 1, f"it begins with {shorten(rest[:20].decode('latin-1'))}")
+            warnings.warn(
+                f"{self.path}, line {len(texts) + 1} was cut off when a run was stopped: it is dropped, and what it "
+                "held is measured again",
+                stacklevel=3,
+            )
+            cut(self.path, len(data) - len(rest))
+        return len(texts)
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines of the file. What follows the last line break, the rest of a killed write, is cut off."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-        lines = []
-        for number, text in enumerate(whole.splitlines(), 1):
-            try:
-                line = json.loads(text)
-                if not isinstance(line, dict) or "kind" not in line:
-                    raise ValueError("not an object with a kind")
-            except ValueError as error:
-                raise InputError(
-                    f"{self.path}, line {number} is no result of a study ({error}): restore the file, or choose "
-                    "another --output"
-                ) from error
-            lines.append(line)
-        return lines
+    def _checked(self, number: int, text: bytes, study: dict[str, Any]) -> dict[str, Any]:
+        """Line `number`, from 1 on. Raises InputError if it is damaged, or does not fit those before it."""
+        samples = study.get("samples")
+        try:
+            line = parse_line(text, samples if isinstance(samples, int) else None)
+            if (line["kind"] == "study") != (number == 1):
+                raise ValueError("it says what is measured" if number > 1 else "line 1 must say what is measured")
+            layers = len(line["layers"]) if "layers" in line else None
+            if layers is not None and layers != (self._layers or layers):
+                raise ValueError(f"it has {layers} layers, those before it have {self._layers}")
+            self._layers = self._layers or layers
+            if line["kind"] in ("result", "kept"):
+                names = ("kind", *Key._fields) if line["kind"] == "result" else ("kind", *Key._fields[:3])
+                key = tuple(line[name] for name in names)
+                if key in self._seen:
+                    raise ValueError(f"it repeats line {self._seen[key]}, {', '.join(map(str, key))}")
+                self._seen[key] = number
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from error
+        if number == 1:
+            self._check_study(line, study)
+        return line
 
-    def _check(self, lines: list[dict[str, Any]], study: dict[str, Any]) -> None:
-        if not lines:
-            return
-        there = {name: lines[0].get(name) for name in study}
+    def _damaged(self, number: int, why: str) -> InputError:
+        return InputError(
+            f"{self.path}, line {number} is no result of a study: {why}; remove the line, and what it held is measured "
+            "again, restore the file, or choose another --output"
+        )
+
+    def _check_study(self, line: dict[str, Any], study: dict[str, Any]) -> None:
         for name, value in json.loads(json.dumps(study)).items():
-            if there[name] != value:
+            if line.get(name) != value:
                 raise InputError(
-                    f"{self.path} holds a study with {name}={there[name]!r}, not {value!r}: choose another --output, "
-                    "or the same --samples and checkpoint"
+                    f"{self.path} holds a study with {name}={shorten(line.get(name))}, not {value!r}: choose another "
+                    "--output, or the same --samples and checkpoint"
                 )

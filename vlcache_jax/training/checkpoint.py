@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.json_text import shorten
 from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
 from vlcache_jax.writing import make_folder
 
@@ -54,7 +55,7 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
     file = TensorFile.open(path, _KIND)
     progress = file.description.get("progress")
     if not isinstance(progress, dict):
-        raise file.damaged(f"its progress is {str(progress)[:80]!r}, not an object")
+        raise file.damaged(f"its progress is {shorten(progress)}, not an object")
     arrays = file.arrays()
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(key) for key, _ in leaves]
