@@ -60,6 +60,17 @@ def test_page_and_json(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["runs"]["full"]["state_bytes"] == result["full_bytes"]
     assert result["runs"]["vl_cache"]["state_bytes"] < result["full_bytes"]
     assert megabytes(result["full_bytes"]) in page
+    full, ours = (result["runs"][name] for name in ("full", "vl_cache"))
+    for label, field in (("KV cache of the prompts", "state_bytes"), ("room for the answers", "tail_bytes")):
+        (line,) = (line for line in page.splitlines() if line.strip().startswith(label))
+        assert megabytes(full[field]) in line
+        assert megabytes(ours[field]) in line
+    (line,) = (line for line in page.splitlines() if line.strip().startswith("held together"))
+    held = [run["state_bytes"] + run["tail_bytes"] for run in (full, ours)]
+    assert (
+        line.split("together")[1].split()
+        == f"{megabytes(held[0])} {megabytes(held[1])} {percent(held[1] / held[0])}".split()
+    )
     assert page.count("[right]") + page.count("[wrong]") == 4
     assert (tmp_path / "kept.png").stat().st_size > 10_000
 

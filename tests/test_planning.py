@@ -19,6 +19,7 @@ from vlcache_jax.planning.placement import check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
+from vlcache_jax.progress import Progress
 
 
 def _config(**decoder) -> LlavaConfig:
@@ -241,8 +242,7 @@ def test_a_program_that_does_not_fit(programs):
     assert program.temporary_bytes is None
 
 
-def test_plan():
-    lines = []
+def test_plan(capsys):
     found = vlc.plan(
         _config(),
         "v5e:1x1",
@@ -252,7 +252,7 @@ def test_plan():
         policy=vlc.VLCache(budget=0.5),
         compare=[vlc.FullCache()],
         search=False,
-        progress=lines.append,
+        progress=Progress(),
     )
     ours, full = found.policies
     assert ours.fits
@@ -264,7 +264,9 @@ def test_plan():
         bound = found.batch * found.hbm_bytes_per_second / policy.step_read_bytes
         assert policy.bound_tokens_per_second == pytest.approx(bound)
     assert found.mesh == {"data": 1, "model": 1}
-    assert len(lines) == 6
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("compiled in" in line for line in lines) == 6
+    assert sum("] compiling: " in line for line in lines) == 6  # said before it begins
     assert json.loads(json.dumps(found.as_dict()))["policies"][0]["budget"] == 0.5
 
 

@@ -14,14 +14,15 @@ from vlcache_jax.demo.evaluate import evaluate_demo
 from vlcache_jax.demo.export import EXAMPLES
 from vlcache_jax.demo.samples import make_sample
 from vlcache_jax.demo.tokenizer import prompt
+from vlcache_jax.progress import Progress
 from vlcache_jax.training.demo import SMOKE, demo_batch, train_demo
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    train_demo(folder, steps=2, recipe=SMOKE, quiet=True)
-    params = train_demo(folder, steps=4, recipe=SMOKE, quiet=True)
+    train_demo(folder, steps=2, recipe=SMOKE, progress=Progress(enabled=False))
+    params = train_demo(folder, steps=4, recipe=SMOKE, progress=Progress(enabled=False))
     return folder, params
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlcache_jax.batch import Batch, Continuation
 from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
+from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.context import Context, answer, compress, extend
 from vlcache_jax.context_files import load_context, save_context
 from vlcache_jax.decoding import decode_step
@@ -108,6 +109,7 @@ __all__ = [
     "save_context",
     "stream",
     "stream_decode",
+    "use_compilation_cache",
 ]
 
 

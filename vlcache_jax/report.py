@@ -43,6 +43,11 @@ class Report:
     full_bytes: int = dataclasses.field(metadata={"static": True})
     tail_bytes: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all buffers that an answer needs: `state_bytes` and `tail_bytes`."""
+        return self.state_bytes + self.tail_bytes
+
 
 def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
     """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""

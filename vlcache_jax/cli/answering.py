@@ -7,12 +7,14 @@ import jax
 import numpy as np
 
 from vlcache_jax.batch import Batch
+from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.runtime import Stopwatch
 from vlcache_jax.explain import Kept, kept_by_layer
 from vlcache_jax.generation import decode, stream_decode
 from vlcache_jax.loading import VLM
 from vlcache_jax.policies import Policy
 from vlcache_jax.prefilling import prefill
+from vlcache_jax.progress import Progress
 from vlcache_jax.report import Report, make_report
 from vlcache_jax.sampling import Sampling
 
@@ -41,6 +43,8 @@ def answer(
     batch: Batch,
     policy: Policy,
     max_new_tokens: int,
+    progress: Progress,
+    *,
     sampling: Sampling | None = None,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
@@ -52,15 +56,22 @@ def answer(
       batch: prompts.
       policy: what to keep.
       max_new_tokens: answers are cut there.
+      progress: gets two steps.
       sampling: None for greedy decoding.
       seed: of the sampling.
       on_token: called with each token as it comes; for a batch of one row.
     """
     model, params = vlm.model, vlm.params
+    name = policy.name if policy.budget == 1 else f"{policy.name} {budget_text(policy.budget)}"
+    prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
+    progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
         logits, state = jax.block_until_ready(prefill(model, params, batch, policy, max_new_tokens))
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
     kept = [kept_by_layer(state, row) for row in range(batch.size)]
+    progress.step(f"{name}: answering")
+    if on_token is not None:
+        progress.close()  # tokens are printed as they come
     with Stopwatch() as of_decode:
         if on_token is None:
             decoded = decode(model, params, logits, state, max_new_tokens, sampling=sampling, seeds=seed)

@@ -7,11 +7,14 @@ import jax
 
 from vlcache_jax import loading
 from vlcache_jax.batch import Batch
+from vlcache_jax.compilation_cache import use_compilation_cache
+from vlcache_jax.errors import InputError
 from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.models.processing import Processor
 from vlcache_jax.policies import Policy
+from vlcache_jax.progress import Progress
 from vlcache_jax.validation import check_prefill
 
 
@@ -31,6 +34,16 @@ class OpenedCheckpoint:
     def load(self) -> "loading.VLM":
         """Reads the weights."""
         return loading.load(self.folder, self.dtype)
+
+
+def keep_programs(wanted: bool, progress: Progress) -> None:
+    """Keeps compiled programs between runs. A folder that cannot be written costs compile time, not the run."""
+    if not wanted:
+        return
+    try:
+        use_compilation_cache()
+    except InputError as error:
+        progress.note(f"programs are compiled anew: {error}")
 
 
 def open_checkpoint(folder: str | Path, dtype: str | None) -> OpenedCheckpoint:

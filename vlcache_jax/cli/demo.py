@@ -20,19 +20,25 @@ from PIL import Image
 from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
-from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
 from vlcache_jax.cli.options import build_policy, check_picture_path
-from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.cli.process import emit
+from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent, table
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.explain import explain
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.policies import FullCache
+from vlcache_jax.progress import Progress
 from vlcache_jax.writing import write_picture
 
 MODEL, IMAGES, QUESTIONS = "demo_model", "demo_images", "questions.json"
 MAX_NEW_TOKENS = 64
 WIDTH = 92
+OWN_IMAGE = (
+    "this small model reads only pages, price lists and scenes of the kind it was trained on (see demo_images/ in the "
+    "package); about any other image it makes something up. `vlcache-jax generate --model ...` asks a model of yours"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Question:
     expected: str | None
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     start = time.monotonic()
     picture_path = check_picture_path(arguments.explain)
@@ -60,6 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     if bool(arguments.image) != (arguments.question is not None):
         raise InputError("--image and --question belong together: give both, or neither for the shipped questions")
     assets = demo_assets(arguments.assets)
+    if arguments.image and arguments.assets is None:
+        progress.note(OWN_IMAGE)
+    progress.step("reading images and questions")
     if arguments.image:
         images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
         questions = [Question("yours", images, arguments.question, None)]
@@ -68,20 +77,22 @@ def run(arguments: argparse.Namespace) -> None:
     opened = open_checkpoint(assets / MODEL, None)
     batch = _make_batch(opened, questions)
     opened.check(batch, policy, MAX_NEW_TOKENS)
-    use_compilation_cache(not arguments.no_compilation_cache)
+    keep_programs(not arguments.no_compilation_cache, progress)
+    progress.step("loading the weights")
     ready = time.monotonic()
     vlm = opened.load()
     loaded = time.monotonic()
 
-    full = answer(vlm, batch, FullCache(), MAX_NEW_TOKENS)
-    compressed = answer(vlm, batch, policy, MAX_NEW_TOKENS)
+    full = answer(vlm, batch, FullCache(), MAX_NEW_TOKENS, progress)
+    compressed = answer(vlm, batch, policy, MAX_NEW_TOKENS, progress)
+    progress.close()
     texts = {"full": vlm.processor.decode(full), "vl_cache": vlm.processor.decode(compressed)}
     seconds = {"inputs": ready - start, "load": loaded - ready, "total": time.monotonic() - start}
     if arguments.json:
         results = _describe(questions, batch, full, compressed, texts, seconds)
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        emit(json.dumps(results, ensure_ascii=False, indent=2))
     else:
-        print(_page(opened, questions, batch, full, compressed, texts, seconds))
+        emit(_page(opened, questions, batch, full, compressed, texts, seconds))
     if picture_path is not None:
         first = questions[0]
         picture = explain(
@@ -235,15 +246,13 @@ def _cost_table(
             for name in ("full", "vl_cache")
         ]
         rows.append(["right answers", *right])
-    state = compressed.report.state_bytes
-    rows.append(
-        [
-            "KV cache of the prompts",
-            megabytes(full.report.state_bytes),
-            megabytes(state),
-            percent(state / full.report.state_bytes),
-        ]
-    )
+    for label, field in (
+        ("KV cache of the prompts", "state_bytes"),
+        ("room for the answers", "tail_bytes"),
+        ("held together", "held_bytes"),
+    ):
+        a, b = getattr(full.report, field), getattr(compressed.report, field)
+        rows.append([label, megabytes(a), megabytes(b), percent(b / a)])
     for name, label in (("prefill", "prefill, seconds"), ("decode", "decoding, seconds")):
         a, b = full.seconds[name], compressed.seconds[name]
         rows.append([label, f"{a:.3f}", f"{b:.3f}", percent(b / a)])
@@ -281,6 +290,7 @@ def _describe(
         name: {
             "state_bytes": answers.report.state_bytes,
             "tail_bytes": answers.report.tail_bytes,
+            "held_bytes": answers.report.held_bytes,
             "seconds": {key: round(value, 4) for key, value in answers.seconds.items()},
         }
         for name, answers in (("full", full), ("vl_cache", compressed))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
@@ -12,44 +11,50 @@ from PIL import Image
 from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
-from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
-from vlcache_jax.cli.options import build_policy, build_sampling, check_new_tokens, check_picture_path
-from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
+from vlcache_jax.cli.options import build_policy, build_sampling, check_picture_path
+from vlcache_jax.cli.process import emit, remark
+from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent
 from vlcache_jax.errors import InputError
 from vlcache_jax.explain import explain
 from vlcache_jax.models.processing.chat import ChatTemplate, read_template
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.models.processing.processor import Processor
+from vlcache_jax.progress import Progress
 from vlcache_jax.writing import write_picture
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
-    check_new_tokens(arguments.max_new_tokens)
     policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
     sampling = build_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if not arguments.prompt.strip():
         raise InputError("the prompt is empty: give --prompt a text")
+    progress.step("reading the prompt")
     images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
     opened = open_checkpoint(arguments.model, arguments.dtype)
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
-    use_compilation_cache(not arguments.no_compilation_cache)
+    keep_programs(not arguments.no_compilation_cache, progress)
 
+    progress.step("loading the weights")
     start = time.monotonic()
     vlm = opened.load()
     load_seconds = time.monotonic() - start
     printer = _Printer(vlm.processor) if arguments.stream else None
-    answers = answer(vlm, batch, policy, arguments.max_new_tokens, sampling, arguments.seed, printer)
+    answers = answer(
+        vlm, batch, policy, arguments.max_new_tokens, progress, sampling=sampling, seed=arguments.seed, on_token=printer
+    )
+    progress.close()
     text = vlm.processor.decode(answers)[0]
     seconds = {"load": load_seconds} | answers.seconds
     if arguments.json:
-        print(json.dumps(_describe(arguments, opened, batch, answers, text, seconds), ensure_ascii=False, indent=2))
+        emit(json.dumps(_describe(arguments, opened, batch, answers, text, seconds), ensure_ascii=False, indent=2))
     else:
-        print("" if arguments.stream else text, flush=True)
-        print(_summary(batch, answers, seconds), file=sys.stderr)
+        emit("" if arguments.stream else text)
+        remark(_summary(batch, answers, seconds))
     if picture_path is not None:
         picture = explain(
             images,
@@ -95,7 +100,7 @@ class _Printer:
         self._stream = processor.tokenizer.decode_stream()
 
     def __call__(self, token: int) -> None:
-        print(self._stream.push(token), end="", flush=True)
+        emit(self._stream.push(token), end="")
 
 
 def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
@@ -103,8 +108,9 @@ def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
-        f"{int(batch.lengths[0])} prompt tokens, cache {megabytes(report.state_bytes)} instead of "
-        f"{megabytes(report.full_bytes)}; {tokens} tokens; {times}]"
+        f"{int(batch.lengths[0])} prompt tokens; cache held {megabytes(report.held_bytes)}: prompt "
+        f"{megabytes(report.state_bytes)} instead of {megabytes(report.full_bytes)}, room for the answer "
+        f"{megabytes(report.tail_bytes)}; {tokens} tokens; {times}]"
     )
 
 
@@ -131,6 +137,7 @@ def _describe(
         "state_bytes": report.state_bytes,
         "full_bytes": report.full_bytes,
         "tail_bytes": report.tail_bytes,
+        "held_bytes": report.held_bytes,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "model": arguments.model,
         "dtype": opened.dtype,

@@ -1,61 +1,36 @@
 """From what was typed to policies, sampling and files; everything wrong is refused before any work."""
 
-import math
-import os
+import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlcache_jax.budgets import Budget, Bytes, Mass, Tokens
-from vlcache_jax.cli.parser import BUDGET_FORMS
-from vlcache_jax.errors import InputError, PolicyError, VLCacheError
+from vlcache_jax.cli import words
+from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.policies import POLICIES, LastRows, Policy, PostVision, policy_by_name
 from vlcache_jax.policies.rows import AllRows, Rows
 from vlcache_jax.sampling import Sampling
-from vlcache_jax.writing import check_target
+from vlcache_jax.writing import check_target, make_folder
 
 _DEFAULT_BUDGET = 0.1
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf"}
 
 
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+def as_budget(word: words.BudgetWord) -> Budget:
+    """The budget that a word means.
 
-
-def parse_budget(text: str) -> Budget:
-    """The budget that a word means; its range is the policy's matter.
-
-    Raises:
-      InputError: no such word.
-      PolicyError: a mass or cap out of range, or no cap.
+    Raises PolicyError for a mass or cap out of range, or no cap.
 
     Example:
-      >>> parse_budget("10%"), parse_budget("256"), parse_budget("64MiB"), parse_budget("mass:0.98:0.4")
-      (0.1, Tokens(count=256), Bytes(count=67108864), Mass(share=0.98, cap=0.4))
+      >>> as_budget(("tokens", (256,))), as_budget(("mass", (0.98, 0.4)))
+      (Tokens(count=256), Mass(share=0.98, cap=0.4))
     """
-    try:
-        budget = _budget(text.replace(" ", "").upper())
-    except VLCacheError:
-        raise
-    except (ValueError, KeyError):
-        budget = math.nan
-    if budget != budget:
-        raise InputError(f"{text!r} is not a budget: give {BUDGET_FORMS}")
-    return budget
+    kind, values = word
+    return {"fraction": float, "tokens": Tokens, "bytes": Bytes, "mass": Mass}[kind](*values)
 
 
-def _budget(word: str) -> Budget:
-    if word.startswith("MASS:"):
-        share, _, cap = word.removeprefix("MASS:").partition(":")
-        return Mass(float(share), cap=float(cap) if cap else None)
-    number = word.rstrip("KMGIB")
-    if number != word:
-        return Bytes(round(float(number) * _BYTES[word.removeprefix(number)]))
-    if word.isdecimal() and int(word) > 1:
-        return Tokens(int(word))
-    return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
-
-
-def build_policy(name: str, budget: Budget | None, options: list[str]) -> Policy:
+def build_policy(name: str, budget: words.BudgetWord | None, options: list[str]) -> Policy:
     """The policy called `name`, with `options` of the form "name=value".
 
     Raises PolicyError for a malformed option or whatever `policy_by_name` refuses.
@@ -68,9 +43,9 @@ def build_policy(name: str, budget: Budget | None, options: list[str]) -> Policy
             raise PolicyError(f"policy option {option!r} is not of the form name=value, such as heads=shared")
         if key in values or (key == "budget" and budget is not None):
             raise PolicyError(f"policy option {key!r} is given twice: give it once")
-        values[key] = _rows(text) if key == "rows" else _value(text)
+        values[key] = _rows(text) if key == "rows" else _value(key, text)
     if budget is not None:
-        values["budget"] = budget
+        values["budget"] = as_budget(budget)
     elif name in POLICIES and name not in ("full_cache", "zip_vl"):  # all; a cap on what the prompt decides
         values.setdefault("budget", _DEFAULT_BUDGET)
     try:
@@ -82,17 +57,20 @@ def build_policy(name: str, budget: Budget | None, options: list[str]) -> Policy
         ) from error
 
 
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
+_CONSTANTS = {"true": True, "false": False, "none": None}
+
+
+def _value(key: str, text: str) -> Any:
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    for kind in (words.whole(-words.LARGEST), words.number):
         try:
             value = kind(text)
-        except ValueError:
+        except argparse.ArgumentTypeError as error:
+            if "out of range" in str(error):
+                raise PolicyError(f"policy option {key}: {error}") from None
             continue
-        if math.isfinite(value):
-            return value
+        return value
     return text
 
 
@@ -100,9 +78,12 @@ def _rows(text: str) -> Rows:
     kind, _, count = text.partition(":")
     if text in ("post_vision", "all"):
         return PostVision() if text == "post_vision" else AllRows()
-    if kind == "last" and count.isdecimal():
-        return LastRows(int(count))
-    raise PolicyError(f"rows={text!r} is not known: use post_vision, last:COUNT (such as last:50) or all")
+    if kind == "last":
+        try:
+            return LastRows(words.whole(1)(count))
+        except argparse.ArgumentTypeError as error:
+            raise PolicyError(f"rows={words.shown(text)}: {error}") from None
+    raise PolicyError(f"rows={words.shown(text)} is not known: use post_vision, last:COUNT (such as last:50) or all")
 
 
 def build_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling | None:
@@ -112,27 +93,40 @@ def build_sampling(temperature: float | None, top_k: int | None, top_p: float | 
     return Sampling(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
 
 
-def check_new_tokens(count: int) -> None:
-    """Raises InputError unless `count` is at least 1."""
-    if count < 1:
-        raise InputError(f"max_new_tokens={count} leaves no room for an answer: give --max-new-tokens at least 1")
-
-
 def check_picture_path(text: str | None) -> Path | None:
     """The path of a picture to write, or None where none is asked for.
 
-    Raises InputError if Pillow cannot write such a file, or it cannot be written there.
+    Raises InputError if it is no kind of picture, or cannot be written there.
     """
     if text is None:
         return None
     path = Path(text)
-    Image.init()
-    writable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.SAVE}
-    if path.suffix.lower() not in writable:
+    if path.suffix.lower() not in _PICTURES:
         raise InputError(
             f"--explain {text!r}: {path.suffix or 'no ending'!r} is no known image format: use .png, .jpg or .webp"
         )
     check_target(path)
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--explain {text!r} cannot be written there: choose another path")
+    check_writable(path.parent, f"--explain {text!r}")
     return path
+
+
+def output_folder(text: str, option: str) -> Path:
+    """The folder to write into, which is made where it is missing.
+
+    Raises InputError if that is not possible, or nothing can be written there.
+    """
+    folder = Path(text)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{option} {text!r} is a file: give a folder")
+    make_folder(folder)
+    check_writable(folder, f"{option} {text!r}")
+    return folder
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raises InputError, which begins with `what`, if no file can be written in a folder: found before a long run."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} cannot be written there ({error.strerror}): choose another path") from error

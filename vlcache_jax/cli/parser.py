@@ -1,29 +1,43 @@
 """The arguments. Nothing heavy is imported here, so that help and argument errors come at once."""
 
 import argparse
-import math
 import sys
+from importlib import import_module
 from typing import Any, NoReturn
 
-PROGRAM = "vlcache-jax"
+from vlcache_jax.cli import words
+from vlcache_jax.cli.process import BAD_INPUT, PROGRAM, SIGNALS, complain, emit
+from vlcache_jax.progress import Progress
+
 MAX_NEW_TOKENS = 64
-BUDGET = 0.1
-BUDGET_FORMS = "0.1 or 10% of the prompt's cache, 256 (tokens a layer), 64MiB (bytes a prompt), or mass:0.98:0.4"
+BUDGET = "0.1"
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors look like all others of the program: one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{PROGRAM}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
+        complain(f"{message} (see {self.prog} --help)")
+        raise SystemExit(BAD_INPUT)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own, which fails on an option's value `--` (bpo-14364)."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if word == "--" or (word.startswith("--") and word.endswith("=--")):
+                self.error(f"{word!r} has no meaning here: leave it out")
+        return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's own, which hides that it could not be written."""
+        emit(self.format_help(), end="")
 
 
 class _Version(argparse.Action):
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         from vlcache_jax import __version__
 
-        print(f"{PROGRAM} {__version__}")
+        emit(f"{PROGRAM} {__version__}")
         raise SystemExit(0)
 
 
@@ -51,13 +65,22 @@ def _demo(commands: Any) -> None:
         "see it work: a small checkpoint answers questions, with the full cache and with VL-Cache",
         "demo",
     )
+    _budget(parser, BUDGET)
     parser.add_argument(
-        "--budget", type=_budget, default=BUDGET, help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%")
+        "--image",
+        type=words.path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="ask about an image of your own: this model reads only pages, price lists and scenes of the kind it was "
+        "trained on, and makes something up for any other image",
     )
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="ask about your own image ...")
-    parser.add_argument("--question", metavar="TEXT", help="... your own question")
+    parser.add_argument("--question", type=words.words, metavar="TEXT", help="your question about it")
     parser.add_argument(
-        "--assets", metavar="DIR", help="folder with demo_model/ and demo_images/ (default: those of the package)"
+        "--assets",
+        type=words.path,
+        metavar="DIR",
+        help="folder with demo_model/ and demo_images/ (default: those of the package)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _explain(parser, "draw what was kept for the first question")
@@ -68,37 +91,37 @@ def _generate(commands: Any) -> None:
     parser = _command(
         commands, "generate", "answer one prompt about some images with a checkpoint of yours", "generate"
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder in the Hugging Face layout")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; repeat for several")
+    parser.add_argument(
+        "--model", type=words.path, required=True, metavar="DIR", help="checkpoint folder in the Hugging Face layout"
+    )
+    parser.add_argument(
+        "--image", type=words.path, action="append", default=[], metavar="FILE", help="an image; repeat for several"
+    )
     parser.add_argument(
         "--prompt",
+        type=words.words,
         required=True,
         metavar="TEXT",
         help="your message, put into the checkpoint's chat template (images come first, unless the text places them "
         "with the image placeholder, such as <image>); as it stands with --raw or where there is no template",
     )
     parser.add_argument("--raw", action="store_true", help="use --prompt as it stands, placeholders included")
-    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
+    _policy(parser)
     parser.add_argument(
-        "--budget",
-        type=_budget,
-        metavar="BUDGET",
-        help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%"),
+        "--max-new-tokens",
+        type=words.whole(1),
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="cut the answer there (default: 64)",
     )
     parser.add_argument(
-        "--policy-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the policy, such as heads=shared, candidate_fraction=0.4 or rows=last:50",
+        "--temperature", type=words.number, help="sample at this temperature (default: greedy decoding)"
     )
+    parser.add_argument("--top-k", type=words.whole(1), metavar="K", help="sample among the K most probable tokens")
     parser.add_argument(
-        "--max-new-tokens", type=_whole, default=MAX_NEW_TOKENS, metavar="N", help="cut the answer there (default: 64)"
+        "--top-p", type=words.number, metavar="P", help="sample among the tokens that make up probability P"
     )
-    parser.add_argument("--temperature", type=_number, help="sample at this temperature (default: greedy decoding)")
-    parser.add_argument("--top-k", type=_whole, metavar="K", help="sample among the K most probable tokens")
-    parser.add_argument("--top-p", type=_number, metavar="P", help="sample among the tokens that make up probability P")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=words.whole(0, 2**64 - 1), default=0, help="of the sampling (default: 0)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -117,6 +140,7 @@ def _plan(commands: Any) -> None:
     )
     parser.add_argument(
         "--model",
+        type=words.path,
         required=True,
         metavar="NAME|DIR",
         help="llava-1.5-7b, llava-v1.6-mistral-7b, llava-v1.6-34b, or a folder with a config.json (no weights needed)",
@@ -124,22 +148,21 @@ def _plan(commands: Any) -> None:
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:2x4, v6e:1x1 or v5p:2x2x1"
     )
-    parser.add_argument("--batch", type=_whole, default=1, metavar="N", help="prompts at once (default: 1)")
+    parser.add_argument("--batch", type=words.whole(1), default=1, metavar="N", help="prompts at once (default: 1)")
     parser.add_argument(
-        "--prompt", type=_whole, default=4096, metavar="N", help="padded prompt length in tokens (default: 4096)"
-    )
-    parser.add_argument("--new", type=_whole, default=256, metavar="N", help="room for new tokens (default: 256)")
-    parser.add_argument("--images", type=_whole, default=1, metavar="N", help="images of each prompt (default: 1)")
-    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
-    parser.add_argument(
-        "--budget",
-        type=_budget,
-        metavar="BUDGET",
-        help=f"what to keep (default: 0.1): {BUDGET_FORMS}".replace("%", "%%"),
+        "--prompt",
+        type=words.whole(1),
+        default=4096,
+        metavar="N",
+        help="padded prompt length in tokens (default: 4096)",
     )
     parser.add_argument(
-        "--policy-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the policy"
+        "--new", type=words.whole(1), default=256, metavar="N", help="room for new tokens (default: 256)"
     )
+    parser.add_argument(
+        "--images", type=words.whole(0), default=1, metavar="N", help="images of each prompt (default: 1)"
+    )
+    _policy(parser)
     parser.add_argument(
         "--compare",
         action="append",
@@ -162,7 +185,7 @@ def _plan(commands: Any) -> None:
     parser.add_argument("--no-search", action="store_true", help="do not look for the largest batch and longest prompt")
     parser.add_argument(
         "--max-compilations",
-        type=_whole,
+        type=words.whole(1),
         default=5,
         metavar="N",
         help="prefills compiled for each search at most (default: 5)",
@@ -172,10 +195,12 @@ def _plan(commands: Any) -> None:
 
 def _train_demo(commands: Any) -> None:
     parser = _command(commands, "train-demo", "train the demo's checkpoint from scratch", "train_demo")
-    parser.add_argument("--output", default="demo_training", metavar="DIR", help="default: demo_training")
+    parser.add_argument(
+        "--output", type=words.path, default="demo_training", metavar="DIR", help="default: demo_training"
+    )
     duration = parser.add_mutually_exclusive_group()
-    duration.add_argument("--minutes", type=_number, metavar="M", help="how long to train (default: 60)")
-    duration.add_argument("--steps", type=_whole, metavar="N", help="how many steps to train instead")
+    duration.add_argument("--minutes", type=words.number, metavar="M", help="how long to train (default: 60)")
+    duration.add_argument("--steps", type=words.whole(1), metavar="N", help="how many steps to train instead")
     parser.add_argument("--resume", action="store_true", help="go on with an earlier run in the same folder")
     _compilation_cache(parser)
 
@@ -186,12 +211,13 @@ def _study(commands: Any) -> None:
     )
     parser.add_argument(
         "--output",
+        type=words.path,
         required=True,
         metavar="DIR",
         help="folder for results.jsonl, tables and pictures; what it already holds is not measured again",
     )
     parser.add_argument(
-        "--samples", type=_whole, default=300, metavar="N", help="held-out samples of each task (default: 300)"
+        "--samples", type=words.whole(1), default=300, metavar="N", help="held-out samples of each task (default: 300)"
     )
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME", help="of the demo (default: documents, prices, scenes, places)"
@@ -204,26 +230,49 @@ def _study(commands: Any) -> None:
         help="known: the question is in the prompt that is compressed; before: it comes afterwards (default: both)",
     )
     parser.add_argument(
-        "--budgets", nargs="+", type=_number, metavar="FRACTION", help="default: 0.01 0.02 0.05 0.1 0.2 0.4 0.6 1"
+        "--budgets", nargs="+", type=words.number, metavar="FRACTION", help="default: 0.01 0.02 0.05 0.1 0.2 0.4 0.6 1"
     )
-    parser.add_argument("--batch", type=_whole, default=50, metavar="N", help="prompts answered together (default: 50)")
-    parser.add_argument("--assets", metavar="DIR", help="folder with demo_model/ (default: that of the package)")
+    parser.add_argument(
+        "--batch", type=words.whole(1), default=50, metavar="N", help="prompts answered together (default: 50)"
+    )
+    parser.add_argument(
+        "--assets", type=words.path, metavar="DIR", help="folder with demo_model/ (default: that of the package)"
+    )
     _compilation_cache(parser)
 
 
 def _command(commands: Any, name: str, text: str, module: str) -> argparse.ArgumentParser:
     def run(arguments: argparse.Namespace) -> None:
-        from importlib import import_module
-
-        import_module(f"vlcache_jax.cli.{module}").run(arguments)
+        with Progress() as progress:
+            progress.step("importing JAX")
+            with SIGNALS.at_once():
+                command = import_module(f"vlcache_jax.cli.{module}")
+            command.run(arguments, progress)
 
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
 
 
+def _policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
+    _budget(parser, None)
+    parser.add_argument(
+        "--policy-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the policy, such as heads=shared, candidate_fraction=0.4 or rows=last:50",
+    )
+
+
+def _budget(parser: argparse.ArgumentParser, default: str | None) -> None:
+    text = f"what to keep (default: 0.1): {words.BUDGET_FORMS}".replace("%", "%%")
+    parser.add_argument("--budget", type=words.budget, default=default, metavar="BUDGET", help=text)
+
+
 def _explain(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--explain", metavar="OUT.png", help=f"{text}, as a picture")
+    parser.add_argument("--explain", type=words.path, metavar="OUT.png", help=f"{text}, as a picture")
 
 
 def _compilation_cache(parser: argparse.ArgumentParser) -> None:
@@ -233,37 +282,3 @@ def _compilation_cache(parser: argparse.ArgumentParser) -> None:
         help="compile anew instead of keeping compiled programs in $VLCACHE_JAX_CACHE_DIR "
         "(default: ~/.cache/vlcache_jax)",
     )
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
-
-
-def _budget(text: str) -> Any:
-    from vlcache_jax.cli.options import parse_budget  # imports JAX
-    from vlcache_jax.errors import VLCacheError
-
-    try:
-        return parse_budget(text)
-    except VLCacheError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _seed(text: str) -> int:
-    value = _whole(text)
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{value} is out of range: give a whole number from 0 to {2**64 - 1}")
-    return value

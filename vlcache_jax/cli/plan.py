@@ -2,26 +2,26 @@
 
 import argparse
 import json
-import sys
 
 import jax
 
 from vlcache_jax.budgets import budget_text
-from vlcache_jax.cli.options import build_policy, parse_budget
+from vlcache_jax.cli import words
+from vlcache_jax.cli.options import build_policy
+from vlcache_jax.cli.process import emit
 from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import Policy
+from vlcache_jax.progress import Progress
 
 _GIB = 2**30
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command."""
     policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
     compare = [_other_policy(text) for text in arguments.compare]
-    if arguments.max_compilations < 1:
-        raise InputError(f"max_compilations={arguments.max_compilations} must be at least 1; or give --no-search")
     mesh = None if arguments.mesh is None else _mesh(arguments.mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
     found = plan(
@@ -37,17 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         search=not arguments.no_search,
         max_compilations=arguments.max_compilations,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=progress,
     )
-    print(json.dumps(found.as_dict(), indent=2) if arguments.json else describe(found))
+    progress.close()
+    emit(json.dumps(found.as_dict(), indent=2) if arguments.json else describe(found))
 
 
 def _other_policy(text: str) -> Policy:
     name, colon, budget = text.partition(":")
     try:
-        wanted = parse_budget(budget) if colon else None
-    except InputError as error:
-        raise InputError(f"--compare {text!r}: {error}") from None
+        wanted = words.budget(budget) if colon else None
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--compare {words.shown(text)}: {error}") from None
     return build_policy("full_cache" if name == "full" else name, wanted, [])
 
 
@@ -55,9 +56,13 @@ def _mesh(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if not size.isdecimal() or name in axes:
-            raise InputError(f"--mesh {text!r} is not of the form data=2,model=4")
-        axes[name] = int(size)
+        try:
+            wanted = words.whole(1)(size)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--mesh {words.shown(text)} is not of the form data=2,model=4: {error}") from None
+        if name in axes:
+            raise InputError(f"--mesh {words.shown(text)} names {name!r} twice")
+        axes[name] = wanted
     return axes
 
 

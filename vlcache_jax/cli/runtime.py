@@ -1,45 +1,13 @@
-"""Compiled programs: keeping them between runs, and telling compile time from run time."""
+"""Telling compile time from run time, and what a run ran on."""
 
-import os
 import platform
-import sys
-import tempfile
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 
 _COMPILE_EVENTS = "/jax/core/compile/"
-
-
-def use_compilation_cache(enabled: bool) -> None:
-    """Keeps compiled programs in `$VLCACHE_JAX_CACHE_DIR`, or `vlcache_jax` in the user's cache folder.
-
-    A folder that cannot be written costs compile time, not the run.
-    """
-    folder = cache_folder()
-    if not enabled:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        print(f"note: no compilation cache in {folder} ({error}): programs are compiled anew", file=sys.stderr)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept."""
-    if chosen := os.environ.get("VLCACHE_JAX_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "vlcache_jax"
 
 
 class Stopwatch:

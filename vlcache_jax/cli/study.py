@@ -2,16 +2,18 @@
 
 import argparse
 import datetime
-import sys
 import zlib
 from pathlib import Path
 
-from vlcache_jax.cli.checkpoint import open_checkpoint
+from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
 from vlcache_jax.cli.demo import MODEL, demo_assets
-from vlcache_jax.cli.runtime import describe_runtime, use_compilation_cache
+from vlcache_jax.cli.options import output_folder
+from vlcache_jax.cli.process import emit, remark
+from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.samples import FULL_GRID, TASKS
 from vlcache_jax.errors import InputError
+from vlcache_jax.progress import Progress
 from vlcache_jax.study.methods import BUDGETS, all_methods, choose
 from vlcache_jax.study.pages import write_pages
 from vlcache_jax.study.results import ResultFile
@@ -19,20 +21,14 @@ from vlcache_jax.study.run import MODES, run_study
 from vlcache_jax.study.tasks import DEFAULT_TASKS
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
-    for name in ("samples", "batch"):
-        value = getattr(arguments, name)
-        if value < 1:
-            raise InputError(f"{name}={value} measures nothing: give --{name} at least 1")
     known = {method.name: method for method in all_methods()}
     methods = [known[name] for name in choose("methods", arguments.methods, list(known))]
     tasks = choose("tasks", arguments.tasks or DEFAULT_TASKS, TASKS)
     modes = choose("modes", arguments.modes, MODES)
     budgets = _budgets(arguments.budgets)
-    folder = Path(arguments.output)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {arguments.output!r} is a file: give a folder")
+    progress.step("opening the checkpoint")
     assets = demo_assets(arguments.assets)
     opened = open_checkpoint(assets / MODEL, None)
     side = opened.model.config.vision.grid_size
@@ -48,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
         "samples": arguments.samples,
         "seed": HELD_OUT_SEED,
     }
-    use_compilation_cache(not arguments.no_compilation_cache)
+    keep_programs(not arguments.no_compilation_cache, progress)
+    folder = output_folder(arguments.output, "--output")
     file = ResultFile(folder, study)
     file.add_run({"date": datetime.date.today().isoformat(), **describe_runtime()})
     run_study(
@@ -60,10 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         batch_size=arguments.batch,
         modes=modes,
+        progress=progress,
     )
-    for path in write_pages(file, folder):
-        print(path)
-    print(f"{len(file.results)} results in {file.path}", file=sys.stderr)
+    progress.step("drawing tables and pictures")
+    paths = write_pages(file, folder)
+    progress.close()
+    for path in paths:
+        emit(str(path))
+    remark(f"{len(file.results)} results in {file.path}")
 
 
 def _budgets(wanted: list[float] | None) -> list[float]:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
+from vlcache_jax.progress import Progress
 
 _LARGEST_BATCH = 1024
 _PROMPT_STEP = 128
@@ -120,7 +121,7 @@ def plan(
     dtype: str = "bfloat16",
     search: bool = True,
     max_compilations: int = 5,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Compiles a run for a TPU slice and says what it needs. Neither a TPU nor weights are needed; nothing runs.
 
@@ -138,7 +139,7 @@ def plan(
       dtype: of parameters and cache: "bfloat16", "float32" or "float16".
       search: also look for the largest batch and the longest prompt that fit.
       max_compilations: prefills compiled for each of these searches.
-      progress: is called with a line for every compilation.
+      progress: shows every compilation (`vlcache_jax.progress.Progress()`); by default nothing is shown.
 
     Returns:
       The plan. A program that does not fit is not an error: see `PolicyPlan.fits`.
@@ -155,6 +156,8 @@ def plan(
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
     work = _workload(config, batch, prompt, new_tokens, images)
+    progress = Progress(enabled=False) if progress is None else progress
+    progress.step("starting the TPU's compiler")
     chip = CHIPS[parse_topology(topology)[0]]
     devices = tpu_devices(topology)
     kv_heads = config.decoder.num_kv_heads
@@ -188,7 +191,7 @@ class _Planner:
         bandwidth: float,
         max_compilations: int,
         search: bool,
-        progress: Callable[[str], None],
+        progress: Progress,
     ) -> None:
         self.programs, self.work, self.bandwidth = programs, work, bandwidth
         self.max_compilations, self.search, self.progress = max_compilations, search, progress
@@ -204,9 +207,9 @@ class _Planner:
         state = programs.state(work, policy)
         context, tail = programs.bytes_of(state.stores), programs.bytes_of(state.tail)
         kept = programs.bytes_of([(x.keys, x.values, x.key_scales, x.value_scales) for x in state.stores])
-        prefill = self._prefill(work, policy)
-        decode = self._report(programs.decode(work, policy)[0], "decoding", work, policy)
-        step = self._report(programs.decode_step(work, policy)[0], "decode step", work, policy)
+        prefill = self._compile("prefill", work, policy)
+        decode = self._compile("decoding", work, policy)
+        step = self._compile("decode step", work, policy)
         peaks = [program.peak_bytes for program in (prefill, decode)]
         read = self.decoder_weights + kept + tail
         return PolicyPlan(
@@ -240,10 +243,10 @@ class _Planner:
         def peak(size: int) -> tuple[bool, int | None]:
             # Decoding is compiled only where the prefill, which needs more as a rule, fits.
             work = dataclasses.replace(self.work, **{field: size})
-            first = self._prefill(work, policy)
+            first = self._compile("prefill", work, policy)
             if not self._fits(first):
                 return False, first.peak_bytes
-            second = self._report(self.programs.decode(work, policy)[0], "decoding", work, policy)
+            second = self._compile("decoding", work, policy)
             peaks = [p.peak_bytes for p in (first, second) if p.peak_bytes is not None]
             return self._fits(second), max(peaks, default=None)
 
@@ -258,21 +261,20 @@ class _Planner:
             max_compilations=self.max_compilations,
         )
 
-    def _prefill(self, work: Workload, policy: Policy) -> Program:
-        return self._report(self.programs.prefill(work, policy)[0], "prefill", work, policy)
-
     def _fits(self, program: Program) -> bool:
         return program.refused is None and program.peak_bytes is not None and program.peak_bytes <= self.available
 
-    def _report(self, program: Program, name: str, work: Workload, policy: Policy) -> Program:
+    def _compile(self, name: str, work: Workload, policy: Policy) -> Program:
+        what = f"{name}, {policy.name} {budget_text(policy.budget)}, batch {work.batch}, prompt {work.prompt}"
+        self.progress.step(f"compiling: {what}")
+        programs = self.programs
+        compile_ = {"prefill": programs.prefill, "decoding": programs.decode, "decode step": programs.decode_step}[name]
+        program = compile_(work, policy)[0]
         verdict = f"peak {program.peak_bytes / 2**30:.2f} GiB" if program.peak_bytes else "peak unknown"
         if not self._fits(program):
             small = program.refused is not None and not program.out_of_memory
             verdict = f"refused ({program.refused})" if small else f"{verdict}, does not fit"
-        self.progress(
-            f"{name}, {policy.name} {budget_text(policy.budget)}, batch {work.batch}, prompt {work.prompt}: {verdict} "
-            f"(compiled in {program.compile_seconds:.1f} s)"
-        )
+        self.progress.note(f"{what}: {verdict} (compiled in {program.compile_seconds:.1f} s)")
         return program
 
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import gc
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from vlcache_jax.loading import VLM
 from vlcache_jax.models.cpu_layout import cpu_layout
 from vlcache_jax.policies import FullCache, Policy
 from vlcache_jax.prefilling import prefill
+from vlcache_jax.progress import Progress
 from vlcache_jax.study import before
 from vlcache_jax.study.measure import Held, Stores, held, kept_tokens, store_bytes
 from vlcache_jax.study.methods import FULL, Method
@@ -195,7 +195,7 @@ def run_study(
     samples: int,
     batch_size: int = 50,
     modes: Sequence[str] = MODES,
-    log: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    progress: Progress | None = None,
 ) -> None:
     """Measures every configuration that the file does not hold yet.
 
@@ -208,7 +208,7 @@ def run_study(
       samples: of each task.
       batch_size: prompts answered together at most.
       modes: with the question `KNOWN` when the prompt is compressed, or compressed `BEFORE` it is known.
-      log: gets a line for each configuration.
+      progress: gets a line for each configuration; by default on standard error.
     """
     study = Study(vlm)
     grid = [
@@ -220,30 +220,32 @@ def run_study(
         if budget < 1
     ]
     pictured = min((b for b in budgets if b < 1), key=lambda b: abs(b - PICTURED), default=None)
-    progress = _Progress(log)
+    progress = Progress() if progress is None else progress
     pending = {task: _pending(file, task, grid) for task in tasks}
-    progress.left = sum(map(len, pending.values()))
+    left = sum(map(len, pending.values()))
     for task in tasks:
         if not pending[task]:
-            log(f"{task}: done before")
+            progress.note(f"{task}: measured before")
             continue
-        start = time.monotonic()
+        progress.step(f"{task}: drawing {samples} samples")
         data = load_task(vlm, task, samples, batch_size)
-        drawn = time.monotonic()
+        progress.step(f"{task}: running the prompts through the model")
         prompts = [study.prepare(batch, data.max_new_tokens) for batch in data.batches]
-        log(f"{task}: {samples} samples drawn in {drawn - start:.0f} s, run in {time.monotonic() - drawn:.0f} s")
+        progress.step(f"{task}: measuring methods and budgets", total=len(pending[task]))
         measure = partial(_measured, study, data, prompts)
         with ThreadPoolExecutor(_WORKERS) as pool:
             for some in (pending[task][i : i + _GROUP] for i in range(0, len(pending[task]), _GROUP)):
                 for (method, budget, mode), outcome in zip(some, pool.map(measure, some)):
+                    left -= 1
+                    progress.advance()
                     if isinstance(outcome, PolicyError):
-                        progress.skip(f"{task} {method.name} {budget:g}: left out, {outcome}")
+                        progress.note(f"{task} {method.name} {budget:g}: left out, {outcome}")
                         continue
                     result, kept = outcome
                     file.add(result)
                     if budget == pictured and mode == KNOWN:
                         file.add_kept(task, method.name, budget, **kept)
-                    progress.step(result)
+                    progress.note(f"{_line(result)}; {left} to go")
                 _free_programs()
         del prompts
 
@@ -298,32 +300,16 @@ def _first_kept(measured: Measured, prompts: Prompts) -> dict[str, Any]:
     }
 
 
+def _line(result: Result) -> str:
+    key = result.key
+    return (
+        f"{key.task} {key.method} {key.budget:g}{'' if key.mode == KNOWN else f' {key.mode}'}: exact match "
+        f"{result.exact.mean():.3f}, score {result.score.mean():.3f}, agrees {result.agrees.mean():.3f}, "
+        f"{result.seconds:.1f} s"
+    )
+
+
 def _free_programs() -> None:
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
         gc.collect()
-
-
-class _Progress:
-    """One line for each configuration, with the time that is left."""
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self.log, self.left, self.done = log, 0, 0
-        self._start = time.monotonic()
-
-    def step(self, result: Result) -> None:
-        """A configuration has been measured."""
-        self.left -= 1
-        self.done += 1
-        note = "" if result.key.mode == KNOWN else f" {result.key.mode}"
-        key, seconds = result.key, (time.monotonic() - self._start) / self.done * self.left
-        self.log(
-            f"{key.task} {key.method} {key.budget:g}{note}: exact match {result.exact.mean():.3f}, "
-            f"score {result.score.mean():.3f}, agrees {result.agrees.mean():.3f}, {result.seconds:.1f} s; "
-            f"{self.left} to go, about {seconds / 60:.0f} min"
-        )
-
-    def skip(self, text: str) -> None:
-        """A configuration cannot be measured."""
-        self.left -= 1
-        self.log(text)

@@ -25,6 +25,7 @@ from vlcache_jax.demo.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
+from vlcache_jax.progress import Progress
 from vlcache_jax.training import demo_init
 from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
@@ -236,7 +237,7 @@ def demo_loss(model: Llava) -> Loss:
     return loss
 
 
-def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
+def train_vision(recipe: Recipe, directory: Path, log: ProgressLog, progress: Progress) -> Params:
     """Trains tower and projector alone, or returns those an earlier run left in `directory`."""
     path = directory / "vision.safetensors"
     initial = _init(recipe, recipe.seed)
@@ -257,8 +258,10 @@ def train_vision(recipe: Recipe, directory: Path, log: ProgressLog) -> Params:
     step = make_train_step(patch_loss(Llava(recipe.config)), optimizer)
     state = init_state(params, optimizer)
     batches = prefetch(patch_batches(recipe.seed, recipe.vision_grid, recipe.vision_rows))
+    progress.step("training the vision tower", total=steps)
     for number in range(steps):
         state, metrics = step(state, next(batches))
+        progress.advance()
         log.count(recipe.vision_rows * recipe.vision_grid**2)
         if number % 50 == 49 or number == steps - 1:
             log.report(stage="vision", step=number + 1, **{k: float(v) for k, v in metrics.items()})
@@ -355,7 +358,7 @@ def train_demo(
     resume: bool = True,
     recipe: Recipe = FULL,
     save_every: float = 180.0,
-    quiet: bool = False,
+    progress: Progress | None = None,
 ) -> Params:
     """Trains the demo's model, writes `demo_model/` and `demo_images/`, and returns the parameters.
 
@@ -366,50 +369,58 @@ def train_demo(
       resume: go on from the train state in `output_dir` if there is one.
       recipe: what to train; `SMOKE` for a test.
       save_every: seconds between train states.
-      quiet: no lines on standard error.
+      progress: shows how far the run is; by default on standard error.
     """
     directory = Path(output_dir)
-    log = ProgressLog(directory / "log.jsonl", quiet=quiet)
+    progress = Progress() if progress is None else progress
+    log = ProgressLog(directory / "log.jsonl", progress)
     path = directory / "state.safetensors"
     model = Llava(recipe.config, jnp.bfloat16, remat=True)  # on two cores more than twice as fast as float32
     optimizer = _optimizer(recipe.rate, 0.05)
     trainable = ("decoder", "projector", "ahead")
-    state = init_state(initial_params(recipe, train_vision(recipe, directory, log)), optimizer, trainable)
-    progress: dict[str, Any] = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
+    tower = train_vision(recipe, directory, log, progress)
+    progress.step("preparing the decoder")
+    state = init_state(initial_params(recipe, tower), optimizer, trainable)
+    reached: dict[str, Any] = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
     if resume and path.exists():
-        state, progress = load_state(path, state)
+        state, reached = load_state(path, state)
     step = make_train_step(demo_loss(model), optimizer, trainable=trainable)
-    clock = _Clock(minutes, steps, progress["elapsed"])
+    clock = _Clock(minutes, steps, reached["elapsed"])
+    progress.step("training the decoder", total=1.0)
+    progress.advance(shown := clock.share(reached["step"]))
     saved = time.monotonic()
 
     def save() -> None:
-        save_state(path, state, progress | {"elapsed": clock.elapsed()})
+        save_state(path, state, reached | {"elapsed": clock.elapsed()})
 
-    while (share := clock.share(progress["step"])) < 1:
-        stage = recipe.stages[progress["stage"]]
-        batches = prefetch(_stage_batches(recipe, stage, progress["step"]))
-        while (share := clock.share(progress["step"])) < 1:
+    while (share := clock.share(reached["step"])) < 1:
+        stage = recipe.stages[reached["stage"]]
+        batches = prefetch(_stage_batches(recipe, stage, reached["step"]))
+        while (share := clock.share(reached["step"])) < 1:
             batch = next(batches)
-            warm = min(1.0, (progress["step"] + 1) / recipe.warmup)
+            warm = min(1.0, (reached["step"] + 1) / recipe.warmup)
             state, metrics = step(state, batch, warm * min(1.0, (1 - share) / recipe.decay))
-            progress["step"] += 1
+            reached["step"] += 1
+            progress.advance(share - shown)
+            shown = share
             log.count(batch.train.batch.tokens.size)
-            running = progress["running"] = 0.97 * progress["running"] + 0.03 * float(metrics["exact_match"])
-            number = progress["step"]
+            running = reached["running"] = 0.97 * reached["running"] + 0.03 * float(metrics["exact_match"])
+            number = reached["step"]
             if number % 20 == 0:
                 values = {k: float(v) for k, v in metrics.items() if k != "weight"}
                 remaining = clock.elapsed() * (1 - share) / max(share, 1e-6)
-                log.report(stage=progress["stage"], step=number, share=share, running=running, eta=remaining, **values)
+                log.report(stage=reached["stage"], step=number, share=share, running=running, eta=remaining, **values)
             if time.monotonic() - saved > save_every:
                 save()
                 scores = evaluate_tasks(model, state.params, recipe, stage.shapes[0].grid, 32)
-                log.report(evaluated=number, stage=progress["stage"], **scores)
+                log.report(evaluated=number, stage=reached["stage"], **scores)
                 saved = time.monotonic()
-            last = progress["stage"] == len(recipe.stages) - 1
-            if not last and (share > stage.latest or (running > stage.until and number - progress["entered"] > 60)):
-                progress |= {"stage": progress["stage"] + 1, "running": 0.0, "entered": number}
+            last = reached["stage"] == len(recipe.stages) - 1
+            if not last and (share > stage.latest or (running > stage.until and number - reached["entered"] > 60)):
+                reached |= {"stage": reached["stage"] + 1, "running": 0.0, "entered": number}
                 break
         batches.close()  # type: ignore[attr-defined]
+    progress.step("writing the checkpoint")
     save()
     params = {name: x for name, x in state.params.items() if name != "ahead"}
     export_demo(params, recipe.config, directory / "demo_model")

@@ -3,13 +3,13 @@
 import json
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlcache_jax.progress import Progress
 from vlcache_jax.writing import append_line, make_folder
 
 T = TypeVar("T")
@@ -52,14 +52,14 @@ def prefetch(items: Iterator[T], size: int = 2) -> Iterator[T]:
 
 
 class ProgressLog:
-    """Writes one JSON object per report to a file, and a readable line to standard error.
+    """Writes one JSON object per report to a file, and a readable line to `progress` (by default on standard error).
 
     Tokens per second are counted since the last report.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, quiet: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
         make_folder(Path(path).parent)
-        self._path, self._quiet = Path(path), quiet
+        self._path, self._progress = Path(path), Progress() if progress is None else progress
         self._tokens, self._since = 0, time.monotonic()
 
     def count(self, tokens: int) -> None:
@@ -75,5 +75,4 @@ class ProgressLog:
         self._since = now
         values = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
         append_line(self._path, json.dumps({"time": round(time.time(), 1), **values}))
-        if not self._quiet:
-            print("  ".join(f"{k} {v}" for k, v in values.items()), file=sys.stderr, flush=True)
+        self._progress.note("  ".join(f"{k} {v}" for k, v in values.items()))
