@@ -25,7 +25,7 @@ RULES = {
     "tova": vlc.TOVA(12, decoding="evict"),
     "recompress": dataclasses.replace(vlc.VLCache(0.4), generated=vlc.Recompress(6, rows=4)),
 }
-rules = pytest.mark.parametrize("policy", RULES.values(), ids=RULES)
+rules = pytest.mark.parametrize("policy", RULES.values(), ids=RULES, scope="module")
 NEW = 30
 
 

@@ -12,7 +12,7 @@ import vlcache_jax as vlc
 from vlcache_jax.policies import POLICIES, GridPooled, MaskVisualSinks
 from vlcache_jax.validation import check_prefill
 
-methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS)
+methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS, scope="module")
 
 
 def prefill(policy, batch, params):

@@ -65,7 +65,9 @@ FEW = ("vl_cache", "vl_cache_candidates", "full_cache")
 def over(names, thorough=()):
     marks = {name: [pytest.mark.thorough] for name in thorough}
     return pytest.mark.parametrize(
-        "policy", [pytest.param(WITH_FULL[name], id=name, marks=marks.get(name, [])) for name in names]
+        "policy",
+        [pytest.param(WITH_FULL[name], id=name, marks=marks.get(name, [])) for name in names],
+        scope="module",  # so that a method's tests follow one another, and its programs are compiled once
     )
 
 
@@ -178,31 +180,34 @@ def test_kept_tokens_are_the_budget(llava, policy):
 
 
 @pytest.mark.bits
-@parts
+@pytest.mark.parametrize("own_length", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["padded", "own"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype):
+@over(PARTS)
+def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
+    """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each."""
     model, params = llava = tiny_llava(dtype)
     batch = ragged_batch(rows=4, seed=3)
     _, state = vlc.prefill(model, params, batch, policy, NEW)
     together = generate(llava, batch, policy)
-    # candidate_fraction is a fraction of the padded length, so such a row is compared at the same padding
-    lengths = [batch.length] if policy.candidate_fraction < 1 else [None, batch.length, 64]
+    lengths = [None] if own_length else [batch.length, 64]
+    if policy.candidate_fraction < 1:  # a fraction of the padded length: compared at the same padding
+        lengths = [batch.length]
     for row in range(4):
         for length in lengths:
-            wide = one_row(batch, row, length if length != 64 else None)
+            alone_batch = one_row(batch, row, length if length != 64 else None)
             if length == 64:
-                pad = 64 - wide.length
-                wide = dataclasses.replace(
-                    wide,
-                    tokens=np.pad(wide.tokens, ((0, 0), (0, pad)), constant_values=9),
-                    vision_index=np.pad(wide.vision_index, ((0, 0), (0, pad)), constant_values=-1),
+                pad = 64 - alone_batch.length
+                alone_batch = dataclasses.replace(
+                    alone_batch,
+                    tokens=np.pad(alone_batch.tokens, ((0, 0), (0, pad)), constant_values=9),
+                    vision_index=np.pad(alone_batch.vision_index, ((0, 0), (0, pad)), constant_values=-1),
                 )
-            _, alone = vlc.prefill(model, params, wide, policy, NEW)
+            _, alone = vlc.prefill(model, params, alone_batch, policy, NEW)
             for layer in range(3):
                 expected = np.asarray(alone.kept_positions(layer)[0])
                 found = np.asarray(state.kept_positions(layer)[row])[:, : expected.shape[1]]
                 np.testing.assert_array_equal(found, expected)
-            np.testing.assert_array_equal(generate(llava, wide, policy).tokens[0], together.tokens[row])
+            np.testing.assert_array_equal(generate(llava, alone_batch, policy).tokens[0], together.tokens[row])
 
 
 @methods

@@ -31,7 +31,7 @@ CASES = {
     "vl_cache_8_others_2": dataclasses.replace(vlc.VLCache(0.4, bits=8), evicted=vlc.Quantise(2)),
     "tova_others_4": dataclasses.replace(vlc.TOVA(0.4), evicted=vlc.Quantise(4)),
 }
-cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES)
+cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES, scope="module")
 
 
 def prefill(policy, batch, params):

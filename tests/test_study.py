@@ -304,6 +304,7 @@ def test_choose():
     assert choose("methods", ["b"], ["a", "b"]) == ["b"]
 
 
+@pytest.mark.thorough
 def test_the_command_runs_and_goes_on(tmp_path, capsys):
     """The shipped checkpoint; a second call measures only what is new, and its answers are those of `generate`."""
     folder = tmp_path / "out"

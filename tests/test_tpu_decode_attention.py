@@ -10,7 +10,10 @@ from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attenti
 from vlcache_jax.kernels.decode_attention.shapes import SHAPES
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 
-TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+TOPOLOGIES = ["v5e:2x2", *(pytest.param(chip, marks=pytest.mark.thorough) for chip in ("v5p:2x2x1", "v6e:2x2"))]
+# One model for each head size; the others are thorough.
+MODELS = list({shape.head_dim: name for name, shape in SHAPES.items()}.values())
+MODELS += [pytest.param(name, marks=pytest.mark.thorough) for name in SHAPES if name not in MODELS]
 BATCH, SLOTS = 4, 8192
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -57,7 +60,7 @@ def check(program, kernels):
         assert count < BATCH * SLOTS * 32, f"{kind}[{sizes}] is made: a store is copied"
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_float_stores(topology, name):
     """One program of several calls: both types; on the smallest chip a shared segment and a block of queries too."""
@@ -68,7 +71,7 @@ def test_float_stores(topology, name):
     check(compiled(topology, calls), kernels=len(calls))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_quantised_stores(topology, name):
     """One program of several calls: 8, 4 and 2 bits; on the smallest chip queries of a shared segment too."""
