@@ -58,7 +58,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(text, markup=False, highlight=False)
         elif self._enabled:
             self._line(text)
 
