@@ -21,6 +21,8 @@ from vlcache_jax.training import (
     save_state,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* trainable parameters are bfloat16")  # one, to be kept bit for bit
+
 
 def regression(params, batch):
     return jnp.mean((batch["x"] @ params["w"]["kernel"] + params["b"] - batch["y"]) ** 2), {}

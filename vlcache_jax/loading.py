@@ -37,7 +37,13 @@ class VLM:
     config: LlavaConfig
 
 
-def load(path: str | os.PathLike[str], dtype: Any = "bfloat16", mesh: jax.sharding.Mesh | None = None) -> VLM:
+def load(
+    path: str | os.PathLike[str],
+    dtype: Any = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    param_dtype: Any = None,
+) -> VLM:
     """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
 
     Reads `config.json`, safetensors weights and the processor's files as transformers 4 and 5 write them. Weights go
@@ -46,8 +52,10 @@ def load(path: str | os.PathLike[str], dtype: Any = "bfloat16", mesh: jax.shardi
 
     Args:
       path: a local folder.
-      dtype: of parameters and computation: "bfloat16", "float32", "float16", or such a NumPy type.
+      dtype: of the computation and the KV cache: "bfloat16", "float32", "float16", or such a NumPy type.
       mesh: devices to load onto; projections are split over its axis "model" if it has one. None: the default device.
+      param_dtype: of the parameters; by default that of the computation. For training take "float32": in bfloat16 most
+        updates are smaller than half a step of the number and round away.
 
     Returns:
       Model, parameters, processor and config.
@@ -61,18 +69,18 @@ def load(path: str | os.PathLike[str], dtype: Any = "bfloat16", mesh: jax.shardi
       batch = vlm.processor(images=[["cat.jpg"]], text=["[INST] <image>\\nWhat is this? [/INST]"])
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
     """
-    dtype = _dtype(dtype)
+    dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
     folder = Path(path)
     config = read_config(folder)
     processor = Processor.from_folder(folder)
     model = Llava(config, dtype)
     abstract = model.abstract_params()
     shardings = None if mesh is None else param_shardings(abstract, mesh)
-    return VLM(model, load_params(folder, abstract, dtype, shardings), processor, config)
+    return VLM(model, load_params(folder, abstract, param_dtype, shardings), processor, config)
 
 
-def _dtype(dtype: Any) -> Any:
+def _dtype(argument: str, dtype: Any) -> Any:
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in _DTYPES:
-        raise InputError(f"dtype={dtype!r} is not supported: use one of {', '.join(_DTYPES)}")
+        raise InputError(f"{argument}={dtype!r} is not supported: use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]

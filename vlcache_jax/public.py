@@ -45,6 +45,7 @@ from vlcache_jax.policies import (
 from vlcache_jax.prefilling import prefill
 from vlcache_jax.report import Report
 from vlcache_jax.sampling import Sampling
+from vlcache_jax.saving import save
 from vlcache_jax.state import KVState
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ __all__ = [
     "plan",
     "policy_by_name",
     "prefill",
+    "save",
     "save_context",
     "stream",
     "stream_decode",

@@ -46,7 +46,7 @@ def save_params(
       CheckpointError: if the parameters do not fit the config or have a dtype that is not a float.
       InputError: if the files cannot be written, or another program is writing there.
     """
-    leaves = _checked(params, config)
+    leaves = check_params(params, config)
     entries = [entry for path, leaf in leaves.items() for entry in _entries(path, leaf)]
     tensors = (tensor for path, leaf in leaves.items() for tensor in _tensors(path, leaf))
     shards = _split(entries, max_shard_bytes)
@@ -113,7 +113,8 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _checked(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
+def check_params(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
+    """The parameters by their paths. Raises CheckpointError, see `save_params`."""
     leaves = traverse_util.flatten_dict(params)
     expected = _expected_paths(config)
     for path in sorted(leaves.keys() ^ expected):

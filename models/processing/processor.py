@@ -36,6 +36,7 @@ class Processor:
       config: the model that the processor serves.
       layout: how an image becomes tiles and visual tokens; `layout.transform` how it is resized and normalised.
       image_token: the text that stands for one image in a prompt, such as "<image>".
+      chat_templates: their sources by name; that of `chat` is "default".
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Processor:
         self.layout = VisionLayout(config, transform)
         self.image_token = image_token
         self._template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
+        self.chat_templates = {} if chat_template is None else {"default": chat_template}
         self._buckets = None if buckets is None else check_buckets(buckets)
         found = tokenizer.token_to_id(image_token)
         if found != config.image_token_id:

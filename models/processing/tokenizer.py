@@ -10,7 +10,8 @@ from tokenizers.decoders import DecodeStream
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.processing.files import read_json, read_text
 
-_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""Special tokens that every tokenizer may have."""
 
 
 class Tokenizer:
@@ -152,7 +153,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder
         extra = []
     named = {}
     for name, value in entries.items():
-        if (name in _NAMED and value is not None) or (name.endswith("_token") and isinstance(value, (str, dict))):
+        if (name in NAMED_TOKENS and value is not None) or (name.endswith("_token") and isinstance(value, (str, dict))):
             named[name] = _added_token(value)
     special = []
     for token in [*named.values(), *map(_added_token, extra)]:

@@ -2,7 +2,7 @@
 
 Fine-tuning a loaded model:
 
-    vlm = vlc.load(folder, dtype="float32")
+    vlm = vlc.load(folder, dtype="bfloat16", param_dtype="float32")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     trainable = ("decoder", "projector")
     step = make_train_step(answer_loss(vlm.model), optimizer, trainable=trainable)

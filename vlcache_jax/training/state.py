@@ -1,5 +1,6 @@
 """The train state, freezing by path, and the train step."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,10 @@ def make_train_step(
       accumulate: split the batch's leading axis into so many parts and sum their gradients; the leading axis of
         every array of the batch must be a multiple of it.
 
+    Warns, once, if trainable parameters are bfloat16 or float16: most updates at usual rates are smaller than half a
+    step of such a number, and round away. Keep them in float32 (`vlcache_jax.load(..., param_dtype="float32")`); the
+    model computes in its own dtype all the same.
+
     Returns:
       The step. `state` is donated. `scale` multiplies the update: a learning-rate schedule that is decided while
       training runs. Metrics are the loss's own and "loss", "gradient_norm".
@@ -123,6 +128,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
         tuned, frozen = split(state.params, trainable)
+        _warn_of_rounding(tuned)
         grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
         tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
@@ -130,3 +136,17 @@ def make_train_step(
         return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _warn_of_rounding(tuned: Params) -> None:
+    """While the step is traced: once for each program."""
+    types = {path: x.dtype for path, x in flatten_dict(tuned, sep="/").items()}
+    short = {path: dtype for path, dtype in types.items() if dtype in (jnp.bfloat16, jnp.float16)}
+    if short:
+        path, dtype = next(iter(short.items()))
+        warnings.warn(
+            f"{len(short)} trainable parameters are {dtype}, such as {path}: updates of less than half a step of such "
+            "a number round away, and little is learnt at usual rates. Load them with vlcache_jax.load(..., "
+            'param_dtype="float32"), or cast them to float32; the model computes in its own dtype all the same',
+            stacklevel=2,
+        )
