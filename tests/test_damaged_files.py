@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlcache_jax.cli.demo import read_questions
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.study.results import FILE, ResultFile
 from vlcache_jax.study.summary import Table, tables
 from vlcache_jax.training.checkpoint import load_state, save_state
+from vlcache_jax.training.demo import _check_reached
 from vlcache_jax.training.loop import ProgressLog
 
 STUDY = {"model": "llava", "samples": 2}
@@ -174,7 +176,7 @@ def test_what_is_no_plain_file_is_not_resumed_from(tmp_path):
     with pytest.raises(InputError, match="is a FIFO"):
         ResultFile(tmp_path, STUDY)
     with pytest.raises(InputError, match="is a FIFO"):
-        ProgressLog(tmp_path / FILE, quiet=True).report(step=1)
+        ProgressLog(tmp_path / FILE).report(step=1)
 
 
 def tree():
@@ -220,6 +222,45 @@ def test_train_states_replace_plain_files_only(kind, tmp_path):
         save_state(path, tree())
     with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
         load_state(path, tree())
+
+
+ENTRY = {"task": "document", "images": ["a.png"], "question": "What?", "answer": "42"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({}, "no list"),
+        ([], "no list, or an empty one"),
+        ([ENTRY, 3], "question 1 is 3"),
+        ([ENTRY | {"answer": None}], "question 0 is"),
+        ([ENTRY | {"images": []}], "question 0 is"),
+        ([ENTRY | {"images": ["../../secret.png"]}], "which is no file beside it"),
+        ([ENTRY | {"images": [7]}], "which is no file beside it"),
+        (b"\xff", "utf-8"),
+        (b"[" * 100_000, "deep"),
+        (None, "not a plain file"),
+    ],
+)
+def test_questions_of_the_demo(entries, message, tmp_path):
+    path = tmp_path / "questions.json"
+    if entries is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(entries if isinstance(entries, bytes) else json.dumps(entries).encode())
+    with pytest.raises(InputError, match=f"{path} is no list of questions .*{message}.*restore it"):
+        read_questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"stage": 9}, {"step": -1}, {"step": 1.5}, {"step": True}, {"elapsed": "1"}, {"running": None}, {"x": 1}]
+)
+def test_progress_that_no_run_of_the_demo_saved(change, tmp_path):
+    begin = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
+    reached = begin | {"stage": 1, "step": 40, "elapsed": 2, "running": 0.5}
+    _check_reached(tmp_path, reached, begin, 2)
+    with pytest.raises(CheckpointError, match=r"was not saved by a run of this recipe .*delete it"):
+        _check_reached(tmp_path, reached | change, begin, 2)
 
 
 def test_what_no_file_can_hold_is_named(tmp_path):

@@ -15,7 +15,8 @@ from vlcache_jax.demo.export import EXAMPLES
 from vlcache_jax.demo.samples import make_sample
 from vlcache_jax.demo.tokenizer import prompt
 from vlcache_jax.progress import Progress
-from vlcache_jax.training.demo import SMOKE, demo_batch, train_demo
+from vlcache_jax.training.demo import demo_batch, train_demo
+from vlcache_jax.training.demo_recipe import SMOKE
 
 
 @pytest.fixture(scope="module")

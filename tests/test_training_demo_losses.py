@@ -6,8 +6,9 @@ import numpy as np
 
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.training import demo_eviction
-from vlcache_jax.training.demo import FULL, Shape, demo_batch
+from vlcache_jax.training.demo import demo_batch
 from vlcache_jax.training.demo_alignment import alignment
+from vlcache_jax.training.demo_recipe import FULL, Shape
 
 BATCH = demo_batch(FULL, Shape(("documents", "scenes"), 4, 1, 2, 192), 0, 1)
 LENGTH, COLUMNS = 192, 24

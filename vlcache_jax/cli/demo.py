@@ -27,9 +27,11 @@ from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent, table
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.explain import explain
+from vlcache_jax.json_text import parse_json, shorten
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.policies import FullCache
 from vlcache_jax.progress import Progress
+from vlcache_jax.reading import read_plain
 from vlcache_jax.writing import write_picture
 
 MODEL, IMAGES, QUESTIONS = "demo_model", "demo_images", "questions.json"
@@ -128,18 +130,32 @@ def read_questions(folder: Path) -> list[Question]:
     """
     path = folder / QUESTIONS
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        questions = []
+        entries = parse_json(read_plain(path))
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("it is no list, or an empty one")
         for number, entry in enumerate(entries):
-            images = [load_image(folder / name, f"question {number}") for name in entry["images"]]
-            questions.append(Question(str(entry["task"]), images, str(entry["question"]), str(entry["answer"])))
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is no list of questions ({error!r}): restore it from the package") from error
-    if not questions:
-        raise InputError(f"{path} holds no question: restore it from the package")
-    return questions
+            _check_entry(number, entry)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no list of questions ({error}): restore it from the package") from error
+    return [
+        Question(
+            entry["task"],
+            [load_image(folder / name, f"question {number}") for name in entry["images"]],
+            entry["question"],
+            entry["answer"],
+        )
+        for number, entry in enumerate(entries)
+    ]
+
+
+def _check_entry(number: int, entry: Any) -> None:
+    """Raises ValueError for what is no question."""
+    texts = isinstance(entry, dict) and all(isinstance(entry.get(x), str) for x in ("task", "question", "answer"))
+    if not texts or not isinstance(entry.get("images"), list) or not entry["images"]:
+        raise ValueError(f"question {number} is {shorten(entry)}, without a task, images, a question and an answer")
+    for name in entry["images"]:
+        if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:"):
+            raise ValueError(f"question {number} names the image {shorten(name)}, which is no file beside it")
 
 
 def _make_batch(opened: OpenedCheckpoint, questions: list[Question]) -> Batch:

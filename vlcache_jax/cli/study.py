@@ -12,8 +12,9 @@ from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.samples import FULL_GRID, TASKS
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.progress import Progress
+from vlcache_jax.reading import read_plain
 from vlcache_jax.study.methods import BUDGETS, all_methods, choose
 from vlcache_jax.study.pages import write_pages
 from vlcache_jax.study.results import ResultFile
@@ -82,5 +83,8 @@ def _checksum(folder: Path) -> str:
     """Of the weights: results of different checkpoints must not be mixed."""
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
-        total = zlib.crc32(path.read_bytes(), total)
+        try:
+            total = zlib.crc32(read_plain(path), total)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     return f"{total:08x}"
