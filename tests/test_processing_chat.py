@@ -10,7 +10,7 @@ from transformers import LlavaProcessor
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.chat import ChatTemplate
+from vlcache_jax.models.processing.chat_template import ChatTemplate
 
 # llava-hf/llava-1.5-7b-hf's: images first, and a content that is plain text is dropped.
 LLAVA = (

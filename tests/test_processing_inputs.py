@@ -130,9 +130,10 @@ def test_buckets_and_pad_to(checkpoint):
     for tiles in (1, 2.5, True):
         with pytest.raises(InputError, match=r"pad_tiles_to=.* does not hold 2 tiles"):
             processor(images=[[picture(9, 9)] * 2], text=[WHAT * 2], pad_tiles_to=tiles)
-    for buckets in ([], [0], [2.5], [True], ["64"]):
+    for buckets in ([], [0], [2.5], [True], ["64"], 64, "64", {}):
         with pytest.raises(InputError, match="buckets="):
             Processor.from_folder(checkpoint, buckets=buckets)
+    assert Processor.from_folder(checkpoint, buckets=np.asarray([40, 30]))(text="Hi").length == 30
 
 
 @pytest.mark.parametrize("tokenizer", ["words", "bytes", "llama"])

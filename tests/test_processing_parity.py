@@ -145,6 +145,8 @@ def test_files_of_transformers_4(tmp_path, model_type):
     edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=named, tokenizer_class="LlamaTokenizer")
     edit_json(tmp_path / "tokenizer_config.json", legacy=False, add_bos_token=False, add_eos_token=True)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    edit_json(tmp_path / "config.json", text_config=text | {"vocab_size": text["vocab_size"] + 1})  # a row for <new>
 
     kind = LlavaNextProcessor if model_type == "llava_next" else LlavaProcessor
     theirs, ours = kind.from_pretrained(tmp_path), Processor.from_folder(tmp_path)

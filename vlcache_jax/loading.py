@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     *,
     param_dtype: Any = None,
+    buckets: Sequence[int] | None = None,
 ) -> VLM:
     """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
 
@@ -56,13 +58,15 @@ def load(
       mesh: devices to load onto; projections are split over its axis "model" if it has one. None: the default device.
       param_dtype: of the parameters; by default that of the computation. For training take "float32": in bfloat16 most
         updates are smaller than half a step of the number and round away.
+      buckets: the padded lengths that the processor gives prompts, such as (512, 1024, 2048): programs compile once for
+        each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
 
     Returns:
       Model, parameters, processor and config.
 
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, or its tensors do not fit its config.
-      InputError: an unknown dtype.
+      InputError: an unknown dtype, or buckets that are not positive whole numbers.
 
     Example:
       vlm = vlc.load("llava-v1.6-mistral-7b-hf")
@@ -72,7 +76,7 @@ def load(
     dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
     folder = Path(path)
     config = read_config(folder)
-    processor = Processor.from_folder(folder)
+    processor = Processor.from_folder(folder, buckets=buckets)
     model = Llava(config, dtype)
     abstract = model.abstract_params()
     shardings = None if mesh is None else param_shardings(abstract, mesh)

@@ -1,6 +1,8 @@
 """Padded prompt lengths: few of them, so that few programs are compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from vlcache_jax.errors import InputError
 
@@ -9,10 +11,13 @@ _LAST_STEP = 1024
 
 
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
-    """`buckets` sorted, without repetitions. Raises InputError unless all are positive whole numbers."""
-    if not buckets or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in buckets):
+    """`buckets` sorted, without repetitions. Raises InputError unless they are positive whole numbers."""
+    sizes = list(buckets) if isinstance(buckets, Iterable) and not isinstance(buckets, str) else []
+    if not sizes or not all(
+        isinstance(size, (int, np.integer)) and type(size) is not bool and size > 0 for size in sizes
+    ):
         raise InputError(f"buckets={buckets!r}: give one or more positive whole numbers, such as (512, 1024, 2048)")
-    return tuple(sorted(set(buckets)))
+    return tuple(sorted({int(size) for size in sizes}))
 
 
 def bucket_length(length: int, buckets: Sequence[int] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Images and text to a `Batch`, and tokens back to text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,14 +8,15 @@ from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.checkpoint.files import Folder, checkpoint_folder
+from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.processing.arguments import check_room, continuation_texts, image_rows, token_rows
 from vlcache_jax.models.processing.buckets import bucket_length, check_buckets
-from vlcache_jax.models.processing.chat import ChatTemplate, read_template, split_conversation
-from vlcache_jax.models.processing.files import read_json
-from vlcache_jax.models.processing.images import ImageLike, is_image_like, load_image
-from vlcache_jax.models.processing.layout import VisionLayout, agree_on_pinpoints
+from vlcache_jax.models.processing.chat import split_conversation
+from vlcache_jax.models.processing.chat_template import ChatTemplate
+from vlcache_jax.models.processing.images import ImageLike, load_image
+from vlcache_jax.models.processing.layout import VisionLayout
+from vlcache_jax.models.processing.parts import read_parts
 from vlcache_jax.models.processing.rows import check_rows, padding_id
 from vlcache_jax.models.processing.tokenizer import Tokenizer
 from vlcache_jax.models.processing.transform import ImageTransform
@@ -46,15 +47,15 @@ class Processor:
         config: LlavaConfig,
         transform: ImageTransform,
         image_token: str = "<image>",
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.layout = VisionLayout(config, transform)
         self.image_token = image_token
-        self._template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
-        self.chat_templates = {} if chat_template is None else {"default": chat_template}
+        self.chat_templates = dict(chat_templates or {})
+        self._templates: dict[str, ChatTemplate] = {}
         self._buckets = None if buckets is None else check_buckets(buckets)
         found = tokenizer.token_to_id(image_token)
         if found != config.image_token_id:
@@ -63,6 +64,8 @@ class Processor:
                 f"says {config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
                 "image token"
             )
+        if self.has_chat_template:
+            self._chat_template("default")  # which may not parse: better known now
 
     @classmethod
     def from_folder(cls, path: Folder, *, buckets: Sequence[int] | None = None) -> "Processor":
@@ -80,34 +83,7 @@ class Processor:
         Raises:
           CheckpointError: a file is missing or malformed, or the parts do not fit one another.
         """
-        folder = checkpoint_folder(path)
-        config = read_config(folder)
-        settings = read_json(folder, "processor_config.json") or {}
-        source, images = "processor_config.json", settings.get("image_processor")
-        if images is None:
-            source, images = "preprocessor_config.json", read_json(folder, "preprocessor_config.json")
-        if images is None:
-            raise CheckpointError(
-                f"{folder} has neither preprocessor_config.json nor an image_processor in "
-                "processor_config.json: write it with transformers, by "
-                "AutoProcessor.from_pretrained(...).save_pretrained(folder)"
-            )
-        if not isinstance(images, dict):
-            raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
-        transform = ImageTransform.from_dict(images, source)
-        config = agree_on_pinpoints(config, images.get("image_grid_pinpoints"))
-        tokenizer = Tokenizer.from_folder(folder)
-        image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
-        if not isinstance(image_token, str):
-            raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
-        return cls(
-            tokenizer=tokenizer,
-            config=config,
-            transform=transform,
-            image_token=image_token,
-            chat_template=read_template(folder),
-            buckets=buckets,
-        )
+        return cls(**read_parts(path), buckets=buckets)
 
     @property
     def embedding_rows(self) -> int:
@@ -121,8 +97,8 @@ class Processor:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can be used."""
-        return self._template is not None
+        """Whether `chat` can be used without naming a template."""
+        return "default" in self.chat_templates
 
     def __call__(
         self,
@@ -157,45 +133,72 @@ class Processor:
             raise InputError(f"text is {str(text)[:80]!r} of type {type(text).__name__}: give a str or a list of str")
         if not texts:
             raise InputError("text is empty: give at least one prompt")
-        rows = _image_rows(images, len(texts), single=isinstance(text, str))
+        rows = image_rows(images, len(texts), single=isinstance(text, str))
         return self._batch(list(texts), rows, [True] * len(texts), pad_to, pad_tiles_to)
 
     def chat(
         self,
         conversations: Sequence[Any],
         *,
+        images: Any = None,
+        template: str = "default",
         add_generation_prompt: bool = True,
         pad_to: int | None = None,
         pad_tiles_to: int | None = None,
     ) -> Batch:
-        """A batch from conversations, by the checkpoint's chat template.
+        """A batch from conversations, by one of the checkpoint's chat templates.
+
+        A template is a program from the checkpoint. It runs in a sandbox and in a process of its own, which is started
+        once (0.1 s) and takes about 0.3 ms for a conversation; see `template_process` for the limits.
 
         Args:
           conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
             whose content is a str or a list of `{"type": "text", "text": ...}` and `{"type": "image",
-            "image": ...}` (or `"path"`); a single conversation is a batch of one.
+            "image": ...}` (or `"path"`); a single conversation is a batch of one. OpenAI's `{"type": "image_url",
+            "image_url": {"url": "data:image/png;base64,..."}}` is taken, too; other URLs are not opened. If the
+            template expects the content in another form, it is converted.
+          images: as in `__call__`, the images of the parts `{"type": "image"}` that hold none, in order; in a
+            conversation without image parts, those of the image tokens in its texts.
+          template: the name of a template (a key of `chat_templates`).
           add_generation_prompt: end with what starts the assistant's answer.
           pad_to, pad_tiles_to: as in `__call__`.
 
         Raises:
-          InputError: a malformed message, one that the template refuses, or what `__call__` raises.
-          CheckpointError: the checkpoint has no chat template, or one that fails.
+          InputError: a malformed message, one that the template refuses, an unknown template, images without a place or
+            places without an image, or what `__call__` raises.
+          CheckpointError: the checkpoint has no chat template, or one that fails or takes too much time or memory.
+
+        Example:
+          batch = processor.chat([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
+                                                               {"type": "text", "text": "What is this?"}]}])
         """
-        if self._template is None:
+        renderer = self._chat_template(template)
+        if not isinstance(conversations, (list, tuple)) or not conversations:
+            raise InputError("conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]")
+        single = not isinstance(conversations[0], (list, tuple))
+        if single:
+            conversations = [conversations]
+        beside = image_rows(images, len(conversations), single)
+        pairs = [split_conversation(item, f"row {row}", beside[row]) for row, item in enumerate(conversations)]
+        texts = [renderer.render(messages, add_generation_prompt) for messages, _ in pairs]
+        bos = self.tokenizer.bos_token
+        # Many templates write the beginning-of-sequence token themselves; it must not come twice.
+        add_special_tokens = [not bos or not text.startswith(bos) for text in texts]
+        return self._batch(texts, [of_row for _, of_row in pairs], add_special_tokens, pad_to, pad_tiles_to)
+
+    def _chat_template(self, name: str) -> ChatTemplate:
+        if not self.chat_templates:
             raise CheckpointError(
                 "this checkpoint has no chat template: write the prompt yourself and call the processor "
                 "with it, or put a chat_template.jinja in the folder"
             )
-        if not isinstance(conversations, (list, tuple)) or not conversations:
-            raise InputError("conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]")
-        if not isinstance(conversations[0], (list, tuple)):
-            conversations = [conversations]
-        pairs = [split_conversation(conversation, f"row {row}") for row, conversation in enumerate(conversations)]
-        texts = [self._template.render(messages, add_generation_prompt) for messages, _ in pairs]
-        bos = self.tokenizer.bos_token
-        # Many templates write the beginning-of-sequence token themselves; it must not come twice.
-        add_special_tokens = [bos is None or not text.startswith(bos) for text in texts]
-        return self._batch(texts, [images for _, images in pairs], add_special_tokens, pad_to, pad_tiles_to)
+        if name not in self.chat_templates:
+            names = ", ".join(map(repr, self.chat_templates))
+            raise InputError(f"there is no chat template {name!r}: choose one of {names} by template=")
+        if name not in self._templates:
+            special = self.tokenizer.special_tokens
+            self._templates[name] = ChatTemplate(self.chat_templates[name], special, self.image_token)
+        return self._templates[name]
 
     def continuation(
         self, text: str | Sequence[str] | Sequence[Sequence[str]], *, pad_to: int | None = None
@@ -216,13 +219,7 @@ class Processor:
         Raises:
           InputError: anything else, an empty text, one that holds the image token, or one longer than `pad_to`.
         """
-        rows = [text] if isinstance(text, str) else text
-        nested = isinstance(rows, (list, tuple)) and bool(rows) and all(isinstance(row, (list, tuple)) for row in rows)
-        texts = [item for row in rows for item in row] if nested else rows
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
-            raise InputError(f"text is {str(text)[:80]!r}: give a text for each row, or a list of texts for each row")
-        if nested and len({len(row) for row in rows}) > 1:
-            raise InputError(f"the rows have {[len(row) for row in rows]} texts: give each row equally many")
+        texts, lead = continuation_texts(text)
         tokens = []
         for number, item in enumerate(texts):
             if self.image_token in item:
@@ -234,11 +231,10 @@ class Processor:
         longest = max(map(len, tokens))
         short = next((size for size in (16, 32) if longest <= size), None)
         length = pad_to if pad_to is not None else short or bucket_length(longest, self._buckets)
-        _check_room("pad_to", length, longest, "tokens in the longest text")
+        check_room("pad_to", length, longest, "tokens in the longest text")
         ids = np.full((len(tokens), int(length)), self.padding_id, np.int32)
         for row, of_text in enumerate(tokens):
             ids[row, : len(of_text)] = of_text
-        lead = (len(rows), len(rows[0])) if nested else (len(rows),)
         lengths = np.asarray([len(of_text) for of_text in tokens], np.int32)
         return Continuation(ids.reshape(*lead, -1), lengths.reshape(lead))
 
@@ -257,21 +253,7 @@ class Processor:
         if generated and np.ndim(tokens) > 2:
             nested = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
             return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in nested]
-        try:
-            rows = [np.asarray(row) for row in (np.asarray(tokens) if hasattr(tokens, "shape") else tokens)]
-        except (TypeError, ValueError):
-            rows = [np.asarray(None)]
-        if any(row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)) for row in rows):
-            raise InputError(
-                f"a {type(out).__name__} cannot be decoded: give generated output, an integer array [batch, "
-                "steps] of token ids, or a list of lists of them"
-            )
-        if generated:
-            lengths = np.asarray(out.lengths)
-            if lengths.shape != (len(rows),):
-                raise InputError(f"lengths has the shape {list(lengths.shape)} for {len(rows)} rows of tokens")
-            rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        return [self.tokenizer.decode(row.tolist()) for row in rows]
+        return [self.tokenizer.decode(row.tolist()) for row in token_rows(out)]
 
     def _batch(
         self,
@@ -297,9 +279,9 @@ class Processor:
             indices.append(row_index)
             tokens.append(self._encode_text(texts[row], counts, add_special_tokens[row], row))
         length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
-        _check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
+        check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
         most = max(sum(map(len, row)) for row in tiles)
-        _check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
+        check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
         return self._assemble(tokens, indices, tiles, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
 
     def _encode_images(self, images: list[ImageLike], row: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
@@ -357,29 +339,3 @@ class Processor:
                 start += len(of_image)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)
-
-
-def _check_room(name: str, room: int | None, needed: int, what: str) -> None:
-    if room is None:
-        return
-    if isinstance(room, bool) or not isinstance(room, (int, np.integer)) or room < needed:
-        raise InputError(f"{name}={room!r} does not hold {needed} {what}: give a whole number at least that large")
-
-
-def _image_rows(images: Any, size: int, single: bool) -> list[list[ImageLike]]:
-    """The images of each of `size` prompts. `single`: the prompt was given as a str, not as a list."""
-    if images is None:
-        return [[] for _ in range(size)]
-    if is_image_like(images) and size == 1:
-        return [[images]]
-    if not isinstance(images, (list, tuple)):
-        raise InputError(
-            f"images is a {type(images).__name__} for {size} prompts: give a list with the images of each prompt"
-        )
-    if single and not any(isinstance(row, (list, tuple)) for row in images):
-        return [list(images)]
-    if len(images) != size:
-        raise InputError(
-            f"images has {len(images)} entries, but text has {size}: give one list of images per prompt, [] for none"
-        )
-    return [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]

@@ -1,17 +1,20 @@
 """A checkpoint's `tokenizer.json`, run as transformers' fast tokenizers run it."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.processing.files import read_json, read_text
+from vlcache_jax.models.processing.text_stream import TextStream
+from vlcache_jax.models.processing.tokenizer_library import library_errors, read_backend
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Special tokens that every tokenizer may have."""
+_FLAGS = ("add_bos_token", "add_eos_token")  # whether to add a token, not which
 
 
 class Tokenizer:
@@ -20,17 +23,31 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers.Tokenizer`.
       special_tokens: the named special tokens, such as {"bos_token": "<s>", "image_token": "<image>"}.
+      end_ids: ids that end an answer: those of the model's configuration, and the end-of-sequence token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        end_ids: Iterable[int] = (),
+    ) -> None:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
-        # A tokenizer.json may carry the padding and truncation of its last use; neither belongs to the model.
-        backend.no_padding()
-        backend.no_truncation()
+        eos = self.eos_token_id
+        self.end_ids = frozenset(end_ids) | frozenset(() if eos is None else (eos,))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a tokenizer.json has no place for.
+        return self.__dict__ | {"encode_special_tokens": self.backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        flag = state.pop("encode_special_tokens")
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = flag
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, end_ids: Iterable[int] = ()) -> "Tokenizer":
         """Reads `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
 
         Special tokens that only the latter two know are added, and a beginning-of-sequence token is prepended
@@ -46,21 +63,23 @@ class Tokenizer:
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}), which "
                 "converts a tokenizer.model or vocab.json to a fast tokenizer"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{folder / 'tokenizer.json'} is no valid tokenizer ({error})") from error
+        backend = read_backend(text, folder / "tokenizer.json")
         config = read_json(folder, "tokenizer_config.json") or {}
-        try:
-            special_tokens = _add_tokens(backend, config, folder)
-        except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+
+        def malformed(error: BaseException) -> Exception:
             if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
+                return error
+            return CheckpointError(
                 f"{folder / 'tokenizer_config.json'} has malformed special tokens ({error}): download it again"
-            ) from error
-        backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        return cls(backend, special_tokens)
+            )
+
+        with library_errors(malformed):
+            special_tokens = _add_tokens(backend, config, folder)
+            split = config.get("split_special_tokens", False)
+            if split is not None and not isinstance(split, bool):
+                raise TypeError(f"split_special_tokens = {split!r} is not true or false")
+            backend.encode_special_tokens = bool(split)
+        return cls(backend, special_tokens, end_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -99,38 +118,28 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` also those that start or end a sequence."""
-        try:
+        with library_errors(lambda error: self._error(error, f"the text {text[:80]!r} cannot be tokenised")):
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:
-            raise InputError(
-                f"the text {text[:80]!r} cannot be tokenised ({error}): give a str of valid Unicode"
-            ) from error
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Ids beyond the vocabulary (rows that pad an embedding) give nothing."""
         ids = [int(token_id) for token_id in token_ids]
-        try:
+        if ids and not 0 <= min(ids) <= max(ids) < 2**32:
+            raise InputError(f"token ids from {min(ids)} to {max(ids)} cannot be decoded: they must be at least 0")
+        with library_errors(lambda error: self._error(error, f"the token ids {ids[:20]!s} cannot be decoded")):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-        except (OverflowError, TypeError) as error:
-            raise InputError(
-                f"token ids from {min(ids)} to {max(ids)} cannot be decoded: they must be at least 0"
-            ) from error
 
-    def decode_stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """A decoder that takes tokens one at a time."""
-        return TextStream(self, skip_special_tokens)
+    def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """A decoder that takes the tokens of one row one at a time, and ends at `end_ids`."""
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), self.end_ids)
 
-
-class TextStream:
-    """Decodes token by token: `push` returns the text that has become certain, "" within a character."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._backend = tokenizer.backend
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-
-    def push(self, token_id: int) -> str:
-        """Takes the next token id and returns the new text."""
-        return self._stream.step(self._backend, int(token_id)) or ""
+    @staticmethod
+    def _error(error: BaseException, what: str) -> Exception:
+        if isinstance(error, (TypeError, UnicodeError)):
+            return InputError(f"{what} ({error}): give a str of valid Unicode")
+        return CheckpointError(
+            f"{what} by this checkpoint's tokenizer.json ({error}): correct it, or download it again"
+        )
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -146,20 +155,28 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder
                 backend.add_tokens([token])
             known[token.content] = token
     else:  # checkpoints of before transformers 4.34 keep them in a file of their own
-        entries |= read_json(folder, "special_tokens_map.json") or {}
+        of_map = read_json(folder, "special_tokens_map.json") or {}
+        entries |= {key: _typed(value) for key, value in of_map.items()}
     extra = entries.get("extra_special_tokens") or entries.get("additional_special_tokens") or []
     if isinstance(extra, dict):  # named by the model, such as {"image_token": "<image>"}
-        entries |= extra
+        entries |= {key: _typed(value) for key, value in extra.items()}
         extra = []
     named = {}
     for name, value in entries.items():
-        if (name in NAMED_TOKENS and value is not None) or (name.endswith("_token") and isinstance(value, (str, dict))):
+        # As in transformers, a model's own entries count as tokens if they are texts, or objects that say so.
+        is_token = isinstance(value, str) or (isinstance(value, dict) and value.get("__type") == "AddedToken")
+        of_model = name.endswith("_token") and name not in _FLAGS and is_token
+        if (name in NAMED_TOKENS and value is not None) or of_model:
             named[name] = _added_token(value)
     special = []
     for token in [*named.values(), *map(_added_token, extra)]:
         special.append(known.get(token.content, token))
     backend.add_special_tokens(special)
     return {name: token.content for name, token in named.items()}
+
+
+def _typed(value: Any) -> Any:
+    return value | {"__type": "AddedToken"} if isinstance(value, dict) else value
 
 
 def _added_token(fields: Any) -> tokenizers.AddedToken:

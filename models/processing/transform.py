@@ -16,6 +16,13 @@ from vlcache_jax.models.processing.images import MAX_PIXELS
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_NEEDS = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}  # the steps, and what each of them needs
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageTransform:
@@ -43,17 +50,23 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageTransform":
-        """Reads the forms that transformers 4 and 5 write; a missing or null entry takes CLIP's default.
+        """Reads the forms that transformers 4 and 5 write; a missing entry takes CLIP's default.
+
+        As in transformers, a step whose `do_...` is null is left out, and what a step needs must not be null.
 
         Raises CheckpointError, naming `source`, for an entry that is malformed or not supported.
         """
+        values: dict[str, Any] = {
+            name: config[name] is not None and _Reader(config, source, name).boolean()
+            for name in _NEEDS
+            if name in config
+        }
+        for step, needed in _NEEDS.items():
+            for name in needed:
+                if values.get(step, True) and name in config and config[name] is None:
+                    raise CheckpointError(f"{source}: {name} = null is not supported: {step} needs it")
         entries = {key: value for key, value in config.items() if value is not None}
         read = functools.partial(_Reader, entries, source)
-        values: dict[str, Any] = {
-            name: read(name).boolean()
-            for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-            if name in entries
-        }
         if "size" in entries:
             values["size"] = read("size").edges(shortest=True)
         if "crop_size" in entries:

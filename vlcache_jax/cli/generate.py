@@ -18,7 +18,6 @@ from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent
 from vlcache_jax.errors import InputError
 from vlcache_jax.explain import explain
-from vlcache_jax.models.processing.chat import ChatTemplate, read_template
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.models.processing.processor import Processor
 from vlcache_jax.progress import Progress
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.json:
         emit(json.dumps(_describe(arguments, opened, batch, answers, text, seconds), ensure_ascii=False, indent=2))
     else:
-        emit("" if arguments.stream else text)
+        emit(printer.rest() if printer else text)
         remark(_summary(batch, answers, seconds))
     if picture_path is not None:
         picture = explain(
@@ -81,16 +80,7 @@ def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str,
         parts = [{"type": "image", "image": image} for image in images] + parts
         return processor.chat([[{"role": "user", "content": parts}]])
     # Templates put images in front of the text; here the text has placed them already.
-    template = ChatTemplate(read_template(opened.folder) or "", processor.tokenizer.special_tokens)
-    text = template.render([{"role": "user", "content": parts}])
-    bos = processor.tokenizer.bos_token
-    if (
-        bos is not None
-        and text.startswith(bos)
-        and processor.tokenizer.encode("")[:1] == [processor.tokenizer.token_to_id(bos)]
-    ):
-        text = text.removeprefix(bos)  # the tokenizer puts it there
-    return processor(images=[images], text=[text])
+    return processor.chat([[{"role": "user", "content": parts}]], images=[images])
 
 
 class _Printer:
@@ -101,6 +91,10 @@ class _Printer:
 
     def __call__(self, token: int) -> None:
         emit(self._stream.push(token), end="")
+
+    def rest(self) -> str:
+        """What was held back at the end, such as half a character."""
+        return self._stream.finish()
 
 
 def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
