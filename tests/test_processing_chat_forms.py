@@ -106,6 +106,9 @@ def test_named_templates_as_transformers_reads_them(tmp_path):
     assert words(ours, ours.chat(messages)) == ["default"]
     with pytest.raises(InputError, match=r"no chat template 'rag': choose one of .*'tool_use'"):
         ours.chat(messages, template="rag")
+    for wrong in (None, ["x"], 5):
+        with pytest.raises(InputError, match="no chat template"):
+            ours.chat(messages, template=wrong)
     # Without a default, one must be named, as in transformers.
     (tmp_path / "chat_template.jinja").unlink()
     ours = Processor.from_folder(tmp_path)
@@ -251,7 +254,7 @@ def test_other_urls_are_refused(processor, part, message):
 
 
 def test_a_data_url_that_is_too_long(processor, monkeypatch):
-    monkeypatch.setattr("vlcache_jax.models.processing.data_url.MAX_CHARACTERS", 100)
+    monkeypatch.setattr("vlcache_jax.models.processing.data_url.DATA_URL_CHARACTERS", 100)
     with pytest.raises(InputError, match="the limit is 100"):
         processor.chat([{"role": "user", "content": [{"type": "image", "image": data_url(picture(30, 20))}, TEXT]}])
 

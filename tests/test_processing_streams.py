@@ -1,9 +1,12 @@
 """Streams of text lose nothing: what they return, joined, is what `decode` gives for all tokens."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from processing_checkpoint import CORPUS, write_checkpoint
 
+from vlcache_jax.cli.generate import _Printer
 from vlcache_jax.models.processing import Processor
 
 
@@ -50,6 +53,14 @@ def test_a_stream_that_is_finished_stays_so(tokenizer):
     assert stream.finish() == ""
     assert stream.push(10) == ""
     assert stream.finish() == ""
+
+
+def test_the_command_line_prints_what_is_left(tokenizer, capsys):
+    cut = tokenizer.encode("a 🙂", add_special_tokens=False)[:-1]
+    printer = _Printer(SimpleNamespace(tokenizer=tokenizer))
+    for token in cut:
+        printer(token)
+    assert capsys.readouterr().out + printer.rest() == tokenizer.decode(cut)
 
 
 def test_special_tokens_on_request(tokenizer):

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.processing import template_process
 from vlcache_jax.models.processing.chat_template import ChatTemplate
@@ -75,7 +76,7 @@ def test_bombs(name):
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match="chat template"):
         ChatTemplate((BOMBS | SLOW_BOMBS)[name]).render(MESSAGES)
-    assert time.monotonic() - start < template_process.WALL_SECONDS + 5
+    assert time.monotonic() - start < limits.TEMPLATE_WALL_SECONDS + 5
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 300_000, "kilobytes, of this process"
     # A process as large as the limit leaves no trace: the next prompt is rendered as ever.
@@ -83,9 +84,24 @@ def test_bombs(name):
 
 
 def test_the_clock_counts_where_the_processor_time_does_not(monkeypatch):
-    monkeypatch.setattr(template_process, "WALL_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "TEMPLATE_WALL_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match="by the clock"):
         ChatTemplate(SLOW_BOMBS["loops"]).render(MESSAGES)
+
+
+def test_processor_time_counts_whatever_the_parent_does_with_its_signal(monkeypatch):
+    """A child inherits which signals are ignored and blocked."""
+    template_process.SHARED.close()
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    monkeypatch.setattr(limits, "TEMPLATE_WALL_SECONDS", 200)
+    try:
+        with pytest.raises(CheckpointError, match="processor time"):
+            ChatTemplate(SLOW_BOMBS["loops"]).render(MESSAGES)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGPROF, before)
+        template_process.SHARED.close()
 
 
 def test_a_refusal_is_cut_short():

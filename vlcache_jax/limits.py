@@ -55,3 +55,17 @@ ROPE_FACTOR = Range(1e-3, 1e6)
 ROPE_TURNS = Range(1e-6, 1e6)  # beta_fast, beta_slow, low_freq_factor, high_freq_factor
 ROPE_SCALE = Range(1e-6, 1e6)  # attention_factor, mscale, mscale_all_dim
 PIXEL_SCALE = Range(-1e6, 1e6)  # rescale_factor, image_mean, image_std
+
+# Chat templates, which are programs
+TEMPLATE_CHARACTERS = 1_000_000
+TEMPLATE_SECONDS = 1  # of processor time for one prompt; common templates take a thousandth of it
+TEMPLATE_WALL_SECONDS = 10  # by the clock, for busy machines and those without limits of processor time
+TEMPLATE_MEGABYTES = 512  # beyond what the interpreter takes
+PROMPT_CHARACTERS = 4_000_000
+
+# Tokenizers
+TOKENIZER_GROWTH = 1000  # how many times longer the steps around the model may make a text
+TOKENIZER_STEPS = 1000
+
+# Images inside messages
+DATA_URL_CHARACTERS = 2**27  # more than any picture within the limit of pixels takes as PNG or JPEG

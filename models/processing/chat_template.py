@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.checkpoint.files import CheckpointFolder
 from vlcache_jax.models.processing import template_process
@@ -13,12 +14,11 @@ Message = Mapping[str, Any]
 ADDITIONAL = "additional_chat_templates"
 """The folder of named templates beside chat_template.jinja, as transformers 5 writes it."""
 
-_LONGEST_SOURCE = 1_000_000
 _MARK = "8317246905"  # no filter that templates use on texts changes it
 
 
 class ChatTemplate:
-    """One template, rendered as transformers' `apply_chat_template` does, within limits (`template_process`).
+    """One template, rendered as transformers' `apply_chat_template` does, within limits (`limits.py`).
 
     Templates expect the content of a message as a text, as a list of parts, or as either, and drop or garble the other
     form without an error. Which forms a template takes is found out by rendering a text that is known, once for each
@@ -30,8 +30,10 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str] | None = None, image_token: str = "<image>"
     ) -> None:
-        if len(source) > _LONGEST_SOURCE:
-            raise CheckpointError(f"the chat template has {len(source)} characters, the limit is {_LONGEST_SOURCE}")
+        if len(source) > limits.TEMPLATE_CHARACTERS:
+            raise CheckpointError(
+                f"the chat template has {len(source)} characters, the limit is {limits.TEMPLATE_CHARACTERS}: shorten it"
+            )
         self._source = source
         self._special_tokens = dict(special_tokens or {})
         self._image_token = image_token
@@ -115,19 +117,19 @@ def _ask(request: dict[str, Any]) -> str:
             f"the chat template fails on this conversation ({message}): check the roles and contents of the messages, "
             "or correct chat_template.jinja"
         )
-    limits = template_process
     reason, remedy = {
         "parse": (f"does not parse ({message})", "correct chat_template.jinja"),
         "forbidden": (f"does what its sandbox forbids ({message})", "do not trust this checkpoint"),
         "time": (
-            f"takes more than {limits.SECONDS} s of processor time, or {limits.WALL_SECONDS} s by the clock",
+            f"takes more than {limits.TEMPLATE_SECONDS} s of processor time, or {limits.TEMPLATE_WALL_SECONDS} s by "
+            "the clock",
             "do not trust this checkpoint, or correct chat_template.jinja",
         ),
         "memory": (
-            f"takes more than {limits.MEGABYTES} MB",
+            f"takes more than {limits.TEMPLATE_MEGABYTES} MB",
             "do not trust this checkpoint, or correct chat_template.jinja",
         ),
-        "length": (f"makes a prompt of {message} characters, the limit is {limits.CHARACTERS}", "correct it"),
+        "length": (f"makes a prompt of {message} characters, the limit is {limits.PROMPT_CHARACTERS}", "correct it"),
         "start": (
             f"needs a process of its own, which could not be started ({message})",
             "write the prompt yourself and call the processor with it",

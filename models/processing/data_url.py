@@ -5,9 +5,7 @@ import binascii
 import urllib.parse
 
 from vlcache_jax.errors import InputError
-
-MAX_CHARACTERS = 2**27
-"""Of a URL: more than any picture within the limit of pixels takes as PNG or JPEG."""
+from vlcache_jax.limits import DATA_URL_CHARACTERS
 
 
 def is_url(text: str) -> bool:
@@ -32,8 +30,10 @@ def check_data_url(url: str, name: str) -> str:
     kind, *options = media.lower().split(";")
     if not comma or not kind.strip().startswith("image/") or "base64" not in [option.strip() for option in options]:
         raise InputError(f"{name} is the data URL {head[:80]!r}: expected data:image/png;base64,...")
-    if len(data) > MAX_CHARACTERS:
-        raise InputError(f"{name} is a data URL of {len(data)} characters, the limit is {MAX_CHARACTERS}: give a path")
+    if len(data) > DATA_URL_CHARACTERS:
+        raise InputError(
+            f"{name} is a data URL of {len(data)} characters, the limit is {DATA_URL_CHARACTERS}: give a path"
+        )
     return data
 
 

@@ -99,4 +99,10 @@ def _white_of_wide(levels: np.ndarray, white: int, name: str) -> int:
 
 
 def _scaled(levels: np.ndarray, white: int) -> np.ndarray:
-    return np.rint(np.minimum(levels, white) * (255 / white)).astype(np.uint8)
+    if levels.dtype.itemsize == 2:  # a table: float64 of a large scan would take eight times its memory
+        table = np.rint(np.minimum(np.arange(2**16), white) * (255 / white)).astype(np.uint8)
+        return table[levels]
+    grey = np.empty(levels.shape, np.uint8)
+    for row, of_row in enumerate(levels):
+        grey[row] = np.rint(np.minimum(of_row, white) * (255 / white))
+    return grey

@@ -149,7 +149,7 @@ class Processor:
         """A batch from conversations, by one of the checkpoint's chat templates.
 
         A template is a program from the checkpoint. It runs in a sandbox and in a process of its own, which is started
-        once (0.1 s) and takes about 0.3 ms for a conversation; see `template_process` for the limits.
+        once (0.1 s) and takes about 0.3 ms for a conversation; `vlcache_jax/limits.py` has its limits.
 
         Args:
           conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
@@ -192,7 +192,7 @@ class Processor:
                 "this checkpoint has no chat template: write the prompt yourself and call the processor "
                 "with it, or put a chat_template.jinja in the folder"
             )
-        if name not in self.chat_templates:
+        if not isinstance(name, str) or name not in self.chat_templates:
             names = ", ".join(map(repr, self.chat_templates))
             raise InputError(f"there is no chat template {name!r}: choose one of {names} by template=")
         if name not in self._templates:

@@ -15,17 +15,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-SECONDS = 1
-"""Processor time that one prompt may take (a common template takes a thousandth of it)."""
-WALL_SECONDS = 10
-"""Time by the clock that one prompt may take, for busy machines and those without limits of processor time."""
-MEGABYTES = 512
-"""Memory of the process, the interpreter's 30 included."""
-CHARACTERS = 4_000_000
-"""Length of a prompt."""
+from vlcache_jax import limits
 
 _START_SECONDS = 60
-_LONGEST_LINE = 12 * CHARACTERS + 1000  # JSON writes a character in at most twelve
+_LONGEST_LINE = 12 * limits.PROMPT_CHARACTERS + 1000  # JSON writes a character in at most twelve
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -50,7 +43,7 @@ class TemplateProcess:
                 reason = self._start()
                 if reason is not None:
                     return {"error": "start", "message": reason}
-            line, late = self._exchange(line, WALL_SECONDS)
+            line, late = self._exchange(line, limits.TEMPLATE_WALL_SECONDS)
             answer = _parse(line)
             if answer is not None and not late:
                 if answer.get("error") == "memory":
@@ -67,18 +60,18 @@ class TemplateProcess:
             self._end()
 
     def _start(self) -> str | None:
-        limits = {
+        settings = {
             "path": [entry for entry in sys.path if entry],
-            "seconds": SECONDS,
-            "bytes": MEGABYTES * 2**20,
-            "characters": CHARACTERS,
+            "seconds": limits.TEMPLATE_SECONDS,
+            "bytes": limits.TEMPLATE_MEGABYTES * 2**20,
+            "characters": limits.PROMPT_CHARACTERS,
         }
         if not sys.executable:
             return "this program does not know its Python interpreter (sys.executable)"
         # A session of its own, so that Ctrl-C in a terminal reaches only this process.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_WORKER), json.dumps(limits)],
+                [sys.executable, "-I", "-S", str(_WORKER), json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

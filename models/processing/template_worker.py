@@ -137,6 +137,8 @@ def _limit_memory(size: int) -> None:
         import resource
     except ImportError:  # not on Windows, where the time alone is limited
         return
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as stream:
+        size += int(stream.read().split()[0]) * resource.getpagesize()  # beyond what is mapped already (Linux)
     # Nor does a template have anything to write: no file may grow.
     for limit, value in ((resource.RLIMIT_AS, size), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS knows the name of a limit that it cannot set
@@ -148,11 +150,18 @@ def _limit_time(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
+def _unhandle_signal() -> None:
+    if hasattr(signal, "setitimer"):  # a child inherits what its parent ignores or blocks
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+
+
 def main() -> None:
     """Answers requests until the input ends."""
     environment = _environment()
     templates: dict[str, jinja2.Template] = {}
     _limit_memory(_LIMITS["bytes"])
+    _unhandle_signal()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin.buffer:

@@ -8,11 +8,9 @@ from typing import Any
 
 import tokenizers
 
+from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError
 
-_LONGEST = 200_000_000  # characters; the largest vocabularies in use take 35 million
-_GROWTH = 1000  # how many times longer the steps around the model may make a text
-_STEPS = 1000
 _PROBE = "Aa 1\n\u00e9\ue000"  # a letter, a digit, an accent and a character that no vocabulary has
 
 
@@ -37,8 +35,6 @@ def read_backend(text: str, path: Path) -> tokenizers.Tokenizer:
 
     Raises CheckpointError if it is none, fails on a few common characters, or would make texts a thousand times longer.
     """
-    if len(text) > _LONGEST:
-        raise CheckpointError(f"{path} has {len(text)} characters, the limit is {_LONGEST}: download it again")
     with library_errors(lambda error: CheckpointError(f"{path} is no valid tokenizer ({error}): download it again")):
         backend = tokenizers.Tokenizer.from_str(text)
         # A tokenizer.json may carry the padding and truncation of its last use; neither belongs to the model.
@@ -63,10 +59,10 @@ def _check_steps(backend: tokenizers.Tokenizer, path: Path) -> None:
             for key in ("content", "prepend", "replacement", "prefix", "suffix"):
                 if isinstance(step.get(key), str):
                     growth *= max(1, len(step[key]))
-        if growth > _GROWTH or steps > _STEPS:
+        if growth > limits.TOKENIZER_GROWTH or steps > limits.TOKENIZER_STEPS:
             raise CheckpointError(
                 f"{path}: the {name} has {steps} steps and can make a text {growth:.3g} times longer; the limits are "
-                f"{_STEPS} and {_GROWTH}"
+                f"{limits.TOKENIZER_STEPS} and {limits.TOKENIZER_GROWTH}"
             )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.limits import IMAGE_SIDE, PIXEL_SCALE
 from vlcache_jax.models.processing.images import MAX_PIXELS
 
 # The mean and standard deviation of CLIP's training images (github.com/openai/CLIP, clip/clip.py).
@@ -82,7 +83,13 @@ class ImageTransform:
         # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
         if str(entries.get("image_processor_type", "")).startswith("LlavaImageProcessor") and "do_pad" in entries:
             values["pad_to_square"] = read("do_pad").boolean()
-        return cls(**values)
+        transform = cls(**values)
+        with np.errstate(all="ignore"):
+            if not np.isfinite(transform._levels).all():
+                raise CheckpointError(
+                    f"{source}: rescale_factor, image_mean and image_std make pixels that are not finite: correct them"
+                )
+        return transform
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after the resizing step."""
@@ -185,13 +192,13 @@ class _Reader:
 
     def number(self) -> float:
         if not _is_number(self.value):
-            raise self.fail("a finite number")
+            raise self.fail(f"a number {PIXEL_SCALE}")
         return float(self.value)
 
     def channels(self, nonzero: bool = False) -> tuple[float, float, float]:
         values = self.value if isinstance(self.value, list) else [self.value] * 3
         if len(values) != 3 or not all(_is_number(value) and (value or not nonzero) for value in values):
-            raise self.fail(f"three {'nonzero ' if nonzero else ''}numbers, for red, green and blue")
+            raise self.fail(f"three {'nonzero ' if nonzero else ''}numbers {PIXEL_SCALE}, for red, green and blue")
         red, green, blue = values
         return red, green, blue
 
@@ -209,8 +216,8 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value in PIXEL_SCALE
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 16384
+    return type(value) is int and value in IMAGE_SIDE
