@@ -48,6 +48,15 @@ def test_the_ends_that_the_models_configuration_names(tmp_path):
     assert {7, 9, tokenizer.eos_token_id} <= tokenizer.end_ids
 
 
+def test_answers_that_do_not_stop(tokenizer):
+    """As `generate(..., eos_token_ids=[])` gives them."""
+    ids = [*tokenizer.encode("cat", False), tokenizer.eos_token_id, *tokenizer.encode("image", False)]
+    stream = tokenizer.decode_stream(eos_token_ids=[])
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+    other = tokenizer.decode_stream(eos_token_ids=[ids[0]])
+    assert "".join(map(other.push, ids)) == tokenizer.decode(ids[:1])
+
+
 def test_a_stream_that_is_finished_stays_so(tokenizer):
     stream = tokenizer.decode_stream()
     assert stream.finish() == ""

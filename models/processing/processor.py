@@ -112,8 +112,8 @@ class Processor:
 
         Args:
           images: for each prompt a list of images, `[[a], [b, c], []]`; or, with one image per prompt, the
-            flat list `[a, b]`. An image is a PIL image, an array (see `load_image`) or a path. None if no
-            prompt has an image.
+            flat list `[a, b]`. An image is a PIL image, an array (see `load_image`), a path or a data URL. None if
+            no prompt has an image.
           text: the prompts. A single str is a batch of one; its images may be given as `image` or `[image,
             image]`.
           pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
@@ -169,8 +169,8 @@ class Processor:
           CheckpointError: the checkpoint has no chat template, or one that fails or takes too much time or memory.
 
         Example:
-          batch = processor.chat([{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
-                                                               {"type": "text", "text": "What is this?"}]}])
+          question = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+          batch = processor.chat([{"role": "user", "content": question}])
         """
         renderer = self._chat_template(template)
         if not isinstance(conversations, (list, tuple)) or not conversations:

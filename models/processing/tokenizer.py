@@ -1,7 +1,7 @@
 """A checkpoint's `tokenizer.json`, run as transformers' fast tokenizers run it."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,15 @@ class Tokenizer:
         with library_errors(lambda error: self._error(error, f"the token ids {ids[:20]!s} cannot be decoded")):
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """A decoder that takes the tokens of one row one at a time, and ends at `end_ids`."""
-        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), self.end_ids)
+    def decode_stream(
+        self, skip_special_tokens: bool = True, eos_token_ids: Collection[int] | None = None
+    ) -> TextStream:
+        """A decoder that takes the tokens of one row one at a time.
+
+        `eos_token_ids` end an answer, as in `generate`: those of the checkpoint by default, none if it is empty.
+        """
+        ends = self.end_ids if eos_token_ids is None else eos_token_ids
+        return TextStream(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), ends)
 
     @staticmethod
     def _error(error: BaseException, what: str) -> Exception:
