@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.mesh import local, split_axes
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.config import VisionConfig
 
@@ -43,14 +45,21 @@ class _Attention(nn.Module):
         heads = self.config.num_heads
 
         def split(name: str) -> jax.Array:
-            x = _dense(channels, self.dtype, name)(x_NTD).reshape(images, tokens, heads, channels // heads)
-            return x.swapaxes(1, 2).reshape(images * heads, tokens, channels // heads)
+            return _dense(channels, self.dtype, name)(x_NTD).reshape(images, tokens, heads, channels // heads)
 
-        # One head at a time: [tokens, tokens] never exists for all heads at once, neither forward nor
-        # (because of the checkpoint) for the backward pass; on a CPU it also stays in cache: half the time.
-        out = jax.lax.map(lambda qkv: _attend(*qkv), (split("query"), split("key"), split("value")))
-        out = out.reshape(images, heads, tokens, channels // heads).swapaxes(1, 2)
+        place = PartitionSpec(split_axes(images)[0], None, split_axes(images, heads)[1])
+        out = local(_attend_all, (place,) * 3, place)(split("query"), split("key"), split("value"))
         return _dense(channels, self.dtype, "output")(out.reshape(x_NTD.shape))
+
+
+def _attend_all(*qkv_NTHd: jax.Array) -> jax.Array:
+    """All heads of all images, one at a time: [tokens, tokens] never exists for all of them at once, neither forward
+    nor (because of the checkpoint) for the backward pass; on a CPU it also stays in cache: half the time."""
+    images, tokens, heads, _ = qkv_NTHd[0].shape
+    out = jax.lax.map(
+        lambda qkv: _attend(*qkv), tuple(x.swapaxes(1, 2).reshape(images * heads, tokens, -1) for x in qkv_NTHd)
+    )
+    return out.reshape(images, heads, tokens, -1).swapaxes(1, 2)
 
 
 class _MLP(nn.Module):

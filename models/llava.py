@@ -10,13 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax import ops
 from vlcache_jax.batch import NEWLINE, TEXT, Batch
 from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.kernels.attention import attention
+from vlcache_jax.mesh import automatic, on_mesh_of
 from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.decoder import Attend, Decoder
 from vlcache_jax.models.projector import Projector
+from vlcache_jax.ops import Kernels
+
+_apply = automatic(nn.Module.apply)
 
 
 class Llava(nn.Module):
@@ -65,6 +69,12 @@ class Llava(nn.Module):
         pixels = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32)
         batch = Batch(ids, jax.ShapeDtypeStruct((1,), jnp.int32), ids, pixels)  # type: ignore[arg-type]
         return jax.eval_shape(lambda batch: self.init(jax.random.key(0), batch), batch)["params"]
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Flax's `apply`, on the mesh of the parameters, whatever the types of its axes (`vlcache_jax.mesh`)."""
+        with on_mesh_of(variables, args):
+            return _apply(self, variables, *args, **kwargs)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits of every position, f32 [batch, length, vocab]: `forward` of plain prompts."""
@@ -124,7 +134,7 @@ class Llava(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(batch.length), batch.tokens.shape)
 
         def attend(query, key, value, carry, xs):
-            return attention(query, key, value, segments=segments, with_lse=False)[0], carry, None
+            return ops.attention(Kernels(), query, key, value, None, segments, with_lse=False)[0], carry, None
 
         return self.decoder(hidden, positions, attend)[0]
 

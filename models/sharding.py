@@ -6,7 +6,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlcache_jax.ops import MODEL_AXIS
+from vlcache_jax.mesh import MODEL_AXIS
 
 # Which axis of a parameter is split, counted from its end: columns of projections that widen, rows of those that
 # narrow, so that a layer needs one reduction after attention and one after the MLP.
@@ -31,7 +31,7 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
     """A `NamedSharding` for every parameter of a LLaVA.
 
     Projections are split over the mesh axis "model" if the mesh has one and the size is a multiple of it; everything
-    else is replicated. Other axes of the mesh (for the batch) see whole parameters.
+    else is replicated. Other axes of the mesh (for the batch) see whole parameters. Axes may be of any type.
 
     Args:
       abstract_params: nested dict of `jax.ShapeDtypeStruct`, for example `model.abstract_params()`.

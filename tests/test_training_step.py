@@ -129,6 +129,51 @@ def test_accumulated_gradients_equal_the_whole_batch(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, parts.params)
 
 
+def test_accumulated_parts_are_rows_apart():
+    """Rows of a batch that is split over devices stay where they are: a part has rows of every device."""
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda rows: seen.append(rows.tolist()), batch, ordered=True)
+        return jnp.sum(params["w"] * jnp.mean(batch)), {}
+
+    step = make_train_step(loss, optax.sgd(0.1), accumulate=4)
+    state = init_state({"w": jnp.ones(())}, optax.sgd(0.1))
+    step(state, jnp.arange(8.0))
+    jax.effects_barrier()
+    assert sorted(seen) == [[0.0, 4.0], [1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
+
+
+@pytest.mark.parametrize("accumulate", [0, -1, 1.5, True, "2", None])
+def test_numbers_of_parts_that_are_none(accumulate):
+    with pytest.raises(InputError, match=rf"accumulate={accumulate!r}: give a number of parts"):
+        make_train_step(lambda params, batch: (0.0, {}), optax.sgd(0.1), accumulate=accumulate)
+
+
+@pytest.mark.parametrize("compile", [jax.jit, lambda step: step], ids=["jit", "plain"])
+def test_batches_that_cannot_be_divided(compile):
+    optimizer = optax.sgd(0.1)
+
+    def loss(params, batch):
+        return jnp.sum(params["w"]) + jnp.sum(batch["x"]), {}
+
+    state = init_state({"w": jnp.ones(())}, optimizer)
+    step = compile(make_train_step(loss, optimizer, accumulate=3))
+    with pytest.raises(InputError, match=r"accumulate=3 does not divide the batch's 8 rows: use one of \[1, 2, 4, 8\]"):
+        step(state, {"x": jnp.zeros((8, 2))})
+    for wrong in ({"x": jnp.zeros((6, 2)), "y": jnp.zeros((3,))}, {"x": jnp.zeros(())}, {}):
+        with pytest.raises(InputError, match="disagree on the number of rows"):
+            step(state, wrong)
+    with pytest.raises(InputError, match="0 rows"):
+        step(state, {"x": jnp.zeros((0, 2))})
+
+
+@pytest.mark.parametrize("trainable", ["decoder", (), []])
+def test_what_is_trainable_is_a_sequence_of_prefixes(trainable):
+    with pytest.raises(InputError, match="give a sequence of path prefixes"):
+        split({"decoder": {"w": jnp.ones(())}}, trainable)
+
+
 def test_scale_multiplies_the_update(tiny):
     model, params = tiny
     optimizer = optax.adam(1e-2)

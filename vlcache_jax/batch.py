@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.exporting import exportable
+
 Array = jax.Array | np.ndarray
 
 TEXT = -1
@@ -14,6 +16,7 @@ NEWLINE = -2
 """`Batch.vision_index` of a learned row-break embedding (LLaVA-NeXT's `image_newline`)."""
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
@@ -55,6 +58,7 @@ class Batch:
         return jnp.asarray(self.vision_index) != TEXT
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Continuation:

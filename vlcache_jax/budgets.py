@@ -10,6 +10,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.state import segment_alignment, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
@@ -315,4 +316,5 @@ def _share(
         return jnp.where(free, jnp.where(hold, bounded, ideal), held), free & ~hold
 
     ideal = jnp.zeros((layers,), jnp.float32)
-    return jax.lax.fori_loop(0, layers + 1, again, (ideal, jnp.ones((layers,), bool)))
+    start = varying((ideal, jnp.ones((layers,), bool)), weight, total, lower, upper)
+    return jax.lax.fori_loop(0, layers + 1, again, start)

@@ -18,10 +18,12 @@ import numpy as np
 
 from vlcache_jax.batch import Array, Batch, Continuation
 from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.exporting import exportable
 from vlcache_jax.extending import append_block
 from vlcache_jax.generation import Generation, decode
 from vlcache_jax.interfaces import Params, VisionLanguageModel
-from vlcache_jax.ops import Kernels, on_mesh_of
+from vlcache_jax.mesh import automatic, is_known, on_mesh_of
+from vlcache_jax.ops import Kernels
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.generated import APPEND
@@ -32,6 +34,7 @@ from vlcache_jax.seeds import Seeds, seed_words
 from vlcache_jax.state import Allocation, KVState, PackedStore, TailStore, align
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
@@ -242,6 +245,7 @@ def answer(
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens"))
+@automatic
 def _start(
     model: VisionLanguageModel, logits: jax.Array, next_position: jax.Array, rows: int, max_new_tokens: int
 ) -> tuple[jax.Array, jax.Array, TailStore]:
@@ -271,7 +275,7 @@ def _flat(block: Any, rows: int) -> tuple[Array, Array]:
         raise InputError(
             f"{len(tokens)} questions cannot be shared out to the context's {rows} rows: give each row equally many"
         )
-    if _is_known(lengths):
+    if is_known(lengths):
         low, high = int(np.min(np.asarray(lengths))), int(np.max(np.asarray(lengths)))
         if low < 1 or high > tokens.shape[1]:
             raise InputError(f"lengths from {low} to {high} must lie between 1 and the padded length {tokens.shape[1]}")
@@ -296,18 +300,14 @@ def _joined(blocks: list[tuple[Array, Array]]) -> tuple[jax.Array, jax.Array]:
 def _join_room(ctx: Context, lengths: jax.Array, length: int) -> int:
     """Slots a layer needs for the earlier turns and a new one: a power of two, so that few programs are compiled."""
     old = ctx.stores[-1].lengths[:, 0, 0]
-    known = _is_known(old) and _is_known(lengths)
+    known = is_known(old) and is_known(lengths)
     needed = int(np.max(np.asarray(old) + np.asarray(lengths))) if known else ctx.room + length
     return max(int(align(1)), 1 << (needed - 1).bit_length())
 
 
-def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
-
-
 def _check_positions(ctx: Context, appended: Any, new_tokens: int) -> None:
     """`appended` tokens of each entry, then as many new ones, must have a position."""
-    if not (_is_known(ctx.next_position) and _is_known(appended)):
+    if not (is_known(ctx.next_position) and is_known(appended)):
         return
     before, appended = np.asarray(ctx.next_position), np.asarray(appended)
     before = np.repeat(before, len(appended) // len(before))

@@ -19,7 +19,7 @@ from vlcache_jax.context import Context
 from vlcache_jax.context_reader import COUNTS, FIELDS, REPORT, ContextReader
 from vlcache_jax.errors import InputError
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
-from vlcache_jax.ops import on_mesh_of
+from vlcache_jax.mesh import check_known, on_mesh_of
 from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
 
 KIND = Kind("vlcache_jax.context", "context", 2, "save it again")
@@ -37,7 +37,7 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
       path: of the file; its folder must exist. A file that is there is replaced, but no link, folder or device.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: the file cannot be written, or parts of the context lie with other processes.
 
     Example:
       vlc.save_context(ctx, "manual.safetensors")
@@ -45,6 +45,8 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
     arrays = {f"stores.{i}.{name}": getattr(s, name) for i, s in enumerate(ctx.stores) for name in FIELDS}
     arrays |= {"next_position": ctx.next_position, "logits": ctx.logits}
     arrays |= {f"report.{name}": getattr(ctx.report, name) for name in REPORT}
+    for name, x in arrays.items():
+        check_known(x, f"{name} of the context")
     description = {
         "model": _describe(ctx.model.spec, ctx.params),
         "stores": len(ctx.stores),

@@ -14,7 +14,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.json_text import shorten
 from vlcache_jax.kernels.quantisation import scales_width
-from vlcache_jax.ops import on_mesh_of
+from vlcache_jax.mesh import on_mesh_of
 from vlcache_jax.report import Report
 from vlcache_jax.state import ALIGNMENT, PackedStore
 from vlcache_jax.tensor_files import TensorFile

@@ -13,7 +13,8 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.eviction import evicting
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.kernels.decode_attention import Segments, Store
-from vlcache_jax.ops import Kernels, on_mesh_of
+from vlcache_jax.mesh import automatic, on_every_process, on_mesh_of
+from vlcache_jax.ops import Kernels
 from vlcache_jax.policies.generated import Evict, Recompress, RollingWindow
 from vlcache_jax.recompression import make_room
 from vlcache_jax.state import KVState, RecentQueries, SlotWeights
@@ -28,6 +29,8 @@ def decode_step(
     kernels: Kernels | None = None,
 ) -> tuple[jax.Array, KVState]:
     """Appends one token per row and returns the logits of the next.
+
+    Differentiable: derivatives look at all slots of a store at every layer, so they are for short prompts.
 
     Args:
       model: the model that made `state`.
@@ -46,7 +49,7 @@ def decode_step(
     """
     length = state.tail.length
     limited = not state.tail.rule.unlimited and not isinstance(length, jax.core.Tracer)
-    if limited and int(jnp.max(length)) >= state.tail.capacity:
+    if limited and int(on_every_process(jnp.max(length))) >= state.tail.capacity:
         raise InputError(
             f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger "
             "max_new_tokens, or choose another rule for generated tokens (Policy.generated)"
@@ -56,6 +59,7 @@ def decode_step(
 
 
 @partial(jax.jit, static_argnames=("model", "kernels"))
+@automatic
 def _decode_step(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:

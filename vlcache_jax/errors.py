@@ -9,6 +9,10 @@ class CheckpointError(VLCacheError):
     """A checkpoint folder is missing, unsafe, corrupt, or does not fit the model it describes."""
 
 
+class PlacementWarning(UserWarning):
+    """A mesh leaves whole on every device what it could split: memory and work are lost, no answer changes."""
+
+
 class InputError(VLCacheError):
     """An image, a prompt, a batch or a generation length cannot be used."""
 

@@ -10,6 +10,7 @@ from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.budgets import budget_text
 from vlcache_jax.errors import InputError
 from vlcache_jax.image_regions import token_regions
+from vlcache_jax.mesh import check_known
 from vlcache_jax.models.processing.images import ImageLike, load_image
 from vlcache_jax.models.processing.layout import VisionLayout
 from vlcache_jax.report import Report
@@ -29,6 +30,7 @@ _MAX_TILES = 12
 def kept_by_layer(state: KVState, row: int) -> Kept:
     """What a row of a state kept, copied to the host."""
     context = state.context
+    check_known(context.positions, "the state's positions")
     positions = np.asarray(context.positions[row])
     layers, heads = context.lengths.shape[1], max(len(positions), context.lengths.shape[2])
     offsets = np.broadcast_to(np.asarray(context.offsets[row]), (layers, heads))
@@ -84,6 +86,7 @@ def explain(
     """
     if not 0 <= row < batch.size:
         raise InputError(f"row={row} does not exist: the batch has rows 0 to {batch.size - 1}")
+    check_known(batch.vision_index, "the batch's arrays")
     layers = kept_by_layer(kept, row) if isinstance(kept, KVState) else [np.asarray(layer) for layer in kept]
     pictures = [load_image(image, f"image {number}") for number, image in enumerate(images)]
     shares = _Shares.count(layers, np.asarray(batch.vision_index)[row], int(batch.lengths[row]))

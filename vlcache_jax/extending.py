@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from vlcache_jax import ops
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.kernels.merge import merge
+from vlcache_jax.mesh import automatic
 from vlcache_jax.ops import Kernels
 from vlcache_jax.state import PackedStore, whole_tiles
 
 
 @partial(jax.jit, static_argnames=("model", "room", "old_room", "kernels"))
+@automatic
 def append_block(
     model: VisionLanguageModel,
     params: Params,

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,11 @@ import numpy as np
 from vlcache_jax.batch import Batch
 from vlcache_jax.decoding import advance
 from vlcache_jax.errors import InputError
+from vlcache_jax.exporting import exportable
 from vlcache_jax.interfaces import Params, VisionLanguageModel
-from vlcache_jax.ops import Kernels, on_mesh_of
+from vlcache_jax.kernels.varying import varying
+from vlcache_jax.mesh import automatic, is_known, on_every_process, on_mesh_of
+from vlcache_jax.ops import Kernels
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.prefilling import prefill
@@ -22,6 +26,7 @@ from vlcache_jax.seeds import Seeds, seed_words
 from vlcache_jax.state import KVState, PackedStore
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Generation:
@@ -155,7 +160,8 @@ def decode(
     seeds = seed_words(seeds, (logits.shape[0],))
     stop = _stop_ids(model, eos_token_ids)
     with on_mesh_of(params, logits, state):
-        return _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop, kernels or Kernels())
+        out = _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop, kernels or Kernels())
+    return on_every_process(out)
 
 
 def stream_decode(
@@ -171,6 +177,8 @@ def stream_decode(
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, logits, state))):
+        raise InputError("a stream hands its tokens to Python, which a traced program cannot: use generate or decode")
     _check_room(model, state, max_new_tokens)
     seeds = seed_words(seeds, (logits.shape[0],))
     stop = _stop_ids(model, eos_token_ids)
@@ -179,13 +187,13 @@ def stream_decode(
         stores = state.stores
         own = _with_stores(jax.tree.map(jnp.copy, _with_stores(state, ())), stores)
         loop = _start(logits, own, seeds, sampling, stop)
-        yield np.asarray(loop.token)
+        yield np.asarray(on_every_process(loop.token))
         for _ in range(max_new_tokens - 1):
             if bool(jnp.all(loop.finished)):
                 return
             with on_mesh_of(params, loop):
                 loop = _stream_step(model, params, stores, loop, seeds, sampling, stop, kernels or Kernels())
-            yield np.asarray(loop.token)
+            yield np.asarray(on_every_process(loop.token))
 
     return tokens()
 
@@ -201,7 +209,7 @@ def _check_room(model: VisionLanguageModel, state: KVState, max_new_tokens: int)
             )
         return
     position = state.next_position
-    if isinstance(position, jax.core.Tracer) or not position.is_fully_addressable:
+    if not is_known(position):
         return
     needed = int(jnp.max(position)) + max_new_tokens
     if needed > model.spec.max_positions:
@@ -220,6 +228,7 @@ def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("sampling", "stop"))
+@automatic
 def _start(
     logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
 ) -> _Loop:
@@ -243,7 +252,9 @@ def _step(
     return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _with_stores(state, ()))
 
 
-_stream_step = jax.jit(_step, static_argnames=("model", "sampling", "stop", "kernels"), donate_argnames=("loop",))
+_stream_step = jax.jit(
+    automatic(_step), static_argnames=("model", "sampling", "stop", "kernels"), donate_argnames=("loop",)
+)
 
 
 def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
@@ -254,6 +265,7 @@ def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop", "kernels"))
+@automatic
 def _decode(
     model: VisionLanguageModel,
     params: Params,
@@ -276,8 +288,25 @@ def _decode(
         tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
         return new, tokens, lengths
 
+    params, logits, state = _without_derivative((params, logits, state))
     loop = _start(logits, state, seeds, sampling, stop)
     rows = loop.token.shape[0]
     tokens = jnp.full((rows, max_new_tokens), model.spec.pad_token_id, jnp.int32).at[:, 0].set(loop.token)
-    _, tokens, lengths = jax.lax.while_loop(unfinished, body, (loop, tokens, jnp.ones((rows,), jnp.int32)))
+    carry = varying((loop, tokens, jnp.ones((rows,), jnp.int32)), params, logits, state, seeds)
+    _, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
     return tokens, lengths
+
+
+@jax.custom_jvp
+def _without_derivative(tree: Any) -> Any:
+    return tree
+
+
+@_without_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise InputError(
+        "generated tokens are whole numbers and have no derivative with respect to the parameters: take the "
+        "log-probabilities of an answer from one pass over prompt and answer, model.apply({'params': params}, batch, "
+        "method='forward') (docs/training.md), and call generate, decode or answer outside of what is differentiated, "
+        "or with jax.lax.stop_gradient(params)"
+    )

@@ -17,6 +17,7 @@ from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.models.processing import Processor
 from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.replication import replicated, warn
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
 
@@ -55,7 +56,8 @@ def load(
     Args:
       path: a local folder.
       dtype: of the computation and the KV cache: "bfloat16", "float32", "float16", or such a NumPy type.
-      mesh: devices to load onto; projections are split over its axis "model" if it has one. None: the default device.
+      mesh: devices to load onto, with axes of any type; projections are split over its axis "model" if it has one, and
+        any other axis can carry the batch. None: the default device.
       param_dtype: of the parameters; by default that of the computation. For training take "float32": in bfloat16 most
         updates are smaller than half a step of the number and round away.
       buckets: the padded lengths that the processor gives prompts, such as (512, 1024, 2048): programs compile once for
@@ -68,6 +70,10 @@ def load(
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, or its tensors do not fit its config.
       InputError: an unknown dtype, or buckets that are not positive whole numbers.
 
+    Warns:
+      PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
+        does not divide the KV heads.
+
     Example:
       vlm = vlc.load("llava-v1.6-mistral-7b-hf")
       batch = vlm.processor(images=[["cat.jpg"]], text=["[INST] <image>\\nWhat is this? [/INST]"])
@@ -79,7 +85,10 @@ def load(
     processor = Processor.from_folder(folder, buckets=buckets)
     model = Llava(config, dtype)
     abstract = model.abstract_params()
-    shardings = None if mesh is None else param_shardings(abstract, mesh)
+    shardings = None
+    if mesh is not None:
+        shardings = param_shardings(abstract, mesh)
+        warn(replicated(mesh.shape, model.spec))
     return VLM(model, load_params(folder, abstract, param_dtype, shardings), processor, config)
 
 

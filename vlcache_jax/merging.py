@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.varying import varying
+
 BLOCK = 128
 """Kept tokens that are compared with all tokens at once."""
 
@@ -68,7 +70,7 @@ def _merge_row(
         return jnp.where(better, largest, best[0]), jnp.where(better, where, best[1])
 
     nothing = jnp.full((heads, tokens), -jnp.inf), jnp.zeros((heads, tokens), jnp.int32)
-    cosine, nearest = jax.lax.fori_loop(0, blocks, compare, nothing)
+    cosine, nearest = jax.lax.fori_loop(0, blocks, compare, varying(nothing, both, order))
     weight = cosine if kind == "weighted" else jnp.ones_like(cosine)
     nearest = jnp.where(valid & ~kept, nearest, -1)
 
@@ -86,5 +88,5 @@ def _merge_row(
         return jax.lax.dynamic_update_slice_in_dim(out, merged.astype(out.dtype), block * BLOCK, axis=1)
 
     out = jnp.zeros((heads, order.shape[1], 2 * size), key.dtype)
-    out = jax.lax.fori_loop(0, blocks, collect, out)[:, :tokens]
+    out = jax.lax.fori_loop(0, blocks, collect, varying(out, both, order))[:, :tokens]
     return out[..., :size], out[..., size:]

@@ -1,20 +1,18 @@
-"""The one place through which prefill and decoding reach the kernels: which implementation runs, and on which devices.
+"""The one place through which a model's `forward`, prefill and decoding reach the kernels: which implementation runs,
+and on which devices.
 
 Under a mesh (`jax.set_mesh`; the public functions enter the one that the parameters lie on) every device runs the ops
-on its own rows and KV heads inside `jax.shard_map`: rows are split over all axes but "model", heads over "model", each
-where the size divides. Nothing of an op needs another device, so there is no collective in any of them.
+on its own rows and KV heads inside `jax.shard_map` (`vlcache_jax.mesh`). Nothing of an op needs another device, so
+there is no collective in any of them.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from vlcache_jax import merging, packing
 from vlcache_jax.errors import InputError
@@ -24,10 +22,8 @@ from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
+from vlcache_jax.mesh import axis_size, local, split_axes
 from vlcache_jax.state import PackedStore, RecentQueries, TailStore
-
-MODEL_AXIS = "model"
-"""The mesh axis over which projections and KV heads are split."""
 
 _CHOICES = {
     "attention": ("splash_tpu", "cudnn", "xla", "reference"),
@@ -67,33 +63,34 @@ class Kernels:
                     raise InputError(f"Kernels({op}={name!r}): use one of {', '.join(choices)}, or None{hint}")
 
 
-def on_mesh_of(params: Any, *others: Any) -> AbstractContextManager[Any]:
-    """Enters the mesh that the parameters lie on, unless there is one already or a program is being traced."""
-    leaves = jax.tree.leaves((params, others))
-    if any(isinstance(x, jax.core.Tracer) for x in leaves) or not jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
-    for leaf in leaves:
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            automatic = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
-            return jax.set_mesh(sharding.mesh) if automatic else contextlib.nullcontext()  # type: ignore[arg-type]
-    return contextlib.nullcontext()
-
-
 def attention(
-    kernels: Kernels, query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *, with_lse: bool
+    kernels: Kernels,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    *,
+    with_lse: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`kernels.attention.attention` of right-padded prompts."""
 
-    def run(query, key, value, lengths):
+    def run(query, key, value, lengths, segments):
         return attention_op.attention(
-            query, key, value, lengths=lengths, with_lse=with_lse, implementation=kernels.attention
+            query,
+            key,
+            value,
+            lengths=lengths,
+            segments=segments,
+            with_lse=with_lse,
+            implementation=kernels.attention,
         )
 
-    rows, heads = _axes(key.shape[0], key.shape[2])
+    rows, heads = split_axes(key.shape[0], key.shape[2])
     split = PartitionSpec(rows, None, heads)
+    row = [None if x is None else PartitionSpec(rows) for x in (lengths, segments)]
     lse = split if with_lse else None
-    return _local(run, (split, split, split, PartitionSpec(rows)), (split, lse))(query, key, value, lengths)
+    return local(run, (split, split, split, *row), (split, lse))(query, key, value, lengths, segments)
 
 
 def column_statistics(
@@ -112,12 +109,12 @@ def column_statistics(
             query, key, first, count, lse=lse, implementation=kernels.column_statistics, **options
         )
 
-    rows, heads = _axes(key.shape[0], key.shape[2])
+    rows, heads = split_axes(key.shape[0], key.shape[2])
     split, row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     inputs = (split, split, row, row, None if lse is None else split)
     column = PartitionSpec(rows, heads)
     outputs: Any = ColumnStatistics(column, column, lse=split, maximum=split, column_maximum=column)  # type: ignore[arg-type]
-    return _local(run, inputs, outputs)(query, key, first, count, lse)
+    return local(run, inputs, outputs)(query, key, first, count, lse)
 
 
 def union_attention(
@@ -133,12 +130,12 @@ def union_attention(
         return decode_attention_op.union_attention(query, parts, implementation=kernels.decode_attention)
 
     kv_heads = max(max(store.lanes, segments.lengths.shape[1]) for store, segments in parts)
-    rows, heads = _axes(query.shape[0], kv_heads)
-    if any(_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
+    rows, heads = split_axes(query.shape[0], kv_heads)
+    if any(split_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
         heads = None  # a device's heads would not be where they look for their lane
 
     def of_store(store: Store) -> tuple[str, ...] | None:
-        return _axes(store.keys.shape[0], kv_heads)[0]
+        return split_axes(store.keys.shape[0], kv_heads)[0]
 
     def attend(parts: list[tuple[Store, Segments]], rows: tuple[str, ...] | None) -> tuple[jax.Array, jax.Array]:
         def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
@@ -154,7 +151,7 @@ def union_attention(
 
         block = () if query.ndim == 3 else (None,)
         split = PartitionSpec(rows, *block, heads)
-        return _local(run, (split, [place(part) for part in parts]), (split, split))(query, parts)
+        return local(run, (split, [place(part) for part in parts]), (split, split))(query, parts)
 
     here = [part for part in parts if rows is None or of_store(part[0]) or part[0].keys.shape[0] == 1]
     everywhere = [part for part in parts if not any(part is other for other in here)]
@@ -175,8 +172,8 @@ def pack(
     room: int | None = None,
 ) -> PackedStore:
     """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
-    rows, heads = _axes(keys.shape[1], lanes or keys.shape[2])
-    per_device = lanes and lanes // _size(heads)
+    rows, heads = split_axes(keys.shape[1], lanes or keys.shape[2])
+    per_device = lanes and lanes // axis_size(heads)
 
     def per_head(x: jax.Array) -> PartitionSpec:
         return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
@@ -190,7 +187,7 @@ def pack(
     of_channels = None if channels is None else PartitionSpec(rows, None, heads)
     specs: Any = (*[split] * 3, *[segments] * 2, scales, scales, of_channels)
     inputs = [None if x is None else per_head(x) for x in (keys, values, positions, order, slots, channels)]
-    return _local(run, tuple(inputs), PackedStore(*specs))(keys, values, positions, order, slots, channels)
+    return local(run, tuple(inputs), PackedStore(*specs))(keys, values, positions, order, slots, channels)
 
 
 def merge_evicted(
@@ -201,11 +198,11 @@ def merge_evicted(
     def run(keys, values, order, lengths):
         return merging.merge_evicted(keys, values, order, lengths, kind)
 
-    rows, heads = _axes(keys.shape[1], keys.shape[2])
+    rows, heads = split_axes(keys.shape[1], keys.shape[2])
     split = PartitionSpec(None, rows, heads)
     shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
     inputs = (split, split, shared, PartitionSpec(rows))
-    return _local(run, inputs, (split, split))(keys, values, order, lengths)
+    return local(run, inputs, (split, split))(keys, values, order, lengths)
 
 
 def recompress(
@@ -216,44 +213,19 @@ def recompress(
     next_position: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """`recompression.recompress`, on each device's rows and heads."""
-    rows, heads = _axes(tail.keys.shape[0], context.keys.shape[1])
+    rows, heads = split_axes(tail.keys.shape[0], context.keys.shape[1])
     split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
 
-    def place(tree: Any) -> Any:  # as `planning.placement.place_state` does
+    def place(tree: Any) -> Any:  # as `mesh.spec_of` does, but of the context's lanes
         return jax.tree_util.tree_map_with_path(
             lambda path, _: row if path[-1].name in ("offsets", "lengths", "length") else split, tree
         )
 
     inputs = (*(place(tree) for tree in (context, tail, observed)), row)
-    return _local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
+    return local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
 
 
 def split(buffers: jax.Array) -> jax.Array:
     """Places [batch, lanes, ...] over the mesh as the ops expect it."""
-    rows, heads = _axes(*buffers.shape[:2])
+    rows, heads = split_axes(*buffers.shape[:2])
     return buffers if rows is heads is None else jax.lax.with_sharding_constraint(buffers, PartitionSpec(rows, heads))
-
-
-def _axes(rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
-    """The mesh axes over which rows and heads are split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None, None
-    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    free = {name: size for name, size, kind in kinds if kind != AxisType.Manual}  # not those of an outer shard_map
-    over = tuple(name for name in free if name != MODEL_AXIS)
-    split_rows = over and rows % math.prod(free[name] for name in over) == 0
-    split_heads = MODEL_AXIS in free and heads % free[MODEL_AXIS] == 0
-    return over if split_rows else None, MODEL_AXIS if split_heads else None
-
-
-def _size(axis: str | None) -> int:
-    return jax.sharding.get_abstract_mesh().shape[axis] if axis else 1
-
-
-def _local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-    """`function` on each device's part, or as it is where there is no mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
-        return function
-    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values, scales_width
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.state import ALIGNMENT, PackedStore, align, segment_alignment, whole_tiles
 
 _BLOCK = 128  # slots quantised at once
@@ -150,7 +151,7 @@ def quantise_into(
             for x, n, w, axis in zip(buffers, new, where, axes, strict=True)
         )
 
-    return jax.lax.fori_loop(0, count // size, step, buffers)
+    return jax.lax.fori_loop(0, count // size, step, varying(buffers, read(jnp.int32(0), size)))
 
 
 def value_channels(values: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -17,7 +17,9 @@ from vlcache_jax.errors import CheckpointError
 from vlcache_jax.eviction import layer_room, slot_weights
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
-from vlcache_jax.ops import Kernels, on_mesh_of
+from vlcache_jax.kernels.varying import varying
+from vlcache_jax.mesh import automatic, is_known, on_mesh_of, refuse_partly_checked
+from vlcache_jax.ops import Kernels
 from vlcache_jax.packing import capacity, empty_codes, quantise_into, value_channels
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.evicted import Merge, Quantise
@@ -50,6 +52,10 @@ def prefill(
 ) -> tuple[jax.Array, KVState]:
     """Runs the prompts and compresses their cache. Pure, and compiled once per (shapes, policy, max_new_tokens).
 
+    Differentiable: the logits are those of the model's `forward`, and so are their derivatives. Kept keys and values
+    have theirs where they are stored as they were computed; which tokens are kept, quantised and merged stores, and all
+    that is reported, are constants.
+
     Args:
       model: a Flax module such as `vlm.model`.
       params: its parameters, a nested dict.
@@ -70,10 +76,12 @@ def prefill(
       PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
+    if not policy.keeps_all:
+        refuse_partly_checked()
     with on_mesh_of(params, batch):
         logits, state = _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
     density = state.allocation.density
-    if not policy.keeps_all and not isinstance(density, jax.core.Tracer) and density.is_fully_addressable:
+    if not policy.keeps_all and is_known(density):
         bad = np.argwhere(~np.isfinite(np.asarray(density)))
         if len(bad):
             row, layer = (int(x) for x in bad[0])
@@ -87,6 +95,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))
+@automatic
 def _prefill(
     model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
@@ -94,7 +103,7 @@ def _prefill(
     hidden = model.apply(variables, batch, method="embed")
     positions = jnp.broadcast_to(jnp.arange(batch.length), (batch.size, batch.length))
     run = partial(model.apply, variables, hidden, positions, method="decode")
-    lengths = jnp.asarray(batch.lengths)
+    lengths = varying(jnp.asarray(batch.lengths), params, batch)
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
     hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
@@ -129,6 +138,7 @@ def _keep_all(
     def attend(query, key, value, pools, layer):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
         if bits is not None:
+            key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
             channels = value_channels(value, lengths)
             return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
         start = (0, 0, layer * room, 0)
@@ -152,7 +162,8 @@ def _keep_all(
     slots = whole_tiles(layers * room)
     shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
     pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
-    hidden, (keys, values, *scales), channels = run(attend, tuple(ops.split(x) for x in pools), jnp.arange(layers))
+    pools = varying(tuple(ops.split(x) for x in pools), lengths)
+    hidden, (keys, values, *scales), channels = run(attend, pools, jnp.arange(layers))
     index = jnp.where(jnp.arange(slots) < layers * room, jnp.arange(slots) % room, batch.length)
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
     context = PackedStore(
@@ -186,16 +197,19 @@ def _compress(
 
     def attend(query, key, value, carry, layer):
         out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
+        seen = tuple(jax.lax.stop_gradient(x) for x in (query, key, value))  # what is kept has no derivative
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
             bounds = {"threshold": threshold, "max_rows": policy.rows.most}
-            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **bounds)
+            statistics = ops.column_statistics(
+                kernels, seen[0], seen[1], first, rows, jax.lax.stop_gradient(lse), **bounds
+            )
             if statistics.counts is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
         inputs = LayerInputs(
-            query=query,
-            key=key,
-            value=value,
+            query=seen[0],
+            key=seen[1],
+            value=seen[2],
             lengths=lengths,
             vision_index=jnp.asarray(batch.vision_index),
             layer=layer,
@@ -233,6 +247,7 @@ def _compress(
     order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
+        keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
         keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
         positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
     group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
@@ -244,7 +259,10 @@ def _compress(
         return hidden, [context], allocation, slot_weights(policy, scores, order, requested, context, room)
 
     def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
-        return ops.pack(keys, values, positions, order, slots, pool, lanes, bits, None if bits is None else channels)
+        if bits is None:
+            return ops.pack(keys, values, positions, order, slots, pool, lanes)
+        constant = jax.lax.stop_gradient((keys, values))  # integers have no derivative
+        return ops.pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
 
     pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
     stores = [store(order, slots, pool, policy.bits)]

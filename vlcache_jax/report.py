@@ -7,11 +7,15 @@ import jax.numpy as jnp
 
 from vlcache_jax.batch import Array
 from vlcache_jax.budgets import Budget
+from vlcache_jax.exporting import exportable
 from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.mesh import automatic, free_axes, on_every_process, on_mesh_of
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.replication import replicated, warn
 from vlcache_jax.state import KVState, align
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
@@ -30,6 +34,8 @@ class Report:
       full_bytes: bytes of the context's buffers for the same padded prompts without compression (static).
       tail_bytes: bytes of the buffers for generated tokens, and of what their rule remembers (static). With `Evict` the
         context holds them, too.
+      replicated: what every device of the mesh holds as a whole although an axis could split it, with the remedy
+        (static); as far as the program knows its mesh: inside `jit`, enter it with `jax.set_mesh`.
     """
 
     kept: jax.Array
@@ -42,6 +48,7 @@ class Report:
     state_bytes: int = dataclasses.field(metadata={"static": True})
     full_bytes: int = dataclasses.field(metadata={"static": True})
     tail_bytes: int = dataclasses.field(metadata={"static": True})
+    replicated: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def held_bytes(self) -> int:
@@ -51,21 +58,33 @@ class Report:
 
 def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
     """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
-    slots, requested = state.context.lengths, state.allocation.requested  # [batch, layers, kv_heads or 1]
-    requested = requested.reshape(*requested.shape[:2], -1)
-    kept, prompt_lengths = jnp.max(slots, axis=2), jnp.asarray(prompt_lengths)
-    return Report(
+    with on_mesh_of(state):
+        kept, exact, kept_fraction = _counted(state.context.lengths, state.allocation.requested, prompt_lengths)
+        whole = replicated(free_axes(), spec, rows=kept.shape[0], policy=policy)
+    warn(whole)
+    report = Report(
         kept=kept,
-        prompt_lengths=prompt_lengths,
+        prompt_lengths=jnp.asarray(prompt_lengths),
         density=state.allocation.density,
-        exact=jnp.all(slots >= requested, axis=(1, 2)),
-        kept_fraction=jnp.sum(slots, axis=(1, 2)) / (slots[0].size * prompt_lengths),
+        exact=exact,
+        kept_fraction=kept_fraction,
         policy=policy.name,
         budget=policy.budget,
         state_bytes=sum(store.nbytes for store in state.stores),
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
         tail_bytes=sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed))),
+        replicated=whole,
     )
+    return on_every_process(report)
+
+
+@jax.jit
+@automatic
+def _counted(slots: jax.Array, requested: jax.Array, prompt_lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """(kept, exact, kept_fraction) from slots [batch, layers, kv_heads or 1], requested and there."""
+    requested = requested.reshape(*requested.shape[:2], -1)
+    exact = jnp.all(slots >= requested, axis=(1, 2))
+    return jnp.max(slots, axis=2), exact, jnp.sum(slots, axis=(1, 2)) / (slots[0].size * prompt_lengths)
 
 
 def full_cache_bytes(spec: ModelSpec, batch: int, padded: int) -> int:

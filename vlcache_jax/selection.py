@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Tokens
 from vlcache_jax.fractions import floor_fraction
+from vlcache_jax.kernels.varying import varying
 
 Count = TypeVar("Count", bound=int | jax.Array)
 Recent = float | Tokens
@@ -130,7 +131,8 @@ def highest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> 
         larger = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         return jnp.where(holds(larger), larger, found)
 
-    return jax.lax.fori_loop(0, 32, step, jnp.zeros(shape, jnp.uint32))
+    found = jnp.zeros(shape, jnp.uint32)
+    return jax.lax.fori_loop(0, 32, step, varying(found, holds(found)))  # of which only the type is needed
 
 
 def unselected(order: jax.Array, lengths: jax.Array) -> jax.Array:

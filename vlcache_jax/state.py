@@ -26,14 +26,17 @@ Generated tokens go to the tail:
 """
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.exporting import exportable
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.quantisation import group_size
+from vlcache_jax.mesh import automatic, is_known
 
 if TYPE_CHECKING:
     from vlcache_jax.policies.generated import Generated
@@ -66,6 +69,7 @@ def whole_tiles(slots: int) -> int:
     return -(-slots // 128) * 128 if slots >= 2048 else slots
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedStore:
@@ -114,6 +118,7 @@ class PackedStore:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TailStore:
@@ -140,6 +145,7 @@ class TailStore:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class SlotWeights:
@@ -154,6 +160,7 @@ class SlotWeights:
     sizes: jax.Array
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecentQueries:
@@ -168,6 +175,7 @@ class RecentQueries:
     lse: jax.Array
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Allocation:
@@ -183,6 +191,7 @@ class Allocation:
     density: jax.Array
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVState:
@@ -217,20 +226,26 @@ class KVState:
 
         Returns:
           i32 [batch, kv_heads, n], ascending, -1 beyond the kept ones. n is the largest number kept in this layer, or,
-          when traced, the number of slots of the pool.
+          where that is not known (traced, or rows of another process), the number of slots of the pool.
         """
         c = self.context
-        batch, lanes, slots = c.positions.shape
-        heads = max(lanes, c.lengths.shape[2])
-        offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, heads))
-        lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, heads))
-        count = slots
-        if not isinstance(lengths, jax.core.Tracer):
-            count = int(np.max(np.asarray(lengths), initial=1))
-        index = jnp.arange(count)
-        slot = jnp.minimum(offsets[..., None] + index, slots - 1)
-        lane = jnp.arange(heads) * lanes // heads
-        positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
-        last = jnp.iinfo(jnp.int32).max
-        positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
-        return jnp.where(positions < last, positions, -1)
+        count = c.positions.shape[2]
+        if is_known(c.lengths):
+            count = int(np.max(np.asarray(c.lengths)[:, layer], initial=1))
+        return _kept_positions(c, layer, count)
+
+
+@partial(jax.jit, static_argnames="count")
+@automatic
+def _kept_positions(c: PackedStore, layer: jax.Array | int, count: int) -> jax.Array:
+    batch, lanes, slots = c.positions.shape
+    heads = max(lanes, c.lengths.shape[2])
+    offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, heads))
+    lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, heads))
+    index = jnp.arange(count)
+    slot = jnp.minimum(offsets[..., None] + index, slots - 1)
+    lane = jnp.arange(heads) * lanes // heads
+    positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
+    last = jnp.iinfo(jnp.int32).max
+    positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
+    return jnp.where(positions < last, positions, -1)

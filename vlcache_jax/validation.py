@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from vlcache_jax.batch import Batch
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.mesh import is_known
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.pooling import GridPooled
 from vlcache_jax.policies.scores import Score
@@ -39,7 +39,7 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
         raise InputError(
             f"the batch's arrays disagree on the number of rows or the length: {shapes}; build it with the processor"
         )
-    if isinstance(batch.lengths, jax.core.Tracer):
+    if not is_known(batch.lengths):
         return
     lengths = np.asarray(batch.lengths)
     if lengths.min() < 1 or lengths.max() > batch.length:

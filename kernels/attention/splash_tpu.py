@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlcache_jax.kernels.attention import xla
+from vlcache_jax.kernels.varying import refuse_if_checked
 
 _SHORTEST = 128  # the smallest block; shorter prompts are cheap in XLA
 
@@ -29,8 +30,7 @@ def attention(
     length, head_dim = query.shape[1], query.shape[3]
     if segments is not None:
         raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla'")
-    if _is_checked(query):
-        raise NotImplementedError("splash_tpu needs check_vma=False in shard_map")
+    refuse_if_checked("splash_tpu")
     if length < _SHORTEST:
         raise NotImplementedError(f"splash_tpu takes prompts of at least {_SHORTEST} tokens, not {length}")
     if head_dim > 256:
@@ -59,12 +59,6 @@ def _causal_block(height: int, width: int, ahead: int) -> np.ndarray:
     block = np.arange(height)[:, None] >= np.arange(width) + ahead
     block.setflags(write=False)
     return block
-
-
-def _is_checked(array: jax.Array) -> bool:
-    """Whether this is traced inside `shard_map(check_vma=True)`, which no Pallas call of JAX's library serves."""
-    varying = getattr(jax.typeof(array), "manual_axis_type", None)
-    return bool(varying is not None and varying.varying)
 
 
 def _forward(query, key, value, scale, interpret, with_lse=True):

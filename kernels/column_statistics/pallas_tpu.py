@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics, Options, Rows, spread
+from vlcache_jax.kernels.varying import refuse_if_checked
 
 LANES = 128
 _LOGITS = 512 * 512  # float32 logits of one block: a fraction of VMEM
@@ -40,9 +41,7 @@ def column_statistics(
     batch, size, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads
-    varying = getattr(jax.typeof(query), "manual_axis_type", None)
-    if varying is not None and varying.varying:
-        raise NotImplementedError("pallas_tpu needs check_vma=False in shard_map")
+    refuse_if_checked("pallas_tpu")
     if head_dim > 512:
         raise NotImplementedError(f"pallas_tpu serves heads of up to 512, not {head_dim}: blocks would not fit VMEM")
     height = _ROWS if size > _ROWS else -(-size // 16) * 16

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics, Options, Rows, spread
+from vlcache_jax.kernels.varying import varying
 
 _BLOCK = 64  # query rows whose logits exist at once, for one KV head
 
@@ -74,6 +75,7 @@ def column_statistics(
             state["counts"] = zero[:, 0]
         if options.column_maximum:
             state["column_maximum"] = zero
+        state = varying(state, item)
         return jax.lax.fori_loop(0, (high - low + block - 1) // block, step, state)
 
     state = jax.lax.map(one_head, (q, k, row_lse, row_maximum, *(jnp.repeat(x, kv_heads) for x in rows)))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics, Options, Rows, spread
+from vlcache_jax.kernels.varying import varying
 
 _ROWS = 128  # rows of a block
 _COLUMNS = 4096  # columns of a block
@@ -62,7 +63,7 @@ def column_statistics(
                 return new, total
 
             zero = jnp.zeros(top.shape, jnp.float32)
-            highest, total = jax.lax.fori_loop(0, blocks, measure, (zero + lowest, zero))
+            highest, total = jax.lax.fori_loop(0, blocks, measure, varying((zero + lowest, zero), q, k, rows))
             inside = chosen[..., 0]
             if need_maximum:
                 top = jnp.where(inside, highest, top)
@@ -100,6 +101,7 @@ def column_statistics(
         state["counts"] = zero[..., 0]
     if options.column_maximum:
         state["column_maximum"] = zero
+    state = varying(state, q, k, rows, lse, maximum)
     if size == height:
         state = rows_from(0, 0, state)
     else:

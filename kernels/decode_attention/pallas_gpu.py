@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.varying import refuse_if_checked
 
 _ROWS = 64  # of a wgmma
 _BLOCK = 64  # slots
@@ -40,6 +41,7 @@ def decode_attention(
     Raises:
       NotImplementedError: not a bfloat16 store, or sizes that a wgmma does not take.
     """
+    refuse_if_checked("pallas_gpu")
     batch, n, heads, head_dim = query.shape
     lengths = segments.lengths
     kv_heads = store.lanes if lengths.shape[1] == 1 else lengths.shape[1]

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.varying import refuse_if_checked
 
 ALIGNMENT = 16  # of segments: rows of a TPU tile in bfloat16
 _GROUP_ROWS = 32  # byte rows of a quantised group, a TPU tile of bytes
@@ -85,6 +86,7 @@ def decode_attention(
     Raises:
       NotImplementedError: sizes that the copies cannot be aligned to.
     """
+    refuse_if_checked("pallas_tpu")
     batch, n, heads, head_dim = query.shape
     plan = _plan(query, store, segments)
     group_heads = heads // (plan.items * plan.item_lanes)

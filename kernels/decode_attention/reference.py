@@ -25,10 +25,14 @@ def decode_attention(
     k = jnp.where(inside, keys[:, lane].astype(jnp.float32), 0)
     v = jnp.where(inside, values[:, lane].astype(jnp.float32), 0)
     logits = scale * jnp.einsum("bnhd,bhsd->bhns", query.astype(jnp.float32), k, precision="highest")
-    logits = jnp.where(seen, logits, -jnp.inf)
-    lse = jax.scipy.special.logsumexp(logits, axis=-1)
-    weights = jnp.where(seen, jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
-    return jnp.einsum("bhns,bhsd->bnhd", weights, v, precision="highest"), lse.swapaxes(1, 2)
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf, where=seen))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, logits - highest, 0)), 0)
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    some = jnp.where(empty, 1, total)  # without a NaN in derivatives where there is no slot
+    lse = jnp.where(empty, -jnp.inf, jnp.where(empty, 0, highest[..., 0]) + jnp.log(some))
+    out = jnp.einsum("bhns,bhsd->bnhd", weights / some[..., None], v, precision="highest")
+    return out, lse.swapaxes(1, 2)
 
 
 def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:

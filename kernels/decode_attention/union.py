@@ -40,6 +40,8 @@ def union_attention(
 ) -> Attention:
     """`decode_attention` over the union of disjoint segments, which may lie in stores of different precision.
 
+    Differentiable, forward and backward, in memory for logits over the whole stores.
+
     Args:
       query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries, each of which sees the
         whole of every segment.
@@ -108,7 +110,17 @@ def union_attention(
     implementations |= {
         name: partial(together, name, size) for name, size in (("xla", xla.LARGEST), ("xla_wide", xla.WIDE))
     }
-    return dispatch(implementation, implementations, _ORDER, query, list(parts))
+
+    @jax.custom_jvp
+    def attend(query: jax.Array, parts: Sequence[Part]) -> Attention:
+        return dispatch(implementation, implementations, _ORDER, query, parts)
+
+    @attend.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[Attention, Attention]:
+        """That of the definition, which looks at the whole store: the loops of the others end where segments do."""
+        return attend(*primals), jax.jvp(partial(separately, "reference"), primals, tangents)[1]
+
+    return attend(query, list(parts))
 
 
 def _ordinary(query: jax.Array, part: Part) -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.varying import varying
 
 # Slots read at once: larger blocks fall out of a CPU's cache; on a GPU what a step launches costs more than idle slots.
 _SMALLEST, LARGEST, WIDE = 32, 128, 512
@@ -58,7 +59,7 @@ def decode_attention(
         decay = jnp.exp(state[0] - new[0])
         return new[0], state[1] * decay + new[1], state[2] * decay[..., None] + new[2]
 
-    state = attend(0, parts, _LOWEST)
+    state = varying(attend(0, parts, _LOWEST), query, parts)
     for part in parts:
         block = block_size(part[0].slots, largest)
         if block < part[0].slots:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.decode_attention.xla import LARGEST
 from vlcache_jax.kernels.quantisation import dequantise_keys, dequantise_values, group_size
+from vlcache_jax.kernels.varying import varying
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -74,7 +75,7 @@ def decode_attention(
     zeros = jnp.zeros(q.shape, jnp.float32)
     state = (jnp.full(q.shape[:-1], _MASKED, jnp.float32), zeros[..., 0], zeros)
     blocks = (jnp.max(lengths) + block - 1) // block
-    highest, total, out = jax.lax.fori_loop(0, blocks, step, state)
+    highest, total, out = jax.lax.fori_loop(0, blocks, step, varying(state, query, store, segments))
     empty = total == 0
     out = out / jnp.where(empty, 1, total)[..., None]
     lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))

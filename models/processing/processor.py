@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.mesh import check_known
 from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.processing.arguments import check_room, continuation_texts, image_rows, token_rows
@@ -250,6 +251,7 @@ class Processor:
         """
         generated = hasattr(out, "tokens") and hasattr(out, "lengths")
         tokens = out.tokens if generated else out
+        check_known(tokens, "the tokens")
         if generated and np.ndim(tokens) > 2:
             nested = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
             return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in nested]

@@ -9,11 +9,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from vlcache_jax.batch import Batch
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.sharding import MODEL_AXIS, param_shardings
+from vlcache_jax.mesh import DATA_AXIS, MODEL_AXIS, spec_of
+from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.planning.compiling import abstract
 from vlcache_jax.state import KVState
-
-DATA_AXIS = "data"
 
 
 def default_axes(devices: int, kv_heads: int) -> dict[str, int]:
@@ -71,15 +70,6 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def place_state(state: KVState, mesh: Mesh) -> KVState:
-    """An abstract state: rows over "data", KV heads (lanes) over "model"."""
-
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = path[-1].name
-        spec = PartitionSpec(DATA_AXIS)
-        if name in ("keys", "values", "positions", "key_scales", "value_scales", "scores", "queries", "lse"):
-            spec = PartitionSpec(DATA_AXIS, MODEL_AXIS)
-        elif name == "value_channels":
-            spec = PartitionSpec(DATA_AXIS, None, MODEL_AXIS)
-        return abstract(leaf, mesh, spec)
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    """An abstract state: rows over "data", KV heads (lanes) over "model", each where the size divides."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.tree_util.tree_map_with_path(lambda path, x: abstract(x, mesh, spec_of(path, x)), state)

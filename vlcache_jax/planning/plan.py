@@ -24,6 +24,7 @@ from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
 from vlcache_jax.progress import Progress
+from vlcache_jax.replication import replicated
 
 _LARGEST_BATCH = 1024
 _PROMPT_STEP = 128
@@ -45,6 +46,7 @@ class PolicyPlan:
       step_read_bytes: weights of the decoder and state, which every step reads once if the budget is used up.
       bound_tokens_per_second: of the whole slice, if that reading at the published bandwidth were all; an upper bound,
         not a prediction.
+      replicated: what every device holds as a whole although the mesh could split it, with the remedy.
       largest_batch, longest_prompt: see `Limit`; None if not searched for, or if the compiler refuses the program for
         another reason than its size.
     """
@@ -60,6 +62,7 @@ class PolicyPlan:
     decode_step: Program
     step_read_bytes: int
     bound_tokens_per_second: float
+    replicated: tuple[str, ...]
     largest_batch: Limit | None
     longest_prompt: Limit | None
 
@@ -224,6 +227,7 @@ class _Planner:
             decode_step=step,
             step_read_bytes=read,
             bound_tokens_per_second=work.batch * self.bandwidth / read,
+            replicated=replicated(programs.mesh.shape, programs.model.spec, rows=work.batch, policy=policy),
             largest_batch=self._largest_batch(policy, prefill) if self._searchable(prefill) else None,
             longest_prompt=self._longest_prompt(policy, prefill) if self._searchable(prefill) else None,
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget, SlotBudget, share_slots
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.method import method
@@ -70,7 +71,8 @@ class EliteAttention(Score):
             return total + jnp.mean(jnp.sum(attention, axis=3), axis=2)
 
         blocks = (jnp.max(inputs.rows) + _BLOCK - 1) // _BLOCK
-        total = jax.lax.fori_loop(0, blocks, step, jnp.zeros((rows, kv_heads, length), jnp.float32))
+        zeros = varying(jnp.zeros((rows, kv_heads, length), jnp.float32), key, elite)
+        total = jax.lax.fori_loop(0, blocks, step, zeros)
         return total / jnp.sum(elite, axis=1)[:, None, None]
 
 

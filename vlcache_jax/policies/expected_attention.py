@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.method import method
 from vlcache_jax.policies.scores import LayerInputs, Score
@@ -82,7 +83,7 @@ class ExpectedScore(Score):
             return total + jnp.sum(jnp.where((step < self.future)[:, None, None], turned, 0), axis=1)
 
         zero = jnp.zeros((rows, head_dim, head_dim), jnp.float32)
-        return jax.lax.fori_loop(0, -(-self.future // _CHUNK), add, zero) / self.future
+        return jax.lax.fori_loop(0, -(-self.future // _CHUNK), add, varying(zero, inputs.lengths)) / self.future
 
 
 @method

@@ -9,8 +9,10 @@ import numpy as np
 
 from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.errors import InputError
+from vlcache_jax.exporting import exportable
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainBatch:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.json_text import shorten
+from vlcache_jax.mesh import is_known, on_every_process
 from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
 from vlcache_jax.writing import make_folder
 
@@ -19,12 +20,12 @@ _KIND = Kind("vlcache_jax.train_state", "train state", 1, "delete it to start af
 def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any] | None = None) -> None:
     """Writes a pytree of arrays and a JSON-able dict of whatever the loop must remember.
 
-    The file appears under its name only when it is complete, so a killed run leaves the previous one.
+    The file appears under its name only when it is complete, so a killed run leaves the previous one. Where parts of
+    the state lie with other processes, all must call it, and the first one writes.
 
     Raises:
       InputError: the file cannot be written, progress is not JSON-able, or a leaf is of a type that no file holds.
     """
-    make_folder(Path(path).parent)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     try:
         description = {"progress": json.loads(json.dumps(progress or {}, allow_nan=False))}
@@ -33,6 +34,11 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
             f"progress cannot be written as JSON ({error}): give plain numbers, texts and lists"
         ) from error
     arrays = {jax.tree_util.keystr(key): x if hasattr(x, "dtype") else np.asarray(x) for key, x in leaves}
+    if not all(is_known(x) for x in arrays.values()):
+        arrays = {name: np.asarray(on_every_process(x)) for name, x in arrays.items()}
+        if jax.process_index():
+            return
+    make_folder(Path(path).parent)
     write_tensor_file(path, _KIND, description, arrays)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlcache_jax.mesh import automatic, on_mesh_of
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.state import Loss, Metrics, Params
 
@@ -61,4 +62,10 @@ def make_eval_step(model: nn.Module) -> Callable[[Params, TrainBatch], tuple[jax
         logits: Any = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")
         return answers_right(logits, batch)
 
-    return jax.jit(evaluate)
+    compiled = jax.jit(automatic(evaluate))
+
+    def run(params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+        with on_mesh_of(params, batch):
+            return compiled(params, batch)
+
+    return run

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.mesh import automatic, on_mesh_of
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -44,6 +47,8 @@ def split(params: Params, trainable: Sequence[str] | None) -> tuple[Params, Para
     flat = flatten_dict(params, sep="/")
     if trainable is None:
         return params, {}
+    if isinstance(trainable, str) or not trainable:
+        raise InputError(f"trainable={trainable!r}: give a sequence of path prefixes, such as ('decoder',), or None")
     for prefix in trainable:
         if not any(_under(path, prefix) for path in flat):
             raise InputError(
@@ -91,7 +96,8 @@ def make_train_step(
       trainable: path prefixes of the parameters to train, None for all. Nothing is differentiated, and no
         optimizer state kept, for the others.
       accumulate: split the batch's leading axis into so many parts and sum their gradients; the leading axis of
-        every array of the batch must be a multiple of it.
+        every array of the batch must be a multiple of it. A part takes every `accumulate`-th row, so that those of a
+        batch that is split over devices stay where they are.
 
     Warns, once, if trainable parameters are bfloat16 or float16: most updates at usual rates are smaller than half a
     step of such a number, and round away. Keep them in float32 (`vlcache_jax.load(..., param_dtype="float32")`); the
@@ -99,8 +105,18 @@ def make_train_step(
 
     Returns:
       The step. `state` is donated. `scale` multiplies the update: a learning-rate schedule that is decided while
-      training runs. Metrics are the loss's own and "loss", "gradient_norm".
+      training runs. Metrics are the loss's own and "loss", "gradient_norm". It raises InputError for a batch whose
+      rows cannot be divided into the parts.
+
+    Raises:
+      InputError: accumulate is no whole number of at least 1.
+
+    Example:
+      step = make_train_step(answer_loss(vlm.model), optax.adamw(1e-5), accumulate=4)
+      state, metrics = step(state, batch)
     """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int | np.integer) or accumulate < 1:
+        raise InputError(f"accumulate={accumulate!r}: give a number of parts, at least 1")
 
     def gradients(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
         def objective(tuned: Params) -> tuple[jax.Array, Metrics]:
@@ -110,7 +126,7 @@ def make_train_step(
         return jax.grad(objective, has_aux=True)(tuned)
 
     def accumulated(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(part: Any) -> tuple[Params, Metrics, jax.Array]:
             grads, metrics = gradients(tuned, frozen, part)
@@ -135,7 +151,20 @@ def make_train_step(
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    def places(arguments: Any, results: Any) -> Any:
+        """Of the results on a mesh with Explicit axes: the state lies where it lay."""
+        state = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arguments[0])
+        return state, jax.tree.map(lambda _: PartitionSpec(), results[1])
+
+    compiled = jax.jit(automatic(step, places), donate_argnums=0)
+
+    def run(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
+        if accumulate > 1:
+            _check_rows(batch, accumulate)
+        with on_mesh_of(state.params, batch):
+            return compiled(state, batch, scale)
+
+    return run
 
 
 def _warn_of_rounding(tuned: Params) -> None:
@@ -149,4 +178,17 @@ def _warn_of_rounding(tuned: Params) -> None:
             "a number round away, and little is learnt at usual rates. Load them with vlcache_jax.load(..., "
             'param_dtype="float32"), or cast them to float32; the model computes in its own dtype all the same',
             stacklevel=2,
+        )
+
+
+def _check_rows(batch: Any, accumulate: int) -> None:
+    shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    rows = {shape[:1] for shape in shapes.values()}
+    if len(rows) != 1 or rows == {()}:
+        raise InputError(f"the batch's arrays disagree on the number of rows, their first axis: {shapes}")
+    ((count,),) = rows
+    if count % accumulate or not count:
+        nearest = [n for n in range(1, count + 1) if count % n == 0]
+        raise InputError(
+            f"accumulate={accumulate} does not divide the batch's {count} rows: use one of {nearest}, or another batch"
         )

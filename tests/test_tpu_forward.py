@@ -1,0 +1,112 @@
+"""A model's `forward` and a train step on several chips, compiled for TPUs: kernels, copies and collectives."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+from tpu import mesh_of
+
+from vlcache_jax.batch import Batch
+from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.planning.compiling import abstract, compile_on
+from vlcache_jax.planning.placement import place_rows
+from vlcache_jax.training.batch import TrainBatch
+from vlcache_jax.training.loss import answer_loss
+from vlcache_jax.training.state import init_state, make_train_step
+
+ROWS, LENGTH, TILES, LAYERS = 8, 256, 1, 2
+
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+@cache
+def _model():
+    vision = VisionConfig(
+        hidden_size=256, intermediate_size=512, num_layers=1, num_heads=8, image_size=56, patch_size=14
+    )
+    decoder = DecoderConfig(
+        family="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_layers=LAYERS, num_heads=8,
+        num_kv_heads=8, head_dim=128, max_positions=1024,
+    )  # fmt: skip
+    return Llava(
+        LlavaConfig(model_type="llava", vision=vision, decoder=decoder, image_token_id=5, feature_layers=(1,)),
+        jnp.dtype("bfloat16"),
+    )
+
+
+def _placed(topology, axes, kind=AxisType.Auto):
+    """(mesh, abstract parameters, abstract train batch)."""
+    mesh = mesh_of(topology, axes)
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * len(axes))
+    shapes = _model().abstract_params()
+    params = abstract(shapes, mesh, param_shardings(shapes, mesh))
+    side = _model().config.vision.image_size
+    whole, weights = (jax.ShapeDtypeStruct((ROWS, LENGTH), dtype) for dtype in (jnp.int32, jnp.float32))
+    pixels = jax.ShapeDtypeStruct((ROWS, TILES, side, side, 3), jnp.float32)
+    batch = Batch(whole, jax.ShapeDtypeStruct((ROWS,), jnp.int32), whole, pixels)
+    return mesh, params, place_rows(TrainBatch(batch, whole, weights, whole, whole), mesh)
+
+
+def _collectives(compiled):
+    """(kind, shape, where in the source) of every collective of a program."""
+    lines = [line for line in compiled.as_text().splitlines() if _COLLECTIVE.search(line)]
+    return [(_COLLECTIVE.search(line)[1], *re.findall(r'op_name="([^"]*)"', line)) for line in lines]
+
+
+def _check_forward(topology, axes, kind=AxisType.Auto):
+    """With its gradients. Attention talks to no other chip, in the decoder or the vision tower."""
+    mesh, params, batch = _placed(topology, axes, kind)
+
+    def gradients(params, batch):
+        return jax.grad(lambda params: jnp.mean(_model().apply({"params": params}, batch, method="forward")))(params)
+
+    compiled = compile_on(mesh, gradients, params, batch.batch)
+    calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert len(calls) == 3  # splash attention: forward, and its two kernels for the backward pass
+    _check_collectives(_collectives(compiled))
+
+
+def _check_train_step(topology, axes, kind=AxisType.Auto):
+    mesh, params, batch = _placed(topology, axes, kind)
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(answer_loss(_model()), optimizer)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    state = state._replace(params=params, step=abstract(state.step, mesh))
+    _check_collectives(_collectives(compile_on(mesh, step, state, batch, donate=(0,))))
+
+
+def _check_collectives(found):
+    """Within the layers each projection that narrows is summed once forward, each that widens once backward."""
+    of_layers = [(kind, place) for kind, *places in found for place in places if "/layers/" in place]
+    assert of_layers
+    for kind, place in of_layers:
+        assert kind == "all-reduce", place
+        assert place.endswith("dot_general"), place
+
+
+SPLITS = [{"data": 2, "model": 2}, {"data": 1, "model": 4}, {"data": 4, "model": 1}]
+MORE = [("v5e:2x2", axes) for axes in SPLITS[1:]] + [("v5e:2x4", {"data": 2, "model": 4})]
+
+
+def test_forward_and_its_gradients_on_four_chips():
+    """Mosaic kernels cannot be partitioned by the compiler: this compiles only if every chip runs its own."""
+    _check_forward("v5e:2x2", {"data": 2, "model": 2}, AxisType.Explicit)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("topology", "axes"), MORE)
+@pytest.mark.parametrize("check", [_check_forward, _check_train_step])
+def test_other_slices(check, topology, axes):
+    check(topology, axes)
+
+
+def test_train_step_on_four_chips():
+    _check_train_step("v5e:2x2", {"data": 2, "model": 2})
