@@ -270,4 +270,14 @@ def test_what_no_file_can_hold_is_named(tmp_path):
         save_state(tmp_path / "state", tree(), {"loss": float("nan")})
     with pytest.raises(InputError, match=r"progress cannot be written as JSON"):
         save_state(tmp_path / "state", tree(), {"loss": jnp.ones(1)})
+    nested = []
+    for _ in range(40):
+        nested = [nested]
+    for progress in ({"x": nested}, {"x": 10**50}, {"x": "é" * 5_000_000}):
+        with pytest.raises(InputError, match="description of a train state could not be read again: "):
+            save_state(tmp_path / "state", tree(), progress)
+    with pytest.raises(InputError, match="has 9 axes"):
+        save_state(tmp_path / "state", {"x": jnp.ones([1] * 9)})
+    with pytest.raises(InputError, match=r"a name of 60[0-9] characters"):
+        save_state(tmp_path / "state", {"x" * 600: jnp.ones(1)})
     assert not list(tmp_path.iterdir())

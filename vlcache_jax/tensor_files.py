@@ -17,6 +17,7 @@ import numpy as np
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.json_text import parse_json, shorten
+from vlcache_jax.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME
 from vlcache_jax.models.checkpoint.safetensors_reader import TensorInfo, parse_header
 from vlcache_jax.models.checkpoint.safetensors_writer import NAMES, Entry, as_bytes, to_host, write_tensors
 from vlcache_jax.reading import open_plain
@@ -56,8 +57,8 @@ def write_tensor_file(
       arrays: JAX or NumPy arrays by name.
 
     Raises:
-      InputError: the file cannot be written (see `vlcache_jax.writing`), or an array is of a type that the format does
-        not know, such as a typed PRNG key.
+      InputError: the file cannot be written (see `vlcache_jax.writing`) or could not be read again: an array is of a
+        type that the format does not know, such as a typed PRNG key, or something is beyond `vlcache_jax.limits`.
     """
     entries, checksums = [], {}
     for name, x in arrays.items():
@@ -65,9 +66,20 @@ def write_tensor_file(
             raise InputError(
                 f"{name} has dtype {x.dtype}, which no file holds: convert it first, a PRNG key by jax.random.key_data"
             )
+        if len(name) > TENSOR_NAME or len(x.shape) > TENSOR_AXES:
+            raise InputError(
+                f"{name[:200]} has {len(x.shape)} axes and a name of {len(name)} characters; a file holds arrays of up "
+                f"to {TENSOR_AXES} axes, with names of up to {TENSOR_NAME} characters"
+            )
         entries.append(Entry(name, np.dtype(x.dtype), tuple(x.shape)))
         checksums[name] = _checksum(entries[-1], as_bytes(to_host(name, x)))
     text = json.dumps({**description, "version": kind.version, "checksums": checksums}, sort_keys=True)
+    try:
+        parse_json(text, TABLE_BYTES // 4)
+    except ValueError as error:
+        raise InputError(
+            f"the description of a {kind.title} could not be read again: {error}; keep it smaller"
+        ) from error
     metadata = {kind.name: text, f"{kind.name}.checksum": hashlib.sha256(text.encode()).hexdigest()}
     with replacing(path) as stream:
         write_tensors(stream, entries, (to_host(name, x) for name, x in arrays.items()), metadata)
@@ -109,7 +121,7 @@ class TensorFile:
                 f"{path} holds no {kind.title}: its metadata lack {kind.name!r}; give a file that was saved as one"
             )
         try:
-            description = parse_json(text)
+            description = parse_json(text, TABLE_BYTES)
         except ValueError as error:
             raise _damaged(path, kind, f"its description is not JSON ({error})") from error
         if not isinstance(description, dict):
