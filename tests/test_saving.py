@@ -105,6 +105,62 @@ def test_saving_over_the_folder_that_was_loaded(original, tmp_path):
     assert transformers.AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
 
 
+def edited(folder, name, **values):
+    path = folder / name
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: x for key, x in (entries | values).items() if x is not ...}))
+
+
+def image_settings(folder, **values):
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"] |= values
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+
+
+PROCESSORS = {
+    "several templates": lambda folder: (
+        (folder / "additional_chat_templates").mkdir(),
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'w9 <image>' }}"),
+    ),
+    "no template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "a fixed size": lambda folder: image_settings(folder, size={"height": 32, "width": 32}, do_center_crop=False),
+    "padded to squares": lambda folder: image_settings(
+        folder, image_processor_type="LlavaImageProcessor", do_pad=True, do_center_crop=False
+    ),
+    "not normalised": lambda folder: image_settings(folder, do_normalize=False, do_rescale=False, resample=2),
+    "special tokens split": lambda folder: edited(folder, "tokenizer_config.json", split_special_tokens=True),
+    "another special token": lambda folder: edited(
+        folder,
+        "tokenizer_config.json",
+        extra_special_tokens={"video_token": "w7", "image_token": "<image>"},
+        sep_token={"__type": "AddedToken", "content": "w8", "lstrip": True, "rstrip": True, "special": True},
+    ),
+}
+
+
+# transformers leaves the files of additional templates open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_of_every_kind(llava, tmp_path, name):
+    shutil.copytree(llava, tmp_path / "from")
+    PROCESSORS[name](tmp_path / "from")
+    vlm = vlc.load(tmp_path / "from", dtype="float32")
+    vlc.save(vlm, tmp_path / "to")
+    a, b = vlm.processor, vlc.load(tmp_path / "to", dtype="float32").processor
+    assert a.chat_templates == b.chat_templates
+    assert (name == "several templates") == ((tmp_path / "to" / "additional_chat_templates").exists())
+    assert a.layout.transform == b.layout.transform
+    assert a.tokenizer.special_tokens.items() <= b.tokenizer.special_tokens.items()
+    prompt = "<image> w1 w7  w8 w9</s>"
+    assert a.tokenizer.encode(prompt) == b.tokenizer.encode(prompt)
+    if name != "special tokens split":
+        assert_same(a(images=[picture()], text=[prompt]), b(images=[picture()], text=[prompt]))
+        theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "to").tokenizer
+        assert theirs(prompt)["input_ids"] == a.tokenizer.encode(prompt)
+    vlc.save(vlm, tmp_path / "from")  # which says the same already
+    vlc.save(vlm, tmp_path / "to")
+
+
 def test_dtypes_are_those_of_the_parameters(llava, tmp_path):
     vlm = vlc.load(llava, dtype="bfloat16", param_dtype="float32")
     vlc.save(vlm, tmp_path)

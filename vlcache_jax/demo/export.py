@@ -8,9 +8,13 @@ from PIL import Image
 
 from vlcache_jax.demo.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, PATCH, make_sample
 from vlcache_jax.demo.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, UNKNOWN, build_tokenizer
-from vlcache_jax.models.checkpoint.save import save_params
+from vlcache_jax.loading import VLM
 from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import write_config
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processing.tokenizer import Tokenizer
+from vlcache_jax.models.processing.transform import ImageTransform
+from vlcache_jax.saving import save
 from vlcache_jax.writing import make_folder, write_picture, write_text
 
 EXAMPLES = (
@@ -27,55 +31,17 @@ EXAMPLES_SEED = 2_000_003
 
 
 def export_demo(params: dict[str, Any], config: LlavaConfig, folder: Path) -> None:
-    """Writes everything transformers and `vlcache_jax.load` read: weights in float32, configs, tokenizer, template."""
-    make_folder(folder)
-    write_config(config, folder)
-    save_params(params, folder, config)
-    write_text(folder / "tokenizer.json", build_tokenizer().to_str(pretty=True))
+    """Writes the whole checkpoint: weights in float32, configs, tokenizer, template."""
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": PAD, "image_token": IMAGE}
-    _write(
-        folder / "tokenizer_config.json",
-        {
-            **special,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "LlavaProcessor",
-            "extra_special_tokens": {"image_token": IMAGE},
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.decoder.max_positions,
-            "padding_side": "left",
-        },
-    )
-    _write(folder / "special_tokens_map.json", special)
     side = FULL_GRID * PATCH
-    _write(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": side},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [IMAGE_MEAN] * 3,
-            "image_std": [IMAGE_STD] * 3,
-        },
+    processor = Processor(
+        tokenizer=Tokenizer(build_tokenizer(), special, config.eos_token_ids),
+        config=config,
+        transform=ImageTransform(size=side, crop_size=(side, side), mean=(IMAGE_MEAN,) * 3, std=(IMAGE_STD,) * 3),
+        image_token=IMAGE,
+        chat_templates={"default": CHAT_TEMPLATE},
     )
-    _write(
-        folder / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE,
-            "num_additional_image_tokens": 1,
-            "patch_size": PATCH,
-            "vision_feature_select_strategy": config.feature_select,
-        },
-    )
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    save(VLM(Llava(config), params, processor, config), folder)
 
 
 def write_examples(folder: Path) -> None:
@@ -93,8 +59,4 @@ def write_examples(folder: Path) -> None:
             write_picture(folder / file, picture)
         question, answer = sample.questions[number]
         entries.append({"task": name, "images": files, "question": question, "answer": answer})
-    _write(folder / "questions.json", entries)
-
-
-def _write(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "questions.json", json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
