@@ -95,7 +95,6 @@ def test_a_conversation_is_one_long_prompt(llava, batch, full):
             np.testing.assert_array_equal(answer.lengths, lengths)
 
 
-@pytest.mark.bits
 def test_a_question_in_the_prompt_is_generate(llava, batch, ctx):
     plain = vlc.generate(*llava, batch, POLICY, NEW, **FREE)
     out = vlc.answer(ctx, max_new_tokens=NEW, **FREE)
@@ -176,7 +175,6 @@ def test_bfloat16(batch):
     np.testing.assert_allclose(ctx.logits, plain, atol=0.05 * float(jnp.std(plain)))
 
 
-@pytest.mark.bits
 def test_one_context_on_all_devices_of_a_mesh(llava):
     """Four questions on four times two devices, each of which has the context's only row (of its KV heads)."""
     model, params = llava

@@ -34,7 +34,6 @@ def llava():
     return tiny_llava()
 
 
-@pytest.mark.bits
 @rules
 def test_free_slots_are_never_read(policy):
     batch = ragged()
@@ -168,7 +167,6 @@ def test_rows_end_on_their_own(llava):
         np.testing.assert_array_equal(out[row, : lengths[row]], tokens[row, : lengths[row]])
 
 
-@pytest.mark.bits
 @pytest.mark.parametrize("name", ["tova", "recompress"])
 def test_mesh_gives_the_same_tokens(llava, name):
     model, params = llava

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
-from test_promises import METHODS
+from test_promises import METHODS, over
 
 import vlcache_jax as vlc
 from vlcache_jax.policies import POLICIES, GridPooled, MaskVisualSinks
 from vlcache_jax.validation import check_prefill
 
-methods = pytest.mark.parametrize("policy", METHODS.values(), ids=METHODS, scope="module")
+methods = over(METHODS)
+BITS = ("vl_cache", "snap_kv", "key_norm", "key_difference", "mix_kv", "expected_attention")  # a kind of score each
 
 
 def prefill(policy, batch, params):
@@ -37,8 +38,7 @@ def row_alone(batch, params, row, length):
     return one, {name: cut(x[:, row : row + 1], 2, np.nan) for name, x in params.items()}
 
 
-@pytest.mark.bits
-@methods
+@over(METHODS, bits=BITS)
 def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
     batch = stub_batch()
     params = stub_params(batch)

@@ -62,16 +62,18 @@ PARTS = (
 FEW = ("vl_cache", "vl_cache_candidates", "full_cache")
 
 
-def over(names, thorough=()):
-    marks = {name: [pytest.mark.thorough] for name in thorough}
+def over(names, thorough=(), bits=()):
+    """`policy` over these methods; those of `thorough` and `bits` with that mark."""
+    marks = {name: [pytest.mark.thorough] * (name in thorough) + [pytest.mark.bits] * (name in bits) for name in names}
     return pytest.mark.parametrize(
         "policy",
-        [pytest.param(WITH_FULL[name], id=name, marks=marks.get(name, [])) for name in names],
+        [pytest.param(WITH_FULL[name], id=name, marks=marks[name]) for name in names],
         scope="module",  # so that a method's tests follow one another, and its programs are compiled once
     )
 
 
-methods, parts, few_methods, around_methods = over(list(METHODS)), over(PARTS), over(FEW), over(FEW, thorough=FEW[1:])
+methods, parts, few_methods = over(list(METHODS)), over(PARTS), over(FEW, bits=FEW[:1])
+around_methods = over(FEW, thorough=FEW[1:], bits=FEW[:1])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,6 @@ def test_one_compilation_of_a_whole_answer(llava, policy):
     assert len(traces) == 1
 
 
-@pytest.mark.bits
 @few_methods
 def test_jit_equals_plain(llava, policy):
     model, params = llava
@@ -179,10 +180,9 @@ def test_kept_tokens_are_the_budget(llava, policy):
     assert np.all(most > total + 1) if policy.name == "ada_kv" else np.all(abs(most - total) < 1e-3)
 
 
-@pytest.mark.bits
 @pytest.mark.parametrize("own_length", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["padded", "own"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@over(PARTS)
+@over(PARTS, bits=FEW[:1])
 def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each."""
     model, params = llava = tiny_llava(dtype)
@@ -231,7 +231,6 @@ def test_budget_one_keeps_everything(policy):
     assert dataclasses.replace(policy, budget=1.0, candidate_fraction=1.0).keeps_all  # which is all that prefill asks
 
 
-@pytest.mark.bits
 @few_methods
 def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     model, params = llava
@@ -242,8 +241,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     np.testing.assert_array_equal(generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens)
 
 
-@pytest.mark.bits
-@over((*PARTS, "ada_kv"))
+@over((*PARTS, "ada_kv"), bits=FEW[:1])
 def test_free_slots_are_never_read(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4, seed=2)
@@ -272,7 +270,6 @@ def test_decoding_is_one_loop_on_the_device(llava, policy):
     assert "callback" not in text
 
 
-@pytest.mark.bits
 @few_methods
 def test_streaming_gives_the_same_tokens(llava, policy):
     model, params = llava
@@ -282,7 +279,6 @@ def test_streaming_gives_the_same_tokens(llava, policy):
     np.testing.assert_array_equal(np.stack(list(stream), axis=1), whole)
 
 
-@pytest.mark.bits
 @parts
 def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
     model, params = llava
@@ -300,7 +296,6 @@ def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
     np.testing.assert_array_equal(jnp.argmax(again, axis=-1), tokens[1])
 
 
-@pytest.mark.bits
 @around_methods
 def test_inside_another_jitted_function_with_other_work(llava, policy):
     model, params = llava
@@ -317,7 +312,6 @@ def test_inside_another_jitted_function_with_other_work(llava, policy):
     assert float(gradient["decoder"]["final_norm"]["scale"][0]) > 0
 
 
-@pytest.mark.bits
 @around_methods
 def test_pmap_gives_the_same_tokens(llava, policy):
     model, params = llava
@@ -332,7 +326,6 @@ def test_pmap_gives_the_same_tokens(llava, policy):
     np.testing.assert_array_equal(tokens, generate(llava, batch, policy).tokens)
 
 
-@pytest.mark.bits
 @around_methods
 @pytest.mark.parametrize(
     "shape", [pytest.param((8, 1), id="data", marks=pytest.mark.thorough), pytest.param((2, 2), id="data_and_model")]

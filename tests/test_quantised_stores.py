@@ -208,7 +208,6 @@ MIXED = dataclasses.replace(vlc.VLCache(0.3, bits=8), evicted=vlc.Quantise(2))
 NEW = 6
 
 
-@pytest.mark.bits
 def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     model, params = tiny_llava()
     batch = ragged_batch(rows=8)
