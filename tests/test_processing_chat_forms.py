@@ -1,6 +1,7 @@
 """Chat: named templates, contents in the form that a template takes, images beside messages and inside data URLs."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -257,6 +258,32 @@ def test_a_data_url_that_is_too_long(processor, monkeypatch):
     monkeypatch.setattr("vlcache_jax.models.processing.data_url.DATA_URL_CHARACTERS", 100)
     with pytest.raises(InputError, match="the limit is 100"):
         processor.chat([{"role": "user", "content": [{"type": "image", "image": data_url(picture(30, 20))}, TEXT]}])
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_images_that_no_template_would_see_are_refused(processor, key):
+    with pytest.raises(InputError, match=rf"row 0, message 0 has its images under '{key}'"):
+        processor.chat([{"role": "user", "content": "What is it?", key: ["cat.png"]}])
+
+
+def test_messages_nested_deeply(processor):
+    nested: list = []
+    for _ in range(900):
+        nested = [nested]
+    with contextlib.suppress(CheckpointError, InputError):  # Python's own limit decides
+        processor.chat([{"role": "user", "content": "Hi", "more": nested}])
+    assert processor.chat([{"role": "user", "content": "Hi"}]).size == 1
+
+
+def test_too_many_and_too_long_templates(tmp_path):
+    write_checkpoint(tmp_path, template={"default": "default", "x": "x"})
+    (tmp_path / "additional_chat_templates/x.jinja").write_text("x" * 4_000_001)
+    with pytest.raises(CheckpointError, match=r"x\.jinja has 4000001 bytes"):
+        Processor.from_folder(tmp_path)
+    for number in range(101):
+        (tmp_path / f"additional_chat_templates/{number}.jinja").write_text("x")
+    with pytest.raises(CheckpointError, match="102 templates, the limit is 100"):
+        Processor.from_folder(tmp_path)
 
 
 def test_parts_hold_nothing_but_plain_values(processor):

@@ -32,6 +32,19 @@ def test_files_of_16_bits(tmp_path, suffix):
     np.testing.assert_array_equal(grey(copy), grey(path))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_files_of_16_bits_are_turned_upright(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = ramp(255, np.uint8)
+    Image.fromarray(levels).save(tmp_path / f"8.{suffix}", exif=exif)
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / f"16.{suffix}", exif=exif)
+    np.testing.assert_array_equal(grey(tmp_path / f"16.{suffix}"), grey(tmp_path / f"8.{suffix}"))
+    with Image.open(tmp_path / f"16.{suffix}") as opened:
+        np.testing.assert_array_equal(grey(opened), grey(tmp_path / f"8.{suffix}"))
+
+
 def test_a_dark_file_of_16_bits_stays_dark(tmp_path):
     """Its range is known, so its levels are never stretched."""
     path = tmp_path / "dark.png"

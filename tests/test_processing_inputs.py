@@ -200,6 +200,11 @@ def test_bad_inputs(processor, images, text, message):
         processor(images=images, text=text)
 
 
+def test_prompts_that_no_model_could_hold_are_not_tokenised(processor):
+    with pytest.raises(InputError, match=r"row 1: the prompt has 1000002 characters, far more than the model's 2048"):
+        processor(text=["Hi", "a " * 500_001])
+
+
 def test_counts_are_checked_before_any_image_is_opened(processor):
     with pytest.raises(InputError, match="row 1: the prompt holds 2"):
         processor(images=[["missing.png"], ["missing.png"]], text=[WHAT, WHAT * 2])

@@ -45,6 +45,7 @@ BOMBS = {
     "joiner": "{% set j = joiner('a' * 10**7) %}{% for i in range(99999) %}{{ j() }}{% endfor %}",
     "cycler": "{% set c = cycler('a' * 10**8, 'b') %}{% for i in range(99999) %}{{ c.next() }}{% endfor %}",
     "prompt": "{{ 'abc' * 5000000 }}",
+    "growth": "{{ 'abc' * 500000 }}",
     "macro": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "recursive loop": "{% for a in [[[]]] recursive %}{{ loop([a]) }}{% endfor %}",
     "dunder": "{{ 'a'.encode().__mul__(10**9) }}",

@@ -61,11 +61,14 @@ TEMPLATE_CHARACTERS = 1_000_000
 TEMPLATE_SECONDS = 1  # of processor time for one prompt; common templates take a thousandth of it
 TEMPLATE_WALL_SECONDS = 10  # by the clock, for busy machines and those without limits of processor time
 TEMPLATE_MEGABYTES = 512  # beyond what the interpreter takes
-PROMPT_CHARACTERS = 4_000_000
+PROMPT_CHARACTERS = 2_000_000  # some 450,000 tokens of English
+TEMPLATE_ADDS = 100_000  # characters, beside ten times the conversation
+TEMPLATES = 100  # of a checkpoint
 
 # Tokenizers
 TOKENIZER_GROWTH = 1000  # how many times longer the steps around the model may make a text
 TOKENIZER_STEPS = 1000
+CHARACTERS_A_TOKEN = 64  # on average over a prompt; English has four or five
 
 # Images inside messages
 DATA_URL_CHARACTERS = 2**27  # more than any picture within the limit of pixels takes as PNG or JPEG

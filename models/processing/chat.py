@@ -37,6 +37,9 @@ def split_conversation(
         where = f"{name}, message {number}"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"{where} is not a message: give {{'role': 'user', 'content': ...}}")
+        apart = next((key for key in ("image", "images") if message.get(key) is not None), None)
+        if apart is not None:
+            raise InputError(f"{where} has its images under {apart!r}, where no template looks: {_GIVE}")
         content = message.get("content")
         others = _plain({key: value for key, value in message.items() if key != "content"}, where)
         if isinstance(content, (list, tuple)):

@@ -1,5 +1,6 @@
 """A checkpoint's chat templates: where they are found, and conversations rendered to prompts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,14 @@ class ChatTemplate:
           InputError: the template refuses the conversation (by `raise_exception`).
           CheckpointError: the template does what the sandbox forbids, fails, or takes too much time or memory.
         """
-        return self._render([self._converted(message) for message in messages], add_generation_prompt)
+        prompt = self._render([self._converted(message) for message in messages], add_generation_prompt)
+        given = len(json.dumps(messages, ensure_ascii=False))
+        if len(prompt) > 10 * given + limits.TEMPLATE_ADDS:
+            raise CheckpointError(
+                f"the chat template makes a prompt of {len(prompt)} characters of a conversation of {given}: do not "
+                "trust this checkpoint, or correct chat_template.jinja"
+            )
+        return prompt
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         values = {
@@ -150,7 +158,7 @@ def read_templates(folder: CheckpointFolder) -> dict[str, str]:
     templates = _named(folder, "processor_config.json")
     if not templates:
         templates = _additional(folder)
-        legacy, text = _named(folder, "chat_template.json"), read_text(folder, "chat_template.jinja")
+        legacy, text = _named(folder, "chat_template.json"), _source(folder, "chat_template.jinja")
         templates |= legacy or ({} if text is None else {"default": text})
     return templates or _named(folder, "tokenizer_config.json")
 
@@ -163,7 +171,13 @@ def _additional(folder: CheckpointFolder) -> dict[str, str]:
         raise CheckpointError(f"{path} is a link: copy the folder there instead")
     inside = CheckpointFolder(path, folder.allow_links)
     names = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".jinja")
-    return {name.removesuffix(".jinja"): read_text(inside, name) or "" for name in names}
+    if len(names) > limits.TEMPLATES:
+        raise CheckpointError(f"{path} has {len(names)} templates, the limit is {limits.TEMPLATES}: remove some")
+    return {name.removesuffix(".jinja"): _source(inside, name) or "" for name in names}
+
+
+def _source(folder: CheckpointFolder, name: str) -> str | None:
+    return read_text(folder, name, 4 * limits.TEMPLATE_CHARACTERS)  # UTF-8 takes at most four bytes for one
 
 
 def _named(folder: CheckpointFolder, name: str) -> dict[str, str]:

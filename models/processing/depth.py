@@ -12,8 +12,8 @@ _SIXTEEN_BITS = 2**16 - 1
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_FORMAT = 258, 262, 339  # TIFF 6.0, sections 4 and 19
 
 
-def image_to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """A grey image of more than 8 bits in mode "L"; any other image as it is.
+def image_to_8_bits(image: Image.Image, opened: Image.Image, name: str) -> Image.Image:
+    """A grey image of more than 8 bits in mode "L"; any other image as it is. `opened` is the one that knows its file.
 
     16-bit levels count from 0 to 65535, or to what the file says (12 bits, or 16 with a sign). Of mode "I", which holds
     levels of any depth, a PNG or PGM has 16 bits; else the smallest of 8, 16 and 32 bits counts that holds them all.
@@ -29,11 +29,11 @@ def image_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image)
-    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    tags = getattr(opened, "tag_v2", {}) if opened.format == "TIFF" else {}
     bits, signed = int(tags.get(_TIFF_BITS, (0,))[0]), tags.get(_TIFF_FORMAT, (1,))[0] == 2
     if image.mode != "I":
         white = 2**bits - 1 if bits in (12, 16) else _SIXTEEN_BITS
-    elif image.format in ("PNG", "PPM"):
+    elif opened.format in ("PNG", "PPM"):
         white = _SIXTEEN_BITS
     elif bits == 16 and signed:
         white = 2**15 - 1

@@ -105,7 +105,7 @@ def _formats() -> list[str]:
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
-        upright = ImageOps.exif_transpose(image_to_8_bits(image, name))  # a copy, or new
+        upright = image_to_8_bits(ImageOps.exif_transpose(image), image, name)  # a copy, or new
         upright.info.pop("transparency", None)  # converting a palette with it gives the same pixels and a warning
         if upright.mode == "La":  # grey and alpha multiplied, which Pillow converts to nothing else
             upright = upright.convert("LA")

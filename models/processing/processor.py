@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.limits import CHARACTERS_A_TOKEN
 from vlcache_jax.mesh import check_known
 from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.config import LlavaConfig
@@ -268,6 +269,12 @@ class Processor:
         for row, (prompt, row_images) in enumerate(zip(texts, images, strict=True)):
             if not prompt.strip():
                 raise InputError(f"row {row}: the prompt is empty")
+            positions = self.config.decoder.extended_positions
+            if len(prompt) > CHARACTERS_A_TOKEN * positions:  # tokenising it would take much memory for nothing
+                raise InputError(
+                    f"row {row}: the prompt has {len(prompt)} characters, far more than the model's {positions} "
+                    "positions can hold: shorten it"
+                )
             placeholders = prompt.count(self.image_token)
             if placeholders != len(row_images):
                 raise InputError(

@@ -170,6 +170,8 @@ def main() -> None:
             answer = json.dumps(_answer(json.loads(line), environment, templates))
         except MemoryError:
             answer = '{"error": "memory", "message": ""}'
+        except RecursionError:
+            answer = '{"error": "fails", "message": "messages nested too deeply"}'
         _limit_time(0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
