@@ -217,7 +217,9 @@ def changes(path: Path):
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if arguments and ast.unparse(arguments[0]) in ("0", "1", "2", "os.devnull"):
             continue  # the standard streams, or nobody in place of one
-        modes = [x.value for x in arguments if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        modes = [x.value for x in given if isinstance(x, ast.Constant) and isinstance(x.value, str)]
+        modes = [mode for mode in modes if len(mode) <= 3]  # and no path
         found = (
             (name in CHANGES and (owner or name not in WRAPPED))
             or (name == "open" and (owner in ("os", "io") or any(set(mode) & set("wax+") for mode in modes)))

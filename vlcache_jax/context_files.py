@@ -22,7 +22,7 @@ from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.mesh import check_known, on_mesh_of
 from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
 
-KIND = Kind("vlcache_jax.context", "context", 2, "save it again")
+KIND = Kind("vlcache_jax.context", "context", 2, "compress the prompt and save it again")
 _SAMPLES = 64  # numbers of each parameter that the fingerprint reads
 
 
