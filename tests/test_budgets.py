@@ -263,3 +263,8 @@ def shared(weight, slots, lower, upper):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_do_not_make_it_endless(bad):
     assert int(shared(np.array([1, bad, 2], np.float32), 10, 1, 10).sum()) == 10
+
+
+def test_a_budget_beyond_int32_keeps_everything():
+    for budget in (SlotBudget(layers=4, per_layer=2**31 - 1), SlotBudget(layers=4, slots=2**62)):
+        assert int(budget.total(jnp.int32(7))) == budget.total(7) == 28

@@ -15,6 +15,7 @@ from vlcache_jax.state import segment_alignment, whole_tiles
 
 Count = TypeVar("Count", bound=int | jax.Array)
 
+_LARGEST = 2**31 - 1  # a budget beyond what an int32 counts keeps everything
 _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.23317, Algorithm 1)
 
 
@@ -159,7 +160,7 @@ class SlotBudget:
             return total_slots(self.layers, length, self.fraction)  # type: ignore[return-value]
         cap = self.slots if self.per_layer is None else self.layers * self.per_layer
         assert cap is not None
-        full = self.layers * length
+        cap, full = min(cap, _LARGEST), self.layers * length
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
 

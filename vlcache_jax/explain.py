@@ -238,7 +238,7 @@ def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares
     figures = [
         (_percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
         (f"{shares.length:,}", f"prompt tokens: {visual:,} visual, {shares.length - visual:,} text"),
-        (_megabytes(report.state_bytes), f"cache {of_batch}instead of {_megabytes(report.full_bytes)}"),
+        (_megabytes(report.state_bytes), f"prompt's cache {of_batch}instead of {_megabytes(report.full_bytes)}"),
     ]
     y += 62
     column = (_WIDTH - 2 * _MARGIN) // len(figures)
