@@ -236,6 +236,18 @@ def test_links_are_not_written_through(llava, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["tokenizer.json"]
 
 
+def test_no_folder_is_left_by_a_link(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "from")
+    PROCESSORS["several templates"](tmp_path / "from")
+    vlm = vlc.load(tmp_path / "from", dtype="float32")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(vlc.InputError, match="additional_chat_templates is a link to"):
+        vlc.save(vlm, tmp_path / "to")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_parameter_without_a_place_is_named(llava, tmp_path):
     from vlcache_jax.models.cpu_layout import cpu_layout
 

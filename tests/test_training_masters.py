@@ -33,6 +33,8 @@ def test_types_of_parameters_and_of_the_computation(folder):
     batch = vlm.processor(images=[IMAGE], text=["<image> w1 w2"])
     _, state = jax.eval_shape(lambda p: vlc.prefill(vlm.model, p, batch, vlc.FullCache(), max_new_tokens=2), vlm.params)
     assert state.context.keys.dtype == jnp.bfloat16
+    hidden = jax.eval_shape(lambda p: vlm.model.apply({"params": p}, batch, method="embed"), vlm.params)
+    assert hidden.dtype == jnp.bfloat16
     assert {x.dtype.name for x in jax.tree.leaves(vlc.load(folder).params)} == {"bfloat16"}
     assert vlc.load(folder, param_dtype="bfloat16", dtype="float32").model.dtype == jnp.float32
     with pytest.raises(vlc.InputError, match="param_dtype='int8' is not supported"):

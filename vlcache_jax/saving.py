@@ -60,8 +60,12 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
         if config.get("dtype", config.get("torch_dtype")) != dtype:
             del there["config.json"]  # it tells transformers what to load the weights as, and this library nothing
     changed = {name: text for name, text in wanted.items() if name not in there}
+    make_folder(root)
     for name in changed:
-        make_folder((root / name).parent)
+        inner = (root / name).parent
+        if inner != root and inner.is_symlink():
+            raise InputError(f"{inner} is a link to {os.readlink(inner)}, and links are not followed; remove it")
+        make_folder(inner)
         check_target(root / name)
     for name, text in changed.items():
         write_text(root / name, text)
