@@ -12,6 +12,7 @@ import pytest
 
 from vlcache_jax.cli.demo import read_questions
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.study.heat_maps import kept_tokens
 from vlcache_jax.study.results import FILE, ResultFile
 from vlcache_jax.study.summary import Table, tables
 from vlcache_jax.training.checkpoint import load_state, save_state
@@ -121,6 +122,12 @@ def test_damaged_lines_are_named(text, message, tmp_path):
     with pytest.raises(InputError, match=message):
         ResultFile(tmp_path, STUDY)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_picture_of_other_tokens_is_refused():
+    line = LINES[4] | {"layers": ["0" * 255] * 3}
+    with pytest.raises(InputError, match="vl_cache kept of scenes is noted for 255 visual tokens, the sample has 256"):
+        kept_tokens("scenes", 0.1, {"vl_cache": line})
 
 
 def test_another_study_is_not_cut(tmp_path):

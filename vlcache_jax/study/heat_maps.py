@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.samples import make_sample
+from vlcache_jax.demo.samples import FULL_GRID, make_sample
+from vlcache_jax.errors import InputError
 from vlcache_jax.study.drawing import GREY, Sheet, text_width
 from vlcache_jax.study.methods import Method
 
@@ -22,8 +23,18 @@ def kept_tokens(task: str, budget: float, kept: dict[str, dict[str, Any]]) -> Im
       task: of the demo.
       budget: for the title.
       kept: for each method its line of kind "kept"; see `results`.
+
+    Raises:
+      InputError: a line is of another number of visual tokens than the sample has.
     """
     sample = make_sample(task, HELD_OUT_SEED, 0, max_questions=1)
+    tokens = len(sample.images) * FULL_GRID**2
+    for method, line in kept.items():
+        if len(line["layers"][0]) != tokens:
+            raise InputError(
+                f"what {method} kept of {task} is noted for {len(line['layers'][0])} visual tokens, the sample has "
+                f"{tokens}: remove that line of the results, and it is measured again"
+            )
     question, answer = sample.questions[0]
     images = np.concatenate(list(sample.images), axis=1)
     height = round(_TILE * images.shape[0] / images.shape[1]) if len(sample.images) > 1 else _TILE
