@@ -30,15 +30,15 @@ GROUPS = {
         "Policies",
         [
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
-            "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Bytes Mass layer_budgets",
-            "PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
+            "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
+            "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
         ],
     ),
     "planning": ("Planning", ["planning: *"]),
     "training": ("Training", ["training: *"]),
     "metrics": ("Metrics", ["metrics: *"]),
     "pictures": ("Pictures and progress", ["explain: explain kept_by_layer", "progress: Progress"]),
-    "errors": ("Errors", ["VLCacheError CheckpointError InputError PolicyError PlacementWarning"]),
+    "errors": ("Errors", ["VLCacheError CheckpointError InputError PolicyError PolicyWarning PlacementWarning"]),
 }
 _SECTIONS = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Examples|References):[ ]*$", re.MULTILINE)
 

@@ -135,7 +135,9 @@ def pool_sequence(scores, size, kind, skip=0):
     end = scores.shape[-1] - skip
     for j in range(end):
         near = scores[..., max(0, j - size // 2) : min(end, j + size // 2 + 1)]
-        out[..., j] = near.sum(axis=-1) / size if kind == "mean" else near.max(axis=-1)
+        # Of tokens with the same maximum those with the larger own score go first.
+        own = 1e-9 * scores[..., j]
+        out[..., j] = near.sum(axis=-1) / size if kind == "mean" else near.max(axis=-1) + own
     return out
 
 
@@ -148,11 +150,20 @@ def pool_grid(scores, index, size, kind, side):
         around = [(row + a, column + b) for a in reach for b in reach]
         features = [tile * side**2 + r * side + c for r, c in around if 0 <= r < side and 0 <= c < side]
         near = scores[..., [place[f] for f in features if f in place]]
-        out[..., j] = near.mean(axis=-1) if kind == "mean" else near.max(axis=-1)
+        out[..., j] = near.mean(axis=-1) if kind == "mean" else near.max(axis=-1) + 1e-9 * scores[..., j]
     return out
 
 
 # Methods
+
+
+def effivlm(prompt, budget):
+    """(window of every layer, slots of each layer) by the rule of EffiVLM-Bench's VL-Cache."""
+    n, layers = prompt.n, prompt.layers
+    weight = density(prompt) / density(prompt).sum()
+    window = max(1, math.floor(Fraction(str(budget)) / 10 * n))
+    others = [max(1, math.floor(min(max(w * budget * 0.9 * layers, 0.009), 1) * n + 1e-7)) for w in weight]
+    return window, [min(n, window + o) for o in others]
 
 
 def vl_cache(prompt, total, change=lambda prompt, scores: scores):
@@ -188,14 +199,27 @@ def last_rows(prompt, count, shared=False):
     return prompt.received(range(max(0, prompt.n - count), prompt.n), shared)
 
 
-def snap_kv(prompt, total, window, size, kind="mean", skip=None):
-    votes = last_rows(prompt, window)
+def capped_window(count):
+    """A window of `count` tokens that leaves the scores as many slots, or nine tenths; from the slots of all layers."""
+
+    def tokens(prompt, total):
+        mean = total // prompt.layers
+        wanted = count if mean >= 2 * count else max(mean - count, math.floor(Fraction(mean, 10)))
+        return max(1, min(count, wanted))
+
+    return tokens
+
+
+def snap_kv(prompt, total, window, size, kind="mean", skip=None, rows=None):
+    window = window(prompt, total) if callable(window) else window
+    votes = last_rows(prompt, rows or window)
     return uniform(prompt.layers, total), pool_sequence(votes, size, kind, window if skip is None else skip)
 
 
-def pyramid_kv(prompt, total, window, size, beta=20):
+def pyramid_kv(prompt, total, window, size, beta=20, rows=None):
     layers, n = prompt.layers, prompt.n
     mean = total // layers
+    rows, window = rows or window, window(prompt, total) if callable(window) else window
     window = max(1, min(window, mean))
     rest = mean - window
     low, high = rest // beta, 2 * rest - rest // beta
@@ -210,7 +234,7 @@ def pyramid_kv(prompt, total, window, size, beta=20):
     for layer in range(layers):
         if left and slots[layer] < n:
             slots[layer], left = slots[layer] + 1, left - 1
-    return slots, snap_kv(prompt, total, window, size)[1]
+    return slots, snap_kv(prompt, total, window, size, rows=rows)[1]
 
 
 def adaptive_heads(scores, slots, window, floor, lanes):
@@ -231,9 +255,10 @@ def adaptive_heads(scores, slots, window, floor, lanes):
     return out
 
 
-def ada_kv(prompt, total, window, size, kind="max", floor=0.2, lanes=1, layers=None):
+def ada_kv(prompt, total, window, size, kind="max", floor=0.2, lanes=1, layers=None, rows=None):
     """layers: (prompt, total) -> slots of each layer, the same for all by default."""
-    scores = pool_sequence(last_rows(prompt, window), size, kind, window)
+    rows, window = rows or window, window(prompt, total) if callable(window) else window
+    scores = pool_sequence(last_rows(prompt, rows), size, kind, window)
     slots = layers(prompt, total) if layers else uniform(prompt.layers, total)
     return [adaptive_heads(of_layer, s, window, floor, lanes) for of_layer, s in zip(scores, slots)], scores
 
@@ -326,8 +351,9 @@ def key_difference(prompt, total):
     return uniform(prompt.layers, total), np.array(scores)
 
 
-def mix_kv(prompt, total, window, size):
-    scores = snap_kv(prompt, total, window, size)[1].copy()
+def mix_kv(prompt, total, window, size, rows=None):
+    rows, window = rows or window, window(prompt, total) if callable(window) else window
+    scores = snap_kv(prompt, total, window, size, rows=rows)[1].copy()
     end = prompt.n - window
     for layer in range(prompt.layers):
         for head in range(scores.shape[1]):
@@ -346,19 +372,30 @@ def mix_kv(prompt, total, window, size):
     return uniform(prompt.layers, total), scores
 
 
-def expected_attention(prompt, total, rotation, sinks, future):
-    """rotation(position) is the matrix [d, d] that turns a column vector."""
-    heads, kv_heads, d = prompt.query.shape[2], prompt.key.shape[2], prompt.key.shape[-1]
-    ahead = np.mean([rotation(prompt.n + t) for t in range(future)], axis=0)
-    skip = min(sinks, prompt.n - 1)
+def coming_queries(prompt, layer, head, rotation, sinks, future):
+    """(mean [d], covariance [d, d]) of the queries after the prompt; rotation(position) turns a column vector."""
+    ahead, d = np.mean([rotation(prompt.n + t) for t in range(future)], axis=0), prompt.key.shape[-1]
+    first = min(sinks, prompt.n - 1)
+    plain = np.array([rotation(i).T @ prompt.query[layer, i, head] for i in range(first, prompt.n)])
+    return ahead @ plain.mean(axis=0), ahead @ np.cov(plain.T, bias=True).reshape(d, d) @ ahead.T
+
+
+def expected_logits(key, mean, spread):
+    d = key.shape[-1]
+    return key @ mean / math.sqrt(d) + np.einsum("sd,de,se->s", key, spread, key) / (2 * d)
+
+
+def expected_attention(prompt, total, rotation, sinks, future, over_sinks=False):
+    """over_sinks: whether the sinks take part in the softmax, which they do not."""
+    heads, kv_heads = prompt.query.shape[2], prompt.key.shape[2]
+    skip = 0 if over_sinks else min(sinks, prompt.n - 1)
     scores = np.zeros((prompt.layers, kv_heads, prompt.n))
     for layer in range(prompt.layers):
         for head in range(heads):
             mine = head // (heads // kv_heads)
-            plain = np.array([rotation(i).T @ prompt.query[layer, i, head] for i in range(skip, prompt.n)])
-            mean, spread = ahead @ plain.mean(axis=0), ahead @ np.cov(plain.T, bias=True).reshape(d, d) @ ahead.T
-            key = prompt.key[layer, :, mine]
-            z = key @ mean / math.sqrt(d) + np.einsum("sd,de,se->s", key, spread, key) / (2 * d)
-            scores[layer, mine] += softmax(z) / (heads // kv_heads)
+            z = expected_logits(
+                prompt.key[layer, :, mine], *coming_queries(prompt, layer, head, rotation, sinks, future)
+            )
+            scores[layer, mine, skip:] += softmax(z[skip:]) / (heads // kv_heads)
         scores[layer] *= np.linalg.norm(prompt.value[layer], axis=-1).T
     return uniform(prompt.layers, total), scores

@@ -107,3 +107,14 @@ def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
     np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)
     assert len(set(np.asarray(outs[0].tokens).ravel().tolist())) > 1
+
+
+def test_batch_invariance(tmp_path):
+    options = ["--cases", "30", "--policies", "3", "--rows", "5", "--length", "40", "--answers", "5", "--seed", "3"]
+    options += ["--progress", str(tmp_path / "progress.jsonl")]
+    first = run(tmp_path, "batch_invariance.py", *options)
+    assert sum(row["cases"] for row in first["rows"]) == 30
+    assert [row["mismatches"] for row in first["rows"]] == [[]] * 3
+    again = run(tmp_path, "batch_invariance.py", *options)
+    assert again["rows"] == first["rows"]
+    assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 3, "what is done is not done again"

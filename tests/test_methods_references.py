@@ -45,8 +45,8 @@ def snap_shared_on_the_grid(prompt, total):
     return reference.uniform(LAYERS, total), reference.pool_grid(votes, prompt.index, 3, "max", SIDE)
 
 
-def pyramid(window):
-    return lambda prompt, total: reference.pyramid_kv(prompt, total, window, 3)[0]
+def pyramid(window, rows=None):
+    return lambda prompt, total: reference.pyramid_kv(prompt, total, window, 3, rows=rows)[0]
 
 
 def mass_of_votes(share, window, size):
@@ -58,7 +58,8 @@ def total_attention(prompt, total):
     return None, prompt.received(range(prompt.n))
 
 
-# name -> policy, its reference, window (a fraction of the slots or tokens), sinks, whether text goes first
+# name -> policy, its reference, window (a fraction of the slots, tokens, or a function of the prompt and the slots of
+# all layers), sinks, whether text goes first
 CASES = {
     "vl_cache_tokens": (vlc.VLCache(budget=9), reference.vl_cache, 0.1, 0, False),
     "vl_cache_pooled": (vlc.VLCache(0.3, pool=3), partial(reference.vl_cache, change=sequence("mean")), 0.1, 0, False),
@@ -81,6 +82,39 @@ CASES = {
     "snap_kv_shared_grid": (
         vlc.SnapKV(0.3, window=5, pool=3, pooling="max", grid_side=SIDE, heads="shared", recent=0.2),
         snap_shared_on_the_grid, 0.2, 0, False,
+    ),
+    "snap_kv_capped": (
+        vlc.SnapKV(0.4, window=4, recent=vlc.Window(6)),
+        partial(reference.snap_kv, window=reference.capped_window(6), rows=4, size=5),
+        reference.capped_window(6), 0, False,
+    ),
+    "snap_kv_default": (
+        vlc.SnapKV(0.4, pooling="max"),
+        partial(reference.snap_kv, window=reference.capped_window(32), rows=32, size=5, kind="max"),
+        reference.capped_window(32), 0, False,
+    ),
+    "pyramid_kv_capped": (
+        vlc.PyramidKV(0.45, window=3, pool=3, recent=vlc.Window(7)),
+        partial(reference.pyramid_kv, window=reference.capped_window(7), rows=3, size=3),
+        reference.capped_window(7), 0, False,
+    ),
+    "ada_kv_capped": (
+        vlc.AdaKV(0.4, window=4, recent=vlc.Window(6)),
+        partial(reference.ada_kv, window=reference.capped_window(6), rows=4, size=7),
+        reference.capped_window(6), 0, False,
+    ),
+    "ada_kv_pyramid_capped": (
+        vlc.AdaKV(0.4, window=4, recent=vlc.Window(6), pyramid=True, pool=3),
+        partial(
+            reference.ada_kv, window=reference.capped_window(6), rows=4, size=3,
+            layers=pyramid(reference.capped_window(6), rows=4),
+        ),
+        reference.capped_window(6), 0, False,
+    ),
+    "mix_kv_capped": (
+        vlc.MixKV(0.4, window=4, pool=3, recent=vlc.Window(6)),
+        partial(reference.mix_kv, window=reference.capped_window(6), rows=4, size=3),
+        reference.capped_window(6), 0, False,
     ),
     "pyramid_kv": (
         vlc.PyramidKV(0.45, window=3, pool=3),
@@ -153,14 +187,16 @@ def check(policy, method, window, sinks, text_first, seed):
     budgets = []
     for row in range(batch.size):
         prompt = prompt_of(batch, params, row)
-        slots, scores = method(prompt, total_of(policy, prompt.n))
+        total = total_of(policy, prompt.n)
+        slots, scores = method(prompt, total)
+        latest = window(prompt, total) if callable(window) else window
         np.testing.assert_array_equal(state.allocation.requested[row], slots)
         budgets.append(slots)
         for layer in range(LAYERS):
             for head in range(KV_HEADS):
                 kind = ~prompt.visual if text_first else None
                 count = slots[layer][head] if isinstance(slots[layer], list) else slots[layer]
-                wanted = reference.keep(scores[layer, head], count, window, sinks, kind)
+                wanted = reference.keep(scores[layer, head], count, latest, sinks, kind)
                 assert kept[layer][row][head] == wanted, (row, layer, head)
     return budgets
 
@@ -169,6 +205,60 @@ def check(policy, method, window, sinks, text_first, seed):
 def test_kept_sets_equal_the_definition(case):
     for seed in range(3):  # of the same shape: one compilation
         check(*case, seed)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.6, 0.9])
+def test_sinks_take_no_part_in_expected_attention(mass):
+    """As larger models have them: sinks to which most of what one head of a group attends to goes."""
+    batch, sinks, future = stub_batch(seed=5), 4, 20
+    params = {name: np.array(x, np.float64) for name, x in stub_params(batch, 5).items()}
+    group = params["query"].shape[3] // KV_HEADS
+    for row, layer, head in np.ndindex(batch.size, LAYERS, KV_HEADS):
+        n = int(batch.lengths[row])
+        if n <= sinks:
+            continue
+        mean, spread = reference.coming_queries(
+            prompt_of(batch, params, row), layer, head * group, rotation, sinks, future
+        )
+        rest = reference.expected_logits(params["key"][layer, row, sinks:n, head], mean, spread)
+        wanted = np.log(np.exp(rest).sum() * mass / (1 - mass) / sinks)
+        small, large = 0.0, 100.0
+        for _ in range(60):  # a key along the mean query, as long as it takes
+            middle = (small + large) / 2
+            logit = reference.expected_logits(middle * mean[None] / np.linalg.norm(mean), mean, spread)[0]
+            small, large = (middle, large) if logit < wanted else (small, middle)
+        params["key"][layer, row, :sinks, head] = small * mean / np.linalg.norm(mean)
+    params = {name: x.astype(np.float32) for name, x in params.items()}
+    policy = vlc.ExpectedAttention(0.5, future=future)
+    kept, differ = kept_sets(vlc.prefill(StubModel(), params, batch, policy, 4)[1]), 0
+    for row in range(batch.size):
+        prompt = prompt_of(batch, params, row)
+        slots, scores = reference.expected_attention(prompt, total_of(policy, prompt.n), rotation, sinks, future)
+        _, others = reference.expected_attention(prompt, 3, rotation, sinks, future, over_sinks=True)
+        for layer, head in np.ndindex(LAYERS, KV_HEADS):
+            assert kept[layer][row][head] == reference.keep(scores[layer, head], slots[layer], 0, sinks)
+            differ += kept[layer][row][head] != reference.keep(others[layer, head], slots[layer], 0, sinks)
+    assert differ > 0, "a softmax over the sinks as well would keep the same"
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.6])
+def test_vl_cache_by_the_rule_of_effivlm_bench(budget):
+    policy = vlc.VLCache(budget, total="effivlm")
+    totals = []
+    for seed in range(3):
+        batch = stub_batch(seed=seed)
+        params = stub_params(batch, seed)
+        state = vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+        kept = kept_sets(state)
+        for row in range(batch.size):
+            prompt = prompt_of(batch, params, row)
+            window, slots = reference.effivlm(prompt, budget)
+            assert state.allocation.requested[row].tolist() == slots
+            scores = prompt.received(prompt.question())
+            for layer, head in np.ndindex(LAYERS, KV_HEADS):
+                assert kept[layer][row][head] == reference.keep(scores[layer, head], slots[layer], window)
+            totals.append(sum(slots) / LAYERS / prompt.n)
+    assert np.ptp(totals) > 0.01, "it is not a budget that is met"
 
 
 def test_the_cases_are_not_all_alike():

@@ -64,7 +64,10 @@ from vlcache_jax.validation import check_prefill
         (lambda: Policy(name="p", budget=0.1, sinks=-1), "sinks=-1 is out of range"),
         (lambda: Policy(name="p", budget=0.1, protect="images"), "protect='images' is not known: use 'text', 'vision'"),
         (lambda: StreamingLLM(budget=4), "streaming_llm: sinks=4 and a window of 1 .* do not fit into budget=4 tokens"),
-        (lambda: SnapKV(budget=16), "snap_kv: sinks=0 and a window of 32 recent tokens do not fit into budget=16"),
+        (
+            lambda: SnapKV(budget=16, window=32),
+            "snap_kv: sinks=0 and a window of 32 recent tokens do not fit into bu",
+        ),
         (lambda: SnapKV(window=0), r"LastRows\(0\): give at least 1 row"),
         (lambda: SnapKV(heads="any"), "heads='any' is not known"),
         (lambda: PyramidKV(beta=0), "beta=0: give a whole number"),
@@ -75,7 +78,7 @@ from vlcache_jax.validation import check_prefill
         (lambda: VLCache(budget=0.3, candidate_fraction=0.2), "candidate_fraction=0.2 is below budget=0.3.*raise"),
         (lambda: VLCache(threshold=0.0), r"threshold=0.0 is out of range: it must lie in \(0, 1\]"),
         (lambda: VLCache(threshold=1.5), "threshold=1.5 is out of range"),
-        (lambda: VLCache(total="about"), "total='about' is not known: use 'exact' or 'paper'"),
+        (lambda: VLCache(total="about"), "total='about' is not known: use 'exact', 'paper'"),
         (lambda: VLCache(heads="all"), "heads='all' is not known: use 'each' or 'shared'"),
         (lambda: VLCache(rows=LastRows(0)), r"LastRows\(0\): give at least 1 row"),
         (lambda: VLCache(rows=PostVision(fallback=0)), r"PostVision\(fallback=0\): give at least 1 row"),
@@ -118,7 +121,7 @@ def test_whole_numbers_are_tokens_a_layer_except_for_one():
     assert VLCache(budget=2).budget == Tokens(2)
     assert VLCache(budget=256) == VLCache(budget=Tokens(256))
     assert not VLCache(budget=256).keeps_all
-    assert SnapKV(budget=256).recent == Tokens(32)
+    assert SnapKV(budget=256, window=32).recent == Tokens(32)
     assert f"{Tokens(256):g} {Bytes(7):g}" == "256 tokens 7 bytes"  # as reports print a fraction
 
 

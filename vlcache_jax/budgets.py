@@ -242,11 +242,28 @@ def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, to
     layers = density.shape[0]
     length = jnp.asarray(length, jnp.int32)
     if total == "paper":
-        share = jnp.clip(_normalised(density) * (budget * layers), _LOWEST_SHARE, 1.0)
-        return jnp.clip((share * length).astype(jnp.int32), 1, length)
+        return jnp.clip((layer_shares(density, budget) * length).astype(jnp.int32), 1, length)
 
     slots = total_slots(layers, length, budget)
     return share_slots(density, slots, jnp.maximum(1, floor_fraction(length, _LOWEST_SHARE)), length)
+
+
+def layer_shares(density: jax.Array, budget: float, lowest: float = _LOWEST_SHARE) -> jax.Array:
+    """The part of its prompt that each layer keeps in proportion to its density, within `lowest` and 1; not exact.
+
+    Args:
+      density: f32 [..., layers], positive.
+      budget: fraction of the full cache.
+      lowest: the least part.
+
+    Returns:
+      f32 [..., layers].
+
+    Example:
+      >>> layer_shares(jnp.array([3.0, 1.0]), 0.2).round(3).tolist()
+      [0.30000001192092896, 0.10000000149011612]
+    """
+    return jnp.clip(_normalised(density) * (budget * density.shape[-1]), lowest, 1.0)
 
 
 def share_slots(weight: jax.Array, slots: jax.Array | int, lower: jax.Array | int, upper: jax.Array) -> jax.Array:
@@ -295,7 +312,7 @@ def total_slots(layers: int, length: jax.Array | int, budget: float) -> jax.Arra
 def _normalised(weight: jax.Array) -> jax.Array:
     usable = (weight > 0) & jnp.isfinite(weight)  # a broken checkpoint must not make the loops below endless
     weight = jnp.where(usable, weight, jnp.finfo(jnp.float32).tiny).astype(jnp.float32)
-    return weight / jnp.sum(weight)
+    return weight / jnp.sum(weight, axis=-1, keepdims=True)
 
 
 def _share(

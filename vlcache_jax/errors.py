@@ -17,5 +17,9 @@ class InputError(VLCacheError):
     """An image, a prompt, a batch or a generation length cannot be used."""
 
 
+class PolicyWarning(UserWarning):
+    """A cache policy does something its user may not expect, such as a window that leaves the scores no say."""
+
+
 class PolicyError(VLCacheError):
     """A cache policy is misconfigured: an unknown name, an option out of range, an impossible combination."""

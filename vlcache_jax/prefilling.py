@@ -26,7 +26,7 @@ from vlcache_jax.policies.evicted import Merge, Quantise
 from vlcache_jax.policies.generated import APPEND, Evict, Generated, Recompress
 from vlcache_jax.policies.scores import LayerInputs
 from vlcache_jax.recompression import no_queries
-from vlcache_jax.selection import candidates, protected_first, select, unselected
+from vlcache_jax.selection import candidates, protected_first, select, settled, unselected
 from vlcache_jax.state import (
     Allocation,
     KVState,
@@ -193,6 +193,9 @@ def _compress(
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     rule = policy.rule
     noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
+    mean = jnp.asarray(budget.total(lengths)) // layers
+    recent = settled(policy.recent, mean)
+    window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
     pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):
@@ -216,35 +219,38 @@ def _compress(
             density=density,
             rows=rows,
             statistics=statistics,
+            window=window,
             rotate=rotate,
         )
-        scores = policy.score(inputs)
+        scores, ties = policy.score(inputs), policy.score.ties(inputs)
         finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
         if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
             sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
             finite &= jnp.all(sound | ~inputs.valid, axis=1)
         measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
-            scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"))
+            scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
+            ties = None  # the ranks have none
         positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
         channels = value_channels(value, lengths) if quantised else None
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
-            positions = candidates(scores, lengths, policy.recent, count, policy.sinks)
+            positions = candidates(scores, lengths, recent, count, policy.sinks, ties)
+            ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         density = jnp.where(finite, density, jnp.nan)
         room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
-        return out, carry, (key, value, scores, positions, channels, density, measured, room)
+        return out, carry, (key, value, scores, ties, positions, channels, density, measured, room)
 
     hidden, _, layer_outputs = run(attend, None, jnp.arange(layers))
-    keys, values, scores, positions, channels, density, measured, queries = layer_outputs
+    keys, values, scores, ties, positions, channels, density, measured, queries = layer_outputs
     measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
     requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
     most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
     slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
-    choose = partial(select, recent=policy.recent, sinks=policy.sinks)
-    order = jax.vmap(choose, (0, 0, None, 0))(scores, positions, lengths, slots)
+    choose = partial(select, recent=recent, sinks=policy.sinks)
+    order = jax.vmap(choose, (0, 0, None, 0, 0))(scores, positions, lengths, slots, ties)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
         keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own

@@ -8,7 +8,7 @@ from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.context import Context, answer, compress, extend
 from vlcache_jax.context_files import load_context, save_context
 from vlcache_jax.decoding import decode_step
-from vlcache_jax.errors import CheckpointError, InputError, PlacementWarning, PolicyError, VLCacheError
+from vlcache_jax.errors import CheckpointError, InputError, PlacementWarning, PolicyError, PolicyWarning, VLCacheError
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
 from vlcache_jax.loading import VLM, load
 from vlcache_jax.ops import Kernels
@@ -46,6 +46,7 @@ from vlcache_jax.prefilling import prefill
 from vlcache_jax.report import Report
 from vlcache_jax.sampling import Sampling
 from vlcache_jax.saving import save
+from vlcache_jax.selection import Window
 from vlcache_jax.state import KVState
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ __all__ = [
     "PlacementWarning",
     "Policy",
     "PolicyError",
+    "PolicyWarning",
     "PostVision",
     "PrefixKV",
     "PyramidKV",
@@ -95,6 +97,7 @@ __all__ = [
     "Tokens",
     "VLCache",
     "VLCacheError",
+    "Window",
     "ZipVL",
     "answer",
     "compress",

@@ -1,5 +1,6 @@
 """Which tokens a layer keeps: the last ones, the first ones, and the best scores among the rest."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -7,23 +8,98 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.budgets import Tokens
+from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.kernels.varying import varying
 
 Count = TypeVar("Count", bound=int | jax.Array)
-Recent = float | Tokens
 
 
-def forced(slots: Count, recent: Recent, sinks: int = 0) -> tuple[Count, Count]:
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """As `Policy.recent`: the latest `count` tokens, unless they would take more than half of the slots.
+
+    With C slots in a layer on average, which depends on the budget and the prompt's length alone, the window has
+
+        min(count, max(C - count, C // 10))
+
+    tokens in every layer and head: `count` of them from C = 2 count on. Below, the best scores get `count` slots first
+    and the window has what is left, but a tenth of the slots in any case: the part that VL-Cache's comparison
+    (arXiv 2410.23317, section 5) and EffiVLM-Bench give to the window of every method.
+
+    Raises:
+      PolicyError: a count below 1.
+
+    Example:
+      >>> [Window(32).of(slots) for slots in (27, 40, 64, 256)]
+      [2, 8, 32, 32]
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise PolicyError(f"Window({self.count!r}): give a whole number of tokens, at least 1")
+
+    def of(self, slots: Count) -> Count:
+        """Tokens of the window where a layer has so many slots on average; int in, int out."""
+        count, tenth = self.count, slots // 10
+        if isinstance(slots, int):
+            return min(count, max(slots - count, tenth))  # type: ignore[return-value]
+        return jnp.minimum(count, jnp.maximum(slots - count, tenth))  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageShare:
+    """As `Policy.recent`: a fraction of the average layer's slots, the same number of tokens in every layer.
+
+    (A plain fraction is one of a layer's own slots.)
+
+    Example:
+      >>> AverageShare(0.1).of(57)
+      5
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        value = self.fraction
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise PolicyError(f"AverageShare({value!r}) is out of range: give a fraction in [0, 1]")
+
+    def of(self, slots: Count) -> Count:
+        """See `Window.of`."""
+        return floor_fraction(slots, self.fraction)
+
+
+Recent = float | Tokens | Window | AverageShare
+
+
+def settled(recent: Recent, slots: jax.Array) -> float | jax.Array:
+    """What `recent` means for prompts whose layers get `slots` slots on average.
+
+    Args:
+      recent: as in `Policy`.
+      slots: i32 [batch].
+
+    Returns:
+      A fraction of a layer's own slots, or a window of i32 [batch] tokens.
+    """
+    if isinstance(recent, Tokens):
+        return jnp.full_like(slots, recent.count)
+    return recent.of(slots) if isinstance(recent, Window | AverageShare) else recent
+
+
+def forced(slots: Count, recent: Recent | jax.Array, sinks: int = 0) -> tuple[Count, Count]:
     """How many of a layer's slots go to the latest and to the first tokens of the prompt, whatever they score.
 
     latest = max(1, min(window, slots - sinks)) and first = min(sinks, slots - 1), where the window is floor(recent *
-    slots) tokens, or a fixed number of them: the last token comes first, then the sinks, then the window. Neither
+    slots) tokens, or a number of them: the last token comes first, then the sinks, then the window. Neither
     number, nor what they leave to the others, ever falls when a slot is added.
 
     Args:
-      slots: of the layer, at least 1; an int or an i32 array.
-      recent: fraction of the slots, or `Tokens`.
+      slots: of the layer, at least 1; an int or an i32 array [batch, ...].
+      recent: as in `Policy`, or as `settled` for the batch. What is not settled takes `slots` for the average.
       sinks: first tokens of the prompt.
 
     Returns:
@@ -33,14 +109,24 @@ def forced(slots: Count, recent: Recent, sinks: int = 0) -> tuple[Count, Count]:
       >>> forced(100, 0.1, sinks=4), forced(5, Tokens(32), sinks=4), forced(2, 0.1, sinks=4)
       ((10, 4), (1, 4), (1, 1))
     """
-    window = recent.count if isinstance(recent, Tokens) else floor_fraction(slots, recent)
+    window: int | jax.Array
+    if isinstance(recent, Window | AverageShare):
+        window = recent.of(slots)
+    elif isinstance(recent, Tokens):
+        window = recent.count
+    elif isinstance(recent, int | float):
+        window = floor_fraction(slots, recent)
+    else:
+        window = recent.reshape(recent.shape + (1,) * (jnp.ndim(slots) - recent.ndim))
     if isinstance(slots, int):
         return max(1, min(window, slots - sinks)), min(sinks, slots - 1)  # type: ignore[return-value]
     latest = jnp.maximum(1, jnp.minimum(window, slots - sinks))
     return latest, jnp.minimum(sinks, slots - 1)  # type: ignore[return-value]
 
 
-def protected_first(scores: jax.Array, lengths: jax.Array, protected: jax.Array) -> jax.Array:
+def protected_first(
+    scores: jax.Array, lengths: jax.Array, protected: jax.Array, ties: jax.Array | None = None
+) -> jax.Array:
     """Scores that rank all protected tokens before all others, and each kind among itself as before.
 
     The new scores are whole numbers (ranks), so nothing is lost to rounding as it would be by adding a large number.
@@ -49,6 +135,7 @@ def protected_first(scores: jax.Array, lengths: jax.Array, protected: jax.Array)
       scores: f32 [batch, heads, length].
       lengths: i32 [batch].
       protected: bool [batch, length].
+      ties: like `scores`, or None: which of two equal scores goes first. The lower position, if these are equal, too.
 
     Returns:
       f32 [batch, heads, length], no two of a head alike below 2 ** 24 tokens.
@@ -62,8 +149,9 @@ def protected_first(scores: jax.Array, lengths: jax.Array, protected: jax.Array)
     valid = jnp.arange(length) < lengths[:, None]
     class_ = jnp.where(valid, jnp.where(protected, 0, 1), 2)[:, None]
     index = jnp.broadcast_to(jnp.arange(length), scores.shape)
-    keys = (jnp.broadcast_to(class_, scores.shape), -_finite(scores), index)
-    order = jax.lax.sort(keys, num_keys=2, is_stable=True)[2]
+    ranked = [scores] if ties is None else [scores, ties]
+    keys = (jnp.broadcast_to(class_, scores.shape), *(-_finite(x) for x in ranked), index)
+    order = jax.lax.sort(keys, num_keys=len(keys) - 1, is_stable=True)[-1]
     rank = jnp.argsort(order, axis=-1)
     return (lengths[:, None, None] - 1 - rank).astype(jnp.float32)
 
@@ -73,22 +161,29 @@ def _finite(scores: jax.Array) -> jax.Array:
 
 
 def _best(
-    scores: jax.Array, positions: jax.Array, lengths: jax.Array, latest: jax.Array, first: jax.Array, count: jax.Array
+    scores: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    latest: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    ties: jax.Array | None,
 ) -> jax.Array:
-    """Marks the `count` best entries: forced ones, then by falling score, ties to the lower index; padding last.
+    """Marks the `count` best entries: forced ones, then by falling score, then `ties`, then the lower index.
 
-    A score that is infinite or not a number never overrides that order: NaN ranks like -inf, behind all finite ones.
+    Padding comes last. A score that is infinite or not a number never overrides that order: NaN ranks like -inf,
+    behind all finite ones.
 
-    scores f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32 [batch],
-    latest, first and count i32 [batch] or [batch, kv_heads] -> bool [batch, heads or kv_heads, entries].
+    scores and ties f32 [batch, heads, entries], positions i32 [batch, heads or 1, entries] ascending, lengths i32
+    [batch], latest, first and count i32 [batch] or [batch, kv_heads] -> bool [batch, heads or kv_heads, entries].
     """
     end, latest, first, count = (x.reshape(len(x), -1, 1) for x in (lengths, latest, first, count))
     priority = jnp.where((positions >= end - latest) | (positions < first), jnp.inf, _finite(scores))
-    return largest(jnp.where(positions < end, priority, -jnp.inf), count)
+    return largest(jnp.where(positions < end, priority, -jnp.inf), count, ties)
 
 
-def largest(values: jax.Array, count: jax.Array) -> jax.Array:
-    """Marks the `count` largest values of the last axis, ties to the lower index.
+def largest(values: jax.Array, count: jax.Array, ties: jax.Array | None = None) -> jax.Array:
+    """Marks the `count` largest values of the last axis; of equal ones those with the larger `ties`, then lower index.
 
     Two to three times as fast as a sort on a CPU (2,048 values), and far quicker to compile for TPUs than a sort.
     """
@@ -96,6 +191,8 @@ def largest(values: jax.Array, count: jax.Array) -> jax.Array:
     threshold = highest(lambda t: jnp.sum(numbers >= t, axis=-1, keepdims=True) >= count, (*values.shape[:-1], 1))
     above, equal = numbers > threshold, numbers == threshold
     room = count - jnp.sum(above, axis=-1, keepdims=True)
+    if ties is not None:
+        return above | largest(jnp.where(equal, _finite(ties), -jnp.inf), room)
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
 
 
@@ -176,7 +273,14 @@ def indices(chosen: jax.Array, size: int) -> jax.Array:
     return found.reshape(*chosen.shape[:-1], size).astype(jnp.int32)
 
 
-def candidates(scores: jax.Array, lengths: jax.Array, recent: Recent, count: int, sinks: int = 0) -> jax.Array:
+def candidates(
+    scores: jax.Array,
+    lengths: jax.Array,
+    recent: Recent | jax.Array,
+    count: int,
+    sinks: int = 0,
+    ties: jax.Array | None = None,
+) -> jax.Array:
     """The tokens a layer hands on when it may hand on only `count`; they contain every selection of up to `count`.
 
     A layer that gets s <= count slots keeps its r(s) latest, its f(s) first and the s - r(s) - f(s) best other tokens
@@ -185,22 +289,30 @@ def candidates(scores: jax.Array, lengths: jax.Array, recent: Recent, count: int
     Args:
       scores: f32 [batch, heads, length].
       lengths: i32 [batch].
-      recent: as in `Policy`.
+      recent: as in `forced`.
       count: tokens to hand on, at most length.
       sinks: as in `Policy`.
+      ties: as in `select`.
 
     Returns:
       i32 [batch, heads, count] prompt positions, ascending. For prompts shorter than `count`, padding comes last.
     """
     batch, _, length = scores.shape
     positions = jnp.arange(length)[None, None]
-    latest, first = (jnp.full((batch,), x, jnp.int32) for x in forced(count, recent, sinks))
     wanted = jnp.full((batch,), count, jnp.int32)
-    return indices(_best(scores, positions, lengths, latest, first, wanted), count)
+    latest, first = forced(wanted, recent, sinks)
+    return indices(_best(scores, positions, lengths, latest, first, wanted, ties), count)
 
 
 def select(
-    scores: jax.Array, positions: jax.Array, lengths: jax.Array, slots: jax.Array, recent: Recent, sinks: int = 0
+    scores: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    slots: jax.Array,
+    ties: jax.Array | None = None,
+    *,
+    recent: Recent | jax.Array,
+    sinks: int = 0,
 ) -> jax.Array:
     """The tokens a layer keeps, in ascending order.
 
@@ -210,7 +322,8 @@ def select(
         length are padding.
       lengths: i32 [batch].
       slots: i32 [batch], tokens to keep, at most min(entries, length); or [batch, kv_heads], of each head.
-      recent: as in `Policy`.
+      ties: like `scores`, or None: which of two equal scores goes first. The lower position, if these are equal, too.
+      recent: as in `forced`.
       sinks: as in `Policy`.
 
     Returns:
@@ -222,5 +335,5 @@ def select(
       >>> select(scores, jnp.arange(4)[None, None], jnp.array([4]), jnp.array([2]), recent=0.1).tolist()
       [[[1, 3, 4, 4]]]
     """
-    chosen = _best(scores, positions, lengths, *forced(slots, recent, sinks), slots)
+    chosen = _best(scores, positions, lengths, *forced(slots, recent, sinks), slots, ties)
     return indices(chosen, scores.shape[-1])

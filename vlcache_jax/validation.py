@@ -1,17 +1,21 @@
 """Checks before anything is traced or compiled."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
 from vlcache_jax.batch import Batch
-from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.budgets import budget_text, slot_budget
+from vlcache_jax.errors import InputError, PolicyError, PolicyWarning
 from vlcache_jax.interfaces import ModelSpec
 from vlcache_jax.mesh import is_known
 from vlcache_jax.policies.base import Policy
+from vlcache_jax.policies.generated import Evict, Recompress
 from vlcache_jax.policies.pooling import GridPooled
-from vlcache_jax.policies.scores import Score
+from vlcache_jax.policies.scores import Recency, Score
+from vlcache_jax.selection import Window, forced
 
 
 def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
@@ -51,6 +55,40 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
             f"{max_new_tokens} new ones) but the model has {spec.max_positions}: shorten the prompt, use fewer or "
             "smaller images, or lower max_new_tokens"
         )
+    if not policy.keeps_all and not isinstance(policy.score, Recency):
+        _warn_of_forced_tokens(spec, policy, lengths)
+
+
+def _warn_of_forced_tokens(spec: ModelSpec, policy: Policy, lengths: np.ndarray) -> None:
+    """Warns if window and sinks leave the scores nothing, or if a `Window` was made smaller lest it do.
+
+    The text is the same for every batch, so that Python's default filter shows it once.
+    """
+    budget = slot_budget(policy.budget, spec, policy.lanes if policy.sharing.per_head else None, policy.bits)
+    means = [budget.total(int(n)) // budget.layers for n in lengths]  # slots of a layer on average
+    means = [mean for mean, n in zip(means, lengths) if 1 < mean < n]
+    start = f"{policy.name}: at a budget of {budget_text(policy.budget)} and prompts of this length"
+    rule = policy.rule
+    forced_tokens = {(policy.recent, policy.sinks)}
+    if isinstance(rule, Evict | Recompress):
+        assert rule.recent is not None
+        assert rule.sinks is not None
+        forced_tokens.add((rule.recent, rule.sinks))
+    for recent, sinks in forced_tokens:
+        if isinstance(recent, Window):
+            if any(recent.of(mean) < recent.count for mean in means):
+                text = (
+                    f"{start} a layer has fewer than {2 * recent.count} slots, of which a window of {recent.count} "
+                    "recent tokens would take more than half: fewer are kept, so that the scores have a say; see "
+                    f"vlc.Window. recent=0.1 keeps a tenth at any length, recent=vlc.Tokens({recent.count}) all of them"
+                )
+                warnings.warn(text, PolicyWarning, stacklevel=4)
+        elif any(sum(forced(mean, recent, sinks)) >= mean for mean in means):
+            text = (
+                f"{start} recent={recent} and sinks={sinks} take all slots of a layer, and the scores decide nothing: "
+                "raise the budget, or lower recent or sinks"
+            )
+            warnings.warn(text, PolicyWarning, stacklevel=4)
 
 
 def _check_grid(spec: ModelSpec, policy: Policy) -> None:

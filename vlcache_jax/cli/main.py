@@ -7,7 +7,9 @@ gone. Errors are one line on standard error. A traceback is a fault of this prog
 
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from vlcache_jax.cli.process import (
     BAD_INPUT,
@@ -20,6 +22,7 @@ from vlcache_jax.cli.process import (
     complain,
     leave,
     prepare_streams,
+    remark,
     writing_output,
 )
 
@@ -62,7 +65,9 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         try:
             arguments = build_parser().parse_args(argv)
-            arguments.run(arguments)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                arguments.run(arguments)
         except SystemExit as stop:  # argparse: --help, --version, bad arguments
             status = stop.code if isinstance(stop.code, int) else 0
         with writing_output():  # here, where a closed pipe can still be handled
@@ -89,3 +94,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, without the place in the code that Python shows."""
+    remark(f"{PROGRAM}: warning: {message}")

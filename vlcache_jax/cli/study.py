@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import warnings
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.demo.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.samples import FULL_GRID, TASKS
-from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.errors import CheckpointError, InputError, PolicyWarning
 from vlcache_jax.progress import Progress
 from vlcache_jax.reading import read_plain
 from vlcache_jax.study.methods import BUDGETS, all_methods, choose
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     }
     keep_programs(not arguments.no_compilation_cache, progress)
     folder = output_folder(arguments.output, "--output")
+    warnings.simplefilter("ignore", PolicyWarning)  # every method meets budgets that are too small for it
     file = ResultFile(folder, study)
     file.add_run({"date": datetime.date.today().isoformat(), **describe_runtime()})
     run_study(

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import Budget, SlotBudget, Tokens
+from vlcache_jax.budgets import Budget, SlotBudget
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import as_fraction
 from vlcache_jax.policies.allocate import Allocate, Uniform
@@ -15,8 +15,8 @@ from vlcache_jax.policies.method import method
 from vlcache_jax.policies.pyramid_kv import Pyramid
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs
-from vlcache_jax.policies.snap_kv import snap_score
-from vlcache_jax.selection import Recent, forced, largest
+from vlcache_jax.policies.snap_kv import WINDOW, observation_window, snap_score
+from vlcache_jax.selection import Recent, Window, forced, largest, settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AdaptiveHeads(Allocate):
 
     layers: Allocate = Uniform()  # noqa: RUF009  # frozen
     floor: float = 0.2
-    recent: Recent = Tokens(32)  # noqa: RUF009  # frozen
+    recent: Recent = Window(WINDOW)  # noqa: RUF009  # frozen
     per_head = True
 
     def __post_init__(self) -> None:
@@ -76,7 +76,8 @@ class AdaptiveHeads(Allocate):
         batch, layers, kv_heads, length = scores.shape
         group = kv_heads // budget.lanes
         slots = self.layers.slots(of_layers, lengths, budget)  # [batch, layers]
-        window = forced(slots, self.recent)[0]
+        mean = jnp.asarray(budget.total(lengths)) // budget.layers
+        window = forced(slots, settled(self.recent, mean))[0]
         rest = slots - window
         before = jnp.arange(length) < (lengths[:, None] - window)[..., None]
         candidates = jnp.where(before[:, :, None], jnp.nan_to_num(scores), -jnp.inf)
@@ -105,7 +106,7 @@ def AdaKV(
     floor_alpha: float = 0.2,
     pyramid: bool = False,
     beta: int = 20,
-    window: int = 32,
+    window: int | None = None,
     pool: int = 7,
     pooling: str = "max",
     recent: Recent | None = None,
@@ -131,10 +132,11 @@ def AdaKV(
       floor_alpha: the part of the average that every head gets, whatever it scores; 1 is the same for every head.
       pyramid: layer budgets that fall with depth, as in `PyramidKV`; else the same for every layer.
       beta: see `PyramidKV`.
-      window: rows that vote, and recent tokens that every head keeps.
+      window: rows that vote, and recent tokens that every head keeps. By default 32, of which no more are kept
+        than `Window(32)` allows.
       pool: odd number of neighbours, 1 for none.
       pooling: "mean" or "max".
-      recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
+      recent: recent tokens to keep, as in `Policy`; the window by default.
       mask_visual_sinks: see `MaskVisualSinks`.
       lanes: groups of KV heads; slots are shared within a group only. 1: all heads of a layer. See `Policy.lanes`.
       **options: see `Options`. `candidate_fraction` bounds the slots of a head, too.
@@ -149,12 +151,11 @@ def AdaKV(
       >>> AdaKV(budget=256).lanes
       1
     """
-    rows = LastRows(window)
-    recent = Tokens(window) if recent is None else recent
+    count, recent = observation_window(window, recent)
     return Policy(
         name="ada_kv",
         budget=budget,
-        rows=rows,
+        rows=LastRows(count),
         score=snap_score(pool, pooling, recent=recent, mask_visual_sinks=mask_visual_sinks),
         allocate=AdaptiveHeads(Pyramid(beta, recent) if pyramid else Uniform(), floor_alpha, recent),
         recent=recent,

@@ -12,6 +12,7 @@ from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.method import method
+from vlcache_jax.policies.rounding import ROUNDING
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 _BLOCK = 32  # rows whose attention exists at once
@@ -103,6 +104,9 @@ class StrengthAndSkewness(Allocate):
         away = jnp.where(visual, score - (strength / count)[:, None], 0)
         variance = jnp.sum(away**2, axis=1) / count
         skewness = jnp.sum(away**3, axis=1) / count / jnp.maximum(variance, 1e-24) ** 1.5
+        # Shared among layers, the rounding of a skewness that is 0 would weigh as much as any.
+        skewed = (count > 2) & (variance > (ROUNDING * strength / count) ** 2)
+        skewness = jnp.where(skewed, skewness, 0)
         return jnp.stack([strength, skewness, count.astype(jnp.float32)], axis=1)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:

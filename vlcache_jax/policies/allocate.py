@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import Budget, Bytes, SlotBudget, Tokens, layer_budgets, share_slots
+from vlcache_jax.budgets import Budget, Bytes, SlotBudget, Tokens, layer_budgets, layer_shares, share_slots
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.fractions import floor_fraction
 
@@ -64,7 +64,17 @@ class Allocate:
 
 @dataclasses.dataclass(frozen=True)
 class SparsityAware(Allocate):
-    """In proportion to the density of each layer's attention (VL-Cache, Algorithm 1); see `layer_budgets`."""
+    """In proportion to the density of each layer's attention (VL-Cache, Algorithm 1); see `layer_budgets`.
+
+    `total="effivlm"` is the rule of EffiVLM-Bench (arXiv 2506.00479), whose code is the only public VL-Cache: the
+    window is a tenth of the average layer's slots, the same in every layer, and comes on top of what the others share.
+    With n tokens, w_l the layer's share of the densities, budget a and L layers:
+
+        window   = max(1, floor(0.1 a n));   others_l = max(1, floor(clip(w_l 0.9 a L, 0.009, 1) n))
+        slots[l] = min(n, window + others_l)
+
+    Nothing makes them add up to the budget: clipping, and one token at least of either kind, may keep less or more.
+    """
 
     threshold: float = 0.01
     total: str = "exact"
@@ -72,13 +82,15 @@ class SparsityAware(Allocate):
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise PolicyError(f"threshold={self.threshold} is out of range: it must lie in (0, 1]")
-        if self.total not in ("exact", "paper"):
-            raise PolicyError(f"total={self.total!r} is not known: use 'exact' or 'paper'")
+        if self.total not in ("exact", "paper", "effivlm"):
+            raise PolicyError(f"total={self.total!r} is not known: use 'exact', 'paper' or 'effivlm'")
 
     def check(self, budget: Budget) -> None:
         """See `Allocate.check`."""
-        if self.total == "paper" and isinstance(budget, Tokens | Bytes):
-            raise PolicyError(f"total='paper' is a rule for fractions of the prompt, not for {budget}: use 'exact'")
+        if self.total != "exact" and isinstance(budget, Tokens | Bytes):
+            raise PolicyError(
+                f"total={self.total!r} is a rule for fractions of the prompt, not for {budget}: use 'exact'"
+            )
 
     def capacity(self, length: int, budget: SlotBudget) -> int:
         """See `Allocate.capacity`."""
@@ -86,11 +98,19 @@ class SparsityAware(Allocate):
             return budget.total(length)
         assert budget.fraction is not None
         full = budget.layers * length
+        if self.total == "effivlm":
+            window = max(1, budget.total(length) // budget.layers // 10)
+            return min(full, math.floor((0.9 * budget.fraction + 0.009) * full) + budget.layers * (window + 1))
         return min(full, math.floor((budget.fraction + 0.01) * full) + budget.layers)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""
         fraction = budget.fraction
+        if self.total == "effivlm":
+            assert fraction is not None
+            window = jnp.maximum(1, jnp.asarray(budget.total(lengths)) // budget.layers // 10)[:, None]
+            others = layer_shares(measured, 0.9 * fraction, lowest=0.009) * lengths[:, None].astype(jnp.float32)
+            return jnp.minimum(window + jnp.maximum(1, others.astype(jnp.int32)), lengths[:, None])
         if fraction is not None:
             return jax.vmap(lambda density, n: layer_budgets(density, n, fraction, self.total))(measured, lengths)
         lower = jnp.maximum(1, floor_fraction(lengths, 0.01))  # as in `layer_budgets`

@@ -12,7 +12,7 @@ from vlcache_jax.policies.evicted import Drop, Evicted, Merge, check_bits
 from vlcache_jax.policies.generated import Append, Generated
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
-from vlcache_jax.selection import Recent
+from vlcache_jax.selection import AverageShare, Recent, Window
 
 
 class StoreOptions(TypedDict, total=False):
@@ -51,7 +51,8 @@ class Policy:
       rows: which prompt rows score the keys.
       score: from the rows' attention (or anything else in a layer) to a score.
       allocate: slots per layer, or per layer and KV head. A budget of mass decides the layers' slots by itself.
-      recent: the window of most recent tokens: a fraction of a layer's slots, in [0, 1], or `Tokens(n)`.
+      recent: the window of most recent tokens: a fraction of a layer's slots, in [0, 1]; `Tokens(n)`; `Window(n)`, n
+        tokens but not at the scores' expense; or `AverageShare(fraction)`, of the average layer's slots.
       sinks: how many of the prompt's first tokens are kept.
       protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
@@ -95,7 +96,7 @@ class Policy:
                 Tokens | Bytes | Mass,
                 ", or tokens a layer as an integer from 2 on, or Bytes(n), or Mass(share, cap)",
             ),
-            ("recent", 0.0, Tokens, ", or Tokens(n)"),
+            ("recent", 0.0, Tokens | Window | AverageShare, ", or Tokens(n), or Window(n)"),
             ("candidate_fraction", 1e-4, (), ""),
         ):
             value = getattr(self, name)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import SlotBudget, Tokens
+from vlcache_jax.budgets import SlotBudget
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.scores import LayerInputs
 from vlcache_jax.selection import Recent, forced
@@ -66,16 +66,16 @@ class RetainedMass(EqualMass):
         mass = jnp.mean(scores.astype(jnp.float32), axis=1)
         mass = jnp.where(valid & jnp.isfinite(mass), jnp.maximum(mass, 0), 0)
         index = jnp.arange(length)
-        window = self.recent.count if isinstance(self.recent, Tokens) else 1
+        window = 1 if inputs.window is None else inputs.window[:, None]
         kind = jnp.where(inputs.vision_mask == (self.protect == "vision"), 1, 2) if self.protect else 1
-        kind = jnp.where((index >= ends - max(1, window)) | (index < self.sinks), 0, kind)
+        kind = jnp.where((index >= ends - window) | (index < self.sinks), 0, kind)
         kind = jnp.where(valid, kind, 3)
         entry = jnp.where(index < self.sinks, index, self.sinks + ends - 1 - index)  # as `forced` takes them
         entry = jnp.where(index == ends - 1, -1, entry)
         *_, ranked = jax.lax.sort((kind, jnp.where(kind == 0, entry, -mass), mass), num_keys=2)
         held = jnp.cumsum(ranked, axis=1)
         share = jnp.pad(held, ((0, 0), (1, 0)))[:, :-1] / jnp.maximum(held[:, -1:], 1e-30)
-        if not isinstance(self.recent, Tokens):
+        if isinstance(self.recent, int | float):
             core = index - forced(index, self.recent)[0] + 1
             share = jnp.take(share, core, axis=1)
         return jnp.where(valid, share, jnp.inf)

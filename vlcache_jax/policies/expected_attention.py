@@ -27,7 +27,8 @@ class ExpectedScore(Score):
         z_j       = (R mu) . k_j / sqrt(d) + k_j (R S R^T) k_j / (2 d)
         score_j   = softmax over j of z_j, averaged over the query heads of a KV head, times |v_j|
 
-    which is the expectation of exp(q . k_j / sqrt(d)), normalised.
+    which is the expectation of exp(q . k_j / sqrt(d)), normalised. The first `sinks` keys take no part in the softmax
+    and score 0, as in kvpress: heads that lean on a sink would otherwise have no say in the mean.
     """
 
     sinks: int = 4
@@ -66,7 +67,9 @@ class ExpectedScore(Score):
             z = jnp.einsum("kgd,ksd->kgs", mean, key, precision="highest") * head_dim**-0.5
             spread = jnp.einsum("kgde,ksd->kgse", covariance, key, precision="highest")
             z = z + jnp.einsum("kgse,kse->kgs", spread, key, precision="highest") / (2 * head_dim)
-            attention = jax.nn.softmax(jnp.where(jnp.arange(length) < n, z, -jnp.inf), axis=-1)
+            scored = used[:, 0, 0]
+            attention = jax.nn.softmax(jnp.where(scored, z, -jnp.inf), axis=-1)
+            attention = jnp.where(scored, attention, 0 * z)  # so that a sink that is not finite is noticed
             return jnp.mean(attention, axis=1) * jnp.linalg.norm(value, axis=-1)
 
         return jax.lax.map(one_row, (query, inputs.key, inputs.value, inputs.lengths, ahead))

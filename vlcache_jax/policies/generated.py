@@ -7,7 +7,7 @@ from vlcache_jax.budgets import Bytes, Tokens
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Uniform
 from vlcache_jax.policies.evicted import Drop, Quantise
-from vlcache_jax.selection import Recent
+from vlcache_jax.selection import AverageShare, Recent, Window
 
 if TYPE_CHECKING:
     from vlcache_jax.policies.base import Policy
@@ -264,8 +264,10 @@ def _check_count(rule: str, field: str, value: Any) -> None:
 
 def _check_window(rule: str, recent: Any, sinks: Any) -> None:
     fraction = isinstance(recent, int | float) and not isinstance(recent, bool) and 0 <= recent <= 1
-    if recent is not None and not fraction and not isinstance(recent, Tokens):
-        raise PolicyError(f"{rule}(recent={recent!r}) is out of range: give a fraction in [0, 1], or Tokens(n)")
+    if recent is not None and not fraction and not isinstance(recent, Tokens | Window | AverageShare):
+        raise PolicyError(
+            f"{rule}(recent={recent!r}) is out of range: give a fraction in [0, 1], or Tokens(n), or Window(n)"
+        )
     if sinks is not None and (isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0):
         raise PolicyError(f"{rule}(sinks={sinks!r}) is out of range: give a number of tokens, 0 or more")
 

@@ -9,18 +9,26 @@ import jax.numpy as jnp
 from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.method import method
+from vlcache_jax.policies.rounding import without_rounding
 from vlcache_jax.policies.scores import LayerInputs, Score
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyNormScore(Score):
-    """Minus the Euclidean norm of the key."""
+    """Minus the Euclidean norm of the key.
+
+    A rotation does not change a norm, but for rounding: tokens that are alike, such as the row breaks of an image or a
+    token that is repeated, would be ranked by that, and otherwise in another batch. So norms between which there is no
+    gap larger than rounding are equal: each counts as the smallest of them. (Keys in bfloat16 are rounded after they
+    were rotated. Theirs are the norms of what is stored.)
+    """
 
     needs_attention = False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """See `Score.__call__`."""
-        return -jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        norm = jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        return -without_rounding(norm, jnp.broadcast_to(inputs.valid[:, None], norm.shape))
 
 
 @method

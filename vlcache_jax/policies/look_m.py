@@ -54,6 +54,10 @@ class TextPrior(Score):
         rank = jnp.take_along_axis(rank, jnp.argsort(index, axis=-1), axis=-1).astype(jnp.float32)
         return jnp.where(jnp.isfinite(scores), rank, jnp.nan)
 
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`."""
+        return self.score.ties(inputs)
+
 
 @method
 def LookM(

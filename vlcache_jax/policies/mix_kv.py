@@ -6,14 +6,16 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import Budget, Tokens
+from vlcache_jax.budgets import Budget
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.key_difference import unit_keys
 from vlcache_jax.policies.method import method
+from vlcache_jax.policies.pooling import skipped
+from vlcache_jax.policies.rounding import without_rounding
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import LayerInputs, Score
-from vlcache_jax.policies.snap_kv import snap_score
-from vlcache_jax.selection import Recent
+from vlcache_jax.policies.snap_kv import observation_window, snap_score, unpooled
+from vlcache_jax.selection import Recent, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,11 @@ class DiversityMixed(Score):
 
     Attributes:
       score: the votes, not negative.
-      skip: last tokens that are left out of the means and extremes; they keep their own score.
+      skip: last tokens that are left out of the means and extremes; they keep their own score. See `SequencePooled`.
     """
 
     score: Score
-    skip: int = 0
+    skip: int | Window = 0
 
     @property
     def needs_attention(self) -> bool:
@@ -44,8 +46,8 @@ class DiversityMixed(Score):
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """See `Score.__call__`."""
         vote = self.score(inputs).astype(jnp.float32)
-        length = vote.shape[-1]
-        inside = jnp.broadcast_to((jnp.arange(length) < inputs.lengths[:, None] - self.skip)[:, None], vote.shape)
+        length, last = vote.shape[-1], skipped(self.skip, inputs)
+        inside = jnp.broadcast_to((jnp.arange(length) < inputs.lengths[:, None] - last)[:, None], vote.shape)
         count = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
 
         def mean(x: jax.Array) -> jax.Array:
@@ -64,15 +66,21 @@ class DiversityMixed(Score):
         n = inputs.lengths[:, None, None]
         rho = jnp.clip((n * square - 1) / jnp.maximum(n - 1, 1), 0, 1)
         norm = jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        # Stretched to [0, 1], the rounding of equal norms would weigh as much as anything.
+        norm = without_rounding(norm, jnp.broadcast_to(inputs.valid[:, None], norm.shape))
         mixed = rho * scaled(-cosine) + (1 - rho) * (vote + scaled(norm))
         return jnp.where(inside, mixed, vote)
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`."""
+        return self.score.ties(inputs)
 
 
 @method
 def MixKV(
     budget: Budget = 0.1,
     *,
-    window: int = 32,
+    window: int | None = None,
     pool: int = 5,
     recent: Recent | None = None,
     **options: Unpack[Options],
@@ -88,9 +96,10 @@ def MixKV(
 
     Args:
       budget: see `Policy.budget`.
-      window: rows that vote, and recent tokens that are kept.
+      window: rows that vote, and recent tokens that are kept. By default 32, of which no more are kept
+        than `Window(32)` allows.
       pool: odd number of neighbours, 1 for none.
-      recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
+      recent: recent tokens to keep, as in `Policy`; the window by default.
       **options: see `Options`.
 
     Returns:
@@ -103,13 +112,12 @@ def MixKV(
       >>> MixKV().rows
       LastRows(count=32)
     """
-    rows = LastRows(window)
-    recent = Tokens(window) if recent is None else recent
+    count, recent = observation_window(window, recent)
     return Policy(
         name="mix_kv",
         budget=budget,
-        rows=rows,
-        score=DiversityMixed(snap_score(pool, recent=recent), recent.count if isinstance(recent, Tokens) else 0),
+        rows=LastRows(count),
+        score=DiversityMixed(snap_score(pool, recent=recent), unpooled(recent)),
         recent=recent,
         **options,
     )

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.scores import LayerInputs, Score
+from vlcache_jax.selection import Window
 
 
-def pooled(score: Score, size: int, kind: str = "mean", grid_side: int | None = None, skip: int = 0) -> Score:
+def pooled(score: Score, size: int, kind: str = "mean", grid_side: int | None = None, skip: int | Window = 0) -> Score:
     """`score` pooled over `size` neighbours in the sequence, or size x size on the patch grid if `grid_side` is given.
 
     Args:
@@ -42,13 +43,16 @@ class SequencePooled(Score):
     """The mean or maximum over the `size` nearest positions of the prompt, as SnapKV does it (arXiv 2404.14469).
 
     Neighbours before the prompt, in the last `skip` tokens or in the padding count as 0 in a mean (it is always divided
-    by `size`) and not at all in a maximum: so does SnapKV's code. The last `skip` tokens keep their own score.
+    by `size`) and not at all in a maximum: so does SnapKV's code. The last `skip` tokens keep their own score. Of
+    tokens that share a maximum the one it comes from goes first, then the others by their own score.
+
+    `skip` is a number of tokens, or a `Window`: then those of the policy's window.
     """
 
     score: Score
     size: int
     kind: str = "mean"
-    skip: int = 0
+    skip: int | Window = 0
 
     def __post_init__(self) -> None:
         _check(self.size, self.kind)
@@ -62,7 +66,7 @@ class SequencePooled(Score):
         """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         length = scores.shape[-1]
-        inside = (jnp.arange(length) < inputs.lengths[:, None] - self.skip)[:, None]
+        inside = (jnp.arange(length) < inputs.lengths[:, None] - skipped(self.skip, inputs))[:, None]
         nothing = 0.0 if self.kind == "mean" else -jnp.inf
         half = self.size // 2
         wide = jnp.pad(jnp.where(inside, scores, nothing), ((0, 0), (0, 0), (half, half)), constant_values=nothing)
@@ -73,6 +77,18 @@ class SequencePooled(Score):
         if self.kind == "mean":
             pool = pool / self.size
         return jnp.where(inside, pool, scores)
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`."""
+        return self.score(inputs) if self.kind == "max" else self.score.ties(inputs)
+
+
+def skipped(skip: int | Window, inputs: LayerInputs) -> int | jax.Array:
+    """The last tokens that a window spares from pooling: `skip`, or i32 [batch, 1]."""
+    if not isinstance(skip, Window):
+        return skip
+    assert inputs.window is not None, "a score that skips a Window needs a policy whose `recent` is one"
+    return inputs.window[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +145,7 @@ class GridPooled(Score):
                 best = jnp.maximum(best, jnp.where(found, near, -jnp.inf))
         pool = total / jnp.maximum(count, 1) if self.kind == "mean" else best
         return jnp.where(patch[:, None], pool, scores)
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`; as in `SequencePooled`."""
+        return self.score(inputs) if self.kind == "max" else self.score.ties(inputs)

@@ -6,14 +6,14 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import Budget, SlotBudget, Tokens
+from vlcache_jax.budgets import Budget, SlotBudget
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate import Allocate
 from vlcache_jax.policies.base import Options, Policy
 from vlcache_jax.policies.method import method
 from vlcache_jax.policies.rows import LastRows
-from vlcache_jax.policies.snap_kv import snap_score
-from vlcache_jax.selection import Recent, forced
+from vlcache_jax.policies.snap_kv import WINDOW, observation_window, snap_score
+from vlcache_jax.selection import Recent, Window, forced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pyramid(Allocate):
     """
 
     beta: int = 20
-    window: Recent = Tokens(32)  # noqa: RUF009  # frozen
+    window: Recent = Window(WINDOW)  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         if isinstance(self.beta, bool) or not isinstance(self.beta, int) or self.beta < 1:
@@ -63,7 +63,7 @@ def PyramidKV(
     budget: Budget = 0.1,
     *,
     beta: int = 20,
-    window: int = 32,
+    window: int | None = None,
     pool: int = 5,
     pooling: str = "mean",
     recent: Recent | None = None,
@@ -79,10 +79,11 @@ def PyramidKV(
     Args:
       budget: see `Policy.budget`.
       beta: the last layer gets about 1/beta of the average besides its window.
-      window: rows that vote, and recent tokens that are kept.
+      window: rows that vote, and recent tokens that are kept. By default 32, of which no more are kept
+        than `Window(32)` allows.
       pool: odd number of neighbours, 1 for none.
       pooling: "mean" or "max".
-      recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
+      recent: recent tokens to keep, as in `Policy`; the window by default.
       **options: see `Options`.
 
     Returns:
@@ -93,14 +94,13 @@ def PyramidKV(
 
     Example:
       >>> PyramidKV(budget=256).allocate
-      Pyramid(beta=20, window=Tokens(count=32))
+      Pyramid(beta=20, window=Window(count=32))
     """
-    rows = LastRows(window)
-    recent = Tokens(window) if recent is None else recent
+    count, recent = observation_window(window, recent)
     return Policy(
         name="pyramid_kv",
         budget=budget,
-        rows=rows,
+        rows=LastRows(count),
         score=snap_score(pool, pooling, recent=recent),
         allocate=Pyramid(beta, recent),
         recent=recent,

@@ -27,6 +27,8 @@ class LayerInputs:
       density: f32 [batch], share of large attention entries; 1 unless `Allocate.threshold` asks for it.
       rows: i32 [batch], how many rows score the keys: the last ones of the prompt, for every `Rows` here.
       statistics: of the policy's rows; None unless the policy needs them.
+      window: i32 [batch], the latest tokens that every layer keeps whatever they score, where that is a number of
+        tokens (`Tokens`, `Window`, `AverageShare`); None where `Policy.recent` is a fraction of a layer's own slots.
       rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
     """
 
@@ -39,6 +41,7 @@ class LayerInputs:
     density: jax.Array
     rows: jax.Array
     statistics: ColumnStatistics | None = None
+    window: jax.Array | None = None
     rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     @property
@@ -68,6 +71,13 @@ class Score:
     def __call__(self, inputs: LayerInputs) -> jax.Array:
         """f32 [batch, kv_heads or 1, length]; higher is kept first. Padding may hold anything."""
         raise NotImplementedError
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """Like the scores: which of two equal ones is kept first. None: the lower position, as where these are equal.
+
+        For scores with ties by construction. A score made from another passes on the other's.
+        """
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,17 @@ from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import LastRows
 from vlcache_jax.policies.scores import AccumulatedAttention, Score
 from vlcache_jax.policies.visual_sinks import without_sinks
-from vlcache_jax.selection import Recent
+from vlcache_jax.selection import Recent, Window
+
+WINDOW = 32
+"""Rows that vote, and recent tokens that are kept, in the authors' code."""
 
 
 @method
 def SnapKV(
     budget: Budget = 0.1,
     *,
-    window: int = 32,
+    window: int | None = None,
     pool: int = 5,
     pooling: str = "mean",
     grid_side: int | None = None,
@@ -35,18 +38,20 @@ def SnapKV(
 
     Choices. The authors' code repeats the KV heads to one for each query head; here votes are averaged over the group,
     then pooled (as in KVCache-Factory; kvpress pools first, which differs for the maximum only). A prompt within
-    the budget is not compressed. A layer with fewer slots than the window keeps its latest tokens: for short prompts
-    or small fractions give `recent=0.1`, which spends a tenth of the slots on recent tokens and ranks the others.
+    the budget is not compressed. The authors' code refuses a budget that does not exceed the window; here a window that
+    would take more than half of the slots is made smaller, see `Window`. One that is asked for, by `window` or
+    `recent`, is kept whole.
 
     Query-aware, if the question lies in the last rows.
 
     Args:
       budget: see `Policy.budget`.
-      window: rows that vote, and recent tokens that are kept.
+      window: rows that vote, and recent tokens that are kept. By default 32, of which no more are kept
+        than `Window(32)` allows.
       pool: odd number of neighbours, 1 for none; size of the square with `grid_side`.
       pooling: "mean" or "max".
       grid_side: pool visual tokens on their patch grid instead; see `GridPooled`.
-      recent: recent tokens to keep, a fraction of the slots or `Tokens(n)`; the window by default.
+      recent: recent tokens to keep, as in `Policy`; the window by default.
       heads: "each" ranks for every KV head, "shared" once per layer.
       mask_visual_sinks: see `MaskVisualSinks`.
       **options: see `Options`.
@@ -58,19 +63,33 @@ def SnapKV(
       PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
 
     Example:
-      >>> SnapKV(budget=256).recent
-      Tokens(count=32)
+      >>> SnapKV(budget=256).recent, SnapKV(budget=256, window=32).recent
+      (Window(count=32), Tokens(count=32))
     """
-    rows = LastRows(window)
-    recent = Tokens(window) if recent is None else recent
+    count, recent = observation_window(window, recent)
     return Policy(
         name="snap_kv",
         budget=budget,
-        rows=rows,
+        rows=LastRows(count),
         score=snap_score(pool, pooling, grid_side, recent, heads, mask_visual_sinks),
         recent=recent,
         **options,
     )
+
+
+def observation_window(window: int | None, recent: Recent | None) -> tuple[int, Recent]:
+    """Rows that vote and the recent tokens to keep: 32 rows and `Window(32)` where nothing is asked for."""
+    count = WINDOW if window is None else window
+    if recent is not None:
+        return count, recent
+    return count, Window(count) if window is None else Tokens(count)
+
+
+def unpooled(recent: Recent) -> int | Window:
+    """The last tokens that take no part in the pooling: a window of a number of tokens."""
+    if isinstance(recent, Tokens):
+        return recent.count
+    return recent if isinstance(recent, Window) else 0
 
 
 def snap_score(
@@ -82,5 +101,5 @@ def snap_score(
     mask_visual_sinks: bool = False,
 ) -> Score:
     """The pooled votes; a window of a fixed number of tokens takes no part in the pooling."""
-    skip = recent.count if isinstance(recent, Tokens) else 0
-    return pooled(without_sinks(AccumulatedAttention(heads), mask_visual_sinks), pool, pooling, grid_side, skip)
+    score = without_sinks(AccumulatedAttention(heads), mask_visual_sinks)
+    return pooled(score, pool, pooling, grid_side, unpooled(recent))

@@ -59,6 +59,10 @@ class MaskVisualSinks(Score):
         sink = visual & (scores > self.outlier * mean(scores)) & (norm < self.value * mean(norm))
         return jnp.where(sink, 0, scores)
 
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`."""
+        return self.score.ties(inputs)
+
 
 def without_sinks(score: Score, mask: bool = True) -> Score:
     """`score` with visual sinks masked, if `mask`."""

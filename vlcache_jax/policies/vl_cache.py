@@ -10,6 +10,7 @@ from vlcache_jax.policies.pooling import pooled
 from vlcache_jax.policies.rows import PostVision, Rows
 from vlcache_jax.policies.scores import AccumulatedAttention
 from vlcache_jax.policies.visual_sinks import without_sinks
+from vlcache_jax.selection import AverageShare, Recent
 
 
 @method
@@ -17,7 +18,7 @@ def VLCache(
     budget: Budget = 0.1,
     *,
     threshold: float = 0.01,
-    recent: float = 0.1,
+    recent: Recent | None = None,
     rows: Rows | None = None,
     heads: str = "each",
     total: str = "exact",
@@ -41,10 +42,12 @@ def VLCache(
     Args:
       budget: fraction of the full cache to keep, in (0, 1]; or tokens or bytes, see `Policy.budget`.
       threshold: relative threshold p of equation 1.
-      recent: fraction of each layer's slots for its most recent tokens (section 5).
+      recent: most recent tokens to keep, as in `Policy`; a tenth of each layer's slots by default (section 5), with
+        total="effivlm" of the average layer's.
       rows: scoring rows; the rows after the last visual token by default. The paper's speed test uses `LastRows(50)`.
       heads: "each" ranks for every KV head, "shared" once per layer. The paper does not say which.
-      total: "exact" makes the layers add up to the budget; "paper" clips without sharing again.
+      total: "exact" makes the layers add up to the budget; "paper" clips without sharing again; "effivlm" is
+        EffiVLM-Bench's rule, see `SparsityAware`, whose code the published figures of other groups come from.
       pool: odd number of neighbours over which scores are pooled; 1, for none, is the paper's.
       pooling: "mean" or "max".
       grid_side: pool visual tokens over pool x pool patches of their grid instead; see `GridPooled`.
@@ -67,6 +70,6 @@ def VLCache(
         rows=PostVision() if rows is None else rows,
         score=pooled(without_sinks(AccumulatedAttention(heads), mask_visual_sinks), pool, pooling, grid_side),
         allocate=SparsityAware(threshold, total),
-        recent=recent,
+        recent=(AverageShare(0.1) if total == "effivlm" else 0.1) if recent is None else recent,
         **options,
     )

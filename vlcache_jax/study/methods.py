@@ -13,15 +13,6 @@ from vlcache_jax.study.oracle import oracle, oracle_by_mass
 FULL = "full_cache"
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
 
-_SMALL_WINDOW = {"recent": 0.1}  # 32 recent tokens would fill small budgets
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "snap_kv": _SMALL_WINDOW,
-    "pyramid_kv": _SMALL_WINDOW,
-    "ada_kv": _SMALL_WINDOW,
-    "mix_kv": _SMALL_WINDOW,
-}
-"""Options with which a policy takes part; none for those that are not here."""
-
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vl_cache_shared": ("vl_cache", {"heads": "shared"}),
     "vl_cache_pooled": ("vl_cache", {"pool": 5, "pooling": "max"}),
@@ -29,9 +20,9 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vl_cache_uniform": ("vl_cache", {"allocate": Uniform()}),
     "vl_cache_int8": ("vl_cache", {"bits": 8}),
     "vl_cache_int4": ("vl_cache", {"bits": 4}),
-    "snap_kv_shared": ("snap_kv", {**_SMALL_WINDOW, "heads": "shared"}),
-    "snap_kv_unpooled": ("snap_kv", {**_SMALL_WINDOW, "pool": 1}),
-    "snap_kv_grid": ("snap_kv", {**_SMALL_WINDOW, "pool": 3, "grid_side": "model"}),
+    "snap_kv_shared": ("snap_kv", {"heads": "shared"}),
+    "snap_kv_unpooled": ("snap_kv", {"pool": 1}),
+    "snap_kv_grid": ("snap_kv", {"pool": 3, "grid_side": "model"}),
     "look_m_unmerged": ("look_m", {"merge": None}),
     "zip_vl_evicting": ("zip_vl", {"evicted": "drop"}),
 }
@@ -109,7 +100,7 @@ class Method:
         """
         if self.name in _YARDSTICKS:
             return _YARDSTICKS[self.name](budget)
-        name, options = _VARIANTS.get(self.name, (self.name, _OPTIONS.get(self.name, {})))
+        name, options = _VARIANTS.get(self.name, (self.name, {}))
         options = {**options, "grid_side": grid_side} if "grid_side" in options else dict(options)
         allocate = options.pop("allocate", None)
         policy = policy_by_name(name, **options) if name == FULL else policy_by_name(name, budget=budget, **options)
