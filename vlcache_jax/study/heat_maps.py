@@ -33,7 +33,7 @@ def kept_tokens(task: str, budget: float, kept: dict[str, dict[str, Any]]) -> Im
         if len(line["layers"][0]) != tokens:
             raise InputError(
                 f"what {method} kept of {task} is noted for {len(line['layers'][0])} visual tokens, the sample has "
-                f"{tokens}: remove that line of the results, and it is measured again"
+                f"{tokens}: remove that line of the results and the result after it, which is then measured again"
             )
     question, answer = sample.questions[0]
     images = np.concatenate(list(sample.images), axis=1)

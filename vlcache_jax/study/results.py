@@ -136,7 +136,7 @@ class ResultFile:
         self.kept: dict[tuple[str, str, float], dict[str, Any]] = {}
         self.runs: list[dict[str, Any]] = []
         self._layers: int | None = None  # of the first result
-        self._seen: dict[tuple[Any, ...], int] = {}  # the line of each result
+        self._seen: dict[Key, int] = {}  # the line of each result
         make_folder(folder)
         if check_target(self.path) is None or not self._read(study):
             self._write({"kind": "study", **study})
@@ -200,9 +200,8 @@ class ResultFile:
             if layers is not None and layers != (self._layers or layers):
                 raise ValueError(f"it has {layers} layers, those before it have {self._layers}")
             self._layers = self._layers or layers
-            if line["kind"] in ("result", "kept"):
-                names = ("kind", *Key._fields) if line["kind"] == "result" else ("kind", *Key._fields[:3])
-                key = tuple(line[name] for name in names)
+            if line["kind"] == "result":
+                key = Key(*(line[name] for name in Key._fields))
                 if key in self._seen:
                     raise ValueError(f"it repeats line {self._seen[key]}, {', '.join(map(str, key))}")
                 self._seen[key] = number
@@ -214,8 +213,8 @@ class ResultFile:
 
     def _damaged(self, number: int, why: str) -> InputError:
         return InputError(
-            f"{self.path}, line {number} is no result of a study: {why}; remove the line, and what it held is measured "
-            "again, restore the file, or choose another --output"
+            f"{self.path}, line {number} is no result of a study: {why}; remove the line (a result that is missing "
+            "is measured again), restore the file, or choose another --output"
         )
 
     def _check_study(self, line: dict[str, Any], study: dict[str, Any]) -> None:

@@ -242,9 +242,9 @@ def run_study(
                         progress.note(f"{task} {method.name} {budget:g}: left out, {outcome}")
                         continue
                     result, kept = outcome
-                    file.add(result)
                     if budget == pictured and mode == KNOWN:
                         file.add_kept(task, method.name, budget, **kept)
+                    file.add(result)  # last: a configuration without its result is measured again
                     progress.note(f"{_line(result)}; {left} to go")
                 _free_programs()
         del prompts
