@@ -152,7 +152,7 @@ class Decoder(nn.Module):
 
         Args:
           hidden: [batch, length, hidden_size].
-          positions: i32 [batch, length], rotary positions.
+          positions: i32 [batch, length], rotary positions; those of padding are not beyond the row's last one.
           attend: see the module's description.
           carry: first layer's carry.
           xs: pytree stacked over layers, or None.
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
           (hidden after the final norm, last layer's carry, ys stacked over layers).
         """
         c = self.config
-        rotation = rope.rotation(positions, *rope.frequencies(c.rope, c.head_dim, c.max_positions))
+        rotation = rope.rotation(positions, c.rope, c.head_dim, c.max_positions)
 
         def body(layer: DecoderLayer, state, xs):
             x, carry = state
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """The rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length], any sign."""
         c = self.config
-        return rope.rotate(x, *rope.rotation(positions, *rope.frequencies(c.rope, c.head_dim, c.max_positions)))
+        return rope.rotate(x, *rope.rotation(positions, c.rope, c.head_dim, c.max_positions))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""

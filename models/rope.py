@@ -12,8 +12,8 @@ from vlcache_jax.models.config import RopeConfig
 def frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
     """Angular frequency of each rotated pair, and the factor that multiplies cos and sin.
 
-    `dynamic` scaling stretches the frequencies only beyond the model's positions, which this library refuses to
-    enter; within them it is the default.
+    `dynamic` scaling stretches the frequencies only beyond `max_positions`, see `rotation`; within them it is the
+    default.
 
     Args:
       config: kind and parameters of the scaling.
@@ -68,9 +68,23 @@ def _yarn(base: np.ndarray, config: RopeConfig, head_dim: int, original: int) ->
     return scaled.astype(np.float32), factor
 
 
-def rotation(positions: jax.Array, frequency: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32 [..., head_dim / 2], of integer `positions` [...]."""
-    angle = positions[..., None].astype(jnp.float32) * frequency
+def rotation(
+    positions: jax.Array, config: RopeConfig, head_dim: int, max_positions: int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, f32 [batch, length, head_dim / 2], of integer `positions` [batch, length].
+
+    `dynamic` scaling goes by the last position of each row, so `positions` of padding must not lie beyond it. As in
+    transformers (`dynamic_rope_update`), keys that were cached keep the frequencies of their time; unlike there, a row
+    does not depend on its neighbours, nor on what was run before.
+    """
+    frequency, factor = frequencies(config, head_dim, max_positions)
+    stretched: np.ndarray | jax.Array = frequency
+    if config.kind == "dynamic" and config.extended(max_positions) > max_positions:
+        # base ** (-2 i / head_dim) of a larger base: "NTK-aware" scaling.
+        length = jnp.max(jnp.abs(positions), axis=-1)[..., None, None].astype(jnp.float32) + 1
+        excess = config.factor * (jnp.maximum(length / max_positions, 1) - 1)
+        stretched = frequency * (1 + excess) ** (-np.arange(head_dim // 2, dtype=np.float32) * 2 / (head_dim - 2))
+    angle = positions[..., None].astype(jnp.float32) * stretched
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 

@@ -1,6 +1,7 @@
 """Damaged, hostile and incomplete checkpoint folders are refused with a message that names the culprit."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,20 @@ def test_links_within_the_folder_and_the_hubs_cache_are_fine(tmp_path: Path) -> 
     assert set(SafetensorsFolder(snapshot).tensors) == {"a", "b"}
     (tmp_path / "link").symlink_to(snapshot)
     assert set(SafetensorsFolder(tmp_path / "link").tensors) == {"a", "b"}
+
+    # Models of one cache may share blobs, by a second link.
+    shared = tmp_path / "blobs" / "ab"
+    shared.mkdir(parents=True)
+    (blobs / "ab12").rename(shared / "ab12")
+    (blobs / "ab12").symlink_to("../../blobs/ab/ab12")
+    assert set(SafetensorsFolder(snapshot).tensors) == {"a", "b"}
+    for elsewhere in (tmp_path / "other.safetensors", blobs / "in" / "x", tmp_path / "models--x--z" / "blobs" / "x"):
+        elsewhere.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "other.safetensors", elsewhere) if not elsewhere.exists() else None
+        (blobs / "ab12").unlink()
+        (blobs / "ab12").symlink_to(elsewhere)
+        with pytest.raises(CheckpointError, match="outside the checkpoint folder"):
+            SafetensorsFolder(snapshot)
 
 
 def test_shards_that_disagree_with_the_index(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Token ids against the rows of the embedding table."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny_checkpoints import make_tiny_llava
 from transformers import AutoTokenizer
 
 import vlcache_jax as vlc
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.training.examples import make_train_batch
 
 ROWS = 64
@@ -74,6 +75,47 @@ def test_a_prompt_id_without_a_row_is_refused(vlm):
         vlm.processor.continuation("w1 <extra>")
     with pytest.raises(InputError, match="row 0, the answer and its end: the token '<extra>'"):
         make_train_batch(vlm.processor, None, [PROMPTS[0]], ["w1 <extra>"], 64)
+
+
+@pytest.mark.parametrize("token", ["w1", "assistant:"])
+def test_a_vocabulary_larger_than_the_table_is_refused(token, unresized, tmp_path):
+    folder = shutil.copytree(unresized[0], tmp_path / "copy")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"][token] = 5000
+    path.write_text(json.dumps(values))
+    with pytest.raises(
+        CheckpointError, match=rf"the token '{token}' of tokenizer.json has the id 5000, .* {ROWS} rows"
+    ):
+        vlc.load(folder)
+
+
+def test_a_beginning_without_a_row_is_refused(unresized, tmp_path):
+    folder = shutil.copytree(unresized[0], tmp_path / "copy")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["post_processor"]["special_tokens"]["<s>"] = {"id": "<s>", "ids": [ROWS + 1], "tokens": ["<extra>"]}
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"adds '<extra>' to every prompt, whose id {ROWS + 1} has no row"):
+        vlc.load(folder)
+
+
+@pytest.mark.parametrize("key", ["image_token_index", "eos_token_id"])
+def test_ids_of_the_config_without_a_row_are_refused(key, unresized, tmp_path):
+    folder = shutil.copytree(unresized[0], tmp_path / "copy")
+    name = "generation_config.json" if key == "eos_token_id" else "config.json"
+    values = json.loads((folder / name).read_text())
+    values.pop("image_token_id", None)
+    (folder / name).write_text(json.dumps(values | {key: ROWS + 1}))
+    with pytest.raises(CheckpointError, match=rf"{name}: {key} is {ROWS + 1}; expected .* below the vocab_size {ROWS}"):
+        vlc.load(folder)
+
+
+def test_ends_that_can_be_generated_stay(unresized, tmp_path):
+    folder = shutil.copytree(unresized[0], tmp_path / "copy")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [ROWS + 1, 2], "bos_token_id": ROWS + 1}))
+    assert vlc.load(folder, dtype="float32").model.spec.eos_token_ids == (ROWS + 1, 2)
 
 
 def test_continuations_and_training_rows_are_padded_with_a_row(vlm):

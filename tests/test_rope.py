@@ -78,7 +78,7 @@ def test_rotation(case):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 7, 3, HEAD_DIM)).astype(np.float32)
     positions = rng.integers(0, POSITIONS, (2, 7))
-    cos, sin = rope.rotation(jnp.asarray(positions), *rope.frequencies(ours(case), HEAD_DIM, POSITIONS))
+    cos, sin = rope.rotation(jnp.asarray(positions), ours(case), HEAD_DIM, POSITIONS)
     assert cos.shape == sin.shape == (2, 7, HEAD_DIM // 2)
     actual = rope.rotate(jnp.asarray(x), cos, sin)
     embedding = LlamaRotaryEmbedding(theirs(case))
@@ -91,14 +91,29 @@ def test_rotation(case):
     np.testing.assert_allclose(np.asarray(actual)[near], wanted[near], rtol=0, atol=1e-4)
 
 
+def test_dynamic_scaling_goes_by_the_length_of_the_row():
+    lengths = (100, POSITIONS, POSITIONS + 1, 3 * POSITIONS)
+    positions = np.stack([np.minimum(np.linspace(0, n - 1, 9).round().astype(int), n - 1) for n in lengths])
+    cos, sin = rope.rotation(jnp.asarray(positions), ours("dynamic"), HEAD_DIM, POSITIONS)
+    for row in range(len(lengths)):
+        embedding = LlamaRotaryEmbedding(theirs("dynamic"))
+        wanted = [
+            x[0, :, : HEAD_DIM // 2].numpy() for x in embedding(torch.zeros(1), torch.from_numpy(positions[[row]]))
+        ]
+        np.testing.assert_allclose(cos[row], wanted[0], rtol=0, atol=6e-3)
+        np.testing.assert_allclose(sin[row], wanted[1], rtol=0, atol=6e-3)
+    plain, _ = rope.rotation(jnp.asarray(positions), RopeConfig(), HEAD_DIM, POSITIONS)
+    np.testing.assert_array_equal(cos[:2], plain[:2])
+    assert np.abs(cos[2:] - plain[2:]).max() > 0.1
+
+
 def test_rotated_products_depend_on_the_distance_only():
     rng = np.random.default_rng(1)
     q, k = rng.normal(size=(2, 1, 1, 1, HEAD_DIM)).astype(np.float32)
-    frequency, factor = rope.frequencies(RopeConfig(), HEAD_DIM, POSITIONS)
 
     def product(at_q, at_k):
         turned = [
-            rope.rotate(jnp.asarray(x), *rope.rotation(jnp.full((1, 1), at), frequency, factor))
+            rope.rotate(jnp.asarray(x), *rope.rotation(jnp.full((1, 1), at), RopeConfig(), HEAD_DIM, POSITIONS))
             for x, at in ((q, at_q), (k, at_k))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -109,7 +124,7 @@ def test_rotated_products_depend_on_the_distance_only():
 
 def test_bfloat16_is_rotated_in_float32():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 5, 2, HEAD_DIM)), jnp.bfloat16)
-    cos, sin = rope.rotation(jnp.arange(5)[None], *rope.frequencies(RopeConfig(), HEAD_DIM, POSITIONS))
+    cos, sin = rope.rotation(jnp.arange(5)[None], RopeConfig(), HEAD_DIM, POSITIONS)
     actual = rope.rotate(x, cos, sin)
     assert actual.dtype == jnp.bfloat16
     assert jax.numpy.array_equal(actual, rope.rotate(x.astype(jnp.float32), cos, sin).astype(jnp.bfloat16))

@@ -61,7 +61,7 @@ def append_block(
 
     variables = {"params": params}
     hidden = model.apply(variables, tokens, method="embed_tokens")
-    positions = first[:, None] + jnp.arange(length)
+    positions = first[:, None] + jnp.minimum(jnp.arange(length, dtype=jnp.int32), lengths[:, None] - 1)
     layers = jnp.arange(spec.num_layers)
     hidden, _, (keys, values) = model.apply(variables, hidden, positions, attend, None, layers, method="decode")
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]

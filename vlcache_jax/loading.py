@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from vlcache_jax.errors import InputError
 from vlcache_jax.interfaces import Params
 from vlcache_jax.models.checkpoint import load_params
+from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
@@ -46,6 +46,8 @@ def load(
     *,
     param_dtype: Any = None,
     buckets: Sequence[int] | None = None,
+    revision: str | None = None,
+    allow_links: bool = False,
 ) -> VLM:
     """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
 
@@ -54,7 +56,8 @@ def load(
     run and no pickle is read.
 
     Args:
-      path: a local folder.
+      path: a local folder, or the id of a model on the Hugging Face Hub, which is downloaded into the Hub's cache; see
+        `docs/checkpoints.md`. A folder that exists wins; "./name" is a folder always.
       dtype: of the computation and the KV cache: "bfloat16", "float32", "float16", or such a NumPy type.
       mesh: devices to load onto, with axes of any type; projections are split over its axis "model" if it has one, and
         any other axis can carry the batch. None: the default device.
@@ -62,12 +65,15 @@ def load(
         updates are smaller than half a step of the number and round away.
       buckets: the padded lengths that the processor gives prompts, such as (512, 1024, 2048): programs compile once for
         each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
+      revision: of a model on the Hub: a branch, tag or commit; "main" by default.
+      allow_links: follow links that lead out of the folder, as in the stores of models that other programs keep.
 
     Returns:
       Model, parameters, processor and config.
 
     Raises:
-      CheckpointError: the folder is missing, unsafe, corrupt, unsupported, or its tensors do not fit its config.
+      CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
+        model cannot be downloaded.
       InputError: an unknown dtype, or buckets that are not positive whole numbers.
 
     Warns:
@@ -75,12 +81,12 @@ def load(
         does not divide the KV heads.
 
     Example:
-      vlm = vlc.load("llava-v1.6-mistral-7b-hf")
+      vlm = vlc.load("llava-hf/llava-v1.6-mistral-7b-hf")
       batch = vlm.processor(images=[["cat.jpg"]], text=["[INST] <image>\\nWhat is this? [/INST]"])
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
     """
     dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
-    folder = Path(path)
+    folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets)
     model = Llava(config, dtype)

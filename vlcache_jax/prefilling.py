@@ -101,9 +101,9 @@ def _prefill(
 ) -> tuple[jax.Array, KVState]:
     variables = {"params": params}
     hidden = model.apply(variables, batch, method="embed")
-    positions = jnp.broadcast_to(jnp.arange(batch.length), (batch.size, batch.length))
-    run = partial(model.apply, variables, hidden, positions, method="decode")
     lengths = varying(jnp.asarray(batch.lengths), params, batch)
+    positions = jnp.minimum(jnp.arange(batch.length, dtype=jnp.int32), lengths[:, None] - 1)
+    run = partial(model.apply, variables, hidden, positions, method="decode")
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
     hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)

@@ -9,15 +9,10 @@ from typing import Any
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.json_text import parse_json
 from vlcache_jax.limits import JSON_BYTES, TEXT_BYTES
+from vlcache_jax.reading import open_plain
+from vlcache_jax.writing import kind_of
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +91,8 @@ def file_inside(folder: Folder, name: str) -> Path:
             )
         mode = os.stat(target).st_mode
         if not stat.S_ISREG(mode):
-            kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "no file")
-            raise CheckpointError(f"{path} is {kind}, not a plain file; put the checkpoint's own file there")
-        with target.open("rb") as stream:
+            raise CheckpointError(f"{path} is {kind_of(mode)}, not a plain file; put the checkpoint's own file there")
+        with open_plain(target) as stream:
             start = stream.read(len(_POINTER))
     except FileNotFoundError:
         link = f" (it links to {os.readlink(path)}, which does not exist)" if path.is_symlink() else ""
@@ -134,7 +128,7 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
       CheckpointError: if the file cannot be read as UTF-8, or has more than `most` bytes.
     """
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             raw = stream.read(most + 1)
         if len(raw) > most:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {most} are read")

@@ -14,7 +14,7 @@ from vlcache_jax.models.checkpoint.copying import copy_cast
 from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.checkpoint.mapping import BY_NAME, BY_PATH, IGNORED, Rule, canonical
 from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, SafetensorsFolder
-from vlcache_jax.models.checkpoint.unsupported import refuse_quantised_tensors
+from vlcache_jax.models.checkpoint.unsupported import refuse_quantised_tensors, warn_of_adapter
 
 _LISTED = 20  # problems of one kind that a message spells out
 _COMPARED = 200  # names that are searched for one like another
@@ -49,6 +49,7 @@ def load_params(
         everything that does not fit.
     """
     reader = SafetensorsFolder(folder)
+    warn_of_adapter(reader.folder)
     wanted = traverse_util.flatten_dict(abstract_params)
     sources = _match(reader, wanted)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):

@@ -1,6 +1,7 @@
 """Folders that hold something else than a whole model in safetensors: what they hold, and what to do about it."""
 
 import re
+import warnings
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
@@ -33,9 +34,14 @@ def no_config(folder: CheckpointFolder) -> CheckpointError:
     )
 
 
-def no_weights(folder: CheckpointFolder) -> CheckpointError:
-    """Why a folder that has neither model.safetensors nor an index has no weights to read."""
-    names = sorted(path.name for path in folder.path.iterdir())
+def no_weights(folder: CheckpointFolder, names: list[str] | None = None) -> CheckpointError:
+    """Why a folder that has neither model.safetensors nor an index has no weights to read.
+
+    Args:
+      folder: the folder.
+      names: of all files of the model, if more are known than the folder has.
+    """
+    names = names or sorted(path.name for path in folder.path.iterdir())
     if ADAPTER_CONFIG in names:
         return _adapter_only(folder)
     pickled = [name for name in names if name.endswith(_PICKLED)]
@@ -64,6 +70,16 @@ def no_weights(folder: CheckpointFolder) -> CheckpointError:
     return CheckpointError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json{found}; download the weights there"
     )
+
+
+def warn_of_adapter(folder: CheckpointFolder) -> None:
+    """Warns if a folder that is read as a whole model holds an adapter, which transformers would apply."""
+    if folder.has(ADAPTER_CONFIG):
+        warnings.warn(
+            f"{folder / ADAPTER_CONFIG} belongs to an adapter (LoRA or another of PEFT): the weights of the folder are "
+            "loaded as they are and the adapter is not applied; merge the two with PEFT if it is meant to be",
+            stacklevel=3,
+        )
 
 
 def _adapter_only(folder: CheckpointFolder) -> CheckpointError:

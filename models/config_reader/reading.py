@@ -151,6 +151,8 @@ def _decoder(family: str, text: Section, tie_embeddings: bool) -> DecoderConfig:
     layers = text.integer("num_hidden_layers", LAYERS)
     max_positions = text.integer("max_position_embeddings", POSITIONS)
     rope = read_rope(text, max_positions)
+    if rope.kind == "dynamic" and head_dim == 2:
+        raise text.error("head_dim", head_dim, "more than 2: dynamic rope scaling divides by head_dim - 2")
     _refuse_sliding_window(family, text, layers, rope.extended(max_positions))
     attention_bias = family == "llama" and text.flag("attention_bias", False)
     return DecoderConfig(

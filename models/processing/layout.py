@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.json_text import shorten
+from vlcache_jax.limits import PINPOINTS
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.processing import anyres
 from vlcache_jax.models.processing.transform import ImageTransform, resize
@@ -92,12 +94,13 @@ def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:
     """
     if config.model_type != "llava_next" or of_processor is None:
         return config
-    if isinstance(of_processor, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in of_processor):
+    pairs = isinstance(of_processor, list) and len(of_processor) <= PINPOINTS
+    if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in of_processor):
         pinpoints = tuple((height, width) for height, width in of_processor)
         of_model = config.grid_pinpoints
         if all(pair in of_model for pair in pinpoints) and all(pair in pinpoints for pair in of_model):
             return dataclasses.replace(config, grid_pinpoints=pinpoints)
     raise CheckpointError(
-        f"image_grid_pinpoints differ: config.json has {config.grid_pinpoints}, the image processor {of_processor!r}; "
-        "make them agree"
+        f"image_grid_pinpoints differ: config.json has {config.grid_pinpoints}, the image processor "
+        f"{shorten(of_processor)}; make them agree"
     )

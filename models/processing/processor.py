@@ -19,7 +19,7 @@ from vlcache_jax.models.processing.chat_template import ChatTemplate
 from vlcache_jax.models.processing.images import ImageLike, load_image
 from vlcache_jax.models.processing.layout import VisionLayout
 from vlcache_jax.models.processing.parts import read_parts
-from vlcache_jax.models.processing.rows import check_rows, padding_id
+from vlcache_jax.models.processing.rows import check_rows, check_vocabulary, padding_id
 from vlcache_jax.models.processing.tokenizer import Tokenizer
 from vlcache_jax.models.processing.transform import ImageTransform
 
@@ -66,6 +66,7 @@ class Processor:
                 f"says {config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
                 "image token"
             )
+        check_vocabulary(tokenizer, self.embedding_rows)
         if self.has_chat_template:
             self._chat_template("default")  # which may not parse: better known now
 

@@ -2,8 +2,33 @@
 
 from collections.abc import Iterable
 
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.models.processing.tokenizer import Tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """Raises CheckpointError if prompts could not be written with this tokenizer and a table of `rows` rows.
+
+    Tokens that were added without resizing the table do no harm as long as no prompt holds one, so they are left to
+    `check_rows`: padding takes another id, and an end that cannot be generated is met by `read_config`. A row must have
+    every word of the vocabulary proper, and what the tokenizer puts in front of every prompt or behind it.
+    """
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
+    added = set(tokenizer.backend.get_added_tokens_decoder())
+    wrong = {i: token for token, i in vocabulary.items() if i >= rows and i not in added}
+    if wrong:
+        first = min(wrong)
+        raise CheckpointError(
+            f"the token {wrong[first]!r} of tokenizer.json has the id {first}, but the model's embedding table has "
+            f"{rows} rows (vocab_size), and {len(wrong)} tokens have none: the tokenizer belongs to another model"
+        )
+    for token_id in tokenizer.encode(""):
+        if token_id >= rows:
+            raise CheckpointError(
+                f"the tokenizer adds {tokenizer.id_to_token(token_id)!r} to every prompt, whose id {token_id} has no "
+                f"row in the model's embedding table of {rows} rows (vocab_size): resize the embeddings of the "
+                "fine-tuned model and save it again, or take its original tokenizer"
+            )
 
 
 def check_rows(token_ids: Iterable[int], rows: int, tokenizer: Tokenizer, where: str) -> None:

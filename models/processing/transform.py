@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.json_text import shorten
 from vlcache_jax.limits import IMAGE_SIDE, PIXEL_SCALE
 from vlcache_jax.models.processing.images import MAX_PIXELS
 
@@ -175,7 +176,7 @@ class _Reader:
     """One entry of the configuration, checked."""
 
     def __init__(self, entries: Mapping[str, Any], source: str, name: str) -> None:
-        self.value, self.what = entries[name], f"{source}: {name} = {entries[name]!r}"
+        self.value, self.what = entries[name], f"{source}: {name} = {shorten(entries[name])}"
 
     def fail(self, expected: str) -> CheckpointError:
         return CheckpointError(f"{self.what} is not supported: expected {expected}")
@@ -197,7 +198,7 @@ class _Reader:
 
     def channels(self, nonzero: bool = False) -> tuple[float, float, float]:
         values = self.value if isinstance(self.value, list) else [self.value] * 3
-        if len(values) != 3 or not all(_is_number(value) and (value or not nonzero) for value in values):
+        if len(values) != 3 or not all(_is_number(value) and (abs(value) > 1e-6 or not nonzero) for value in values):
             raise self.fail(f"three {'nonzero ' if nonzero else ''}numbers {PIXEL_SCALE}, for red, green and blue")
         red, green, blue = values
         return red, green, blue
@@ -216,7 +217,7 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value in PIXEL_SCALE
+    return not isinstance(value, bool) and value in PIXEL_SCALE
 
 
 def _is_length(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """A checkpoint in two steps: what can be checked at once, and the weights."""
 
 import dataclasses
-from pathlib import Path
+import os
 
 import jax
 
@@ -9,6 +9,8 @@ from vlcache_jax import loading
 from vlcache_jax.batch import Batch
 from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.checkpoint.files import CheckpointFolder
+from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
@@ -22,7 +24,7 @@ from vlcache_jax.validation import check_prefill
 class OpenedCheckpoint:
     """Everything of a checkpoint but its weights, of which only the headers have been read."""
 
-    folder: Path
+    folder: CheckpointFolder
     model: Llava
     processor: Processor
     dtype: str
@@ -46,14 +48,18 @@ def keep_programs(wanted: bool, progress: Progress) -> None:
         progress.note(f"programs are compiled anew: {error}")
 
 
-def open_checkpoint(folder: str | Path, dtype: str | None) -> OpenedCheckpoint:
-    """Opens a checkpoint folder. `dtype` None is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
+def open_checkpoint(
+    source: str | os.PathLike[str], dtype: str | None, *, revision: str | None = None, allow_links: bool = False
+) -> OpenedCheckpoint:
+    """Opens a checkpoint, see `vlcache_jax.load`.
+
+    `dtype` None is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
 
     Raises CheckpointError as `vlcache_jax.load` does.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    folder = Path(folder)
+    folder = find_checkpoint(source, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     SafetensorsFolder(folder)
     processor = Processor.from_folder(folder)

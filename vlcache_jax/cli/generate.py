@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         raise InputError("the prompt is empty: give --prompt a text")
     progress.step("reading the prompt")
     images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
-    opened = open_checkpoint(arguments.model, arguments.dtype)
+    opened = open_checkpoint(
+        arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
+    )
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
     keep_programs(not arguments.no_compilation_cache, progress)

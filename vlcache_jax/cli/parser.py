@@ -92,8 +92,13 @@ def _generate(commands: Any) -> None:
         commands, "generate", "answer one prompt about some images with a checkpoint of yours", "generate"
     )
     parser.add_argument(
-        "--model", type=words.path, required=True, metavar="DIR", help="checkpoint folder in the Hugging Face layout"
+        "--model",
+        type=words.path,
+        required=True,
+        metavar="DIR|ID",
+        help="checkpoint folder in the Hugging Face layout, or a model on the Hub, such as llava-hf/llava-1.5-7b-hf",
     )
+    _source(parser)
     parser.add_argument(
         "--image", type=words.path, action="append", default=[], metavar="FILE", help="an image; repeat for several"
     )
@@ -134,6 +139,11 @@ def _generate(commands: Any) -> None:
     _compilation_cache(parser)
 
 
+def _source(parser: Any) -> None:
+    parser.add_argument("--revision", metavar="REV", help="of a model on the Hub: a branch, tag or commit")
+    parser.add_argument("--allow-links", action="store_true", help="follow links that lead out of the folder")
+
+
 def _plan(commands: Any) -> None:
     parser = _command(
         commands, "plan", "see whether a model, a batch and a prompt fit on a TPU slice, without having one", "plan"
@@ -142,9 +152,11 @@ def _plan(commands: Any) -> None:
         "--model",
         type=words.path,
         required=True,
-        metavar="NAME|DIR",
-        help="llava-1.5-7b, llava-v1.6-mistral-7b, llava-v1.6-34b, or a folder with a config.json (no weights needed)",
+        metavar="NAME|DIR|ID",
+        help="llava-1.5-7b, llava-v1.6-mistral-7b, llava-v1.6-34b, a folder with a config.json (no weights needed), or "
+        "a model on the Hub, of which only the small files are downloaded",
     )
+    _source(parser)
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:2x4, v6e:1x1 or v5p:2x2x1"
     )

@@ -11,6 +11,8 @@ from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.process import emit
 from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.checkpoint.files import CheckpointFolder
+from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import Policy
 from vlcache_jax.progress import Progress
@@ -25,7 +27,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     mesh = None if arguments.mesh is None else _mesh(arguments.mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
     found = plan(
-        arguments.model,
+        _model(arguments),
         arguments.topology,
         batch=arguments.batch,
         prompt=arguments.prompt,
@@ -41,6 +43,14 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     )
     progress.close()
     emit(json.dumps(found.as_dict(), indent=2) if arguments.json else describe(found))
+
+
+def _model(arguments: argparse.Namespace) -> str | CheckpointFolder:
+    if arguments.revision is None and not arguments.allow_links:
+        return arguments.model  # perhaps the name of a published model, which is no folder
+    return find_checkpoint(
+        arguments.model, revision=arguments.revision, allow_links=arguments.allow_links, weights=False
+    )
 
 
 def _other_policy(text: str) -> Policy:

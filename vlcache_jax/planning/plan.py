@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.budgets import Budget, budget_text
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
@@ -286,9 +287,8 @@ def _config(model: str | os.PathLike[str] | LlavaConfig) -> tuple[LlavaConfig, s
     if isinstance(model, LlavaConfig):
         return model, model.model_type
     name = os.fspath(model)
-    folder = Path(name)
-    if folder.is_dir() or os.sep in name:
-        return read_config(folder), name
+    if Path(name).is_dir() or os.sep in name or "/" in name:
+        return read_config(find_checkpoint(model, weights=False)), name
     return preset(name), name
 
 
