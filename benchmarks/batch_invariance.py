@@ -32,11 +32,14 @@ import numpy as np
 
 import vlcache_jax as vlc
 from vlcache_jax.batch import TEXT
+from vlcache_jax.json_text import parse_json
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.policies import POLICIES, Score
+from vlcache_jax.reading import read_plain
 from vlcache_jax.selection import AverageShare
 from vlcache_jax.study.recording import Recording, Replay, record
 from vlcache_jax.validation import check_prefill
+from vlcache_jax.writing import append_line
 
 TIE = 2.0**-18
 """Relative difference of two scores, in units of the larger, below which rounding decides."""
@@ -233,6 +236,19 @@ def run_policy(
     return {"cases": cases, "answers": answers, "mismatches": mismatches}
 
 
+def _read_progress(path: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What earlier runs with the same settings did. A line that a stopped run left unfinished is done again."""
+    done = {}
+    for number, text in enumerate(read_plain(path).splitlines(), 1):
+        try:
+            line = parse_json(text)
+            if line["settings"] == settings:
+                done[int(line["number"])] = line
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"{path}, line {number} is left out, and done again: {error}", file=sys.stderr)
+    return done
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="rows compared, over all policies")
@@ -248,8 +264,7 @@ def main() -> None:
     settings = {k: getattr(args, k) for k in ("cases", "policies", "rows", "length", "answers", "seed")}
     done: dict[int, Any] = {}
     if args.progress is not None and args.progress.exists():
-        lines = [json.loads(line) for line in args.progress.read_text(encoding="utf-8").splitlines()]
-        done = {line["number"]: line for line in lines if line["settings"] == settings}
+        done = _read_progress(args.progress, settings)
     model, params = model_and_params()
     start = time.perf_counter()
     for number in range(args.policies):
@@ -260,8 +275,7 @@ def main() -> None:
         line = {"number": number, "settings": settings, "policy": policy.name, "options": str(policy)}
         done[number] = line | run_policy(model, params, policy, rng, args)
         if args.progress is not None:
-            with args.progress.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[number]) + "\n")
+            append_line(args.progress, json.dumps(done[number]))
         print(
             f"{number + 1} of {args.policies}, {time.perf_counter() - start:.0f} s: {policy.name}, "
             f"{len(done[number]['mismatches'])} mismatches",
