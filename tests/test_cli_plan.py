@@ -92,7 +92,7 @@ def test_json(folder, capsys):
     for policy in found["policies"]:
         assert set(policy) == {
             "policy", "budget", "fits", "context_bytes", "tail_bytes", "peak_bytes", "prefill", "decode", "decode_step",
-            "step_read_bytes", "bound_tokens_per_second", "largest_batch", "longest_prompt",
+            "step_read_bytes", "bound_tokens_per_second", "largest_batch", "longest_prompt", "replicated",
         }  # fmt: skip
         assert set(policy["prefill"]) == {
             "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "compile_seconds",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.checkpoint import keep_programs
@@ -27,6 +28,7 @@ def as_before() -> Iterator[None]:
     yield
     for name, value in settings.items():
         jax.config.update(name, value)
+    reset_cache()
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

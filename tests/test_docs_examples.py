@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -20,6 +22,18 @@ DEMO = ROOT / "vlcache_jax" / "assets" / "demo_model"
 
 def snippets(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The pages may switch it on: into a folder of the test's, and no longer than the test."""
+    monkeypatch.setenv("VLCACHE_JAX_CACHE_DIR", str(tmp_path / "programs"))
+    names = "compilation_cache_dir persistent_cache_min_compile_time_secs persistent_cache_min_entry_size_bytes"
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names.split()}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
 
 
 @pytest.fixture

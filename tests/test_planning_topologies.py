@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import PartitionSpec as P
 from tpu import TOPOLOGIES, compile_for, mesh_of, shape
 
+from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.errors import InputError
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
@@ -70,3 +72,18 @@ def test_sharded():
     assert compiled.memory_analysis().argument_size_in_bytes == 2 * 256 * 512 * 2 // 4
     assert "all-reduce" in compiled.as_text() or "reduce-scatter" in compiled.as_text()
     assert mesh_of("v5e:2x2").size == 1
+
+
+def test_programs_that_are_kept(tmp_path):
+    """JAX's persistent cache keeps a TPU's program, but cannot read it back here: compiled anew, without a warning."""
+    names = "compilation_cache_dir persistent_cache_min_compile_time_secs persistent_cache_min_entry_size_bytes"
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names.split()}
+    use_compilation_cache(tmp_path)
+    try:
+        for _ in range(2):  # the second of the same program would be read
+            compile_for("v6e:2x2", lambda x: x + 1, shape(8, 128))
+        assert any(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()

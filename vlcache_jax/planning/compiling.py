@@ -1,5 +1,6 @@
 """Compiling a program for a mesh of described TPUs, from shapes alone."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,4 +54,8 @@ def compile_on(
     # Some lowerings ask the default device what it is, unless a mesh is set.
     with jax.set_mesh(mesh):
         jitted = jax.jit(function, donate_argnums=tuple(donate), out_shardings=out_shardings, keep_unused=keep_unused)
-        return jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+        lowered = jitted.trace(*args).lower(lowering_platforms=("tpu",))
+        with warnings.catch_warnings():
+            # JAX keeps such a program in its persistent cache, but cannot read it back without a TPU.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            return lowered.compile()
