@@ -157,7 +157,7 @@ def test_every_policy_takes_part_at_every_budget():
             policy = method.policy(budget, grid_side=16)
             assert policy == method.policy(budget, grid_side=16)
             assert hash(policy) == hash(method.policy(budget, grid_side=16))
-    assert Method("snap_kv").policy(0.01, 16).recent == 0.1
+    assert Method("snap_kv").policy(0.01, 16).recent == vlc.Window(32)
     assert Method("vl_cache_uniform").policy(0.1, 16).allocate == vlc.SnapKV(0.1).allocate
     with pytest.raises(PolicyError):
         Method("vl_cache").policy(2.5, 16)
