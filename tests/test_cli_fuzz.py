@@ -59,8 +59,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @functools.cache
-def opened(folder: str | Path, dtype: str | None) -> OpenedCheckpoint:
-    return open_checkpoint(folder, dtype)
+def opened(*arguments: Any, **options: Any) -> OpenedCheckpoint:
+    return open_checkpoint(*arguments, **options)
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> str | None:
