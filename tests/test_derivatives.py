@@ -10,6 +10,9 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 
+# Of prompts this short, windows and sinks take much.
+pytestmark = pytest.mark.filterwarnings("ignore::vlcache_jax.errors.PolicyWarning")
+
 ROWS, VOCAB = 2, 64
 POLICIES = {
     "full_cache": vlc.FullCache(),

@@ -15,6 +15,9 @@ from vlcache_jax.training.batch import pack
 from vlcache_jax.training.loss import answer_loss, make_eval_step
 from vlcache_jax.training.state import init_state, make_train_step
 
+# Of prompts this short, windows and sinks take much.
+pytestmark = pytest.mark.filterwarnings("ignore::vlcache_jax.errors.PolicyWarning")
+
 NEW, ROWS = 4, 4
 POLICY = vlc.VLCache(budget=0.4)
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto

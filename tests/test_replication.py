@@ -13,7 +13,7 @@ from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.replication import replicated, warn
 
 SPEC = tiny_llava()[0].spec  # 2 KV heads
-ADA = vlc.AdaKV(budget=0.3, window=4)
+ADA = vlc.AdaKV(budget=0.5, window=1)
 
 CASES = [
     ({}, {"rows": 3}, None),
@@ -44,7 +44,7 @@ def test_notes(axes, options, message):
 
 
 def test_head_adaptive_lanes_that_divide_and_a_whole_cache_are_split():
-    assert replicated({"model": 2}, SPEC, policy=vlc.AdaKV(budget=0.3, window=4, lanes=2)) == ()
+    assert replicated({"model": 2}, SPEC, policy=vlc.AdaKV(budget=0.5, window=1, lanes=2)) == ()
     assert replicated({"model": 2}, SPEC, policy=vlc.AdaKV(budget=1.0, window=4)) == ()
 
 
@@ -61,7 +61,7 @@ def test_the_report_says_what_is_so():
     assert "lanes=1" in context.report.replicated[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        split = vlc.compress(model, placed, batch, vlc.AdaKV(budget=0.3, window=4, lanes=2))
+        split = vlc.compress(model, placed, batch, vlc.AdaKV(budget=0.5, window=1, lanes=2))
     assert split.report.replicated == ()
     assert split.stores[0].keys.sharding.spec[1] == "model"
     np.testing.assert_array_equal(split.report.kept_fraction, context.report.kept_fraction)
