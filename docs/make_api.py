@@ -38,7 +38,10 @@ GROUPS = {
     "training": ("Training", ["training: *"]),
     "metrics": ("Metrics", ["metrics: *"]),
     "pictures": ("Pictures and progress", ["explain: explain kept_by_layer", "progress: Progress"]),
-    "errors": ("Errors", ["VLCacheError CheckpointError InputError PolicyError PolicyWarning PlacementWarning"]),
+    "errors": (
+        "Errors",
+        ["VLCacheError CheckpointError NonFiniteError InputError PolicyError PolicyWarning PlacementWarning"],
+    ),
 }
 _SECTIONS = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Examples|References):[ ]*$", re.MULTILINE)
 

@@ -17,8 +17,7 @@ def dispatch(
     """Calls the named implementation, or the first one in the platform's order that serves the arguments.
 
     The platform is the one that the program is lowered for, not the device that happens to be attached: a machine
-    without a TPU compiles the TPU's kernels when it lowers for a TPU.
-
+    The platform is the one
     Args:
       name: of the only implementation to try, or None.
       implementations: by name. One that cannot serve the arguments raises NotImplementedError with the reason.
@@ -33,7 +32,7 @@ def dispatch(
     if name is not None:
         if name not in implementations:
             raise ValueError(f"implementation {name!r} is not one of {sorted(implementations)}")
-        return implementations[name](*args)
+        return _in_32_bits(implementations[name])(*args)
 
     def first_of(names: Sequence[str]) -> Implementation:
         def call(*args: Any) -> Any:
@@ -44,10 +43,18 @@ def dispatch(
                     continue
             return implementations[names[-1]](*args)
 
-        return call
+        return _in_32_bits(call)
 
     default = order["default"]
     special = {platform: first_of(names) for platform, names in order.items() if names != default}
     if not special:
         return first_of(default)(*args)
     return jax.lax.platform_dependent(*args, default=first_of(default), **special)
+
+
+def _in_32_bits(function: Implementation) -> Implementation:
+    def call(*args: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*args)
+
+    return call

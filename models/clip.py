@@ -15,15 +15,17 @@ def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name)
 
 
-def _layer_norm(config: VisionConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def _layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str) -> jax.Array:
     # The mean is subtracted before squaring: E[x²] - E[x]² cancels badly in the tower's outlier channels.
-    return nn.LayerNorm(
+    norm = nn.LayerNorm(
         epsilon=config.layer_norm_eps,
         dtype=dtype,
         param_dtype=jnp.float32,
         use_fast_variance=False,
         name=name,
     )
+    with jax.numpy_dtype_promotion("standard"):  # Flax takes float32 statistics times the scale as it was loaded
+        return norm(x)
 
 
 @jax.checkpoint
@@ -87,9 +89,9 @@ class _Layer(nn.Module):
         collected = tuple(
             jnp.where(index == wanted, x_NTD, old) for wanted, old in zip(self.collect, collected, strict=True)
         )
-        normed = _layer_norm(self.config, self.dtype, "norm_1")(x_NTD)
+        normed = _layer_norm(x_NTD, self.config, self.dtype, "norm_1")
         x_NTD = x_NTD + _Attention(self.config, self.dtype, name="attention")(normed)
-        normed = _layer_norm(self.config, self.dtype, "norm_2")(x_NTD)
+        normed = _layer_norm(x_NTD, self.config, self.dtype, "norm_2")
         x_NTD = x_NTD + _MLP(self.config, self.dtype, name="mlp")(normed)
         return (x_NTD, collected), None
 
@@ -164,8 +166,8 @@ class ClipVisionTower(nn.Module):
 
         patches = _PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
         class_ = jnp.broadcast_to(class_D.astype(self.dtype), (images, 1, channels))
-        x = jnp.concatenate([class_, patches], axis=1) + table
-        x = _layer_norm(config, self.dtype, "pre_norm")(x)
+        x = jnp.concatenate([class_, patches], axis=1) + table[None]
+        x = _layer_norm(x, config, self.dtype, "pre_norm")
 
         # The last hidden state is the scan's carry; only earlier ones cost a buffer each.
         collect = tuple(sorted({i for i in feature_layers if i < config.num_layers}))
@@ -177,7 +179,7 @@ class ClipVisionTower(nn.Module):
                 split_rngs={"params": True},
                 length=config.num_layers,
             )(config, self.dtype, collect, name="layers")
-            (x, collected), _ = layers((x, (x,) * len(collect)), jnp.arange(config.num_layers))
+            (x, collected), _ = layers((x, (x,) * len(collect)), jax.lax.iota(jnp.int32, config.num_layers))
             states = dict(zip(collect, collected, strict=True)) | {config.num_layers: x}
         return jnp.concatenate([states[i] for i in feature_layers], axis=-1)
 

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return scale.astype(self.dtype) * x.astype(self.dtype)
+        return jnp.expand_dims(scale.astype(self.dtype), range(x.ndim - 1)) * x.astype(self.dtype)
 
 
 def _dense(features: int, bias: bool, dtype: Any, name: str | None = None) -> nn.Dense:

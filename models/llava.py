@@ -131,7 +131,8 @@ class Llava(nn.Module):
         """What `unembed` makes logits of, [batch, length, hidden], with full causal attention; see `forward`."""
         hidden = self.embed(batch, position_ids)
         if positions is None:
-            positions = jnp.minimum(jnp.arange(batch.length, dtype=jnp.int32), jnp.asarray(batch.lengths)[:, None] - 1)
+            index = jax.lax.iota(jnp.int32, batch.length)[None]
+            positions = jnp.minimum(index, jnp.asarray(batch.lengths)[:, None] - 1)
 
         def attend(query, key, value, carry, xs):
             return ops.attention(Kernels(), query, key, value, None, segments, with_lse=False)[0], carry, None

@@ -78,12 +78,13 @@ def rotation(
     does not depend on its neighbours, nor on what was run before.
     """
     frequency, factor = frequencies(config, head_dim, max_positions)
-    stretched: np.ndarray | jax.Array = frequency
+    stretched: np.ndarray | jax.Array = frequency[None, None]
     if config.kind == "dynamic" and config.extended(max_positions) > max_positions:
         # base ** (-2 i / head_dim) of a larger base: "NTK-aware" scaling.
         length = jnp.max(jnp.abs(positions), axis=-1)[..., None, None].astype(jnp.float32) + 1
         excess = config.factor * (jnp.maximum(length / max_positions, 1) - 1)
-        stretched = frequency * (1 + excess) ** (-np.arange(head_dim // 2, dtype=np.float32) * 2 / (head_dim - 2))
+        exponent = -np.arange(head_dim // 2, dtype=np.float32) * 2 / (head_dim - 2)
+        stretched = frequency[None, None] * (1 + excess) ** exponent[None, None]
     angle = positions[..., None].astype(jnp.float32) * stretched
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 

@@ -104,7 +104,7 @@ def test_an_answer_longer_than_its_room(llava, policy):
     np.testing.assert_array_equal(np.stack(streamed, axis=1), jitted)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, state)))
     report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    rest = (state.next_position, state.allocation)
+    rest = (state.next_position, state.allocation, state.finite)
     assert report.state_bytes + report.tail_bytes == sum(x.nbytes for x in jax.tree.leaves(state)) - sum(
         x.nbytes for x in jax.tree.leaves(rest)
     )
@@ -120,7 +120,7 @@ def test_recompression_of_heads_that_share_a_lane():
         context,
         **{x: getattr(context, x).reshape(rows, 1, lanes * slots, -1) for x in ("keys", "values")},
         positions=context.positions.reshape(rows, 1, -1),
-        offsets=context.offsets + slots * jnp.arange(lanes),
+        offsets=context.offsets + slots * jnp.arange(lanes)[None, None],
         lengths=jnp.broadcast_to(context.lengths, (*context.lengths.shape[:2], lanes)),
     )
     run = jax.jit(recompress)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from stub_model import HEADS, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
-from test_methods_promises import prefill, row_alone
+from test_methods_promises import prefill, row_alone, told
 
 import vlcache_jax as vlc
 from vlcache_jax import ops
@@ -190,7 +190,7 @@ def test_a_broken_checkpoint_is_an_error(name):
     params = stub_params(batch)
     params[name][1, 2, 0] = np.nan
     with pytest.raises(vlc.CheckpointError, match="layer 1 has scores, keys or values that are not finite for row 2"):
-        prefill(policy, batch, params)
+        told(policy, batch, params)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 2)], ids=["data", "data_and_model"])

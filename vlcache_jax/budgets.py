@@ -242,7 +242,8 @@ def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, to
     layers = density.shape[0]
     length = jnp.asarray(length, jnp.int32)
     if total == "paper":
-        return jnp.clip((layer_shares(density, budget) * length).astype(jnp.int32), 1, length)
+        shares = layer_shares(density, budget)
+        return jnp.clip((shares * length.astype(jnp.float32)).astype(jnp.int32), 1, length)
 
     slots = total_slots(layers, length, budget)
     return share_slots(density, slots, jnp.maximum(1, floor_fraction(length, _LOWEST_SHARE)), length)
@@ -287,20 +288,22 @@ def share_slots(weight: jax.Array, slots: jax.Array | int, lower: jax.Array | in
     lower, length = jnp.minimum(lower, slots // weight.shape[0]), upper
     ideal, free = _share(_normalised(weight), slots, lower, length)
     whole = jnp.clip(jnp.floor(ideal).astype(jnp.int32), lower, length)
-    fraction = ideal - whole
+    fraction = ideal - whole.astype(jnp.float32)
 
     def settle(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         whole, rest = state
         sign = jnp.sign(rest)
         able = jnp.where(rest > 0, whole < length, whole > lower)
-        priority = jnp.where(able, jnp.where(free, sign * fraction, -2.0), -jnp.inf)  # held layers after free ones
-        rank = jnp.argsort(jnp.argsort(-priority, stable=True), stable=True)
-        step = sign * (able & (rank < jnp.abs(rest)))
-        return whole + step, rest - jnp.sum(step)
+        priority = jnp.where(
+            able, jnp.where(free, sign.astype(jnp.float32) * fraction, -2.0), -jnp.inf
+        )  # held layers after free ones
+        rank = jnp.argsort(jnp.argsort(-priority, stable=True), stable=True).astype(jnp.int32)
+        step = jnp.where(able & (rank < jnp.abs(rest)), sign, 0)
+        return whole + step, rest - jnp.sum(step, dtype=jnp.int32)
 
     # One pass gives the largest fractional parts their slots. Only where float32 cannot count the total exactly
     # (tens of millions of slots) may there be slots to take back, or another pass.
-    return jax.lax.while_loop(lambda state: state[1] != 0, settle, (whole, slots - jnp.sum(whole)))[0]
+    return jax.lax.while_loop(lambda state: state[1] != 0, settle, (whole, slots - jnp.sum(whole, dtype=jnp.int32)))[0]
 
 
 def total_slots(layers: int, length: jax.Array | int, budget: float) -> jax.Array | int:
@@ -324,7 +327,7 @@ def _share(
 
     def again(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         held, free = state
-        rest = total - jnp.sum(jnp.where(free, 0.0, held))
+        rest = jnp.asarray(total, jnp.float32) - jnp.sum(jnp.where(free, 0.0, held))
         free_weight = jnp.sum(jnp.where(free, weight, 0.0))
         ideal = weight / jnp.maximum(free_weight, jnp.finfo(jnp.float32).tiny) * rest
         bounded = jnp.clip(ideal, low, high)

@@ -20,10 +20,12 @@ from vlcache_jax.batch import Array, Batch, Continuation
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.exporting import exportable
 from vlcache_jax.extending import append_block
-from vlcache_jax.generation import Generation, decode
+from vlcache_jax.finiteness import finite_rows, require_finite
+from vlcache_jax.generation import Generation, decode_all
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.mesh import automatic, is_known, on_mesh_of
 from vlcache_jax.ops import Kernels
+from vlcache_jax.placing import placed
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.policies.generated import APPEND
@@ -47,7 +49,7 @@ class Context:
         divisor of `rows`; consecutive rows share theirs.
       next_position: i32 [rows]. Position of the next token.
       logits: f32 [rows, vocab]. Of the next token.
-      report: what `compress` kept.
+      report: what `compress` kept; its `finite` is of the context's rows.
       room: slots a layer has in the last store, if that was appended; 0 otherwise (static).
     """
 
@@ -88,9 +90,11 @@ class Context:
         _check_count("max_new_tokens", max_new_tokens)
         _check_positions(self, np.zeros(self.rows, np.int32), max_new_tokens)
         with on_mesh_of(self.params, self.stores):
-            logits, next_position, tail = _start(self.model, self.logits, self.next_position, rows, max_new_tokens)
+            logits, next_position, finite, tail = _start(
+                self.model, self.logits, self.next_position, self.report.finite, rows, max_new_tokens
+            )
         allocation = Allocation(requested=self.report.kept, density=self.report.density)
-        return logits, KVState(self.stores[0], tail, next_position, allocation, self.stores[1:])
+        return logits, KVState(self.stores[0], tail, next_position, allocation, finite, self.stores[1:])
 
 
 def compress(
@@ -116,8 +120,8 @@ def compress(
       The context, of as many rows as the batch.
 
     Raises:
-      InputError, CheckpointError, PolicyError: see `prefill`; PolicyError also for a rule that forgets what was
-        generated.
+      InputError, PolicyError: see `prefill`; PolicyError also for a rule that forgets what was generated.
+      NonFiniteError: scores or logits that are not finite, once all has run; see `generate`.
 
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
@@ -129,9 +133,12 @@ def compress(
             "answer whole and is never rewritten: use generated=Append()"
         )
     logits, state = prefill(model, params, batch, policy, 1, kernels=kernels)
-    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
+    report = make_report(model.spec, policy, state, state.next_position, batch.length)
     report = dataclasses.replace(report, tail_bytes=0)
-    return Context(model, params, state.stores, state.next_position, logits, report)
+    ctx = Context(model, params, state.stores, state.next_position, logits, report)
+    density = report.density
+    require_finite(report.finite, ctx, dtype=model.spec.dtype, before=report.finite, density=density, policy=policy)
+    return ctx
 
 
 def extend(ctx: Context, *blocks: Continuation | Generation, kernels: Kernels | None = None) -> Context:
@@ -152,16 +159,19 @@ def extend(ctx: Context, *blocks: Continuation | Generation, kernels: Kernels | 
     Raises:
       InputError: no blocks, numbers of entries that do not fit, or (outside `jit`, where they are known) lengths out of
         range or more positions than the model has.
+      NonFiniteError: logits that are not finite; see `generate`.
 
     Example:
       ctx = vlc.extend(ctx, questions, vlc.answer(ctx, questions))
     """
-    return _extend(ctx, blocks, kernels, new_tokens=0)
+    new = _extend(ctx, blocks, kernels, new_tokens=0)
+    require_finite(new.report.finite, new, dtype=ctx.model.spec.dtype, density=new.report.density)
+    return new
 
 
 def _extend(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_tokens: int) -> Context:
     """`extend`, if `new_tokens` more have their place, too."""
-    tokens, lengths = _joined([_flat(block, ctx.rows) for block in blocks])
+    tokens, lengths = _joined(placed([_flat(block, ctx.rows) for block in blocks], ctx.params))
     rows, length = tokens.shape
     _check_positions(ctx, lengths, new_tokens)
     join = bool(ctx.room) and rows == ctx.rows
@@ -180,13 +190,25 @@ def _extend(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_to
             ctx.room if join else 0,
             kernels or Kernels(),
         )
+    next_position, finite = _moved_on(ctx.next_position, ctx.report.finite, lengths, logits)
     return dataclasses.replace(
         ctx,
         stores=(*(ctx.stores[:-1] if join else ctx.stores), store),
-        next_position=_branches(ctx.next_position, rows) + lengths,
+        next_position=next_position,
         logits=logits,
+        report=dataclasses.replace(ctx.report, finite=finite),
         room=room,
     )
+
+
+@jax.jit
+@automatic
+def _moved_on(
+    next_position: jax.Array, finite: jax.Array, lengths: jax.Array, logits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The next position and the flags after a block of [rows] `lengths`."""
+    rows = lengths.shape[0]
+    return _branches(next_position, rows) + lengths, _branches(finite, rows) & finite_rows(logits)
 
 
 def answer(
@@ -222,6 +244,7 @@ def answer(
     Raises:
       InputError: see `extend`; max_new_tokens below 1, more positions than the model has, seeds that do not fit, or
         samples below 1, or above 1 without sampling.
+      NonFiniteError: logits that are not finite; see `generate`.
 
     Example:
       questions = vlm.processor.continuation([["What is it?", "What colour is it?"]])
@@ -238,19 +261,28 @@ def answer(
     seeds = seed_words(seeds, shape, samples).reshape(-1, 2)
     asked = ctx if questions is None else _extend(ctx, (questions,), kernels, max_new_tokens)
     logits, state = asked.start(max_new_tokens, asked.rows * (samples or 1))
-    options: dict[str, Any] = {"sampling": sampling, "eos_token_ids": eos_token_ids, "kernels": kernels}
-    tokens, lengths = decode(ctx.model, ctx.params, logits, state, max_new_tokens, seeds=seeds, **options)
-    report = dataclasses.replace(ctx.report, tail_bytes=state.tail.nbytes)
-    return Generation(tokens.reshape(*shape, max_new_tokens), lengths.reshape(shape), report)
+    tokens, lengths, finite = decode_all(
+        ctx.model, ctx.params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
+    )
+    report = dataclasses.replace(ctx.report, tail_bytes=state.tail.nbytes, finite=finite.reshape(shape))
+    out = Generation(tokens.reshape(*shape, max_new_tokens), lengths.reshape(shape), report)
+    before = state.finite.reshape(shape)
+    require_finite(report.finite, out, dtype=ctx.model.spec.dtype, before=before, density=report.density)
+    return out
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens"))
 @automatic
 def _start(
-    model: VisionLanguageModel, logits: jax.Array, next_position: jax.Array, rows: int, max_new_tokens: int
-) -> tuple[jax.Array, jax.Array, TailStore]:
+    model: VisionLanguageModel,
+    logits: jax.Array,
+    next_position: jax.Array,
+    finite: jax.Array,
+    rows: int,
+    max_new_tokens: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, TailStore]:
     tail = empty_tail(model.spec, rows, max_new_tokens)
-    return _branches(logits, rows), _branches(next_position, rows), tail
+    return _branches(logits, rows), _branches(next_position, rows), _branches(finite, rows), tail
 
 
 def _branches(x: jax.Array, rows: int) -> jax.Array:
@@ -276,7 +308,7 @@ def _flat(block: Any, rows: int) -> tuple[Array, Array]:
             f"{len(tokens)} questions cannot be shared out to the context's {rows} rows: give each row equally many"
         )
     if is_known(lengths):
-        low, high = int(np.min(np.asarray(lengths))), int(np.max(np.asarray(lengths)))
+        low, high = int(np.min(jax.device_get(lengths))), int(np.max(jax.device_get(lengths)))
         if low < 1 or high > tokens.shape[1]:
             raise InputError(f"lengths from {low} to {high} must lie between 1 and the padded length {tokens.shape[1]}")
     return tokens, lengths
@@ -288,10 +320,15 @@ def _joined(blocks: list[tuple[Array, Array]]) -> tuple[jax.Array, jax.Array]:
         raise InputError("there is nothing to append: give at least one block, from processor.continuation or answer")
     if len({len(lengths) for _, lengths in blocks}) > 1:
         raise InputError(f"the blocks have {[len(lengths) for _, lengths in blocks]} entries: give equally many")
+    return _concatenated(blocks)
+
+
+@jax.jit
+def _concatenated(blocks: list[tuple[Array, Array]]) -> tuple[jax.Array, jax.Array]:
     tokens, lengths = (jnp.asarray(x, jnp.int32) for x in blocks[0])
     for more, more_lengths in blocks[1:]:
         both = jnp.concatenate([tokens, jnp.asarray(more, jnp.int32)], axis=1)
-        index, n = jnp.arange(both.shape[1]), lengths[:, None]
+        index, n = jax.lax.iota(jnp.int32, both.shape[1])[None], lengths[:, None]
         index = jnp.where(index < n, index, jnp.minimum(tokens.shape[1] + index - n, both.shape[1] - 1))
         tokens, lengths = jnp.take_along_axis(both, index, axis=1), lengths + jnp.asarray(more_lengths, jnp.int32)
     return tokens, lengths
@@ -299,9 +336,9 @@ def _joined(blocks: list[tuple[Array, Array]]) -> tuple[jax.Array, jax.Array]:
 
 def _join_room(ctx: Context, lengths: jax.Array, length: int) -> int:
     """Slots a layer needs for the earlier turns and a new one: a power of two, so that few programs are compiled."""
-    old = ctx.stores[-1].lengths[:, 0, 0]
-    known = is_known(old) and is_known(lengths)
-    needed = int(np.max(np.asarray(old) + np.asarray(lengths))) if known else ctx.room + length
+    needed, old = ctx.room + length, ctx.stores[-1].lengths  # i32 [rows, layers, 1], equal over the layers
+    if is_known(old) and is_known(lengths):
+        needed = int(np.max(jax.device_get(old)[:, 0, 0] + jax.device_get(lengths)))
     return max(int(align(1)), 1 << (needed - 1).bit_length())
 
 
@@ -309,7 +346,7 @@ def _check_positions(ctx: Context, appended: Any, new_tokens: int) -> None:
     """`appended` tokens of each entry, then as many new ones, must have a position."""
     if not (is_known(ctx.next_position) and is_known(appended)):
         return
-    before, appended = np.asarray(ctx.next_position), np.asarray(appended)
+    before, appended = jax.device_get(ctx.next_position), jax.device_get(appended)
     before = np.repeat(before, len(appended) // len(before))
     needed, most = before + appended + new_tokens, ctx.model.spec.max_positions
     row = int(np.argmax(needed))

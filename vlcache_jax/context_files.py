@@ -18,6 +18,7 @@ from vlcache_jax.budgets import Budget
 from vlcache_jax.context import Context
 from vlcache_jax.context_reader import COUNTS, FIELDS, REPORT, ContextReader
 from vlcache_jax.errors import InputError
+from vlcache_jax.finiteness import require_finite
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.mesh import check_known, on_mesh_of
 from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
@@ -38,10 +39,12 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
 
     Raises:
       InputError: the file cannot be written, or parts of the context lie with other processes.
+      NonFiniteError: the context's logits or scores are not finite.
 
     Example:
       vlc.save_context(ctx, "manual.safetensors")
     """
+    require_finite(ctx.report.finite, ctx, dtype=ctx.model.spec.dtype, density=ctx.report.density)
     arrays = {f"stores.{i}.{name}": getattr(s, name) for i, s in enumerate(ctx.stores) for name in FIELDS}
     arrays |= {"next_position": ctx.next_position, "logits": ctx.logits}
     arrays |= {f"report.{name}": getattr(ctx.report, name) for name in REPORT}

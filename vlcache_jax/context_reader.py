@@ -176,7 +176,7 @@ class ContextReader:
         arrays: dict[str, Any] = dict(
             zip(REPORT, map(jnp.array, (kept, lengths, density, exact, fraction)), strict=True)
         )
-        return Report(**arrays, policy=policy, budget=budget, **counts)
+        return Report(**arrays, policy=policy, budget=budget, **counts, finite=jnp.ones((rows,), bool))
 
     def budget(self, value: Any) -> Budget:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:

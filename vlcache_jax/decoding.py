@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax import ops
 from vlcache_jax.errors import InputError
 from vlcache_jax.eviction import evicting
+from vlcache_jax.finiteness import finite_rows
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.ops import Kernels
+from vlcache_jax.placing import placed
 from vlcache_jax.policies.generated import Evict, Recompress, RollingWindow
 from vlcache_jax.recompression import make_room
 from vlcache_jax.state import KVState, RecentQueries, SlotWeights
@@ -42,20 +45,39 @@ def decode_step(
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
-      (logits f32 [batch, vocab], new state).
+      (logits f32 [batch, vocab], new state). A row whose logits are not finite has `finite` False in the new state.
 
     Raises:
-      InputError: the tail is full, where it is never evicted from (checked outside `jit` only).
+      InputError: the tail is full, where it is never evicted from, or rows have different numbers of generated tokens.
+        Inside `jit`, where neither is known, such a row's logits are NaN.
     """
-    length = state.tail.length
-    limited = not state.tail.rule.unlimited and not isinstance(length, jax.core.Tracer)
-    if limited and int(on_every_process(jnp.max(length))) >= state.tail.capacity:
-        raise InputError(
-            f"the state has no room for another token (capacity {state.tail.capacity}): prefill with a larger "
-            "max_new_tokens, or choose another rule for generated tokens (Policy.generated)"
-        )
+    check_room(state, 1)
+    tokens = placed(tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32), params)
     with on_mesh_of(params, tokens, state):
-        return _decode_step(model, params, jnp.asarray(tokens, jnp.int32), state, kernels or Kernels())
+        return _decode_step(model, params, tokens, state, kernels or Kernels())
+
+
+def check_room(state: KVState, tokens: int) -> None:
+    """Raises if `tokens` more cannot be appended; waits for the state, unless it is traced.
+
+    Raises:
+      InputError: the tail is too full, or rows have different numbers of generated tokens.
+    """
+    tail = state.tail
+    if isinstance(tail.rule, Evict) or isinstance(tail.length, jax.core.Tracer):
+        return
+    lengths = jax.device_get(on_every_process(tail.length))
+    if lengths.min(initial=lengths.max()) < lengths.max():
+        raise InputError(
+            f"the rows of the state have {lengths.tolist()} generated tokens, but all rows append at the same slot: "
+            "decode rows of different numbers apart, or join states before anything is generated"
+        )
+    if not tail.rule.unlimited and lengths.max() + tokens > tail.capacity:
+        raise InputError(
+            f"the state has no room for {'another token' if tokens == 1 else f'{tokens} tokens'} (capacity "
+            f"{tail.capacity}, of which {lengths.max()} are taken): prefill with a larger max_new_tokens, or choose "
+            "another rule for generated tokens (Policy.generated)"
+        )
 
 
 @partial(jax.jit, static_argnames=("model", "kernels"))
@@ -63,13 +85,14 @@ def decode_step(
 def _decode_step(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
-    return advance(model, params, tokens, state, kernels)
+    return advance(model, params, tokens.astype(jnp.int32), state, kernels)
 
 
 def advance(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
+    fits = _fits(state)
     if isinstance(state.tail.rule, Recompress):
         state = make_room(state)
     attend, carry, close = evicting(state) if isinstance(state.tail.rule, Evict) else _appending(state, kernels)
@@ -77,12 +100,24 @@ def advance(
     hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
     positions = state.next_position[:, None]
     hidden, carry, _ = model.apply(
-        variables, hidden, positions, attend, carry, jnp.arange(model.spec.num_layers), method="decode"
+        variables, hidden, positions, attend, carry, jax.lax.iota(jnp.int32, model.spec.num_layers), method="decode"
     )
     logits = model.apply(variables, hidden[:, 0], method="unembed")
+    logits = jnp.where(fits[:, None], logits, jnp.nan)
     new = close(carry)
     tail = dataclasses.replace(new.tail, length=new.tail.length + 1)
-    return logits, dataclasses.replace(new, tail=tail, next_position=new.next_position + 1)
+    finite = state.finite & finite_rows(logits)
+    return logits, dataclasses.replace(new, tail=tail, next_position=new.next_position + 1, finite=finite)
+
+
+def _fits(state: KVState) -> jax.Array:
+    """bool [batch]: whether a row can be appended to, where all do so: what `check_room` asks, as data."""
+    tail = state.tail
+    if isinstance(tail.rule, Evict):
+        return jnp.ones(tail.length.shape, bool)
+    slot = jnp.max(tail.length)
+    room = True if tail.rule.unlimited else slot < tail.capacity
+    return (tail.length == slot) & room
 
 
 def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
@@ -96,9 +131,9 @@ def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], An
 
     def attend(query, key, value, carry, layer):
         pools, noted = carry
-        start = (0, 0, layer * tail.capacity + slot, 0)
+        start = layer * tail.capacity + slot
         pools = tuple(
-            jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start)
+            jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2)
             for pool, x in zip(pools, (key, value))
         )
         new = Segments(jnp.full_like(count, layer * tail.capacity), count)

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message names the thing, the value and the remedy."""
 
+from typing import Any
+
 
 class VLCacheError(ValueError):
     """Base of every error this library raises for bad input. The command line prints it without a traceback."""
@@ -11,6 +13,20 @@ class CheckpointError(VLCacheError):
 
 class PlacementWarning(UserWarning):
     """A mesh leaves whole on every device what it could split: memory and work are lost, no answer changes."""
+
+
+class NonFiniteError(CheckpointError):
+    """Scores or logits are NaN or infinite, so that an answer means nothing. Raised after all has run.
+
+    Attributes:
+      rows: of the batch, whose answers mean nothing; an index for each axis of the answers, where they have several.
+      result: what the call would have returned; its other rows are as they should be.
+    """
+
+    def __init__(self, message: str, rows: tuple[Any, ...], result: Any) -> None:
+        super().__init__(message)
+        self.rows = rows
+        self.result = result
 
 
 class InputError(VLCacheError):

@@ -74,16 +74,17 @@ def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], K
         length, size, count = (x[:, layer, None, None] for x in (context.lengths[..., 0], weights.sizes, held))
 
         latest, first = forced(size, recent, sinks)
-        weak = (jnp.arange(room) < length) & (positions < here - latest) & (positions >= first)
+        weak = (jax.lax.iota(jnp.int32, room)[None, None] < length) & (positions < here - latest) & (positions >= first)
         lowest = jnp.min(jnp.where(weak, scores, jnp.inf), axis=2, keepdims=True)
-        last_of_lowest = jnp.argmax(jnp.where(weak & (scores <= lowest), positions, -1), axis=2, keepdims=True)
+        weakest = jnp.where(weak & (scores <= lowest), positions, -1)
+        last_of_lowest = jnp.argmax(weakest, axis=2, keepdims=True).astype(jnp.int32)
         slot = jnp.where(length <= size, length, last_of_lowest)  # [batch, kv_heads, 1]
-        new = jnp.arange(room) == slot
+        new = jax.lax.iota(jnp.int32, room)[None, None] == slot
         keys = jnp.where(new[..., None], key.swapaxes(1, 2).astype(keys.dtype), keys)
         values = jnp.where(new[..., None], value.swapaxes(1, 2).astype(values.dtype), values)
         positions = jnp.where(new, here, positions)
 
-        inside = jnp.arange(room) < count
+        inside = jax.lax.iota(jnp.int32, room)[None, None] < count
         q = query[:, 0].reshape(batch, kv_heads, -1, head_dim)
         logits = head_dim**-0.5 * jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
         probabilities = jax.nn.softmax(jnp.where(inside[:, :, None], logits, -jnp.inf), axis=-1)

@@ -61,8 +61,8 @@ def append_block(
 
     variables = {"params": params}
     hidden = model.apply(variables, tokens, method="embed_tokens")
-    positions = first[:, None] + jnp.minimum(jnp.arange(length, dtype=jnp.int32), lengths[:, None] - 1)
-    layers = jnp.arange(spec.num_layers)
+    positions = first[:, None] + jnp.minimum(jax.lax.iota(jnp.int32, length)[None], lengths[:, None] - 1)
+    layers = jax.lax.iota(jnp.int32, spec.num_layers)
     hidden, _, (keys, values) = model.apply(variables, hidden, positions, attend, None, layers, method="decode")
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
@@ -80,7 +80,7 @@ def append_block(
 
 def _join(before: jax.Array, block: jax.Array, lengths: jax.Array, room: int) -> jax.Array:
     """Appends [rows, kv_heads, layers, length, head_dim] to the first `lengths` slots of what came before."""
-    slot = jnp.arange(room)
+    slot = jax.lax.iota(jnp.int32, room)[None]
     n = lengths[:, None]
     entry = jnp.where(slot < n, slot, before.shape[3] + jnp.clip(slot - n, 0, block.shape[3] - 1))
     return jnp.take_along_axis(jnp.concatenate([before, block], axis=3), entry[:, None, None, :, None], axis=3)
@@ -96,7 +96,7 @@ def _store(keys: jax.Array, values: jax.Array, first: jax.Array, lengths: jax.Ar
         x = x.reshape(rows, lanes, layers * room, head_dim)
         return ops.split(jnp.pad(x, ((0, 0), (0, 0), (0, slots - layers * room), (0, 0))))
 
-    index = jnp.where(jnp.arange(slots) < layers * room, jnp.arange(slots) % room, room)
+    index = jnp.where(jax.lax.iota(jnp.int32, slots) < layers * room, jax.lax.iota(jnp.int32, slots) % room, room)[None]
     positions = jnp.where(index < lengths[:, None], first[:, None] + index, -1)
     return PackedStore(
         keys=pool(keys),

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.batch import Batch
-from vlcache_jax.decoding import advance
+from vlcache_jax.decoding import advance, check_room
 from vlcache_jax.errors import InputError
 from vlcache_jax.exporting import exportable
+from vlcache_jax.finiteness import is_ready, require_finite, usable_rows
 from vlcache_jax.interfaces import Params, VisionLanguageModel
 from vlcache_jax.kernels.varying import varying
-from vlcache_jax.mesh import automatic, is_known, on_every_process, on_mesh_of
+from vlcache_jax.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.ops import Kernels
+from vlcache_jax.placing import placed
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.full_cache import FullCache
 from vlcache_jax.prefilling import prefill
@@ -89,6 +91,8 @@ def generate(
 
     Raises:
       InputError: see `prefill`; or seeds that are none, or other than rows in number.
+      NonFiniteError: scores or logits of a row are NaN or infinite. Raised when all has run; inside `jit` and over
+        several processes `report.finite` alone tells.
 
     Example:
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
@@ -97,10 +101,14 @@ def generate(
     policy = FullCache() if policy is None else policy
     seeds = seed_words(seeds, (batch.size,))
     logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
-    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
-    tokens, lengths = decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
-    return Generation(tokens, lengths, report)
+    report = make_report(model.spec, policy, state, state.next_position, batch.length)
+    tokens, lengths, finite = decode_all(
+        model, params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
+    )
+    out = Generation(tokens, lengths, dataclasses.replace(report, finite=finite))
+    density = state.allocation.density
+    require_finite(finite, out, dtype=model.spec.dtype, before=state.finite, density=density, policy=policy)
+    return out
 
 
 def stream(
@@ -120,7 +128,8 @@ def stream(
     Arguments and errors as in `generate`; they are checked when the function is called, not at the first token.
 
     Yields:
-      i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have.
+      i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have. A step
+      in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
     policy = FullCache() if policy is None else policy
     seeds = seed_words(seeds, (batch.size,))
@@ -154,13 +163,39 @@ def decode(
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
 
     Raises:
-      InputError: seeds that do not fit, or max_new_tokens beyond the state's room.
+      InputError: seeds that do not fit, max_new_tokens beyond the state's room or the model's positions, or rows with
+        different numbers of generated tokens. What depends on the values of a state that is still being computed is
+        checked when all has run.
+      NonFiniteError: as in `generate`. Inside `jit` nothing tells: use `generate`, or `decode_step` and `state.finite`.
     """
-    _check_room(model, state, max_new_tokens)
-    seeds = seed_words(seeds, (logits.shape[0],))
+    _check_count(state, max_new_tokens)
+    if is_ready(state.next_position):
+        _check_values(model, state, max_new_tokens)
+    tokens, lengths, finite = decode_all(
+        model, params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
+    )
+    _check_values(model, state, max_new_tokens)
+    density = state.allocation.density
+    require_finite(finite, (tokens, lengths), dtype=model.spec.dtype, before=state.finite, density=density)
+    return tokens, lengths
+
+
+def decode_all(
+    model: VisionLanguageModel,
+    params: Params,
+    logits: jax.Array,
+    state: KVState,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    seeds: Any,
+    eos_token_ids: Sequence[int] | None,
+    kernels: Kernels | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode` without checks of the state: tokens, lengths, and bool [batch], whether all was finite."""
+    words = placed(seed_words(seeds, (logits.shape[0],)), params)
     stop = _stop_ids(model, eos_token_ids)
     with on_mesh_of(params, logits, state):
-        out = _decode(model, params, logits, state, seeds, max_new_tokens, sampling, stop, kernels or Kernels())
+        out = _decode(model, params, logits, state, words, max_new_tokens, sampling, stop, kernels or Kernels())
     return on_every_process(out)
 
 
@@ -176,42 +211,56 @@ def stream_decode(
     eos_token_ids: Sequence[int] | None = None,
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
-    """The second half of `stream`; arguments as in `decode`."""
+    """The second half of `stream`; arguments as in `decode`, errors as in `decode` and `stream`."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, logits, state))):
         raise InputError("a stream hands its tokens to Python, which a traced program cannot: use generate or decode")
-    _check_room(model, state, max_new_tokens)
-    seeds = seed_words(seeds, (logits.shape[0],))
+    _check_count(state, max_new_tokens)
+    if is_ready(state.next_position):
+        _check_values(model, state, max_new_tokens)
+    words = placed(seed_words(seeds, (logits.shape[0],)), params)
     stop = _stop_ids(model, eos_token_ids)
+
+    def read(loop: _Loop) -> tuple[np.ndarray, bool]:
+        token, finished, finite = on_every_process((loop.token, loop.finished, loop.state.finite))
+        token, finished = jax.device_get((token, finished))
+        density = state.allocation.density
+        require_finite(finite, token, dtype=model.spec.dtype, before=state.finite, density=density)
+        return token, bool(finished.all())
 
     def tokens() -> Iterator[np.ndarray]:
         stores = state.stores
         own = _with_stores(jax.tree.map(jnp.copy, _with_stores(state, ())), stores)
-        loop = _start(logits, own, seeds, sampling, stop)
-        yield np.asarray(on_every_process(loop.token))
+        loop = _start(logits, own, words, sampling, stop)
+        _check_values(model, state, max_new_tokens)
+        token, ended = read(loop)
+        yield token
         for _ in range(max_new_tokens - 1):
-            if bool(jnp.all(loop.finished)):
+            if ended:
                 return
             with on_mesh_of(params, loop):
-                loop = _stream_step(model, params, stores, loop, seeds, sampling, stop, kernels or Kernels())
-            yield np.asarray(on_every_process(loop.token))
+                loop = _stream_step(model, params, stores, loop, words, sampling, stop, kernels or Kernels())
+            token, ended = read(loop)
+            yield token
 
     return tokens()
 
 
-def _check_room(model: VisionLanguageModel, state: KVState, max_new_tokens: int) -> None:
+def _check_count(state: KVState, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
-    if not state.tail.rule.unlimited:
-        if max_new_tokens > state.tail.capacity:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
-                "state: prefill with a larger max_new_tokens, or with another Policy.generated"
-            )
+    if not state.tail.rule.unlimited and max_new_tokens > state.tail.capacity:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
+            "state: prefill with a larger max_new_tokens, or with another Policy.generated"
+        )
+
+
+def _check_values(model: VisionLanguageModel, state: KVState, max_new_tokens: int) -> None:
+    """What depends on the values of the state; waits for it."""
+    check_room(state, max_new_tokens - 1)  # the last token is not appended
+    if isinstance(state.next_position, jax.core.Tracer):
         return
-    position = state.next_position
-    if not is_known(position):
-        return
-    needed = int(jnp.max(position)) + max_new_tokens
+    needed = int(jax.device_get(on_every_process(state.next_position)).max()) + max_new_tokens
     if needed > model.spec.max_positions:
         raise InputError(
             f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
@@ -224,7 +273,7 @@ def _stop_ids(model: VisionLanguageModel, eos_token_ids: Sequence[int] | None) -
 
 
 def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    return jnp.any(token[:, None] == jnp.asarray(stop, jnp.int32), axis=1)
+    return jnp.any(token[:, None] == jnp.asarray(stop, jnp.int32)[None], axis=1)
 
 
 @partial(jax.jit, static_argnames=("sampling", "stop"))
@@ -233,6 +282,7 @@ def _start(
     logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
 ) -> _Loop:
     token = next_token(logits, sampling, seeds, 0)
+    state = dataclasses.replace(state, finite=state.finite & usable_rows(logits))
     return _Loop(jnp.int32(1), token, _is_stop(token, stop), _with_stores(state, ()))
 
 
@@ -247,6 +297,7 @@ def _step(
     kernels: Kernels,
 ) -> _Loop:
     logits, state = advance(model, params, loop.token, _with_stores(loop.state, stores), kernels)
+    state = dataclasses.replace(state, finite=jnp.where(loop.finished, loop.state.finite, state.finite))
     token = next_token(logits, sampling, seeds, loop.step)
     token = jnp.where(loop.finished, model.spec.pad_token_id, token)
     return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _with_stores(state, ()))
@@ -276,16 +327,16 @@ def _decode(
     sampling: Sampling | None,
     stop: tuple[int, ...],
     kernels: Kernels,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
         loop, _, _ = carry
         return (loop.step < max_new_tokens) & ~jnp.all(loop.finished)
 
     def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
         loop, tokens, lengths = carry
-        lengths = lengths + ~loop.finished
+        lengths = jnp.where(loop.finished, lengths, lengths + 1)
         new = _step(model, params, state.stores, loop, seeds, sampling, stop, kernels)
-        tokens = jax.lax.dynamic_update_slice(tokens, new.token[:, None], (0, loop.step))
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new.token[:, None], loop.step, axis=1)
         return new, tokens, lengths
 
     params, logits, state = _without_derivative((params, logits, state))
@@ -293,8 +344,8 @@ def _decode(
     rows = loop.token.shape[0]
     tokens = jnp.full((rows, max_new_tokens), model.spec.pad_token_id, jnp.int32).at[:, 0].set(loop.token)
     carry = varying((loop, tokens, jnp.ones((rows,), jnp.int32)), params, logits, state, seeds)
-    _, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
-    return tokens, lengths
+    loop, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
+    return tokens, lengths, loop.state.finite
 
 
 @jax.custom_jvp

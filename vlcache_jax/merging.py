@@ -48,10 +48,10 @@ def _merge_row(
     heads, tokens, size = key.shape
     order = jnp.broadcast_to(order, (heads, tokens))
     order = jnp.pad(order, ((0, 0), (0, -tokens % BLOCK)), constant_values=tokens)
-    count = jnp.sum(order < tokens, axis=1)  # [heads]
+    count = jnp.sum(order < tokens, axis=1, dtype=jnp.int32)  # [heads]
     blocks = jnp.max(count + BLOCK - 1) // BLOCK
-    valid = jnp.arange(tokens) < length
-    kept = jnp.zeros((heads, tokens), bool).at[jnp.arange(heads)[:, None], order].set(True, mode="drop")
+    valid = jax.lax.iota(jnp.int32, tokens) < length
+    kept = jnp.zeros((heads, tokens), bool).at[jax.lax.iota(jnp.int32, heads)[:, None], order].set(True, mode="drop")
     both = jnp.concatenate([key, value], axis=-1).astype(jnp.float32)
     both = jnp.where(valid[:, None], both, 0)
     norm = jnp.linalg.norm(both[..., :size], axis=-1, keepdims=True)
@@ -62,25 +62,25 @@ def _merge_row(
         return jnp.take_along_axis(x, jnp.minimum(index, tokens - 1)[..., None], axis=1)
 
     def compare(block: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        slot = block * BLOCK + jnp.arange(BLOCK)
+        slot = block * BLOCK + jax.lax.iota(jnp.int32, BLOCK)
         cosine = jnp.einsum("htd,hsd->hts", unit, kept_tokens(block, unit), precision="highest")
-        cosine = jnp.where(slot < count[:, None, None], cosine, -jnp.inf)
+        cosine = jnp.where(slot[None, None] < count[:, None, None], cosine, -jnp.inf)
         largest, where = jnp.max(cosine, axis=-1), slot[jnp.argmax(cosine, axis=-1)]
         better = largest > best[0]  # not if equal: ties go to the lower position, which came first
         return jnp.where(better, largest, best[0]), jnp.where(better, where, best[1])
 
-    nothing = jnp.full((heads, tokens), -jnp.inf), jnp.zeros((heads, tokens), jnp.int32)
+    nothing = jnp.full((heads, tokens), -jnp.inf, jnp.float32), jnp.zeros((heads, tokens), jnp.int32)
     cosine, nearest = jax.lax.fori_loop(0, blocks, compare, varying(nothing, both, order))
     weight = cosine if kind == "weighted" else jnp.ones_like(cosine)
-    nearest = jnp.where(valid & ~kept, nearest, -1)
+    nearest = jnp.where(valid[None] & ~kept, nearest, -1)
 
     def collect(block: jax.Array, out: jax.Array) -> jax.Array:
-        slot = block * BLOCK + jnp.arange(BLOCK)
-        member = nearest[:, None] == slot[:, None]  # [heads, BLOCK, tokens]
+        slot = block * BLOCK + jax.lax.iota(jnp.int32, BLOCK)
+        member = nearest[:, None] == slot[None, :, None]  # [heads, BLOCK, tokens]
         # A product with a matrix of zeros and weights: a scatter is slow on TPUs and has no fixed order on GPUs.
         chosen = jnp.where(member, weight[:, None], 0)
         total = jnp.einsum("hst,htd->hsd", chosen, both, precision="highest")
-        n = jnp.sum(member, axis=-1)[..., None].astype(jnp.float32)
+        n = jnp.sum(member, axis=-1, dtype=jnp.int32)[..., None].astype(jnp.float32)
         x = kept_tokens(block, both)
         if kind == "pivotal":
             total = (total + n * x) / 2

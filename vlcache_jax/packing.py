@@ -61,16 +61,16 @@ def pack(
     group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
     counts = slots.reshape(layers, batch, shared, group).transpose(1, 2, 0, 3).reshape(batch, shared, layers * group)
     sizes = align(counts, segment_alignment(bits)) if room is None else jnp.full_like(counts, room)
-    ends = jnp.cumsum(sizes, axis=2)
+    ends = jnp.cumsum(sizes, axis=2, dtype=jnp.int32)
     offsets = ends - sizes
-    slot = jnp.arange(pool)
+    slot = jax.lax.iota(jnp.int32, pool)
     segment = jax.vmap(jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right")))(ends)  # [batch, lanes or 1, pool]
     segment = jnp.minimum(segment, layers * group - 1)
-    index = slot - jnp.take_along_axis(offsets, segment, axis=2)
+    index = slot[None, None] - jnp.take_along_axis(offsets, segment, axis=2)
     used = index < jnp.take_along_axis(counts, segment, axis=2)
 
-    row = jnp.arange(batch)[:, None, None]
-    lane = jnp.arange(kv_heads // group)[:, None]
+    row = jax.lax.iota(jnp.int32, batch)[:, None, None]
+    lane = jax.lax.iota(jnp.int32, kv_heads // group)[None, :, None]
     layer, head = segment // group, lane * group + segment % group
     entry = order[layer, row, head if order.shape[2] > 1 else 0, jnp.minimum(index, entries - 1)]
     entry = jnp.minimum(entry, entries - 1)  # free slots
@@ -167,6 +167,6 @@ def value_channels(values: jax.Array, lengths: jax.Array) -> jax.Array:
     Returns:
       f32 [batch, kv_heads, head_dim], positive.
     """
-    valid = (jnp.arange(values.shape[1]) < lengths[:, None])[..., None, None]
+    valid = (jax.lax.iota(jnp.int32, values.shape[1])[None] < lengths[:, None])[..., None, None]
     largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=1, initial=0.0, where=valid)
     return jnp.where(largest > 0, jnp.sqrt(largest), 1.0)

@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vlcache_jax import ops
 from vlcache_jax.batch import Batch
 from vlcache_jax.budgets import slot_budget
-from vlcache_jax.errors import CheckpointError
 from vlcache_jax.eviction import layer_room, slot_weights
+from vlcache_jax.finiteness import finite_rows
 from vlcache_jax.fractions import floor_fraction
 from vlcache_jax.interfaces import ModelSpec, Params, VisionLanguageModel
 from vlcache_jax.kernels.varying import varying
-from vlcache_jax.mesh import automatic, is_known, on_mesh_of, refuse_partly_checked
+from vlcache_jax.mesh import automatic, on_mesh_of, refuse_partly_checked
 from vlcache_jax.ops import Kernels
 from vlcache_jax.packing import capacity, empty_codes, quantise_into, value_channels
+from vlcache_jax.placing import placed
 from vlcache_jax.policies.base import Policy
 from vlcache_jax.policies.evicted import Merge, Quantise
 from vlcache_jax.policies.generated import APPEND, Evict, Generated, Recompress
@@ -66,32 +66,21 @@ def prefill(
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
-      (logits of the next token f32 [batch, vocab], state).
+      (logits of the next token f32 [batch, vocab], state). Nothing waits for the device: that scores or logits are not
+      finite shows in `state.finite`, and `Allocation.density` is NaN in a layer whose scores are not, or, where evicted
+      tokens are merged, whose keys or values are not.
 
     Raises:
       InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
         only outside `jit`, where they are known).
-      CheckpointError: scores that are not finite: no token can be told from another; or, where evicted tokens are
-        merged, keys or values (outside `jit` only; inside, `Allocation.density` is NaN in such a layer).
       PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
     """
     check_prefill(model.spec, batch, policy, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()
+    batch = placed(batch, params)
     with on_mesh_of(params, batch):
-        logits, state = _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
-    density = state.allocation.density
-    if not policy.keeps_all and is_known(density):
-        bad = np.argwhere(~np.isfinite(np.asarray(density)))
-        if len(bad):
-            row, layer = (int(x) for x in bad[0])
-            what = "scores, keys or values" if isinstance(policy.evicted, Merge) else "scores"
-            raise CheckpointError(
-                f"policy {policy.name!r}: layer {layer} has {what} that are not finite for row {row} of the batch, so "
-                "no token can be told from another: the checkpoint or the input holds NaN or infinity, or overflows in "
-                f"{jnp.dtype(model.spec.dtype).name}; check the logits with FullCache()"
-            )
-    return logits, state
+        return _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
 
 
 @partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))
@@ -102,7 +91,7 @@ def _prefill(
     variables = {"params": params}
     hidden = model.apply(variables, batch, method="embed")
     lengths = varying(jnp.asarray(batch.lengths), params, batch)
-    positions = jnp.minimum(jnp.arange(batch.length, dtype=jnp.int32), lengths[:, None] - 1)
+    positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
     run = partial(model.apply, variables, hidden, positions, method="decode")
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
@@ -111,7 +100,8 @@ def _prefill(
     logits = model.apply(variables, last, method="unembed")
     room = layer_room(policy, slot_budget(policy.budget, model.spec), batch.length) if _evicts(policy) else None
     tail = empty_tail(model.spec, batch.size, max_new_tokens, policy.rule, room)
-    return logits, KVState(context, tail, lengths, allocation, tuple(more), observed)
+    finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
+    return logits, KVState(context, tail, lengths, allocation, finite, tuple(more), observed)
 
 
 def _evicts(policy: Policy) -> bool:
@@ -141,9 +131,10 @@ def _keep_all(
             key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
             channels = value_channels(value, lengths)
             return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
-        start = (0, 0, layer * room, 0)
         pools = tuple(
-            ops.split(jax.lax.dynamic_update_slice(pool, x.swapaxes(1, 2).astype(pool.dtype), start))
+            ops.split(
+                jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), layer * room, axis=2)
+            )
             for pool, x in zip(pools, (key, value))
         )
         return out, pools, None
@@ -152,7 +143,7 @@ def _keep_all(
         assert bits is not None
         pad = [(0, 0), (0, 0), (0, room - batch.length), (0, 0)]
         key, value = (jnp.pad(x.swapaxes(1, 2), pad) for x in (key, value))
-        valid = (jnp.arange(room) < lengths[:, None])[:, None]
+        valid = (jax.lax.iota(jnp.int32, room)[None] < lengths[:, None])[:, None]
 
         def read(start, size):
             return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
@@ -163,14 +154,15 @@ def _keep_all(
     shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
     pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
     pools = varying(tuple(ops.split(x) for x in pools), lengths)
-    hidden, (keys, values, *scales), channels = run(attend, pools, jnp.arange(layers))
-    index = jnp.where(jnp.arange(slots) < layers * room, jnp.arange(slots) % room, batch.length)
+    hidden, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
+    slot = jax.lax.iota(jnp.int32, slots)
+    index = jnp.where(slot < layers * room, slot % room, batch.length)[None, None]
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
     context = PackedStore(
         keys=keys,
         values=values,
         positions=jnp.broadcast_to(jnp.where(index < lengths[:, None, None], index, -1), shape[:3]),
-        offsets=jnp.broadcast_to(room * jnp.arange(layers)[:, None], (batch.size, layers, 1)),
+        offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch.size, layers, 1)),
         lengths=kept[..., None],
         **dict(zip(("key_scales", "value_scales"), scales)),
         value_channels=None if channels is None else channels.swapaxes(0, 1),
@@ -196,7 +188,8 @@ def _compress(
     mean = jnp.asarray(budget.total(lengths)) // layers
     recent = settled(policy.recent, mean)
     window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
-    pairs = rows * (first + (rows + 1) / 2)  # (q, j) with j <= q, q in first .. first + rows - 1
+    number = rows.astype(jnp.float32)
+    pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)  # (q, j), j <= q, q in first .. first + rows - 1
 
     def attend(query, key, value, carry, layer):
         out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
@@ -231,7 +224,7 @@ def _compress(
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
             ties = None  # the ranks have none
-        positions = jnp.broadcast_to(jnp.arange(length), (batch.size, 1, length))
+        positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, length), (batch.size, 1, length))
         channels = value_channels(value, lengths) if quantised else None
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
@@ -243,7 +236,7 @@ def _compress(
         room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
         return out, carry, (key, value, scores, ties, positions, channels, density, measured, room)
 
-    hidden, _, layer_outputs = run(attend, None, jnp.arange(layers))
+    hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
     keys, values, scores, ties, positions, channels, density, measured, queries = layer_outputs
     measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
     requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
@@ -255,7 +248,10 @@ def _compress(
     if isinstance(policy.evicted, Merge):
         keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
         keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
-        positions, order = order, jnp.broadcast_to(jnp.arange(length), order.shape)  # in this order already
+        positions, order = (
+            order,
+            jnp.broadcast_to(jax.lax.iota(jnp.int32, length), order.shape),
+        )  # in this order already
     group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
 
     allocation = Allocation(requested=requested, density=density.T)
@@ -277,5 +273,5 @@ def _compress(
         others = jax.vmap(unselected, (0, None))(order, lengths)
         # A prompt may keep next to nothing, so that there is room for all of it.
         pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
-        stores.append(store(others, jnp.expand_dims(lengths, range(1, slots.ndim - 1)) - slots, pool, bits))
+        stores.append(store(others, jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots, pool, bits))
     return hidden, stores, allocation, no_queries(queries) if noted else None

@@ -8,7 +8,15 @@ from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.context import Context, answer, compress, extend
 from vlcache_jax.context_files import load_context, save_context
 from vlcache_jax.decoding import decode_step
-from vlcache_jax.errors import CheckpointError, InputError, PlacementWarning, PolicyError, PolicyWarning, VLCacheError
+from vlcache_jax.errors import (
+    CheckpointError,
+    InputError,
+    NonFiniteError,
+    PlacementWarning,
+    PolicyError,
+    PolicyWarning,
+    VLCacheError,
+)
 from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
 from vlcache_jax.loading import VLM, load
 from vlcache_jax.ops import Kernels
@@ -79,6 +87,7 @@ __all__ = [
     "Mass",
     "Merge",
     "MixKV",
+    "NonFiniteError",
     "PlacementWarning",
     "Policy",
     "PolicyError",

@@ -74,13 +74,17 @@ def recompress(
         return jnp.broadcast_to(x, (batch, layers, kv_heads)).swapaxes(1, 2).reshape(batch, lanes, segments)
 
     offsets, lengths = per_lane(context.offsets), per_lane(context.lengths)
-    block = jnp.arange(0, slots, ALIGNMENT)[:, None]  # an aligned block lies in one segment
+    block = jnp.arange(0, slots, ALIGNMENT, dtype=jnp.int32)[
+        None, None, :, None
+    ]  # an aligned block lies in one segment
     inside = (block >= offsets[:, :, None]) & (block < (offsets + align(lengths))[:, :, None])
     of_block = jnp.where(jnp.any(inside, axis=-1), jnp.argmax(inside, axis=-1), segments).astype(jnp.int32)
     known = jnp.minimum(of_block, segments - 1)
     segment = jnp.repeat(known, ALIGNMENT, axis=2)  # [batch, lanes, slots]
     start, length = (jnp.take_along_axis(x, segment, axis=2) for x in (offsets, lengths))
-    used = (jnp.arange(slots) < start + length) & (jnp.repeat(of_block, ALIGNMENT, axis=2) < segments)
+    used = (jax.lax.iota(jnp.int32, slots)[None, None] < start + length) & (
+        jnp.repeat(of_block, ALIGNMENT, axis=2) < segments
+    )
 
     def unstack(x: jax.Array, room: int) -> jax.Array:  # [batch, kv_heads, layers * room, ...] -> per segment
         return x[:, :, : layers * room].reshape(batch, lanes, segments, room, *x.shape[3:])
@@ -99,11 +103,11 @@ def recompress(
     new = _tail_scores(tail_keys, queries, lse, rows) / group
 
     end = next_position[:, None, None]
-    new_positions = jnp.broadcast_to((end - every + jnp.arange(every))[:, :, None], new.shape)
+    new_positions = jnp.broadcast_to((end - every + jax.lax.iota(jnp.int32, every)[None, None])[:, :, None], new.shape)
     stays, enters = _keep((old, new), (context.positions, new_positions), used, known, offsets, lengths, end, rule)
 
     leaves = used & ~stays
-    before = jnp.cumsum(leaves, axis=2, dtype=jnp.int32) - leaves  # in the lane
+    before = jnp.cumsum(leaves, axis=2, dtype=jnp.int32) - leaves.astype(jnp.int32)  # in the lane
     first = jnp.take_along_axis(before, jnp.take_along_axis(offsets, segment, axis=2), axis=2)
     entering = _flat(indices(enters, every))  # their slots in the tail, then `every`
     number = jnp.minimum(before - first, every - 1)
@@ -133,16 +137,16 @@ def _context_scores(keys: jax.Array, of_block: jax.Array, queries: jax.Array, ls
         q = jnp.take_along_axis(queries, segment[..., None], axis=2)
         return _received(q, k, jnp.take_along_axis(lse, segment, axis=2)).reshape(batch, lanes, size)
 
-    scores = jax.lax.map(chunk, jnp.arange(slots // size))
+    scores = jax.lax.map(chunk, jax.lax.iota(jnp.int32, slots // size))
     return jnp.moveaxis(scores, 0, 2).reshape(batch, lanes, slots)
 
 
 def _tail_scores(keys: jax.Array, queries: jax.Array, lse: jax.Array, rows: int) -> jax.Array:
     """The same for the tail, f32 [batch, lanes, segments, every]: a query does not see what came after it."""
     every = keys.shape[3]
-    ring = jnp.arange(rows)
+    ring = jax.lax.iota(jnp.int32, rows)
     asked_at = every - 1 - (every - 1 - ring) % rows  # tail slot of the token whose query it was
-    seen = jnp.arange(every) <= asked_at[:, None]  # [rows, every]
+    seen = jax.lax.iota(jnp.int32, every)[None] <= asked_at[:, None]  # [rows, every]
 
     def one(parts: tuple[jax.Array, ...]) -> jax.Array:
         k, q, weight = parts
@@ -186,7 +190,7 @@ def _keep(
 
     def count(marks: _Both) -> jax.Array:  # -> i32 [batch, lanes, segments]
         of_blocks = jnp.sum(marks[0].reshape(*of_block.shape, ALIGNMENT), axis=3, dtype=jnp.int32)
-        before = jnp.pad(jnp.cumsum(of_blocks, axis=2), ((0, 0), (0, 0), (1, 0)))
+        before = jnp.pad(jnp.cumsum(of_blocks, axis=2, dtype=jnp.int32), ((0, 0), (0, 0), (1, 0)))
         ends = (offsets // ALIGNMENT, (offsets + align(lengths)) // ALIGNMENT)
         first, last = (jnp.take_along_axis(before, x, axis=2) for x in ends)
         return last - first + jnp.sum(marks[1], axis=3, dtype=jnp.int32)

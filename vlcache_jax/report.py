@@ -25,7 +25,8 @@ class Report:
       kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most), without
         those kept besides at a lower precision (`Policy.evicted`).
       prompt_lengths: i32 [batch].
-      density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured.
+      density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured, NaN
+        where the scores are not finite.
       exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
       kept_fraction: f32 [batch]. Kept slots of all layers and KV heads / (layers * KV heads * prompt length).
       policy: the policy's name (static).
@@ -36,6 +37,8 @@ class Report:
         context holds them, too.
       replicated: what every device of the mesh holds as a whole although an axis could split it, with the remedy
         (static); as far as the program knows its mesh: inside `jit`, enter it with `jax.set_mesh`.
+      finite: bool, of the shape of the answers' lengths; [batch] without answers. False where a score or a logit was
+        NaN or infinite: such an answer means nothing. Outside `jit` that is a `NonFiniteError`.
     """
 
     kept: jax.Array
@@ -49,6 +52,7 @@ class Report:
     full_bytes: int = dataclasses.field(metadata={"static": True})
     tail_bytes: int = dataclasses.field(metadata={"static": True})
     replicated: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    finite: jax.Array | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -74,6 +78,7 @@ def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths:
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
         tail_bytes=sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed))),
         replicated=whole,
+        finite=state.finite,
     )
     return on_every_process(report)
 
@@ -84,7 +89,8 @@ def _counted(slots: jax.Array, requested: jax.Array, prompt_lengths: jax.Array) 
     """(kept, exact, kept_fraction) from slots [batch, layers, kv_heads or 1], requested and there."""
     requested = requested.reshape(*requested.shape[:2], -1)
     exact = jnp.all(slots >= requested, axis=(1, 2))
-    return jnp.max(slots, axis=2), exact, jnp.sum(slots, axis=(1, 2)) / (slots[0].size * prompt_lengths)
+    of_all = (slots[0].size * prompt_lengths).astype(jnp.float32)
+    return jnp.max(slots, axis=2), exact, jnp.sum(slots, axis=(1, 2)).astype(jnp.float32) / of_all
 
 
 def full_cache_bytes(spec: ModelSpec, batch: int, padded: int) -> int:

@@ -98,5 +98,5 @@ def next_token(logits: jax.Array, sampling: Sampling | None, seeds: Any, step: j
         number = jnp.maximum(uniform(random_bits(words, (step,), row.shape[0])), jnp.finfo(jnp.float32).tiny)
         return jnp.argmax(row - jnp.log(-jnp.log(number)))
 
-    words = seed_words(seeds, logits.shape[:1])
+    words = jnp.asarray(seed_words(seeds, logits.shape[:1]))
     return jax.vmap(draw)(words, filtered_logits(logits, sampling)).astype(jnp.int32)

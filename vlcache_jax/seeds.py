@@ -66,7 +66,9 @@ def _as_words(seeds: Any, shape: tuple[int, ...]) -> Words:
         parts = [_as_words(seed, ()) for seed in seeds]
         if not parts or len({part.shape for part in parts}) > 1:
             raise InputError(f"seeds={_shown(seeds)}: give one integer or key, or one for each answer")
-        return (np if all(isinstance(part, np.ndarray) for part in parts) else jnp).stack(parts)
+        if all(isinstance(part, np.ndarray) for part in parts):
+            return np.stack(parts)
+        return jnp.stack([part if isinstance(part, jax.Array) else jax.device_put(part) for part in parts])
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         if not -(2**63) <= seeds < 2**64:
             raise InputError(f"seeds={seeds} is out of range: give integers from -2**63 to 2**64 - 1")
@@ -112,19 +114,29 @@ def _array_words(seeds: jax.Array) -> jax.Array:
     return jnp.stack([high.astype(jnp.uint32), seeds.astype(jnp.uint32)], axis=-1)
 
 
-@jax.jit
-def _key_words(data: Words) -> jax.Array:
+def _key_words(data: Words) -> Words:
     """Two words of a key of any implementation: what a Threefry key consists of, or a hash of a longer one."""
-    words = jnp.asarray(data)[..., :2]
+    if data.shape[-1] == 2:
+        return data
+    return _hashed(data if isinstance(data, jax.Array) else jax.device_put(data))
+
+
+@jax.jit
+def _hashed(data: jax.Array) -> jax.Array:
+    words = data[..., :2]
     for i in range(2, data.shape[-1]):
         words = jax.random.key_data(_folded(_keys(words), data[..., i]))
     return words
 
 
-@partial(jax.jit, static_argnames="count")
 def _following(words: Words, count: int) -> jax.Array:
     """The `count` numbers of 64 bits from one on, u32 [2] -> u32 [count, 2]."""
-    low = words[1] + jnp.arange(count, dtype=jnp.uint32)
+    return _counted(words if isinstance(words, jax.Array) else jax.device_put(words), count)
+
+
+@partial(jax.jit, static_argnames="count")
+def _counted(words: jax.Array, count: int) -> jax.Array:
+    low = words[1] + jax.lax.iota(jnp.uint32, count)
     return jnp.stack([words[0] + (low < words[1]).astype(jnp.uint32), low], axis=-1)
 
 
@@ -149,7 +161,7 @@ def random_bits(words: Words, path: tuple[Any, ...], count: int) -> jax.Array:
     key = _keys(words)
     for part in path:
         key = jax.random.fold_in(key, part)
-    numbers = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count, dtype=jnp.uint32))
+    numbers = jax.vmap(partial(jax.random.fold_in, key))(jax.lax.iota(jnp.uint32, count))
     high, low = jnp.unstack(jax.random.key_data(numbers), axis=-1)
     return high ^ low
 

@@ -128,7 +128,8 @@ class TailStore:
       keys: [batch, lanes, slots, head_dim], rotated; slots is layers * capacity, or a little more (`whole_tiles`).
       values: like `keys`.
       length: i32 [batch]. Tokens appended so far, or, with `Recompress`, since the context was last rewritten. All
-        rows append at the same slot, the largest length; in a `RollingWindow`, modulo its size.
+        rows append at the same slot, in a `RollingWindow` modulo its size, so all must have the same length; `Evict`,
+        which has no tail, apart.
       capacity: slots of a layer, here or, with `Evict`, which has no tail, in the context (static).
       rule: what becomes of the generated tokens (static).
     """
@@ -184,7 +185,8 @@ class Allocation:
     Attributes:
       requested: i32 [batch, layers], or [batch, layers, kv_heads] of a head-adaptive method. Slots the allocator gave;
         more than were kept only if a layer had handed on fewer candidates (`candidate_fraction`).
-      density: f32 [batch, layers]. Share of attention entries above the threshold (1 where it was not measured).
+      density: f32 [batch, layers]. Share of attention entries above the threshold (1 where it was not measured); NaN
+        in a layer whose scores, or keys and values that are merged, are not finite.
     """
 
     requested: jax.Array
@@ -202,6 +204,8 @@ class KVState:
       tail: the generated tokens.
       next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
       allocation: how the budget was shared out.
+      finite: bool [batch]. False once a score, a merged key or value, or a logit of the row was NaN or infinite, or the
+        row could not be appended to: what it says from there on means nothing.
       more: further parts of the prompt, read like the context: what is kept at a lower precision, say. Most have none.
       observed: what the rule of the generated tokens remembers of the attention; None with most rules.
     """
@@ -210,6 +214,7 @@ class KVState:
     tail: TailStore
     next_position: jax.Array
     allocation: Allocation
+    finite: jax.Array
     more: tuple[PackedStore, ...] = ()
     observed: SlotWeights | RecentQueries | None = None
 
@@ -242,10 +247,10 @@ def _kept_positions(c: PackedStore, layer: jax.Array | int, count: int) -> jax.A
     heads = max(lanes, c.lengths.shape[2])
     offsets = jnp.broadcast_to(c.offsets[:, layer], (batch, heads))
     lengths = jnp.broadcast_to(c.lengths[:, layer], (batch, heads))
-    index = jnp.arange(count)
+    index = jax.lax.iota(jnp.int32, count)[None, None]
     slot = jnp.minimum(offsets[..., None] + index, slots - 1)
-    lane = jnp.arange(heads) * lanes // heads
-    positions = c.positions[jnp.arange(batch)[:, None, None], lane[:, None], slot]
+    lane = jax.lax.iota(jnp.int32, heads) * lanes // heads
+    positions = c.positions[jax.lax.iota(jnp.int32, batch)[:, None, None], lane[None, :, None], slot]
     last = jnp.iinfo(jnp.int32).max
     positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
     return jnp.where(positions < last, positions, -1)

@@ -37,5 +37,5 @@ def attention(
     if lengths is None:
         return out, None
     # What cuDNN leaves in padding rows is nowhere promised to be finite.
-    true_row = jnp.arange(query.shape[1]) < lengths[:, None]
+    true_row = jax.lax.iota(jnp.int32, query.shape[1])[None] < lengths[:, None]
     return jnp.where(true_row[..., None, None], out, 0), None

@@ -21,6 +21,7 @@ def attention(
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     logits = scale * jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")
     visible = jnp.tril(jnp.ones(logits.shape[2:], bool))
+    visible = visible[None, None]
     if segments is not None:
         row, column = segments[:, None, :, None], segments[:, None, None, :]
         visible = visible & ((column == 0) | (column == row))

@@ -37,7 +37,7 @@ def attention(
         raise NotImplementedError(f"splash_tpu serves heads of up to 256, not {head_dim}")
     if with_lse:
         return _attention(query, key, value, scale, interpret)
-    return _forward(query, key, value, scale, interpret, with_lse=False)
+    return _without_lse(query, key, value, scale, interpret), None
 
 
 class _CausalMask(splash.CausalMask):
@@ -78,10 +78,29 @@ def _forward(query, key, value, scale, interpret, with_lse=True):
     def by_row(x: jax.Array) -> jax.Array:  # [batch, heads, padded, ...] -> [batch, length, heads, ...]
         return x[:, :, :length].swapaxes(1, 2)
 
-    if not with_lse:
-        return by_row(kernel(q, k, v)).astype(value.dtype), None
-    out, (lse,) = kernel(q, k, v)
+    with jax.enable_x64(False):  # where a gradient traces this once more, `dispatch` has left the 64-bit mode on
+        if not with_lse:
+            return by_row(kernel(q, k, v)).astype(value.dtype), None
+        out, (lse,) = kernel(q, k, v)
     return by_row(out).astype(value.dtype), by_row(lse)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _without_lse(query, key, value, scale, interpret):
+    return _forward(query, key, value, scale, interpret, with_lse=False)[0]
+
+
+def _pull_back(query, key, value, scale, interpret):
+    with jax.enable_x64(False):  # JAX's kernel and its gradient fail in 64-bit mode
+        return jax.vjp(lambda *x: _forward(*x, scale, interpret, with_lse=False)[0], query, key, value)
+
+
+def _pulled_back(scale, interpret, pull_back, cotangent):
+    with jax.enable_x64(False):
+        return pull_back(cotangent)
+
+
+_without_lse.defvjp(_pull_back, _pulled_back)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -66,7 +66,7 @@ def _rows(q, first, row_segments, k, v, segments, *, scale):
     chunks = (rows + pad) // _CHUNK
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
     row_segments = jnp.pad(row_segments, (0, pad)).reshape(chunks, _CHUNK)
-    starts = first + _CHUNK * jnp.arange(chunks)
+    starts = first + _CHUNK * jax.lax.iota(jnp.int32, chunks)
 
     def one_chunk(chunk):
         q, first, row_segments = chunk
@@ -83,9 +83,9 @@ def _chunk(q, first, row_segments, k, v, segments, *, scale):
         group, rows, head_dim = q.shape
         logits = jnp.matmul(q.reshape(group * rows, head_dim), k.T, preferred_element_type=jnp.float32)
         logits = (logits * scale).reshape(group, rows, -1)
-        row, column = first + jnp.arange(rows)[:, None], jnp.arange(k.shape[0])
-        visible = (column <= row) & ((segments == 0) | (segments == row_segments[:, None]))
-        logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+        row, column = first + jax.lax.iota(jnp.int32, rows)[:, None], jax.lax.iota(jnp.int32, k.shape[0])[None]
+        visible = (column <= row) & ((segments == 0)[None] | (segments[None] == row_segments[:, None]))
+        logits = jnp.where(visible[None], logits, jnp.finfo(jnp.float32).min)
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -100,7 +100,7 @@ def column_statistics(
 
 def _slice(query, lse, maximum, first, count, size):
     """The rows of the slice, moved to the front; rows past the prompt's end repeat its last one and do not count."""
-    index = jnp.minimum(first[:, None] + jnp.arange(size), query.shape[1] - 1)
+    index = jnp.minimum(first[:, None] + jax.lax.iota(jnp.int32, size)[None], query.shape[1] - 1)
 
     def take(x):
         return None if x is None else jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)

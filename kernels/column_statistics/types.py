@@ -54,6 +54,6 @@ class Options:
 
 def spread(rows: Rows, values: jax.Array) -> jax.Array:
     """Masks row statistics [batch, rows, heads]: -inf outside the slice."""
-    index = jnp.arange(values.shape[1])
+    index = jax.lax.iota(jnp.int32, values.shape[1])[None]
     inside = (index >= rows.low[:, None]) & (index < rows.high[:, None])
     return jnp.where(inside[..., None], values, -jnp.inf)

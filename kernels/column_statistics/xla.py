@@ -31,7 +31,7 @@ def column_statistics(
     q = by_head(query)
     k = key.swapaxes(1, 2).reshape(batch * kv_heads, length, head_dim)
     row_lse, row_maximum = (by_head(nothing if x is None else x.astype(jnp.float32)) for x in (lse, maximum))
-    column = jnp.arange(length)
+    column = jax.lax.iota(jnp.int32, length)[None]
     lowest = jnp.finfo(jnp.float32).min
 
     def one_head(item):
@@ -42,9 +42,9 @@ def column_statistics(
             at = jnp.minimum(wanted, size - block)  # the last block is shifted back to fit
             part = jax.lax.dynamic_slice_in_dim(q, at, block, axis=1).reshape(group * block, head_dim)
             logits = options.scale * jnp.matmul(part, k.T, preferred_element_type=jnp.float32)
-            index = at + jnp.arange(block)[:, None]
-            chosen = (index >= wanted) & (index < high)
-            visible = (column <= start + index) & chosen  # the block's other rows may be padding, and hold NaN
+            index = at + jax.lax.iota(jnp.int32, block)[:, None]
+            chosen = ((index >= wanted) & (index < high))[None]  # [1, block, 1]
+            visible = (column <= start + index)[None] & chosen  # the block's other rows may be padding, and hold NaN
             logits = jnp.where(visible, logits.reshape(group, block, length), lowest)
             top = jax.lax.dynamic_slice_in_dim(state["maximum"], at, block, axis=1)[..., None]
             if need_maximum:
@@ -56,7 +56,7 @@ def column_statistics(
                 highest = top if need_maximum else jnp.max(logits, axis=-1, keepdims=True)
                 weights = jnp.exp(logits - jnp.where(chosen, highest, 0))
                 total = jnp.sum(weights, axis=-1, keepdims=True)
-                weights = weights * (chosen / jnp.where(chosen, total, 1))
+                weights = weights * jnp.where(chosen, 1 / jnp.where(chosen, total, 1), 0)
                 old = jax.lax.dynamic_slice_in_dim(state["lse"], at, block, axis=1)[..., None]
                 log_sum = jnp.where(chosen, highest + jnp.log(total), old)
             new = {"sums": state["sums"] + jnp.sum(weights, axis=1)}

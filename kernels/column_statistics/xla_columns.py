@@ -36,7 +36,7 @@ def column_statistics(
     def rows_from(at, wanted, state):
         """Adds the rows wanted .. at + height - 1; at <= wanted where the last block is shifted back to fit."""
         part = jax.lax.dynamic_slice_in_dim(q, at, height, axis=3)
-        index = at + jnp.arange(height)[:, None]
+        index = at + jax.lax.iota(jnp.int32, height)[None, None, None, :, None]
         chosen = (index >= jnp.maximum(wanted, low)) & (index < high)  # [batch, 1, 1, height, 1]
         blocks: jax.Array | int = -(-length // width)
         if size > height:  # no block beyond the last row's own column; one block of rows has a static number
@@ -47,7 +47,7 @@ def column_statistics(
             left = jnp.minimum(i * width, length - width)
             keys = jax.lax.dynamic_slice_in_dim(k, left, width, axis=2)
             logits = options.scale * jnp.einsum("bngrd,bnsd->bngrs", part, keys, preferred_element_type=jnp.float32)
-            column = left + jnp.arange(width)
+            column = left + jax.lax.iota(jnp.int32, width)[None, None, None, None]
             visible = (column >= i * width) & (column <= start + index) & chosen
             return left, jnp.where(visible, logits, lowest), visible
 

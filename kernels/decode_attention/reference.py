@@ -15,11 +15,13 @@ def decode_attention(
     n, heads = query.shape[1:3]
     lanes, slots = keys.shape[1:3]
     kv_heads = lanes if lengths.shape[1] == 1 else lengths.shape[1]
-    lane = jnp.arange(heads) * lanes // heads
-    segment = jnp.arange(heads) * kv_heads // heads if lengths.shape[1] > 1 else jnp.zeros(heads, jnp.int32)
+    lane = jax.lax.iota(jnp.int32, heads) * lanes // heads
+    segment = (
+        jax.lax.iota(jnp.int32, heads) * kv_heads // heads if lengths.shape[1] > 1 else jnp.zeros(heads, jnp.int32)
+    )
     first, last = offsets[:, segment, None, None], (offsets + lengths)[:, segment, None, None]  # [batch, heads, 1, 1]
-    slot = jnp.arange(slots)
-    hidden = (n - 1 - jnp.arange(n))[:, None] if causal else 0
+    slot = jax.lax.iota(jnp.int32, slots)[None, None, None]
+    hidden = (n - 1 - jax.lax.iota(jnp.int32, n))[None, None, :, None] if causal else 0
     inside = ((slot >= first) & (slot < last))[:, :, 0, :, None]  # [batch, heads, slots, 1]
     seen = jnp.broadcast_to((slot >= first) & (slot < last - hidden), (*last.shape[:2], n, slots))
     k = jnp.where(inside, keys[:, lane].astype(jnp.float32), 0)
@@ -41,12 +43,12 @@ def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:
         return store.keys, store.values
     bits = 8 * store.keys.shape[2] // store.value_scales.shape[3]
     group = 256 // bits
-    slot = jnp.arange(store.value_scales.shape[3])
+    slot = jax.lax.iota(jnp.int32, store.value_scales.shape[3])
     row = slot // group * 32 + slot % 32
     low_bit = slot % group // 32 * bits
 
     def codes(packed: jax.Array) -> jax.Array:
-        unsigned = (packed.astype(jnp.int32)[:, :, row] % 256 // 2 ** low_bit[:, None]) % 2**bits
+        unsigned = (packed.astype(jnp.int32)[:, :, row] % 256 // 2 ** low_bit[None, None, :, None]) % 2**bits
         return jnp.where(unsigned < 2 ** (bits - 1), unsigned, unsigned - 2**bits).astype(jnp.float32)
 
     key_scales = store.key_scales[:, :, slot // group, :, : store.keys.shape[3]]  # [batch, lanes, slots, 2, head_dim]

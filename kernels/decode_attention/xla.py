@@ -85,10 +85,10 @@ def _block(
     batch, lanes, slots, head_dim = store.keys.shape
     block = block_size(slots, largest)
     offsets, lengths = (jnp.broadcast_to(x, (batch, items)) for x in (segments.offsets, segments.lengths))
-    lane = jnp.arange(items) * lanes // items
+    lane = jax.lax.iota(jnp.int32, items) * lanes // items
     wanted = offsets + i * block
     start = jnp.clip(wanted, 0, slots - block)  # the last block of the store is shifted back to fit
-    slot = start[..., None] + jnp.arange(block)
+    slot = start[..., None] + jax.lax.iota(jnp.int32, block)[None, None]
     inside = (slot >= wanted[..., None]) & (slot < (offsets + lengths)[..., None])
     inside = inside[:, :, None, :, None]
 

@@ -25,12 +25,12 @@ def decode_attention(
     group = heads // (items * lanes)  # query heads of a lane
     unit = 1 if store.key_scales is None else group_size(8 // store.packing)
     block = min(largest, store.slots)
-    first_lane = jnp.arange(items) * store.lanes // items
+    first_lane = jax.lax.iota(jnp.int32, items) * store.lanes // items
     q = query.reshape(batch, n, items, lanes, group, head_dim).transpose(0, 2, 3, 1, 4, 5)
     q = q.reshape(batch, items, lanes, n * group, head_dim)
     ends = offsets + lengths
-    hidden = jnp.repeat(n - 1 - jnp.arange(n), group) if causal else jnp.zeros(1, jnp.int32)
-    last_seen = ends[..., None] - hidden  # [batch, items, rows or 1]
+    hidden = jnp.repeat(n - 1 - jax.lax.iota(jnp.int32, n), group) if causal else jnp.zeros(1, jnp.int32)
+    last_seen = ends[..., None] - hidden[None, None]  # [batch, items, rows or 1]
 
     def load(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values [batch, items, lanes, block, head_dim] from the slots `start` [batch, items]."""
@@ -58,7 +58,7 @@ def decode_attention(
         highest, total, out = state
         wanted = offsets + i * block
         start = jnp.minimum(wanted, store.slots - block)  # the last block of the store is shifted back to fit
-        slot = (start[..., None] + jnp.arange(block))[:, :, None]  # [batch, items, 1, block]
+        slot = (start[..., None] + jax.lax.iota(jnp.int32, block)[None, None])[:, :, None]  # [batch, items, 1, block]
         after = slot >= wanted[..., None, None]
         inside = after & (slot < ends[..., None, None])
         seen = (after & (slot < last_seen[..., None]))[:, :, None]  # [batch, items, 1, rows or 1, block]

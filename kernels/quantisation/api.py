@@ -128,6 +128,8 @@ def _unpack(codes: jax.Array, bits: int) -> jax.Array:
     """i8 [..., slots * bits / 8, head_dim] to f32 [..., slots, head_dim]."""
     *batch, rows, head_dim = codes.shape
     x = codes.astype(jnp.int32).reshape(*batch, rows // _ROWS, 1, _ROWS, head_dim)
-    left = 32 - bits * jnp.arange(1, 8 // bits + 1)[:, None, None]
-    x = (x << left) >> (32 - bits)  # the part's top bit becomes the sign, and is shifted in
+    left = 32 - bits * jnp.arange(1, 8 // bits + 1, dtype=jnp.int32)[:, None, None]
+    x = (x << jnp.expand_dims(left, range(x.ndim - 3))) >> (
+        32 - bits
+    )  # the part's top bit becomes the sign, and is shifted in
     return x.reshape(*batch, -1, head_dim).astype(jnp.float32)

@@ -79,10 +79,10 @@ class AdaptiveHeads(Allocate):
         mean = jnp.asarray(budget.total(lengths)) // budget.layers
         window = forced(slots, settled(self.recent, mean))[0]
         rest = slots - window
-        before = jnp.arange(length) < (lengths[:, None] - window)[..., None]
+        before = jax.lax.iota(jnp.int32, length)[None, None] < (lengths[:, None] - window)[..., None]
         candidates = jnp.where(before[:, :, None], jnp.nan_to_num(scores), -jnp.inf)
         best = largest(candidates.reshape(batch, layers, budget.lanes, -1), (group * rest)[..., None, None])
-        found = jnp.sum(best.reshape(batch, layers, budget.lanes, group, length), axis=-1)
+        found = jnp.sum(best.reshape(batch, layers, budget.lanes, group, length), axis=-1, dtype=jnp.int32)
         shares = _with_floor(found, rest[..., None, None], self.floor)
         return window[..., None] + shares.reshape(batch, layers, kv_heads)
 
@@ -94,9 +94,9 @@ def _with_floor(found: jax.Array, mean: jax.Array, floor: float) -> jax.Array:
     # Divided first, so that no product exceeds the count or the square of the denominator.
     over = (bottom - top) * (found % bottom) + top * (mean % bottom)
     whole = (bottom - top) * (found // bottom) + top * (mean // bottom) + over // bottom
-    left = jnp.sum(found - whole, axis=-1, keepdims=True)
-    rank = jnp.argsort(jnp.argsort(-(over % bottom), axis=-1, stable=True), axis=-1, stable=True)
-    return whole + (rank < left)
+    left = jnp.sum(found - whole, axis=-1, keepdims=True, dtype=jnp.int32)
+    rank = jnp.argsort(jnp.argsort(-(over % bottom), axis=-1, stable=True), axis=-1, stable=True).astype(jnp.int32)
+    return jnp.where(rank < left, whole + 1, whole)
 
 
 @method

@@ -45,7 +45,7 @@ class EliteAttention(Score):
         rows, length, heads, head_dim = inputs.query.shape
         kv_heads = inputs.key.shape[2]
         key = inputs.key.astype(jnp.float32)
-        column = jnp.arange(length)
+        column = jax.lax.iota(jnp.int32, length)[None]
         first = inputs.lengths - inputs.rows
 
         def logits(index: jax.Array) -> jax.Array:
@@ -64,17 +64,17 @@ class EliteAttention(Score):
         seen = elite | _visual(inputs)
 
         def step(block: jax.Array, total: jax.Array) -> jax.Array:
-            wanted = first[:, None] + block * _BLOCK + jnp.arange(_BLOCK)
+            wanted = first[:, None] + block * _BLOCK + jax.lax.iota(jnp.int32, _BLOCK)[None]
             row = jnp.minimum(wanted, length - 1)
             chosen = jnp.take_along_axis(elite, row, axis=1) & (row == wanted)
-            attention = softmax(logits(row), seen[:, None] & (column <= row[..., None]))
+            attention = softmax(logits(row), seen[:, None] & (column[None] <= row[..., None]))
             attention = jnp.where(chosen[:, None, None, :, None], attention, 0)
             return total + jnp.mean(jnp.sum(attention, axis=3), axis=2)
 
         blocks = (jnp.max(inputs.rows) + _BLOCK - 1) // _BLOCK
         zeros = varying(jnp.zeros((rows, kv_heads, length), jnp.float32), key, elite)
         total = jax.lax.fori_loop(0, blocks, step, zeros)
-        return total / jnp.sum(elite, axis=1)[:, None, None]
+        return total / jnp.sum(elite, axis=1).astype(jnp.float32)[:, None, None]
 
 
 def _visual(inputs: LayerInputs) -> jax.Array:
@@ -99,7 +99,7 @@ class StrengthAndSkewness(Allocate):
         """f32 [batch, 3]: strength, skewness, number of visual tokens."""
         visual = _visual(inputs)
         score = jnp.where(visual, jnp.mean(scores, axis=1), 0)
-        count = jnp.sum(visual, axis=1)
+        count = jnp.sum(visual, axis=1).astype(jnp.float32)
         strength = jnp.sum(score, axis=1)
         away = jnp.where(visual, score - (strength / count)[:, None], 0)
         variance = jnp.sum(away**2, axis=1) / count
@@ -107,7 +107,7 @@ class StrengthAndSkewness(Allocate):
         # Shared among layers, the rounding of a skewness that is 0 would weigh as much as any.
         skewed = (count > 2) & (variance > (ROUNDING * strength / count) ** 2)
         skewness = jnp.where(skewed, skewness, 0)
-        return jnp.stack([strength, skewness, count.astype(jnp.float32)], axis=1)
+        return jnp.stack([strength, skewness, count], axis=1)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""

@@ -129,4 +129,5 @@ class Uniform(Allocate):
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""
         total = jnp.asarray(budget.total(lengths))[:, None]
-        return total // budget.layers + (jnp.arange(budget.layers) < total % budget.layers)
+        extra = jax.lax.iota(jnp.int32, budget.layers)[None] < total % budget.layers
+        return total // budget.layers + extra.astype(jnp.int32)

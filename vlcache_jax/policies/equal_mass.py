@@ -36,8 +36,8 @@ class EqualMass(Allocate):
         order = jnp.argsort(by_rank, axis=1, stable=True)
         total = jnp.asarray(budget.total(lengths))
         if budget.mass is not None:
-            total = jnp.minimum(total, jnp.sum(by_rank < budget.mass, axis=1))
-        taken = jnp.arange(layers * length) < total[:, None]
+            total = jnp.minimum(total, jnp.sum(by_rank < budget.mass, axis=1, dtype=jnp.int32))
+        taken = jax.lax.iota(jnp.int32, layers * length)[None] < total[:, None]
         count = jax.vmap(lambda o, t: jnp.zeros((layers,), jnp.int32).at[o % layers].add(t))
         return count(order, taken.astype(jnp.int32))
 
@@ -65,17 +65,17 @@ class RetainedMass(EqualMass):
         valid, ends, length = inputs.valid, inputs.lengths[:, None], scores.shape[-1]
         mass = jnp.mean(scores.astype(jnp.float32), axis=1)
         mass = jnp.where(valid & jnp.isfinite(mass), jnp.maximum(mass, 0), 0)
-        index = jnp.arange(length)
+        index = jax.lax.iota(jnp.int32, length)[None]
         window = 1 if inputs.window is None else inputs.window[:, None]
         kind = jnp.where(inputs.vision_mask == (self.protect == "vision"), 1, 2) if self.protect else 1
         kind = jnp.where((index >= ends - window) | (index < self.sinks), 0, kind)
         kind = jnp.where(valid, kind, 3)
         entry = jnp.where(index < self.sinks, index, self.sinks + ends - 1 - index)  # as `forced` takes them
         entry = jnp.where(index == ends - 1, -1, entry)
-        *_, ranked = jax.lax.sort((kind, jnp.where(kind == 0, entry, -mass), mass), num_keys=2)
+        *_, ranked = jax.lax.sort((kind, jnp.where(kind == 0, entry.astype(jnp.float32), -mass), mass), num_keys=2)
         held = jnp.cumsum(ranked, axis=1)
         share = jnp.pad(held, ((0, 0), (1, 0)))[:, :-1] / jnp.maximum(held[:, -1:], 1e-30)
         if isinstance(self.recent, int | float):
             core = index - forced(index, self.recent)[0] + 1
-            share = jnp.take(share, core, axis=1)
+            share = jnp.take(share, core[0], axis=1)
         return jnp.where(valid, share, jnp.inf)

@@ -49,17 +49,18 @@ class ExpectedScore(Score):
         ahead = self._future_rotation(inputs, head_dim)  # [batch, d, d]: row i is the rotated i-th unit vector
         # Undone by turning back. YaRN stretches as it turns, twice by now.
         stretch = inputs.rotate(jnp.ones((1, 1, 1, head_dim), jnp.float32), jnp.zeros((1, 1), jnp.int32))[0, 0, 0, 0]
-        position = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        position = jnp.broadcast_to(jax.lax.iota(jnp.int32, length), (rows, length))
         query = inputs.rotate(inputs.query.astype(jnp.float32), -position) / stretch**2
 
         def one_row(item: tuple[jax.Array, ...]) -> jax.Array:
             query, key, value, n, ahead = item
             key, value = (x.astype(jnp.float32).swapaxes(0, 1) for x in (key, value))  # [kv_heads, length, d]
             skip = jnp.minimum(self.sinks, n - 1)
-            used = ((jnp.arange(length) >= skip) & (jnp.arange(length) < n))[:, None, None]
-            mean = jnp.sum(jnp.where(used, query, 0), axis=0) / (n - skip)  # [heads, d]
-            away = jnp.where(used, query - mean, 0)
-            covariance = jnp.einsum("thd,the->hde", away, away, precision="highest") / (n - skip)
+            count = (n - skip).astype(jnp.float32)
+            used = ((jax.lax.iota(jnp.int32, length) >= skip) & (jax.lax.iota(jnp.int32, length) < n))[:, None, None]
+            mean = jnp.sum(jnp.where(used, query, 0), axis=0) / count  # [heads, d]
+            away = jnp.where(used, query - mean[None], 0)
+            covariance = jnp.einsum("thd,the->hde", away, away, precision="highest") / count
             mean = jnp.einsum("hd,de->he", mean, ahead, precision="highest")
             covariance = jnp.einsum("hij,id,je->hde", covariance, ahead, ahead, precision="highest")
             mean = mean.reshape(kv_heads, -1, head_dim)
@@ -77,13 +78,13 @@ class ExpectedScore(Score):
     def _future_rotation(self, inputs: LayerInputs, head_dim: int) -> jax.Array:
         """The mean rotation of the next positions, f32 [batch, d, d], applied to row vectors from the right."""
         rows = inputs.lengths.shape[0]
-        unit = jnp.broadcast_to(jnp.eye(head_dim), (rows, _CHUNK, head_dim, head_dim))
+        unit = jnp.broadcast_to(jnp.eye(head_dim, dtype=jnp.float32), (rows, _CHUNK, head_dim, head_dim))
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
             assert inputs.rotate is not None
-            step = i * _CHUNK + jnp.arange(_CHUNK)
-            turned = inputs.rotate(unit, inputs.lengths[:, None] + step)
-            return total + jnp.sum(jnp.where((step < self.future)[:, None, None], turned, 0), axis=1)
+            step = i * _CHUNK + jax.lax.iota(jnp.int32, _CHUNK)
+            turned = inputs.rotate(unit, inputs.lengths[:, None] + step[None])
+            return total + jnp.sum(jnp.where((step < self.future)[None, :, None, None], turned, 0), axis=1)
 
         zero = jnp.zeros((rows, head_dim, head_dim), jnp.float32)
         return jax.lax.fori_loop(0, -(-self.future // _CHUNK), add, varying(zero, inputs.lengths)) / self.future

@@ -21,7 +21,7 @@ def unit_keys(inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
     key = inputs.key.astype(jnp.float32).swapaxes(1, 2)
     key = key / jnp.maximum(jnp.linalg.norm(key, axis=-1, keepdims=True), 1e-12)
     key = jnp.where(inputs.valid[:, None, :, None], key, 0)
-    return key, jnp.sum(key, axis=2) / inputs.lengths[:, None, None]
+    return key, jnp.sum(key, axis=2) / inputs.lengths.astype(jnp.float32)[:, None, None]
 
 
 def anchor_cosine(inputs: LayerInputs) -> jax.Array:

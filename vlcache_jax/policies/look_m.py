@@ -46,11 +46,11 @@ class TextPrior(Score):
         part = jnp.where(text, jnp.where(scores > 0, 2, 1), jnp.where(scores == largest, 1, 0))
         rest = jnp.where(part == 1, 0, scores)
         part = jnp.where(valid, part, -1)
-        index = jnp.broadcast_to(jnp.arange(scores.shape[-1]), scores.shape)
+        index = jnp.broadcast_to(jax.lax.iota(jnp.int32, scores.shape[-1]), scores.shape)
         part, rest, index = jax.lax.sort((part, rest, index), num_keys=2)
         same = (part[..., 1:] == part[..., :-1]) & (rest[..., 1:] == rest[..., :-1])
         counted = ~same & (part[..., :-1] >= 0)  # not from padding to the lowest
-        rank = jnp.cumsum(jnp.pad(counted, ((0, 0), (0, 0), (1, 0))), axis=-1)
+        rank = jnp.cumsum(jnp.pad(counted, ((0, 0), (0, 0), (1, 0))), axis=-1, dtype=jnp.int32)
         rank = jnp.take_along_axis(rank, jnp.argsort(index, axis=-1), axis=-1).astype(jnp.float32)
         return jnp.where(jnp.isfinite(scores), rank, jnp.nan)
 

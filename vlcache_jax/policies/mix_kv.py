@@ -47,8 +47,9 @@ class DiversityMixed(Score):
         """See `Score.__call__`."""
         vote = self.score(inputs).astype(jnp.float32)
         length, last = vote.shape[-1], skipped(self.skip, inputs)
-        inside = jnp.broadcast_to((jnp.arange(length) < inputs.lengths[:, None] - last)[:, None], vote.shape)
-        count = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
+        inside = jax.lax.iota(jnp.int32, length)[None] < inputs.lengths[:, None] - last
+        inside = jnp.broadcast_to(inside[:, None], vote.shape)
+        count = jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1).astype(jnp.float32)
 
         def mean(x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(inside, x, 0), axis=-1, keepdims=True) / count
@@ -63,7 +64,7 @@ class DiversityMixed(Score):
         key, anchor = unit_keys(inputs)
         square = jnp.sum(anchor * anchor, axis=-1)[..., None]  # [batch, kv_heads, 1]
         cosine = jnp.einsum("bhld,bhd->bhl", key, anchor, precision="highest") / jnp.sqrt(jnp.maximum(square, 1e-24))
-        n = inputs.lengths[:, None, None]
+        n = inputs.lengths.astype(jnp.float32)[:, None, None]
         rho = jnp.clip((n * square - 1) / jnp.maximum(n - 1, 1), 0, 1)
         norm = jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         # Stretched to [0, 1], the rounding of equal norms would weigh as much as anything.

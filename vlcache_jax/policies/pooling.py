@@ -66,7 +66,7 @@ class SequencePooled(Score):
         """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         length = scores.shape[-1]
-        inside = (jnp.arange(length) < inputs.lengths[:, None] - skipped(self.skip, inputs))[:, None]
+        inside = (jax.lax.iota(jnp.int32, length)[None] < inputs.lengths[:, None] - skipped(self.skip, inputs))[:, None]
         nothing = 0.0 if self.kind == "mean" else -jnp.inf
         half = self.size // 2
         wide = jnp.pad(jnp.where(inside, scores, nothing), ((0, 0), (0, 0), (half, half)), constant_values=nothing)
@@ -130,7 +130,7 @@ class GridPooled(Score):
         key = jnp.where(patch, index, jnp.iinfo(jnp.int32).max)
         order = jnp.argsort(key, axis=1)
         ordered = jnp.take_along_axis(key, order, axis=1)
-        total, count, best = jnp.zeros_like(scores), jnp.zeros((), jnp.float32), jnp.full_like(scores, -jnp.inf)
+        total, count, best = jnp.zeros_like(scores), jnp.zeros_like(scores[:, :1]), jnp.full_like(scores, -jnp.inf)
         reach = range(-(self.size // 2), self.size // 2 + 1)
         for down in reach:
             for right in reach:
@@ -141,7 +141,7 @@ class GridPooled(Score):
                 found = (found & (jnp.take_along_axis(ordered, at, axis=1) == wanted))[:, None]
                 near = jnp.take_along_axis(scores, jnp.take_along_axis(order, at, axis=1)[:, None], axis=2)
                 total = total + jnp.where(found, near, 0)
-                count = count + found
+                count = count + found.astype(jnp.float32)
                 best = jnp.maximum(best, jnp.where(found, near, -jnp.inf))
         pool = total / jnp.maximum(count, 1) if self.kind == "mean" else best
         return jnp.where(patch[:, None], pool, scores)

@@ -47,7 +47,7 @@ class Pyramid(Allocate):
         low = rest // self.beta
         high = 2 * rest - low
         low, high = jnp.where(high > n - window, 2 * rest - (n - window), low), jnp.minimum(high, n - window)
-        layer = jnp.arange(layers)
+        layer = jax.lax.iota(jnp.int32, layers)[None]
         steps = max(layers - 1, 1)
         depth = jnp.minimum(layer, layers - 1 - layer)
         above = high - (depth * (high - low) + steps - 1) // steps  # of the layer, or of its mirror image
@@ -55,7 +55,7 @@ class Pyramid(Allocate):
         falling = jnp.where(2 * layer == layers - 1, rest, falling)
         slots = jnp.where((n < 2 * rest) | (rest <= 0), rest, falling) + window
         room = slots < n
-        return slots + (room & (jnp.cumsum(room, axis=1) <= extra))
+        return slots + (room & (jnp.cumsum(room, axis=1, dtype=jnp.int32) <= extra)).astype(jnp.int32)
 
 
 @method

@@ -22,7 +22,7 @@ def without_rounding(values: jax.Array, valid: jax.Array) -> jax.Array:
       >>> without_rounding(values, values > 0).tolist()
       [1.0, 2.0, 1.0, 1.100000023841858]
     """
-    index = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
+    index = jnp.broadcast_to(jax.lax.iota(jnp.int32, values.shape[-1]), values.shape)
     ordered, index = jax.lax.sort((jnp.where(valid, values, jnp.inf), index), num_keys=1)
     gap = ordered[..., 1:] - ordered[..., :-1] > ROUNDING * ordered[..., 1:]
     starts = jnp.concatenate([ordered[..., :1], jnp.where(gap, ordered[..., 1:], -jnp.inf)], axis=-1)

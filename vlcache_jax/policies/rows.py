@@ -40,7 +40,7 @@ class PostVision:
 
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
-        index = jnp.arange(vision_mask.shape[1])
+        index = jax.lax.iota(jnp.int32, vision_mask.shape[1])
         first = 1 + jnp.max(jnp.where(vision_mask, index, -1), axis=1)
         usable = (first > 0) & (first < lengths)
         first = jnp.where(usable, first, jnp.maximum(lengths - self.fallback, 0))

@@ -52,7 +52,7 @@ class LayerInputs:
     @property
     def valid(self) -> jax.Array:
         """bool [batch, length]: False where there is padding."""
-        return jnp.arange(self.key.shape[1]) < self.lengths[:, None]
+        return jax.lax.iota(jnp.int32, self.key.shape[1])[None] < self.lengths[:, None]
 
 
 class Score:
@@ -105,8 +105,8 @@ class AccumulatedAttention(Score):
         mean = jnp.mean(sums.reshape(batch, groups, heads // groups, length), axis=2)
         if not self.normalised:
             return mean
-        seen = jnp.minimum(inputs.lengths[:, None] - jnp.arange(length), inputs.rows[:, None])
-        return mean / jnp.maximum(seen, 1)[:, None]
+        seen = jnp.minimum(inputs.lengths[:, None] - jax.lax.iota(jnp.int32, length)[None], inputs.rows[:, None])
+        return mean / jnp.maximum(seen, 1).astype(jnp.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RandomScore(Score):
         words = jnp.asarray(seed_words(self.seed, ()))
         # Drawn position by position, so that it does not depend on the padding.
         draw = jax.vmap(lambda i: uniform(random_bits(words, (inputs.layer, i), kv_heads)))
-        return jnp.broadcast_to(draw(jnp.arange(length)).T[None], (batch, kv_heads, length))
+        return jnp.broadcast_to(draw(jax.lax.iota(jnp.int32, length)).T[None], (batch, kv_heads, length))
 
 
 @dataclasses.dataclass(frozen=True)

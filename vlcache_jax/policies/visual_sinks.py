@@ -51,7 +51,7 @@ class MaskVisualSinks(Score):
         norm = jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         if scores.shape[1] == 1:
             norm = jnp.mean(norm, axis=1, keepdims=True)
-        count = jnp.maximum(jnp.sum(visual, axis=-1, keepdims=True), 1)
+        count = jnp.maximum(jnp.sum(visual, axis=-1, keepdims=True), 1).astype(jnp.float32)
 
         def mean(x: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(visual, x, 0), axis=-1, keepdims=True) / count

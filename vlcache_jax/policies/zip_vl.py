@@ -41,7 +41,7 @@ class EnoughMass(EqualMass):
         """See `Allocate.slots`."""
         # A token is needed as long as the better ones hold less than the mass. EqualMass takes the smallest shares of
         # all layers, so it takes all that are needed, or none but those.
-        enough = jnp.sum(measured < self.mass, axis=2)
+        enough = jnp.sum(measured < self.mass, axis=2, dtype=jnp.int32)
         return jnp.minimum(enough, super().slots(measured, lengths, budget))
 
 

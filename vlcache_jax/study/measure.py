@@ -44,7 +44,7 @@ def held(stores: Stores, lengths: jax.Array, attention: jax.Array) -> Held:
     count = jnp.sum(kept, axis=-1)
     total = jnp.sum(attention, axis=-1)
     mass = jnp.sum(jnp.where(kept, attention, 0), axis=-1) / jnp.where(total > 0, total, jnp.nan)
-    inside = jnp.where(jnp.arange(length) < lengths[:, None, None], attention, -1)
+    inside = jnp.where(jax.lax.iota(jnp.int32, length) < lengths[:, None, None], attention, -1)
     best = largest(inside, count[..., None])
     hits = jnp.sum(best & kept, axis=-1) / jnp.maximum(count, 1)
     return Held(
@@ -72,7 +72,7 @@ def kept_tokens(stores: Stores, length: int, kv_heads: int) -> jax.Array:
       bool [layers, batch, kv_heads, length].
     """
     batch, layers = stores[0].lengths.shape[:2]
-    row, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    row, head = jax.lax.iota(jnp.int32, batch)[:, None, None], jax.lax.iota(jnp.int32, kv_heads)[:, None]
 
     def of_layer(layer: jax.Array) -> jax.Array:
         kept = jnp.zeros((batch, kv_heads, length), bool)
@@ -81,9 +81,9 @@ def kept_tokens(stores: Stores, length: int, kv_heads: int) -> jax.Array:
             offsets, lengths = (
                 jnp.broadcast_to(x[:, layer], (batch, kv_heads))[..., None] for x in (store.offsets, store.lengths)
             )
-            inside = (jnp.arange(slots) >= offsets) & (jnp.arange(slots) < offsets + lengths)
-            where = jnp.where(inside, store.positions[:, jnp.arange(kv_heads) * lanes // kv_heads], length)
+            inside = (jax.lax.iota(jnp.int32, slots) >= offsets) & (jax.lax.iota(jnp.int32, slots) < offsets + lengths)
+            where = jnp.where(inside, store.positions[:, jax.lax.iota(jnp.int32, kv_heads) * lanes // kv_heads], length)
             kept = kept.at[row, head, jnp.where(where < 0, length, where)].set(True, mode="drop")
         return kept
 
-    return jax.lax.map(of_layer, jnp.arange(layers))
+    return jax.lax.map(of_layer, jax.lax.iota(jnp.int32, layers))

@@ -43,10 +43,10 @@ def answer_attention(
       heads of a KV head; 0 for padding, and everywhere for answers of one token.
     """
     batch, length = recording.key.shape[1:3]
-    row = jnp.arange(tokens.shape[1])
+    row = jax.lax.iota(jnp.int32, tokens.shape[1])
     positions = lengths[:, None] + row
     used = (row < token_lengths[:, None] - 1)[:, :, None, None, None]  # [batch, rows, 1, 1, 1]
-    prompt = jnp.broadcast_to((jnp.arange(length) < lengths[:, None])[:, None], (batch, len(row), length))
+    prompt = jnp.broadcast_to((jax.lax.iota(jnp.int32, length) < lengths[:, None])[:, None], (batch, len(row), length))
     own = jnp.broadcast_to(row[:, None] >= row, (batch, len(row), len(row)))
     seen = jnp.concatenate([prompt, own], axis=-1)[:, :, None, None]  # [batch, rows, 1, 1, length + rows]
 

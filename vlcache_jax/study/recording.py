@@ -44,7 +44,7 @@ class Recording:
 def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recording:
     """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed."""
     variables, kernels, lengths = {"params": params}, Kernels(), jnp.asarray(batch.lengths)
-    positions = jnp.broadcast_to(jnp.arange(batch.length), (batch.size, batch.length))
+    positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, batch.length), (batch.size, batch.length))
 
     def attend(query, key, value, carry, _):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)

@@ -30,9 +30,9 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
     batch, length, kv_heads, head_dim = key.shape
     last, written = jnp.asarray(ahead.rows), jnp.asarray(ahead.targets) >= 0
     # The row before an answer writes its first token; the rows after that one write the others.
-    writing = jnp.minimum(last[:, :, :1] + 1 + jnp.arange(written.shape[2]), length - 1)
+    writing = jnp.minimum(last[:, :, :1] + 1 + jax.lax.iota(jnp.int32, written.shape[2]), length - 1)
     asked = last[:, :, 0] > 0
-    text = jnp.maximum(last[:, :, :1] - jnp.arange(_QUESTION), 0)  # [batch, questions, text]
+    text = jnp.maximum(last[:, :, :1] - jax.lax.iota(jnp.int32, _QUESTION), 0)  # [batch, questions, text]
 
     def take(x: jax.Array, rows: jax.Array) -> jax.Array:  # x [batch, length, ...], rows [batch, questions, n]
         index = rows.reshape(batch, -1, *(1,) * (x.ndim - 2))

@@ -32,8 +32,8 @@ def evicted_attention(
     batch, length, kv_heads, head_dim = key.shape
     last, written = jnp.asarray(ahead.rows)[:, :, :1], jnp.asarray(ahead.targets) >= 0
     segments = jnp.asarray(segments)
-    rows = jnp.minimum(last + 1 + jnp.arange(written.shape[2]), length - 1)  # [batch, questions, answer]
-    near = last + jnp.arange(1 - _QUESTION, 1 + written.shape[2])  # columns of the question and the answer
+    rows = jnp.minimum(last + 1 + jax.lax.iota(jnp.int32, written.shape[2]), length - 1)  # [batch, questions, answer]
+    near = last + jnp.arange(1 - _QUESTION, 1 + written.shape[2], dtype=jnp.int32)  # of the question and the answer
     exists = (near >= 0) & (near < length)
     near = jnp.clip(near, 0, length - 1)
 
@@ -53,7 +53,9 @@ def evicted_attention(
     weights = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1) * written[:, None, :, None, :, None]
     wanted = jnp.sum(weights, axis=(3, 4))  # [batch, kv_heads, questions, columns + near]
     prompt = jnp.concatenate([jnp.ones((batch, last.shape[1], columns), bool), own & (near <= last)], axis=-1)[:, None]
-    turn = (jnp.arange(batch)[:, None] + jnp.arange(last.shape[1]) + jnp.sum(last) % 7) % len(_KEPT)
+    turn = (jax.lax.iota(jnp.int32, batch)[:, None] + jax.lax.iota(jnp.int32, last.shape[1]) + jnp.sum(last) % 7) % len(
+        _KEPT
+    )
     kept = largest(jnp.where(prompt, wanted, -1.0), jnp.asarray(_KEPT)[turn][:, None, :, None])
     logits = jnp.where((kept | ~prompt)[:, :, :, None, None], logits, -1e9)
 
@@ -62,4 +64,4 @@ def evicted_attention(
     new = new + jnp.einsum("bkqgns,bqskd->bqnkgd", weights[..., columns:], take(value, near))
     target = jnp.where(written & (last > 0), rows, length).reshape(batch, -1)  # past the end: dropped
     new = new.reshape(batch, target.shape[1], *out.shape[2:]).astype(out.dtype)
-    return out.at[jnp.arange(batch)[:, None], target].set(new, mode="drop")
+    return out.at[jax.lax.iota(jnp.int32, batch)[:, None], target].set(new, mode="drop")

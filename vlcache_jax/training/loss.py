@@ -47,7 +47,7 @@ def answers_right(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.
     Returns:
       (right, asked): bool [batch, length]; column s is the question of segment s.
     """
-    rows = jnp.arange(batch.segments.shape[0])[:, None]
+    rows = jax.lax.iota(jnp.int32, batch.segments.shape[0])[:, None]
     wanted = batch.weights > 0
     wrong = wanted & (jnp.argmax(logits, -1) != batch.targets)
     zeros = jnp.zeros(batch.segments.shape, jnp.int32)
