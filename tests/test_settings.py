@@ -1,6 +1,6 @@
 """What users set in JAX changes no answer: 64-bit mode, and what forbids transfers that nobody asked for.
 
-That nothing rests on implicit promotion of types and ranks is a setting of the whole suite (conftest.py).
+The suite also runs with JAX_NUMPY_DTYPE_PROMOTION=strict and JAX_NUMPY_RANK_PROMOTION=raise.
 """
 
 import dataclasses

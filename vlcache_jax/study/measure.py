@@ -44,7 +44,7 @@ def held(stores: Stores, lengths: jax.Array, attention: jax.Array) -> Held:
     count = jnp.sum(kept, axis=-1)
     total = jnp.sum(attention, axis=-1)
     mass = jnp.sum(jnp.where(kept, attention, 0), axis=-1) / jnp.where(total > 0, total, jnp.nan)
-    inside = jnp.where(jax.lax.iota(jnp.int32, length) < lengths[:, None, None], attention, -1)
+    inside = jnp.where(jax.lax.iota(jnp.int32, length)[None, None] < lengths[:, None, None], attention, -1)
     best = largest(inside, count[..., None])
     hits = jnp.sum(best & kept, axis=-1) / jnp.maximum(count, 1)
     return Held(
@@ -81,7 +81,8 @@ def kept_tokens(stores: Stores, length: int, kv_heads: int) -> jax.Array:
             offsets, lengths = (
                 jnp.broadcast_to(x[:, layer], (batch, kv_heads))[..., None] for x in (store.offsets, store.lengths)
             )
-            inside = (jax.lax.iota(jnp.int32, slots) >= offsets) & (jax.lax.iota(jnp.int32, slots) < offsets + lengths)
+            slot = jax.lax.iota(jnp.int32, slots)[None, None]
+            inside = (slot >= offsets) & (slot < offsets + lengths)
             where = jnp.where(inside, store.positions[:, jax.lax.iota(jnp.int32, kv_heads) * lanes // kv_heads], length)
             kept = kept.at[row, head, jnp.where(where < 0, length, where)].set(True, mode="drop")
         return kept

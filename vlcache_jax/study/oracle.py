@@ -44,10 +44,12 @@ def answer_attention(
     """
     batch, length = recording.key.shape[1:3]
     row = jax.lax.iota(jnp.int32, tokens.shape[1])
-    positions = lengths[:, None] + row
-    used = (row < token_lengths[:, None] - 1)[:, :, None, None, None]  # [batch, rows, 1, 1, 1]
-    prompt = jnp.broadcast_to((jax.lax.iota(jnp.int32, length) < lengths[:, None])[:, None], (batch, len(row), length))
-    own = jnp.broadcast_to(row[:, None] >= row, (batch, len(row), len(row)))
+    positions = lengths[:, None] + row[None]
+    used = (row[None] < token_lengths[:, None] - 1)[:, :, None, None, None]  # [batch, rows, 1, 1, 1]
+    prompt = jnp.broadcast_to(
+        (jax.lax.iota(jnp.int32, length)[None] < lengths[:, None])[:, None], (batch, len(row), length)
+    )
+    own = jnp.broadcast_to(row[:, None] >= row[None], (batch, len(row), len(row)))
     seen = jnp.concatenate([prompt, own], axis=-1)[:, :, None, None]  # [batch, rows, 1, 1, length + rows]
 
     def attend(query, key, value, carry, recorded):

@@ -120,9 +120,11 @@ def demo_loss(model: Llava) -> Loss:
         logits = _logits(model, params, hidden)
         value, metrics = weighted_cross_entropy(logits, batch.train)
         hinted, hints = batch.hints >= 0, jnp.maximum(batch.hints, 0)
-        count = jnp.maximum(jnp.sum(hinted), 1)
-        hint = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, hints) * hinted) / count
-        accuracy = jnp.sum((jnp.argmax(logits, -1) == hints) & hinted) / count
+        count = jnp.maximum(jnp.sum(hinted), 1).astype(jnp.float32)
+        hint = (
+            jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, hints) * hinted.astype(jnp.float32)) / count
+        )
+        accuracy = jnp.sum((jnp.argmax(logits, -1) == hints) & hinted).astype(jnp.float32) / count
         ahead, ahead_accuracy = ahead_loss(params["ahead"], hidden, batch.ahead)
         extra = {"answer_loss": value, "hint_accuracy": accuracy, "ahead_accuracy": ahead_accuracy}
         extra["alignment"] = aligned

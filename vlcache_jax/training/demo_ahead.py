@@ -60,7 +60,7 @@ def ahead_loss(heads: jax.Array, hidden: jax.Array, ahead: Ahead) -> tuple[jax.A
     logits = jnp.einsum("bqdw,twv->bqdtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
     targets = jnp.broadcast_to(jnp.asarray(ahead.targets)[:, :, None], logits.shape[:-1])
     wanted, targets = targets >= 0, jnp.maximum(targets, 0)
-    count = jnp.maximum(jnp.sum(wanted), 1)
+    count = jnp.maximum(jnp.sum(wanted), 1).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     hits = (jnp.argmax(logits, -1) == targets) & wanted
-    return jnp.sum(losses * wanted) / count, jnp.sum(hits) / count
+    return jnp.sum(losses * wanted.astype(jnp.float32)) / count, jnp.sum(hits).astype(jnp.float32) / count

@@ -30,9 +30,9 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
     batch, length, kv_heads, head_dim = key.shape
     last, written = jnp.asarray(ahead.rows), jnp.asarray(ahead.targets) >= 0
     # The row before an answer writes its first token; the rows after that one write the others.
-    writing = jnp.minimum(last[:, :, :1] + 1 + jax.lax.iota(jnp.int32, written.shape[2]), length - 1)
+    writing = jnp.minimum(last[:, :, :1] + 1 + jax.lax.iota(jnp.int32, written.shape[2])[None, None], length - 1)
     asked = last[:, :, 0] > 0
-    text = jnp.maximum(last[:, :, :1] - jax.lax.iota(jnp.int32, _QUESTION), 0)  # [batch, questions, text]
+    text = jnp.maximum(last[:, :, :1] - jax.lax.iota(jnp.int32, _QUESTION)[None, None], 0)  # [batch, questions, text]
 
     def take(x: jax.Array, rows: jax.Array) -> jax.Array:  # x [batch, length, ...], rows [batch, questions, n]
         index = rows.reshape(batch, -1, *(1,) * (x.ndim - 2))
@@ -51,10 +51,11 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
         logits = jnp.concatenate([images, words], axis=-1) * head_dim**-0.5
         return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=4)
 
-    count = jnp.maximum(jnp.sum(written, -1), 1)[:, None, :, None]
-    answer = jnp.sum(attention(writing) * written[:, None, :, :, None], axis=3) / count
+    count = jnp.maximum(jnp.sum(written, -1), 1).astype(jnp.float32)[:, None, :, None]
+    answer = jnp.sum(attention(writing) * written[:, None, :, :, None].astype(jnp.float32), axis=3) / count
     answer = jax.lax.stop_gradient(answer)
-    count = jnp.maximum(jnp.sum(own, -1), 1)[:, None, :, None]
-    question = jnp.sum(attention(text) * own[:, None, :, :, None], axis=3) / count
+    count = jnp.maximum(jnp.sum(own, -1), 1).astype(jnp.float32)[:, None, :, None]
+    question = jnp.sum(attention(text) * own[:, None, :, :, None].astype(jnp.float32), axis=3) / count
     divergence = jnp.sum(answer * (jnp.log(answer + 1e-6) - jnp.log(question + 1e-6)), axis=-1)
-    return jnp.sum(divergence * asked[:, None]) / (kv_heads * jnp.maximum(jnp.sum(asked), 1))
+    count = kv_heads * jnp.maximum(jnp.sum(asked), 1)
+    return jnp.sum(divergence * asked[:, None].astype(jnp.float32)) / count.astype(jnp.float32)

@@ -32,8 +32,12 @@ def evicted_attention(
     batch, length, kv_heads, head_dim = key.shape
     last, written = jnp.asarray(ahead.rows)[:, :, :1], jnp.asarray(ahead.targets) >= 0
     segments = jnp.asarray(segments)
-    rows = jnp.minimum(last + 1 + jax.lax.iota(jnp.int32, written.shape[2]), length - 1)  # [batch, questions, answer]
-    near = last + jnp.arange(1 - _QUESTION, 1 + written.shape[2], dtype=jnp.int32)  # of the question and the answer
+    rows = jnp.minimum(
+        last + 1 + jax.lax.iota(jnp.int32, written.shape[2])[None, None], length - 1
+    )  # [batch, questions, answer]
+    near = (
+        last + jnp.arange(1 - _QUESTION, 1 + written.shape[2], dtype=jnp.int32)[None, None]
+    )  # of the question and the answer
     exists = (near >= 0) & (near < length)
     near = jnp.clip(near, 0, length - 1)
 
@@ -50,12 +54,13 @@ def evicted_attention(
     prefix = (segments[:, :columns] == 0)[:, None, None, None, None]
     logits = jnp.concatenate([jnp.where(prefix, images, -1e9), words], axis=-1) * head_dim**-0.5
 
-    weights = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1) * written[:, None, :, None, :, None]
+    weights = jax.nn.softmax(jax.lax.stop_gradient(logits), axis=-1) * written[:, None, :, None, :, None].astype(
+        jnp.float32
+    )
     wanted = jnp.sum(weights, axis=(3, 4))  # [batch, kv_heads, questions, columns + near]
     prompt = jnp.concatenate([jnp.ones((batch, last.shape[1], columns), bool), own & (near <= last)], axis=-1)[:, None]
-    turn = (jax.lax.iota(jnp.int32, batch)[:, None] + jax.lax.iota(jnp.int32, last.shape[1]) + jnp.sum(last) % 7) % len(
-        _KEPT
-    )
+    turn = jax.lax.iota(jnp.int32, batch)[:, None] + jax.lax.iota(jnp.int32, last.shape[1])[None]
+    turn = (turn + jnp.sum(last, dtype=jnp.int32) % 7) % len(_KEPT)
     kept = largest(jnp.where(prompt, wanted, -1.0), jnp.asarray(_KEPT)[turn][:, None, :, None])
     logits = jnp.where((kept | ~prompt)[:, :, :, None, None], logits, -1e9)
 

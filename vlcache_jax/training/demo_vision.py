@@ -99,7 +99,7 @@ def patch_loss(model: Llava) -> Loss:
         features: Any = model.apply({"params": body}, normalise(batch.pixels), batch.patch_ids, method="encode_images")
         size = jnp.mean(features**2, -1, keepdims=True) + 1e-6
         features = features * jax.lax.rsqrt(size)
-        logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+        logits = features @ params["head"]["kernel"] + params["head"]["bias"][None, None]
         oversize = jnp.mean(jnp.log(size / _SIZE**2) ** 2)
         total, metrics = jnp.zeros(()), {}
         ends = np.cumsum(list(_WIDTHS.values()))
@@ -115,8 +115,9 @@ def patch_loss(model: Llava) -> Loss:
             right = jnp.argmax(part, -1) == wanted
             if name == "digits":
                 right, shown = right.all(-1), shown.max(-1)
+            right = right.astype(jnp.float32)
             metrics[name] = jnp.sum(right * shown) / jnp.maximum(shown.sum(), 1)
-            metrics[name + "_false"] = jnp.sum(~right * (1 - shown)) / jnp.maximum((1 - shown).sum(), 1)
+            metrics[name + "_false"] = jnp.sum((1 - right) * (1 - shown)) / jnp.maximum((1 - shown).sum(), 1)
         rows, columns = jnp.divmod(jnp.asarray(batch.patch_ids), FULL_GRID)
         place = jnp.broadcast_to(rows // CELL * _CELLS + columns // CELL, logits.shape[:-1])
         part = logits[..., -(_CELLS**2) :]

@@ -51,8 +51,8 @@ def answers_right(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.
     wanted = batch.weights > 0
     wrong = wanted & (jnp.argmax(logits, -1) != batch.targets)
     zeros = jnp.zeros(batch.segments.shape, jnp.int32)
-    asked = zeros.at[rows, batch.segments].add(wanted) > 0
-    return asked & (zeros.at[rows, batch.segments].add(wrong) == 0), asked
+    asked = zeros.at[rows, batch.segments].add(wanted.astype(jnp.int32)) > 0
+    return asked & (zeros.at[rows, batch.segments].add(wrong.astype(jnp.int32)) == 0), asked
 
 
 def make_eval_step(model: nn.Module) -> Callable[[Params, TrainBatch], tuple[jax.Array, jax.Array]]:

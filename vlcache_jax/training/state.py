@@ -146,7 +146,8 @@ def make_train_step(
         tuned, frozen = split(state.params, trainable)
         _warn_of_rounding(tuned)
         grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
+        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of its rates by its count of steps
+            updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
         tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
         metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
