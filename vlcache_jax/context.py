@@ -258,7 +258,7 @@ def answer(
             raise InputError(f"samples={samples} greedy answers would all be the same: give sampling=Sampling(...)")
     lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
     shape = lead if samples is None else (*lead, samples)
-    seeds = seed_words(seeds, shape, samples).reshape(-1, 2)
+    seeds = seed_words(seeds, shape, samples, f"answers {shape}").reshape(-1, 2)
     asked = ctx if questions is None else _extend(ctx, (questions,), kernels, max_new_tokens)
     logits, state = asked.start(max_new_tokens, asked.rows * (samples or 1))
     tokens, lengths, finite = decode_all(

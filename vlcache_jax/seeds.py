@@ -24,7 +24,7 @@ Words = jax.Array | np.ndarray
 """u32 [..., 2]."""
 
 
-def seed_words(seeds: Any, shape: tuple[int, ...], samples: int | None = None) -> Words:
+def seed_words(seeds: Any, shape: tuple[int, ...], samples: int | None = None, what: str | None = None) -> Words:
     """The keys that seeds mean.
 
     Args:
@@ -33,6 +33,7 @@ def seed_words(seeds: Any, shape: tuple[int, ...], samples: int | None = None) -
         [..., 2] or [..., 4], are known by their shape.
       shape: of the answers.
       samples: a single seed stands for seed, seed + 1, ... along the last axis of `shape`, which has this size.
+      what: of which there are so many, for the message.
 
     Returns:
       u32 [*shape, 2]; in numpy where the seeds are.
@@ -53,7 +54,7 @@ def seed_words(seeds: Any, shape: tuple[int, ...], samples: int | None = None) -
     except ValueError:
         given = np.shape(seeds) if not hasattr(seeds, "shape") else seeds.shape
         raise InputError(
-            f"seeds of shape {given} do not fit {_answers(shape)}: give one integer or key, or one for each"
+            f"seeds of shape {given} do not fit {what or _answers(shape)}: give one integer or key, or one for each"
         ) from None
 
 
