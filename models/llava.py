@@ -50,6 +50,7 @@ class Llava(nn.Module):
     def spec(self) -> ModelSpec:
         """What caching and generation need to know."""
         c = self.config
+        fillers = (i for i in (c.pad_token_id, *c.eos_token_ids, 0) if i is not None)
         return ModelSpec(
             num_layers=c.decoder.num_layers,
             num_kv_heads=c.decoder.num_kv_heads,
@@ -58,7 +59,7 @@ class Llava(nn.Module):
             dtype=self.dtype,
             eos_token_ids=c.eos_token_ids,
             # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.
-            pad_token_id=next(i for i in (c.pad_token_id, *c.eos_token_ids, 0) if i in range(c.decoder.vocab_size)),
+            pad_token_id=next(i for i in fillers if 0 <= i < c.decoder.vocab_size),
             vision_grid=0 if c.feature_select == "full" else c.vision.grid_size,
         )
 

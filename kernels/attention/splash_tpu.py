@@ -92,7 +92,8 @@ def _without_lse(query, key, value, scale, interpret):
 
 def _pull_back(query, key, value, scale, interpret):
     with jax.enable_x64(False):  # JAX's kernel and its gradient fail in 64-bit mode
-        return jax.vjp(lambda *x: _forward(*x, scale, interpret, with_lse=False)[0], query, key, value)
+        forward = partial(_forward, scale=scale, interpret=interpret, with_lse=False)
+        return jax.vjp(lambda q, k, v: forward(q, k, v)[0], query, key, value)
 
 
 def _pulled_back(scale, interpret, pull_back, cotangent):

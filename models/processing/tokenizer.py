@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.models.checkpoint.files import CheckpointFolder
 from vlcache_jax.models.processing.files import read_json, read_text
 from vlcache_jax.models.processing.text_stream import TextStream
 from vlcache_jax.models.processing.tokenizer_library import library_errors, read_backend
@@ -47,7 +48,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = flag
 
     @classmethod
-    def from_folder(cls, folder: Path, end_ids: Iterable[int] = ()) -> "Tokenizer":
+    def from_folder(cls, folder: Path | CheckpointFolder, end_ids: Iterable[int] = ()) -> "Tokenizer":
         """Reads `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
 
         Special tokens that only the latter two know are added, and a beginning-of-sequence token is prepended
@@ -148,7 +149,9 @@ class Tokenizer:
         )
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path | CheckpointFolder
+) -> dict[str, str]:
     """Adds the special tokens that the configuration files know to `backend`; returns the named ones."""
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     entries = dict(config)
