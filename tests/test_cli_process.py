@@ -64,7 +64,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vlcache_jax.cli.generate.open_checkpoint", interrupt)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ import vlcache_jax
 
 ASSETS = Path(vlcache_jax.__file__).parent / "assets"
 ASK = ["generate", "--model", str(ASSETS / "demo_model"), "--prompt", "What is this?", "--no-compilation-cache"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signals_not_ignored() -> Iterator[None]:
+    """Where the tests run in the background Ctrl-C is ignored, which a program that they start would inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def shell(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +76,6 @@ def interrupted(*arguments: str, after: str, delay: float, signum: int = signal.
     with subprocess.Popen(
         [sys.executable, "-m", "vlcache_jax", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     ) as process:  # fmt: skip
         assert process.stderr is not None
         shown = ""
@@ -149,7 +157,6 @@ sys.exit(main.main())
 def test_interrupt_with_workers(body: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WORKERS.format(body=body)], stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stderr is not None
         assert process.stderr.readline() == "working\n"

@@ -1,5 +1,6 @@
 """The programs of llava-v1.6-mistral-7b, compiled for TPUs: copies, memory and collectives."""
 
+import math
 import re
 
 import jax.numpy as jnp
@@ -46,10 +47,16 @@ def test_decode_step_copies_nothing(topology):
 def test_heads_on_eight_chips_reduce_twice_a_layer():
     """One sum after attention's output projection, one after the MLP; attention itself talks to no other chip.
 
-    The layers are one loop, so its body stands in the program once.
+    The layers are one loop, so its body stands in the program once. Outside it one number a row is gathered: whether
+    its logits, which are spread over the chips, are finite.
     """
     text = _check_decode_step(_programs("v5e:2x4", model=8)).as_text()
     collectives = [line for line in text.splitlines() if _COLLECTIVE.search(line)]
+    outside = [line for line in collectives if "/layers/" not in line]
+    assert len(outside) == 1
+    sizes = re.search(r"= \w+\[([\d,]+)\]", outside[0]).group(1)
+    assert math.prod(map(int, sizes.split(","))) <= 128  # in a tile
+    collectives.remove(outside[0])
     assert len(collectives) == 2
     for line, place in zip(collectives, ("attention/output/", "mlp/down/")):
         assert " all-reduce" in line
