@@ -106,7 +106,7 @@ class _PatchEmbedding(nn.Module):
         patch, channels = self.config.patch_size, self.config.hidden_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (patch, patch, colours, channels), jnp.float32)
         # Patches do not overlap, so the convolution is one matrix product over flattened patches.
-        x = pixels_NHWC.astype(self.dtype).reshape(images, height // patch, patch, width // patch, patch, colours)
+        x = jnp.asarray(pixels_NHWC, self.dtype).reshape(images, height // patch, patch, width // patch, patch, colours)
         x = x.swapaxes(2, 3).reshape(images, -1, patch * patch * colours)
         return x @ kernel.astype(self.dtype).reshape(-1, channels)
 

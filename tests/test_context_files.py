@@ -51,7 +51,7 @@ def quantised(ctx):
     x = jnp.ones((ctx.rows, KV_HEADS, slots, HEAD_DIM))
     (keys, key_scales), (values, value_scales) = quantise_keys(x, 4), quantise_values(x, 4)
     offsets = jnp.broadcast_to(64 * jnp.arange(LAYERS)[:, None], store.offsets.shape)
-    index = jnp.arange(slots) % 64
+    index = jnp.arange(slots)[None] % 64
     held = index < jnp.repeat(store.lengths[:, :, 0], 64, axis=1)  # of each layer its first positions
     positions = jnp.broadcast_to(jnp.where(held, index, -1)[:, None], (ctx.rows, KV_HEADS, slots))
     packed = PackedStore(keys, values, positions, offsets, store.lengths, key_scales, value_scales)

@@ -154,11 +154,11 @@ def test_a_rollout_inside_a_differentiated_function(tiny):
         tokens = answers(tiny, jax.lax.stop_gradient(params))
         rows, length = jnp.arange(ROWS)[:, None], batch.length
         padded = jnp.pad(batch.tokens, ((0, 0), (0, 4)))
-        whole = padded.at[rows, start[:, None] + jnp.arange(4)].set(tokens)
+        whole = padded.at[rows, start[:, None] + jnp.arange(4)[None]].set(tokens)
         index = jnp.pad(batch.vision_index, ((0, 0), (0, 4)), constant_values=-1)
         longer = dataclasses.replace(batch, tokens=whole, vision_index=index, lengths=start + 4)
         logits = model.apply({"params": params}, longer, method="forward")
-        logits = jnp.take_along_axis(logits, (start[:, None] - 1 + jnp.arange(4))[..., None], axis=1)
+        logits = jnp.take_along_axis(logits, (start[:, None] - 1 + jnp.arange(4)[None])[..., None], axis=1)
         assert length + 4 == longer.length
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=2))
 

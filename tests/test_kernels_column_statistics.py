@@ -53,7 +53,7 @@ def check(statistics, maps, first, count, threshold=THRESHOLD, *, bounded, atol=
             # Exact, but for entries within rounding of the threshold.
             at_least = np.sum((ratio >= threshold * (1 + 1e-5)) & causal)
             at_most = np.sum((ratio >= threshold * (1 - 1e-5)) & causal)
-            assert at_least <= statistics.counts[b, h] <= at_most
+            assert at_least <= float(statistics.counts[b, h]) <= at_most
         wanted = np.full((2, statistics.lse.shape[1]), -np.inf)
         at = slice(0, count[b]) if bounded else chosen
         wanted[1, at] = row_logits.max(1, initial=-np.inf)

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* trainable parameters are bflo
 
 
 def regression(params, batch):
-    return jnp.mean((batch["x"] @ params["w"]["kernel"] + params["b"] - batch["y"]) ** 2), {}
+    bias = params["b"].astype(jnp.float32)[None]
+    return jnp.mean((batch["x"] @ params["w"]["kernel"] + bias - batch["y"]) ** 2), {}
 
 
 def batches(start=0):

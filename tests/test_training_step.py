@@ -129,6 +129,24 @@ def test_accumulated_gradients_equal_the_whole_batch(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, parts.params)
 
 
+@pytest.mark.filterwarnings("ignore:.* trainable parameters are bfloat16")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parameters_of_several_dtypes_under_strict_promotion(accumulate):
+    def loss(params, batch):
+        value = jnp.sum((params["a"] * batch) ** 2) + jnp.sum(params["b"].astype(jnp.float32) * batch)
+        return value, {"rows": jnp.asarray(len(batch))}
+
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    state = init_state({"a": jnp.ones((1,)), "b": jnp.ones((1,), jnp.bfloat16)}, optimizer)
+    step = make_train_step(loss, optimizer, accumulate=accumulate)
+    with jax.numpy_dtype_promotion("strict"):
+        state, metrics = step(state, jnp.arange(4.0), jnp.float32(0.5))
+    np.testing.assert_allclose(state.params["a"], 0.995, atol=1e-4)
+    assert state.params["b"].dtype == jnp.bfloat16
+    assert state.params["b"] < 1
+    assert metrics["rows"] == 4 // accumulate
+
+
 def test_accumulated_parts_are_rows_apart():
     """Rows of a batch that is split over devices stay where they are: a part has rows of every device."""
     seen = []

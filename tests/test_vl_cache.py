@@ -129,9 +129,9 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(budg
         def attend(query, key, value, carry, visible):
             key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
             scores = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") / jnp.sqrt(8.0)
-            causal = jnp.tril(jnp.ones((whole, whole), bool))
-            mask = causal & ((jnp.arange(whole) < n)[:, None] | jnp.repeat(visible, 2, axis=0)[:, None])
-            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+            causal = jnp.tril(jnp.ones((1, whole, whole), bool))
+            mask = causal & ((jnp.arange(whole) < n)[None, :, None] | jnp.repeat(visible, 2, axis=0)[:, None])
+            weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf), axis=-1)
             return jnp.einsum("bhts,bshd->bthd", weights, value, precision="highest"), carry, None
 
         positions = jnp.arange(whole)[None]

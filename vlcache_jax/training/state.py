@@ -131,7 +131,8 @@ def make_train_step(
         def one(part: Any) -> tuple[Params, Metrics, jax.Array]:
             grads, metrics = gradients(tuned, frozen, part)
             weight = metrics.get("weight", jnp.ones(()))
-            return jax.tree.map(lambda g: g * weight, grads), jax.tree.map(lambda m: m * weight, metrics), weight
+            with jax.numpy_dtype_promotion("standard"):  # sums of bfloat16 gradients are float32, as their weights are
+                return *jax.tree.map(lambda x: x * weight, (grads, metrics)), weight
 
         def body(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, one(part)), None
@@ -140,16 +141,18 @@ def make_train_step(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
         )
         (grads, metrics, weight), _ = jax.lax.scan(body, zeros, parts)
-        return jax.tree.map(lambda g: g / weight, grads), jax.tree.map(lambda m: m / weight, metrics)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.tree.map(lambda x: x / weight, (grads, metrics))
 
     def step(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
         tuned, frozen = split(state.params, trainable)
         _warn_of_rounding(tuned)
         grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
-        with jax.numpy_dtype_promotion("standard"):  # Optax takes powers of its rates by its count of steps
+        # Optax takes powers of its rates by its count of steps; parameters, updates and scale may differ in dtype.
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
-        tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
-        metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
+            tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
+            metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
         return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
 
     def places(arguments: Any, results: Any) -> Any:
