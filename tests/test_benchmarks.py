@@ -109,6 +109,7 @@ def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     assert len(set(np.asarray(outs[0].tokens).ravel().tolist())) > 1
 
 
+@pytest.mark.thorough
 def test_batch_invariance(tmp_path):
     options = ["--cases", "30", "--policies", "3", "--rows", "5", "--length", "40", "--answers", "5", "--seed", "3"]
     options += ["--progress", str(tmp_path / "progress.jsonl")]

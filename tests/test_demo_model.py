@@ -90,9 +90,8 @@ def test_a_tenth_of_the_cache(vlm, questions):
     np.testing.assert_allclose(report.kept_fraction, 0.1, atol=0.005)
 
 
-@pytest.mark.parametrize(
-    "task", ["documents", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("prices", "places"))]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("task", ["documents", "prices", "places"])
 def test_what_it_reads_and_what_a_tenth_of_the_cache_keeps(vlm, task):
     """Floors below the measured figures (docs/demo_model.md), by more than the noise of 64 samples."""
     policies = (vlc.FullCache(), vlc.VLCache(budget=0.1), vlc.RandomEviction(budget=0.1))

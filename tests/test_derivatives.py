@@ -145,6 +145,7 @@ def test_generated_tokens_refuse_derivatives_with_the_remedy(tiny, generated, co
         compile(lambda params: jax.jvp(objective, (params,), (params,)))(tiny[1])
 
 
+@pytest.mark.thorough
 def test_a_rollout_inside_a_differentiated_function(tiny):
     """A policy gradient: the answer is drawn from constant parameters, its log-probabilities come from `forward`."""
     model, params, batch, _ = tiny

@@ -69,7 +69,11 @@ def test_the_readme_can_be_pasted_from_its_start() -> None:
 
 
 RUN = [
-    pytest.param(arguments.values[0], id=str(arguments.id))
+    pytest.param(
+        arguments.values[0],
+        id=str(arguments.id),
+        marks=[] if str(arguments.id).startswith("README") else [pytest.mark.thorough],
+    )
     for arguments in COMMANDS
     if "vlcache_jax/assets/demo_model" in arguments.values[0]
 ]

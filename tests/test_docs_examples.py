@@ -50,6 +50,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {**given, "__name__": "page", "path": "folder", "first": first, "second": second}
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::vlcache_jax.errors.PlacementWarning")  # 2 KV heads, an axis of 4
 def test_the_guide(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     for code in snippets("guide.md"):

@@ -9,6 +9,7 @@ import pytest
 from generated_references import program, ragged, scripted_params
 from jax.sharding import NamedSharding, PartitionSpec
 from stub_model import kept_sets
+from tiers import cases, later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -83,7 +84,7 @@ def test_a_budget_of_one_evicts_nothing(llava):
         assert state.tail.rule == vlc.Append()
 
 
-@rules
+@pytest.mark.parametrize("policy", cases(RULES, ("window", "recompress")), scope="module")
 def test_an_answer_longer_than_its_room(llava, policy):
     """Whole and streamed: the same tokens, from one compilation; and the state stays valid."""
     model, params = llava
@@ -167,7 +168,7 @@ def test_rows_end_on_their_own(llava):
         np.testing.assert_array_equal(out[row, : lengths[row]], tokens[row, : lengths[row]])
 
 
-@pytest.mark.parametrize("name", ["tova", "recompress"])
+@pytest.mark.parametrize("name", ["recompress", *later("tova")])
 def test_mesh_gives_the_same_tokens(llava, name):
     model, params = llava
     batch, policy = ragged_batch(rows=8), RULES[name]
@@ -178,7 +179,7 @@ def test_mesh_gives_the_same_tokens(llava, name):
     np.testing.assert_array_equal(tokens, vlc.generate(model, params, batch, policy, NEW, eos_token_ids=[]).tokens)
 
 
-@rules
+@pytest.mark.parametrize("policy", cases(RULES, ("h2o", "recompress")), scope="module")
 def test_a_step_updates_the_state_in_place(llava, policy):
     model, params = llava
     policy = dataclasses.replace(policy, budget=200)

@@ -126,6 +126,7 @@ def test_a_full_tail(llava):
         vlc.decode_step(model, params, token, state)
 
 
+@pytest.mark.thorough
 def test_nnx_code_can_wrap_the_module(llava):
     from flax import nnx
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from tiers import later
 
 from vlcache_jax.kernels.decode_attention import decode_attention, pallas_tpu, xla
 from vlcache_jax.kernels.decode_attention.shapes import SHAPES
@@ -119,7 +120,7 @@ def test_segments_of_many_blocks(implementation, store):
     check(case, compiled(implementation, case)(arguments, named), expected(case, arguments, named))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [*list(SHAPES)[:2], *later(*list(SHAPES)[2:])])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_named_shapes_in_bfloat16(implementation, name):
     heads, kv_heads, head_dim = SHAPES[name]

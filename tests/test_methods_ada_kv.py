@@ -160,6 +160,7 @@ def test_shared_lanes_on_a_mesh(lanes):
         np.testing.assert_allclose(found[0][row, 2 * head : 2 * head + 2], weights @ v, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_mesh_gives_the_same_tokens():
     model, params = tiny_llava()
     policy, batch, mesh = vlc.AdaKV(0.3, window=4), ragged_batch(rows=4), on_mesh((4, 2))

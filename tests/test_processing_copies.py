@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from processing_checkpoint import edit_json, picture, write_checkpoint
+from tiers import later
 from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
@@ -24,7 +25,7 @@ def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
+@pytest.fixture(scope="module", params=["llava_next", *later("llava")])
 def processor(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp(request.param)
     write_checkpoint(folder, request.param, tokenizer="bytes")

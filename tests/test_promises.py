@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from stub_model import kept_sets
+from tiers import later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -180,8 +181,8 @@ def test_kept_tokens_are_the_budget(llava, policy):
     assert np.all(most > total + 1) if policy.name == "ada_kv" else np.all(abs(most - total) < 1e-3)
 
 
-@pytest.mark.parametrize("own_length", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["padded", "own"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("own_length", [False, *later(True)], ids=["padded", "own"])
+@pytest.mark.parametrize("dtype", ["float32", *later("bfloat16")])
 @over(PARTS, bits=FEW[:1])
 def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each."""

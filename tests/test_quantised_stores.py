@@ -208,6 +208,7 @@ MIXED = dataclasses.replace(vlc.VLCache(0.3, bits=8), evicted=vlc.Quantise(2))
 NEW = 6
 
 
+@pytest.mark.thorough
 def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     model, params = tiny_llava()
     batch = ragged_batch(rows=8)

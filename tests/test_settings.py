@@ -13,6 +13,7 @@ import pytest
 from stub_model import StubModel, kept_sets, stub_batch, stub_params
 from test_generated_promises import RULES
 from test_promises import METHODS
+from tiers import cases, later
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -48,7 +49,7 @@ def same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("policy", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("policy", cases(WHOLE, ("vl_cache", "recompress", "full_8_bits")))
 def test_answers_in_64_bit_mode(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=3)
@@ -147,7 +148,7 @@ def test_gradients_in_64_bit_mode(llava):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["vl_cache", "h2o", "recompress"])
+@pytest.mark.parametrize("name", ["vl_cache", *later("h2o", "recompress")])
 def test_nothing_is_transferred_unasked(llava, name):
     model, params = llava
     policy = WHOLE[name]
@@ -166,6 +167,7 @@ def test_nothing_is_transferred_unasked(llava, name):
             np.testing.assert_array_equal(jax.device_get(decoded[0]), jax.device_get(expected.tokens))
 
 
+@pytest.mark.thorough
 def test_contexts_and_samples_transfer_nothing_unasked(llava):
     model, params = llava
     questions = vlc.Continuation(np.full((2, 2, 3), 7, np.int32), np.array([[3, 1], [2, 3]], np.int32))

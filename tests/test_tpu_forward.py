@@ -108,5 +108,6 @@ def test_other_slices(check, topology, axes):
     check(topology, axes)
 
 
+@pytest.mark.thorough
 def test_train_step_on_four_chips():
     _check_train_step("v5e:2x2", {"data": 2, "model": 2})

@@ -1,10 +1,12 @@
 """Compiled for a TPU, merging works in place and needs little beside the tokens of one layer of one row."""
 
+import pytest
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.merging import BLOCK, merge_evicted
 
 
+@pytest.mark.thorough
 def test_merging_works_in_place():
     layers, batch, kv_heads, tokens, head_dim = 32, 8, 8, 8192, 128
     keys = shape(layers, batch, kv_heads, tokens, head_dim)

@@ -9,7 +9,13 @@ from vlcache_jax.state import segment_alignment
 
 @pytest.mark.parametrize(
     ("heads", "position_heads", "lanes", "bits"),
-    [(8, 8, None, None), (1, 1, None, None), (8, 8, 1, None), (8, 1, None, 4)],
+    [
+        (8, 8, 1, None),
+        *(
+            pytest.param(*x, marks=pytest.mark.thorough)
+            for x in ((8, 8, None, None), (1, 1, None, None), (8, 1, None, 4))
+        ),
+    ],
 )
 def test_packing_makes_no_copies(heads, position_heads, lanes, bits):
     layers, batch, kv_heads, entries, head_dim = 32, 8, 8, 2048, 128

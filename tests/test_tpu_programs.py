@@ -64,6 +64,7 @@ def test_heads_on_eight_chips_reduce_twice_a_layer():
     assert text.count('custom_call_target="tpu_custom_call"') == 2  # the prompt's store and the tail
 
 
+@pytest.mark.thorough
 def test_decoding_loop_copies_the_tail_and_no_weights():
     """`generate`'s loop leaves the state valid, so it copies the tail. v5p once transposed all weights."""
     programs = _programs("v5p:1x1x1")
@@ -101,6 +102,7 @@ def test_candidates_bound_the_memory_of_the_prefill():
     assert kv_part(vlc.VLCache(budget=0.1, candidate_fraction=0.2)) <= 0.35 * everything
 
 
+@pytest.mark.thorough
 def test_decode_step_over_8_bits_copies_nothing():
     """As above; the codes are unpacked block by block inside the kernel."""
     programs = _programs("v6e:1x1")
