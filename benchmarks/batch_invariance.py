@@ -61,14 +61,16 @@ def model_and_params() -> tuple[Llava, Any]:
     return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
-def random_policy(rng: np.random.Generator, side: int) -> vlc.Policy:
-    """A method with random options; drawn again where they do not go together."""
+METHODS = sorted(set(POLICIES) - {"full_cache"})
+
+
+def random_policy(rng: np.random.Generator, side: int, name: str) -> vlc.Policy:
+    """A method with random options, which are drawn again where they do not go together."""
 
     def some(*values: Any) -> Any:
         return values[int(rng.integers(len(values)))]
 
     while True:
-        name = some(*sorted(set(POLICIES) - {"full_cache"}))
         budget = some(
             round(float(rng.uniform(0.01, 0.95)), 2), round(float(rng.uniform(0.01, 0.3)), 2),
             vlc.Tokens(int(rng.integers(2, 120))), vlc.Bytes(int(rng.integers(3000, 60000))),
@@ -271,7 +273,7 @@ def main() -> None:
         if number in done:
             continue
         rng = np.random.default_rng([args.seed, number])
-        policy = random_policy(rng, model.spec.vision_grid or 0)
+        policy = random_policy(rng, model.spec.vision_grid or 0, METHODS[number % len(METHODS)])
         line = {"number": number, "settings": settings, "policy": policy.name, "options": str(policy)}
         done[number] = line | run_policy(model, params, policy, rng, args)
         if args.progress is not None:
