@@ -18,6 +18,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Users may set both; nothing here or in the library may lean on an implicit change of dtype or rank.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Tests compile far longer than they run. LLVM's optimisations are left out, and so, where JAX still has the older ones
 # (0.10), are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX tests with them.
 # With `--users-compiler` programs are compiled as users compile them; CI runs the promises about bits like that.

@@ -1,6 +1,6 @@
 """What users set in JAX changes no answer: 64-bit mode, and what forbids transfers that nobody asked for.
 
-The suite also runs with JAX_NUMPY_DTYPE_PROMOTION=strict and JAX_NUMPY_RANK_PROMOTION=raise.
+The whole suite runs with JAX_NUMPY_DTYPE_PROMOTION=strict and JAX_NUMPY_RANK_PROMOTION=raise (conftest.py).
 """
 
 import dataclasses
