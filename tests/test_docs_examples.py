@@ -1,5 +1,6 @@
 """The code of the guide, the training page and the notebook runs as it is written, on the shipped checkpoint."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -72,11 +73,26 @@ def test_the_guide(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
 def test_the_training_page(names: dict[str, Any]) -> None:
     prompts, answers = ["<image>\nRead the value of salary on this page"] * 4, ["salary 9338"] * 4
     names["data"] = [([[names["first"]]] * 4, prompts, answers)] * 2
-    (code,) = snippets("training.md")
+    code, rollout = snippets("training.md")
     exec(compile(code, "training.md", "exec"), names)
     assert names["progress"] == {"epoch": 1}
     assert int(names["state"].step) == 2
     assert np.isfinite(float(names["metrics"]["loss"]))
+
+    vlm = names["vlm"]
+    batch = vlm.processor([[names["first"]]] * 2, prompts[:2])
+    start, more = np.asarray(batch.lengths), ((0, 0), (0, 64))
+    names["longer"] = dataclasses.replace(
+        batch,
+        tokens=jnp.pad(batch.tokens, more),
+        vision_index=jnp.pad(batch.vision_index, more, constant_values=-1),
+        lengths=start + 64,
+    )
+    names |= {"batch": batch, "start": start, "params": vlm.params, "policy": vlc.VLCache(0.3), "seeds": jnp.arange(2)}
+    with jax.numpy_rank_promotion("allow"):  # the page is written for users, who have JAX's defaults
+        exec(compile("import jax.numpy as jnp\n" + rollout, "training.md", "exec"), names)
+    assert names["log_p"].shape == (2, 64)
+    assert np.isfinite(names["log_p"]).all()
 
 
 @pytest.mark.thorough
