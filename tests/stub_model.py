@@ -50,7 +50,7 @@ class StubModel:
         return jnp.zeros((*hidden.shape[:-1], VOCAB))
 
     def rotate(self, x, positions):
-        frequency = 100.0 ** (-jnp.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+        frequency = 100.0 ** (-jnp.arange(HEAD_DIM // 2, dtype=jnp.float32) / (HEAD_DIM // 2))
         angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
         first, second = jnp.split(x, 2, axis=-1)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
