@@ -31,15 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlcache_jax as vlc
-from vlcache_jax.batch import TEXT
-from vlcache_jax.json_text import parse_json
+from vlcache_jax.demo.study.recording import Recording, Replay, record
+from vlcache_jax.files.json_text import parse_json
+from vlcache_jax.files.reading import read_plain
+from vlcache_jax.files.writing import append_line
+from vlcache_jax.inference.validation import check_prefill
+from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.policies import POLICIES, Score
-from vlcache_jax.reading import read_plain
-from vlcache_jax.selection import AverageShare
-from vlcache_jax.study.recording import Recording, Replay, record
-from vlcache_jax.validation import check_prefill
-from vlcache_jax.writing import append_line
+from vlcache_jax.policies.window import AverageShare
 
 TIE = 2.0**-18
 """Relative difference of two scores, in units of the larger, below which rounding decides."""

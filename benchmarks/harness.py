@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax import Batch
-from vlcache_jax.batch import TEXT
+from vlcache_jax.files.writing import write_text
+from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.checkpoint import save_params
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.config_reader import write_config
 from vlcache_jax.models.llava import Llava
-from vlcache_jax.writing import write_text
 
 IMAGE_TOKEN = 3
 

@@ -36,8 +36,8 @@ GROUPS = {
     ),
     "planning": ("Planning", ["planning: *"]),
     "training": ("Training", ["training: *"]),
-    "metrics": ("Metrics", ["metrics: *"]),
-    "pictures": ("Pictures and progress", ["explain: explain kept_by_layer", "progress: Progress"]),
+    "metrics": ("Metrics", ["evaluation.metrics: *"]),
+    "pictures": ("Pictures and progress", ["explain: explain kept_by_layer", "terminal.progress: Progress"]),
     "errors": (
         "Errors",
         ["VLCacheError CheckpointError NonFiniteError InputError PolicyError PolicyWarning PlacementWarning"],

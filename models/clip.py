@@ -6,9 +6,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.mesh import local, split_axes
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.config import VisionConfig
+from vlcache_jax.parallel.mesh import local, split_axes
 
 
 def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:

@@ -10,15 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax import ops
-from vlcache_jax.batch import NEWLINE, TEXT, Batch
-from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.mesh import automatic, on_mesh_of
+from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.clip import ClipVisionTower
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.decoder import Attend, Decoder
 from vlcache_jax.models.projector import Projector
-from vlcache_jax.ops import Kernels
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.typing import ModelSpec
 
 _apply = automatic(nn.Module.apply)
 
@@ -73,7 +73,7 @@ class Llava(nn.Module):
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Flax's `apply`, on the mesh of the parameters, whatever the types of its axes (`vlcache_jax.mesh`)."""
+        """Flax's `apply`, on the mesh of the parameters, whatever the types of its axes (`parallel.mesh`)."""
         with on_mesh_of(variables, args):
             return _apply(self, variables, *args, **kwargs)
 

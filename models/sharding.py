@@ -6,7 +6,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlcache_jax.mesh import MODEL_AXIS
+from vlcache_jax.parallel.mesh import MODEL_AXIS
 
 # Which axis of a parameter is split, counted from its end: columns of projections that widen, rows of those that
 # narrow, so that a layer needs one reduction after attention and one after the MLP.

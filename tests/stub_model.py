@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.batch import TEXT, Batch
-from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.typing import ModelSpec
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 8, 11
 SIDE = 4  # patches along one side of a tile

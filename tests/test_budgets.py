@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.budgets import Bytes, SlotBudget, Tokens, layer_budgets, share_slots, slot_budget, total_slots
+from vlcache_jax.cache.geometry import capacity
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.interfaces import ModelSpec
-from vlcache_jax.packing import capacity
 from vlcache_jax.policies import SparsityAware
+from vlcache_jax.policies.budget import Bytes, Tokens
+from vlcache_jax.policies.shares import SlotBudget, layer_budgets, share_slots, slot_budget, total_slots
+from vlcache_jax.typing import ModelSpec
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 LAYERS = [2, 5, 32]

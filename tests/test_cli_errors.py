@@ -69,7 +69,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights were read before everything else was checked")
 
-    monkeypatch.setattr("vlcache_jax.loading.load_params", fail)
+    monkeypatch.setattr("vlcache_jax.models.io.loading.load_params", fail)
 
 
 @pytest.mark.usefixtures("no_weights")

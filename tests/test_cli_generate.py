@@ -14,10 +14,10 @@ from PIL import Image
 from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.budgets import total_slots
 from vlcache_jax.cli import runtime
 from vlcache_jax.cli.main import main
 from vlcache_jax.cli.table import megabytes
+from vlcache_jax.policies.shares import total_slots
 
 NEW_TOKENS = 8
 OPTIONS = ["--budget", "0.3", "--policy-option", "heads=shared"]  # the same programs in several tests

@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.checkpoint import keep_programs
-from vlcache_jax.compilation_cache import default_folder
-from vlcache_jax.progress import Progress
+from vlcache_jax.files.compilation_cache import default_folder
+from vlcache_jax.terminal.progress import Progress
 
 SETTINGS = (
     "jax_compilation_cache_dir",

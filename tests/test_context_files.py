@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, stub_batch, stub_params
 
 import vlcache_jax as vlc
-from vlcache_jax.context_files import KIND
-from vlcache_jax.extending import _store
+from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.files.tensor_files import TensorFile, write_tensor_file
+from vlcache_jax.inference.append_block import _store
+from vlcache_jax.inference.context_files import KIND
 from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values
-from vlcache_jax.state import PackedStore
-from vlcache_jax.tensor_files import TensorFile, write_tensor_file
 
 
 def make(dtype="float32", policy=None, **model):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from vlcache_jax.cli.demo import read_questions
+from vlcache_jax.demo.recipe.train import _check_reached
+from vlcache_jax.demo.study.heat_maps import kept_tokens
+from vlcache_jax.demo.study.results import FILE, ResultFile
+from vlcache_jax.demo.study.summary import Table, tables
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.study.heat_maps import kept_tokens
-from vlcache_jax.study.results import FILE, ResultFile
-from vlcache_jax.study.summary import Table, tables
 from vlcache_jax.training.checkpoint import load_state, save_state
-from vlcache_jax.training.demo import _check_reached
 from vlcache_jax.training.loop import ProgressLog
 
 STUDY = {"model": "llava", "samples": 2}

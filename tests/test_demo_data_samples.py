@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from vlcache_jax.demo import canvas
-from vlcache_jax.demo.conversations import conversation
-from vlcache_jax.demo.font import GLYPH_HEIGHT, PITCH, glyph, text_mask
-from vlcache_jax.demo.labels import WORDS
-from vlcache_jax.demo.samples import PATCH, TASKS, make_sample
-from vlcache_jax.demo.tokenizer import UNKNOWN, build_tokenizer, prompt
-from vlcache_jax.demo.words import COLOURS, FILLERS, ITEMS, NAMES, SHAPES, TITLES
+from vlcache_jax.demo.data import canvas
+from vlcache_jax.demo.data.conversations import conversation
+from vlcache_jax.demo.data.font import GLYPH_HEIGHT, PITCH, glyph, text_mask
+from vlcache_jax.demo.data.labels import WORDS
+from vlcache_jax.demo.data.samples import PATCH, TASKS, make_sample
+from vlcache_jax.demo.data.tokenizer import UNKNOWN, build_tokenizer, prompt
+from vlcache_jax.demo.data.words import COLOURS, FILLERS, ITEMS, NAMES, SHAPES, TITLES
 from vlcache_jax.training.batch import pack
 
 

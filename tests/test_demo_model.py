@@ -10,8 +10,8 @@ import transformers
 from PIL import Image
 
 import vlcache_jax as vlc
-from vlcache_jax.demo.evaluate import evaluate_demo
-from vlcache_jax.demo.tokenizer import build_tokenizer
+from vlcache_jax.demo.data.evaluate import evaluate_demo
+from vlcache_jax.demo.data.tokenizer import build_tokenizer
 
 ASSETS = Path(vlc.__file__).parent / "assets"
 NEW = 24

@@ -12,7 +12,7 @@ from stub_model import StubModel, stub_batch, stub_params
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.exporting import _from_text, _to_bytes
+from vlcache_jax.files.exporting import _from_text, _to_bytes
 
 POLICY = vlc.H2O(budget=0.3, decoding="evict")
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax import generation
+from vlcache_jax.inference import generate as generation
 
 NEW = 6
 FULL, SOME = vlc.FullCache(), vlc.VLCache(0.3)

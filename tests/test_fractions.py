@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.fractions import as_fraction, floor_fraction
+from vlcache_jax.cache.fractions import as_fraction, floor_fraction
 
 LARGEST = 80 * 1_048_576
 

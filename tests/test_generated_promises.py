@@ -13,12 +13,12 @@ from tiers import cases, later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.decoding import advance
+from vlcache_jax.inference.decode_step import advance
+from vlcache_jax.inference.report import make_report
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.policies import AccumulatedAttention, policy_by_name
-from vlcache_jax.recompression import recompress
-from vlcache_jax.report import make_report
-from vlcache_jax.selection import forced
+from vlcache_jax.policies.decoding.recompress import recompress
+from vlcache_jax.policies.window import forced
 
 RULES = {
     "window": vlc.StreamingLLM(0.4, decoding="window:5"),

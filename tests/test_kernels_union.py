@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 from tiers import later
 
 import vlcache_jax as vlc
-from vlcache_jax import ops
 from vlcache_jax.kernels.decode_attention import Segments, Store, union, union_attention
 from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values
+from vlcache_jax.parallel import ops
 
 ROWS, HEADS, KV_HEADS, HEAD_DIM, SLOTS = 6, 4, 2, 128, 256
 

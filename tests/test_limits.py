@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.json_text import parse_json
-from vlcache_jax.limits import Range
+from vlcache_jax.files.json_text import parse_json
+from vlcache_jax.files.limits import Range
 from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.processing.layout import VisionLayout, agree_on_pinpoints

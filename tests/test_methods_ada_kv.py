@@ -14,16 +14,16 @@ from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax import ops
-from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import SlotBudget, slot_budget
-from vlcache_jax.explain import kept_by_layer
-from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.cache.geometry import capacity
+from vlcache_jax.explain.pictures import kept_by_layer
+from vlcache_jax.inference.report import make_report
+from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.packing import capacity
+from vlcache_jax.parallel import ops
 from vlcache_jax.policies import AdaptiveHeads
-from vlcache_jax.report import make_report
+from vlcache_jax.policies.shares import SlotBudget, slot_budget
+from vlcache_jax.typing import ModelSpec
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -14,7 +14,7 @@ from stub_model import kept_sets
 from tiny_models import tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.batch import Batch
+from vlcache_jax.inputs import Batch
 from vlcache_jax.models.config import RopeConfig
 
 FOLDER = Path(__file__).parent / "kvpress_sets"

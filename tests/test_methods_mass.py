@@ -7,7 +7,7 @@ import pytest
 from stub_model import HEADS, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
 
 import vlcache_jax as vlc
-from vlcache_jax.budgets import budget_text
+from vlcache_jax.policies.budget import budget_text
 
 METHODS = {
     "snap_kv": vlc.SnapKV(vlc.Mass(0.8, cap=0.75), window=4, pool=1),

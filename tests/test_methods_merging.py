@@ -14,8 +14,8 @@ from stub_model import HEADS, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch
 from test_methods_promises import prefill, row_alone, told
 
 import vlcache_jax as vlc
-from vlcache_jax import ops
-from vlcache_jax.merging import BLOCK, merge_evicted
+from vlcache_jax.cache.merging import BLOCK, merge_evicted
+from vlcache_jax.parallel import ops
 from vlcache_jax.policies import AccumulatedAttention, LayerInputs, TextPrior
 
 KINDS = ("averaged", "pivotal", "weighted")

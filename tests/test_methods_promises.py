@@ -9,9 +9,9 @@ from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, kept_sets, stub_ba
 from test_promises import METHODS, over
 
 import vlcache_jax as vlc
-from vlcache_jax.finiteness import require_finite
+from vlcache_jax.inference.finiteness import require_finite
+from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.policies import POLICIES, GridPooled, MaskVisualSinks
-from vlcache_jax.validation import check_prefill
 
 methods = over(METHODS)
 BITS = ("vl_cache", "snap_kv", "key_norm", "key_difference", "mix_kv", "expected_attention")  # a kind of score each

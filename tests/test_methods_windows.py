@@ -10,12 +10,12 @@ import pytest
 from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_params
 
 import vlcache_jax as vlc
-from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.cli import main as command_line
+from vlcache_jax.demo.study.methods import all_methods
+from vlcache_jax.inference.validation import check_prefill
+from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.policies import POLICIES, Uniform
-from vlcache_jax.selection import AverageShare, forced, settled
-from vlcache_jax.study.methods import all_methods
-from vlcache_jax.validation import check_prefill
+from vlcache_jax.policies.window import AverageShare, forced, settled
 
 OBSERVED = {"snap_kv": vlc.SnapKV, "pyramid_kv": vlc.PyramidKV, "ada_kv": vlc.AdaKV, "mix_kv": vlc.MixKV}
 """The methods whose window is that of the rows that vote."""

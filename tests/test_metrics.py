@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.metrics import (
+from vlcache_jax.evaluation.metrics import (
     anls,
     bootstrap_interval,
     cider_d,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.packing import capacity, pack
-from vlcache_jax.state import ALIGNMENT, align
+from vlcache_jax.cache.geometry import ALIGNMENT, align, capacity
+from vlcache_jax.cache.packing import pack
 
 LAYERS, BATCH, KV_HEADS, ENTRIES, HEAD_DIM = 3, 2, 2, 37, 4
 TOTAL = 50  # slots of all layers

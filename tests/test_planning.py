@@ -19,7 +19,7 @@ from vlcache_jax.planning.placement import check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
-from vlcache_jax.progress import Progress
+from vlcache_jax.terminal.progress import Progress
 
 
 def _config(**decoder) -> LlavaConfig:

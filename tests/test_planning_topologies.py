@@ -7,8 +7,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import PartitionSpec as P
 from tpu import TOPOLOGIES, compile_for, mesh_of, shape
 
-from vlcache_jax.compilation_cache import use_compilation_cache
 from vlcache_jax.errors import InputError
+from vlcache_jax.files.compilation_cache import use_compilation_cache
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from vlcache_jax import Bytes, InputError, PolicyError, Tokens
-from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import SlotBudget
-from vlcache_jax.interfaces import ModelSpec
+from vlcache_jax.inference.validation import check_prefill
+from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.policies import (
     POLICIES,
@@ -36,7 +35,8 @@ from vlcache_jax.policies import (
     VLCache,
     policy_by_name,
 )
-from vlcache_jax.validation import check_prefill
+from vlcache_jax.policies.shares import SlotBudget
+from vlcache_jax.typing import ModelSpec
 
 # Options
 

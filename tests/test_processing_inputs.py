@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from processing_checkpoint import CORPUS, PINPOINTS, TILE, edit_json, picture, write_checkpoint
 
-from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.processing import Processor
 from vlcache_jax.models.processing.buckets import bucket_length
 

@@ -12,7 +12,7 @@ from processing_checkpoint import PATCH, PINPOINTS, TILE, edit_json, picture, wr
 from transformers import LlavaNextConfig, LlavaNextModel, LlavaNextProcessor, LlavaProcessor
 from transformers.image_utils import load_image
 
-from vlcache_jax.batch import NEWLINE, TEXT
+from vlcache_jax.inputs import NEWLINE, TEXT
 from vlcache_jax.models.processing import Processor, anyres
 
 SIZES = [(24, 24), (31, 17), (17, 31), (100, 9), (9, 100), (1, 1), (640, 480), (333, 500), (23, 25), (48, 24)]

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.files import limits
 from vlcache_jax.models.processing import template_process
 from vlcache_jax.models.processing.chat_template import ChatTemplate
 

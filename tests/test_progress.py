@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from vlcache_jax.progress import Progress
+from vlcache_jax.terminal.progress import Progress
 
 SCRIPT = """
-from vlcache_jax.progress import Progress
+from vlcache_jax.terminal.progress import Progress
 with Progress() as progress:
     progress.step("first [step]")
     progress.step("second", total=2)

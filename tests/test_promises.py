@@ -13,9 +13,9 @@ from tiers import later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.decoding import advance
+from vlcache_jax.inference.decode_step import advance
+from vlcache_jax.inference.report import make_report
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.report import make_report
 
 NEW = 8
 METHODS = {

@@ -14,14 +14,14 @@ from test_methods_promises import row_alone
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.decoding import advance
-from vlcache_jax.demo.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.samples import FULL_GRID, make_sample
-from vlcache_jax.demo.tokenizer import prompt
+from vlcache_jax.cache.packing import value_channels
+from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
+from vlcache_jax.demo.data.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.data.tokenizer import prompt
+from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.ops import union_attention
-from vlcache_jax.packing import value_channels
+from vlcache_jax.parallel.ops import union_attention
 from vlcache_jax.policies import POLICIES, EnoughMass
 
 CASES = {

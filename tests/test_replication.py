@@ -10,7 +10,7 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.replication import replicated, warn
+from vlcache_jax.parallel.replication import replicated, warn
 
 SPEC = tiny_llava()[0].spec  # 2 KV heads
 ADA = vlc.AdaKV(budget=0.5, window=1)

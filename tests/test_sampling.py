@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.sampling import Sampling, filtered_logits, next_token
+from vlcache_jax.inference.sampling import Sampling, filtered_logits, next_token
 
 VOCAB = 12
 quick = settings(max_examples=25, deadline=None, derandomize=True)

@@ -10,8 +10,8 @@ from stub_model import StubModel, kept_sets, stub_batch, stub_params
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.sampling import Sampling, next_token
-from vlcache_jax.seeds import random_bits, seed_words, uniform
+from vlcache_jax.inference.sampling import Sampling, next_token
+from vlcache_jax.parallel.seeds import random_bits, seed_words, uniform
 
 KEY = jax.random.key(7, impl="threefry2x32")
 SETTINGS = {

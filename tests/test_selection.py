@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.selection import candidates, select
+from vlcache_jax.cache.selection import candidates, select
+from vlcache_jax.policies.window import forced
 
 BATCH, HEADS, LENGTH = 2, 2, 13
 RECENTS = [0.0, 0.1, 0.29, 1.0]
@@ -25,12 +26,18 @@ def expected(scores, length, slots, recent):
 
 @functools.cache
 def compiled(recent):
-    return jax.jit(functools.partial(select, recent=recent))
+    def run(scores, positions, lengths, slots):
+        return select(scores, positions, lengths, slots, *forced(slots, recent))
+
+    return jax.jit(run)
 
 
 @functools.cache
 def compiled_candidates(recent, count):
-    return jax.jit(lambda scores, lengths: candidates(scores, lengths, recent, count))
+    def run(scores, lengths):
+        return candidates(scores, lengths, count, *forced(jnp.full_like(lengths, count), recent))
+
+    return jax.jit(run)
 
 
 def everything():
@@ -110,7 +117,7 @@ def test_scores_that_are_not_finite(bad, wanted):
     scores[..., :3] = bad
     scores[..., 3:5] = 1
     lengths, slots = np.full(BATCH, 13, np.int32), np.full(BATCH, 4, np.int32)
-    order = jax.jit(functools.partial(select, recent=0.5))(scores, everything(), lengths, slots)
+    order = compiled(0.5)(scores, everything(), lengths, slots)
     assert kept(order, slots)[0][0] == wanted
 
 

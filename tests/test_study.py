@@ -12,17 +12,17 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
+from vlcache_jax.demo.study import before
+from vlcache_jax.demo.study.heat_maps import kept_tokens as draw_kept
+from vlcache_jax.demo.study.measure import held, kept_tokens, store_bytes
+from vlcache_jax.demo.study.methods import BUDGETS, FULL, Method, all_methods, choose
+from vlcache_jax.demo.study.oracle import answer_attention, oracle, oracle_by_mass, with_answer_attention
+from vlcache_jax.demo.study.pages import write_pages
+from vlcache_jax.demo.study.recording import Replay, record
+from vlcache_jax.demo.study.results import FILE, Key, Result, ResultFile
+from vlcache_jax.demo.study.summary import Table, tables
+from vlcache_jax.demo.study.tasks import score, score_name
 from vlcache_jax.errors import InputError, PolicyError
-from vlcache_jax.study import before
-from vlcache_jax.study.heat_maps import kept_tokens as draw_kept
-from vlcache_jax.study.measure import held, kept_tokens, store_bytes
-from vlcache_jax.study.methods import BUDGETS, FULL, Method, all_methods, choose
-from vlcache_jax.study.oracle import answer_attention, oracle, oracle_by_mass, with_answer_attention
-from vlcache_jax.study.pages import write_pages
-from vlcache_jax.study.recording import Replay, record
-from vlcache_jax.study.results import FILE, Key, Result, ResultFile
-from vlcache_jax.study.summary import Table, tables
-from vlcache_jax.study.tasks import score, score_name
 
 NEW = 6
 
@@ -253,7 +253,7 @@ def test_tables_and_pictures(tmp_path):
     assert table.relative("documents", "h2o", 0.1) == pytest.approx(some.score.mean() / full.score.mean())
     assert table.value("documents", "h2o", 1.0) == pytest.approx(full.score.mean())
     text = tables(table)
-    from vlcache_jax.metrics import bootstrap_interval
+    from vlcache_jax.evaluation.metrics import bootstrap_interval
 
     _, low, high = bootstrap_interval(100 * (some.score - full.score))
     assert f"{100 * some.score.mean():.1f}" in text

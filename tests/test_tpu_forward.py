@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from tpu import mesh_of
 
-from vlcache_jax.batch import Batch
+from vlcache_jax.inputs import Batch
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.models.sharding import param_shardings

@@ -3,7 +3,7 @@
 import pytest
 from tpu import compile_for, shape, temporaries
 
-from vlcache_jax.merging import BLOCK, merge_evicted
+from vlcache_jax.cache.merging import BLOCK, merge_evicted
 
 
 @pytest.mark.thorough

@@ -3,8 +3,8 @@
 import pytest
 from tpu import compile_for, shape, temporaries
 
-from vlcache_jax.packing import capacity, pack
-from vlcache_jax.state import segment_alignment
+from vlcache_jax.cache.geometry import capacity, segment_alignment
+from vlcache_jax.cache.packing import pack
 
 
 @pytest.mark.parametrize(

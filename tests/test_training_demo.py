@@ -10,13 +10,13 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlcache_jax as vlc
-from vlcache_jax.demo.evaluate import evaluate_demo
-from vlcache_jax.demo.export import EXAMPLES
-from vlcache_jax.demo.samples import make_sample
-from vlcache_jax.demo.tokenizer import prompt
-from vlcache_jax.progress import Progress
-from vlcache_jax.training.demo import demo_batch, train_demo
-from vlcache_jax.training.demo_recipe import SMOKE
+from vlcache_jax.demo.data.evaluate import evaluate_demo
+from vlcache_jax.demo.data.export import EXAMPLES
+from vlcache_jax.demo.data.samples import make_sample
+from vlcache_jax.demo.data.tokenizer import prompt
+from vlcache_jax.demo.recipe.recipe import SMOKE
+from vlcache_jax.demo.recipe.train import demo_batch, train_demo
+from vlcache_jax.terminal.progress import Progress
 
 
 @pytest.fixture(scope="module")

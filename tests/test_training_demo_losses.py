@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.demo.recipe import eviction as demo_eviction
+from vlcache_jax.demo.recipe.alignment import alignment
+from vlcache_jax.demo.recipe.recipe import FULL, Shape
+from vlcache_jax.demo.recipe.train import demo_batch
 from vlcache_jax.kernels.attention import attention
-from vlcache_jax.training import demo_eviction
-from vlcache_jax.training.demo import demo_batch
-from vlcache_jax.training.demo_alignment import alignment
-from vlcache_jax.training.demo_recipe import FULL, Shape
 
 BATCH = demo_batch(FULL, Shape(("documents", "scenes"), 4, 1, 2, 192), 0, 1)
 LENGTH, COLUMNS = 192, 24

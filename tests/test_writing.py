@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vlcache_jax import reading, writing
 from vlcache_jax.errors import InputError
+from vlcache_jax.files import reading, writing
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +125,7 @@ def test_errors_of_the_block_pass_through(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from vlcache_jax import writing
+from vlcache_jax.files import writing
 with writing.replacing(sys.argv[1]) as stream:
     stream.write(b"half")
     stream.flush()
@@ -238,7 +238,7 @@ def test_only_one_module_writes():
                 found |= {f"{path.relative_to(ROOT)}: {call}": line for line, call in changes(path)}
     # The folder of JAX's own cache, which JAX writes to.
     allowed = {"vlcache_jax/compilation_cache.py: folder.mkdir(mode=448, parents=True, exist_ok=True)"}
-    assert set(found) <= allowed, f"use vlcache_jax.writing: {found}"
+    assert set(found) <= allowed, f"use vlcache_jax.files.writing: {found}"
     source = ROOT / "vlcache_jax"
     assert any("os.replace" in call for _, call in changes(source / "writing.py"))  # the search finds what there is
     assert {call.split("(")[0] for _, call in changes(source / "reading.py")} == {"os.open"}

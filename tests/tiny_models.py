@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vlcache_jax.batch import NEWLINE, TEXT, Batch
+from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
 from vlcache_jax.models.llava import Llava
 

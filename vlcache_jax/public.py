@@ -2,12 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vlcache_jax.batch import Batch, Continuation
-from vlcache_jax.budgets import Bytes, Mass, Tokens, layer_budgets
-from vlcache_jax.compilation_cache import use_compilation_cache
-from vlcache_jax.context import Context, answer, compress, extend
-from vlcache_jax.context_files import load_context, save_context
-from vlcache_jax.decoding import decode_step
+from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import (
     CheckpointError,
     InputError,
@@ -17,9 +12,18 @@ from vlcache_jax.errors import (
     PolicyWarning,
     VLCacheError,
 )
-from vlcache_jax.generation import Generation, decode, generate, stream, stream_decode
-from vlcache_jax.loading import VLM, load
-from vlcache_jax.ops import Kernels
+from vlcache_jax.files.compilation_cache import use_compilation_cache
+from vlcache_jax.inference.context import Context, answer, compress, extend
+from vlcache_jax.inference.context_files import load_context, save_context
+from vlcache_jax.inference.decode_step import decode_step
+from vlcache_jax.inference.generate import Generation, decode, generate, stream, stream_decode
+from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.report import Report
+from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.inputs import Batch, Continuation
+from vlcache_jax.models.io.loading import VLM, load
+from vlcache_jax.models.io.saving import save
+from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies import (
     H2O,
     TOVA,
@@ -50,12 +54,9 @@ from vlcache_jax.policies import (
     ZipVL,
     policy_by_name,
 )
-from vlcache_jax.prefilling import prefill
-from vlcache_jax.report import Report
-from vlcache_jax.sampling import Sampling
-from vlcache_jax.saving import save
-from vlcache_jax.selection import Window
-from vlcache_jax.state import KVState
+from vlcache_jax.policies.budget import Bytes, Mass, Tokens
+from vlcache_jax.policies.shares import layer_budgets
+from vlcache_jax.policies.window import Window
 
 if TYPE_CHECKING:
     from vlcache_jax.planning import plan

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harness
 
 import vlcache_jax as vlc
+from vlcache_jax.cache.state import KVState
 from vlcache_jax.models.llava import Llava
-from vlcache_jax.state import KVState
 
 
 def weight_bytes(params: Any) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.json_text import parse_json
-from vlcache_jax.limits import JSON_BYTES, TEXT_BYTES
-from vlcache_jax.reading import open_plain
-from vlcache_jax.writing import kind_of
+from vlcache_jax.files.json_text import parse_json
+from vlcache_jax.files.limits import JSON_BYTES, TEXT_BYTES
+from vlcache_jax.files.reading import open_plain
+from vlcache_jax.files.writing import kind_of
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.json_text import parse_json, shorten
-from vlcache_jax.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME, TENSOR_SIDE
+from vlcache_jax.files.json_text import parse_json, shorten
+from vlcache_jax.files.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME, TENSOR_SIDE
+from vlcache_jax.files.reading import open_plain
 from vlcache_jax.models.checkpoint.files import Folder, checkpoint_folder, file_inside, read_json
 from vlcache_jax.models.checkpoint.unsupported import no_weights
-from vlcache_jax.reading import open_plain
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -177,7 +177,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, Any]]:
 
     Raises:
       CheckpointError: if the file is missing, no plain file, corrupt, truncated, or beyond the limits of
-        `vlcache_jax.limits`.
+        `vlcache_jax.files.limits`.
     """
     try:
         with open_plain(path) as stream:

@@ -43,7 +43,7 @@ def write_tensors(
     """Writes a file: its header, then the tensors, each of which is asked for when the one before is written.
 
     Args:
-      stream: of `vlcache_jax.writing.replacing`.
+      stream: of `vlcache_jax.files.writing.replacing`.
       entries: what the header says.
       tensors: in the same order; no more are taken than there are entries.
       metadata: text by name.

@@ -11,12 +11,12 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.writing import check_target, make_folder, only_writer, remove, replacing, write_text
 from vlcache_jax.models.checkpoint.files import read_json
 from vlcache_jax.models.checkpoint.mapping import BY_PATH, Rule
 from vlcache_jax.models.checkpoint.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE, read_header
 from vlcache_jax.models.checkpoint.safetensors_writer import Entry, to_host, write_tensors
 from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.writing import check_target, make_folder, only_writer, remove, replacing, write_text
 
 _POST_NORM = "vision_tower.vision_model.post_layernorm"
 _MARK = "vlcache_jax"  # in the metadata of shards: whose they are

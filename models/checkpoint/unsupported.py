@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.json_text import shorten
+from vlcache_jax.files.json_text import shorten
 from vlcache_jax.models.checkpoint.files import CheckpointFolder, file_inside, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.limits import (
+from vlcache_jax.files.limits import (
     CHANNELS,
     EPSILON,
     FEATURE_LAYERS,

@@ -1,6 +1,6 @@
 """Rotary positions: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of transformers 5."""
 
-from vlcache_jax.limits import POSITIONS, ROPE_FACTOR, ROPE_SCALE, ROPE_THETA, ROPE_TURNS
+from vlcache_jax.files.limits import POSITIONS, ROPE_FACTOR, ROPE_SCALE, ROPE_THETA, ROPE_TURNS
 from vlcache_jax.models.config import RopeConfig
 from vlcache_jax.models.config_reader.section import Section
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError, VLCacheError
-from vlcache_jax.json_text import shorten
-from vlcache_jax.limits import IMAGE_SIDE, TOKEN_ID, TOKEN_IDS, Range
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.limits import IMAGE_SIDE, TOKEN_ID, TOKEN_IDS, Range
 from vlcache_jax.models.activations import activation
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.writing import make_folder, write_text
 from vlcache_jax.models.config import DecoderConfig, LlavaConfig, RopeConfig
 from vlcache_jax.models.config_reader.defaults import ARCHITECTURES
-from vlcache_jax.writing import make_folder, write_text
 
 
 def write_config(config: LlavaConfig, folder: str | Path, dtype: str = "float32") -> None:

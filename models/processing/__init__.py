@@ -1,4 +1,4 @@
-"""Input processing: images and text to a `vlcache_jax.batch.Batch`."""
+"""Input processing: images and text to a `vlcache_jax.inputs.Batch`."""
 
 from vlcache_jax.models.processing.processor import Processor
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.batch import NEWLINE
+from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.processing.transform import resize
 
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.files import limits
 from vlcache_jax.models.checkpoint.files import CheckpointFolder
 from vlcache_jax.models.processing import template_process
 from vlcache_jax.models.processing.files import read_json, read_text

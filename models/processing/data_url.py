@@ -5,7 +5,7 @@ import binascii
 import urllib.parse
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.limits import DATA_URL_CHARACTERS
+from vlcache_jax.files.limits import DATA_URL_CHARACTERS
 
 
 def is_url(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlcache_jax.limits import TEXT_BYTES
+from vlcache_jax.files.limits import TEXT_BYTES
 from vlcache_jax.models.checkpoint import files
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.json_text import shorten
-from vlcache_jax.limits import PINPOINTS
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.limits import PINPOINTS
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.processing import anyres
 from vlcache_jax.models.processing.transform import ImageTransform, resize

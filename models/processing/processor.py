@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.batch import TEXT, Batch, Continuation
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.limits import CHARACTERS_A_TOKEN
-from vlcache_jax.mesh import check_known
+from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
+from vlcache_jax.inputs import TEXT, Batch, Continuation
 from vlcache_jax.models.checkpoint.files import Folder
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.processing.arguments import check_room, continuation_texts, image_rows, token_rows
@@ -22,6 +21,7 @@ from vlcache_jax.models.processing.parts import read_parts
 from vlcache_jax.models.processing.rows import check_rows, check_vocabulary, padding_id
 from vlcache_jax.models.processing.tokenizer import Tokenizer
 from vlcache_jax.models.processing.transform import ImageTransform
+from vlcache_jax.parallel.mesh import check_known
 
 
 class Processor:

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vlcache_jax import limits
+from vlcache_jax.files import limits
 
 _START_SECONDS = 60
 _LONGEST_LINE = 12 * limits.PROMPT_CHARACTERS + 1000  # JSON writes a character in at most twelve

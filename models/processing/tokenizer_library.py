@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from vlcache_jax import limits
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files import limits
 
 _PROBE = "Aa 1\n\u00e9\ue000"  # a letter, a digit, an accent and a character that no vocabulary has
 

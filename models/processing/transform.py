@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.json_text import shorten
-from vlcache_jax.limits import IMAGE_SIDE, PIXEL_SCALE
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.limits import IMAGE_SIDE, PIXEL_SCALE
 from vlcache_jax.models.processing.images import MAX_PIXELS
 
 # The mean and standard deviation of CLIP's training images (github.com/openai/CLIP, clip/clip.py).

@@ -6,17 +6,17 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vlcache_jax.batch import Batch
-from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.runtime import Stopwatch
-from vlcache_jax.explain import Kept, kept_by_layer
-from vlcache_jax.generation import decode, stream_decode
-from vlcache_jax.loading import VLM
+from vlcache_jax.explain.pictures import Kept, kept_by_layer
+from vlcache_jax.inference.generate import decode, stream_decode
+from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.report import Report, make_report
+from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.inputs import Batch
+from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import Policy
-from vlcache_jax.prefilling import prefill
-from vlcache_jax.progress import Progress
-from vlcache_jax.report import Report, make_report
-from vlcache_jax.sampling import Sampling
+from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.terminal.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.batch import TEXT, Batch
-from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
 from vlcache_jax.cli.options import build_policy, check_picture_path
@@ -26,13 +24,15 @@ from vlcache_jax.cli.process import emit
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent, table
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.explain import explain
-from vlcache_jax.json_text import parse_json, shorten
+from vlcache_jax.explain.pictures import explain
+from vlcache_jax.files.json_text import parse_json, shorten
+from vlcache_jax.files.reading import read_plain
+from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.policies import FullCache
-from vlcache_jax.progress import Progress
-from vlcache_jax.reading import read_plain
-from vlcache_jax.writing import write_picture
+from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.terminal.progress import Progress
 
 MODEL, IMAGES, QUESTIONS = "demo_model", "demo_images", "questions.json"
 MAX_NEW_TOKENS = 64

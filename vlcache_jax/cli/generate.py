@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.batch import TEXT, Batch
-from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
 from vlcache_jax.cli.options import build_policy, build_sampling, check_picture_path
@@ -17,11 +15,13 @@ from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.cli.table import megabytes, percent
 from vlcache_jax.errors import InputError
-from vlcache_jax.explain import explain
+from vlcache_jax.explain.pictures import explain
+from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.processing.images import load_image
 from vlcache_jax.models.processing.processor import Processor
-from vlcache_jax.progress import Progress
-from vlcache_jax.writing import write_picture
+from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.terminal.progress import Progress
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:

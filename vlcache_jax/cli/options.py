@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vlcache_jax.budgets import Budget, Bytes, Mass, Tokens
 from vlcache_jax.cli import words
 from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.files.writing import check_target, make_folder
+from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.policies import POLICIES, LastRows, Policy, PostVision, policy_by_name
-from vlcache_jax.policies.rows import AllRows, Rows
-from vlcache_jax.sampling import Sampling
-from vlcache_jax.writing import check_target, make_folder
+from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
+from vlcache_jax.policies.rows.spans import AllRows, Rows
 
 _DEFAULT_BUDGET = 0.1
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf"}

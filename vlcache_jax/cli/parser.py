@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from vlcache_jax.cli import words
 from vlcache_jax.cli.process import BAD_INPUT, PROGRAM, SIGNALS, complain, emit
-from vlcache_jax.progress import Progress
+from vlcache_jax.terminal.progress import Progress
 
 MAX_NEW_TOKENS = 64
 BUDGET = "0.1"

@@ -5,7 +5,6 @@ import json
 
 import jax
 
-from vlcache_jax.budgets import budget_text
 from vlcache_jax.cli import words
 from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.process import emit
@@ -15,7 +14,8 @@ from vlcache_jax.models.checkpoint.files import CheckpointFolder
 from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import Policy
-from vlcache_jax.progress import Progress
+from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.terminal.progress import Progress
 
 _GIB = 2**30
 

@@ -11,16 +11,16 @@ from vlcache_jax.cli.demo import MODEL, demo_assets
 from vlcache_jax.cli.options import output_folder
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
-from vlcache_jax.demo.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.samples import FULL_GRID, TASKS
+from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
+from vlcache_jax.demo.data.samples import FULL_GRID, TASKS
+from vlcache_jax.demo.study.methods import BUDGETS, all_methods, choose
+from vlcache_jax.demo.study.pages import write_pages
+from vlcache_jax.demo.study.results import ResultFile
+from vlcache_jax.demo.study.run import MODES, run_study
+from vlcache_jax.demo.study.tasks import DEFAULT_TASKS
 from vlcache_jax.errors import CheckpointError, InputError, PolicyWarning
-from vlcache_jax.progress import Progress
-from vlcache_jax.reading import read_plain
-from vlcache_jax.study.methods import BUDGETS, all_methods, choose
-from vlcache_jax.study.pages import write_pages
-from vlcache_jax.study.results import ResultFile
-from vlcache_jax.study.run import MODES, run_study
-from vlcache_jax.study.tasks import DEFAULT_TASKS
+from vlcache_jax.files.reading import read_plain
+from vlcache_jax.terminal.progress import Progress
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:

@@ -4,9 +4,9 @@ import argparse
 
 from vlcache_jax.cli.checkpoint import keep_programs
 from vlcache_jax.cli.options import output_folder
+from vlcache_jax.demo.recipe.train import train_demo
 from vlcache_jax.errors import InputError
-from vlcache_jax.progress import Progress
-from vlcache_jax.training.demo import train_demo
+from vlcache_jax.terminal.progress import Progress
 
 _LEFT_BEHIND = ("state.safetensors", "vision.safetensors")  # by an earlier run
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from vlcache_jax.batch import Batch
+from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
-from vlcache_jax.mesh import DATA_AXIS, MODEL_AXIS, spec_of
+from vlcache_jax.inputs import Batch
 from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, spec_of
 from vlcache_jax.planning.compiling import abstract
-from vlcache_jax.state import KVState
 
 
 def default_axes(devices: int, kv_heads: int) -> dict[str, int]:

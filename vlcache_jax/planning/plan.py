@@ -11,21 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.budgets import Budget, budget_text
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.checkpoint.hub import find_checkpoint
 from vlcache_jax.models.config import LlavaConfig
 from vlcache_jax.models.config_reader import read_config
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.models.presets import preset
+from vlcache_jax.parallel.replication import replicated
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import DATA_AXIS, check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
-from vlcache_jax.progress import Progress
-from vlcache_jax.replication import replicated
+from vlcache_jax.policies.budget import Budget, budget_text
+from vlcache_jax.terminal.progress import Progress
 
 _LARGEST_BATCH = 1024
 _PROMPT_STEP = 128
@@ -143,7 +143,7 @@ def plan(
       dtype: of parameters and cache: "bfloat16", "float32" or "float16".
       search: also look for the largest batch and the longest prompt that fit.
       max_compilations: prefills compiled for each of these searches.
-      progress: shows every compilation (`vlcache_jax.progress.Progress()`); by default nothing is shown.
+      progress: shows every compilation (`vlcache_jax.terminal.progress.Progress()`); by default nothing is shown.
 
     Returns:
       The plan. A program that does not fit is not an error: see `PolicyPlan.fits`.

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vlcache_jax.batch import Batch
-from vlcache_jax.decoding import decode_step
-from vlcache_jax.generation import decode
-from vlcache_jax.interfaces import Params
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.inference.decode_step import decode_step
+from vlcache_jax.inference.generate import decode
+from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inputs import Batch
 from vlcache_jax.models.llava import Llava
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
-from vlcache_jax.policies.base import Policy
-from vlcache_jax.prefilling import prefill
-from vlcache_jax.state import KVState
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.typing import Params
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

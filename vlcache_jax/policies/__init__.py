@@ -1,32 +1,32 @@
 """Cache policies and their parts. A method of the field is a small file with a function that composes a `Policy`."""
 
-from vlcache_jax.policies.ada_kv import AdaKV, AdaptiveHeads
-from vlcache_jax.policies.air_cache import AirCache, EliteAttention, StrengthAndSkewness
-from vlcache_jax.policies.allocate import Allocate, SparsityAware, Uniform
-from vlcache_jax.policies.base import Policy
-from vlcache_jax.policies.by_name import POLICIES, policy_by_name
-from vlcache_jax.policies.equal_mass import EqualMass, RetainedMass
-from vlcache_jax.policies.evicted import Drop, Evicted, Merge, Quantise
-from vlcache_jax.policies.expected_attention import ExpectedAttention, ExpectedScore
-from vlcache_jax.policies.full_cache import FullCache
-from vlcache_jax.policies.generated import Append, Evict, Generated, Recompress, RollingWindow
-from vlcache_jax.policies.h2o import H2O
-from vlcache_jax.policies.key_difference import KeyDifference, KeyDifferenceScore
-from vlcache_jax.policies.key_norm import KeyNorm, KeyNormScore
-from vlcache_jax.policies.look_m import LookM, TextPrior
-from vlcache_jax.policies.mix_kv import DiversityMixed, MixKV
-from vlcache_jax.policies.pooling import GridPooled, SequencePooled
-from vlcache_jax.policies.prefix_kv import PrefixKV
-from vlcache_jax.policies.pyramid_kv import Pyramid, PyramidKV
-from vlcache_jax.policies.random_eviction import RandomEviction
-from vlcache_jax.policies.rows import AllRows, LastRow, LastRows, PostVision, Rows
-from vlcache_jax.policies.scores import AccumulatedAttention, LayerInputs, RandomScore, Recency, Score
-from vlcache_jax.policies.snap_kv import SnapKV
-from vlcache_jax.policies.streaming_llm import StreamingLLM
-from vlcache_jax.policies.tova import TOVA
-from vlcache_jax.policies.visual_sinks import MaskVisualSinks
-from vlcache_jax.policies.vl_cache import VLCache
-from vlcache_jax.policies.zip_vl import EnoughMass, ZipVL
+from vlcache_jax.policies.allocate.equal_mass import EqualMass, RetainedMass
+from vlcache_jax.policies.allocate.uniform import Allocate, SparsityAware, Uniform
+from vlcache_jax.policies.decoding.rules import Append, Evict, Generated, Recompress, RollingWindow
+from vlcache_jax.policies.evicted.rules import Drop, Evicted, Merge, Quantise
+from vlcache_jax.policies.methods.ada_kv import AdaKV, AdaptiveHeads
+from vlcache_jax.policies.methods.air_cache import AirCache, EliteAttention, StrengthAndSkewness
+from vlcache_jax.policies.methods.expected_attention import ExpectedAttention, ExpectedScore
+from vlcache_jax.policies.methods.full_cache import FullCache
+from vlcache_jax.policies.methods.h2o import H2O
+from vlcache_jax.policies.methods.key_difference import KeyDifference, KeyDifferenceScore
+from vlcache_jax.policies.methods.key_norm import KeyNorm, KeyNormScore
+from vlcache_jax.policies.methods.look_m import LookM, TextPrior
+from vlcache_jax.policies.methods.mix_kv import DiversityMixed, MixKV
+from vlcache_jax.policies.methods.prefix_kv import PrefixKV
+from vlcache_jax.policies.methods.pyramid_kv import Pyramid, PyramidKV
+from vlcache_jax.policies.methods.random_eviction import RandomEviction
+from vlcache_jax.policies.methods.snap_kv import SnapKV
+from vlcache_jax.policies.methods.streaming_llm import StreamingLLM
+from vlcache_jax.policies.methods.tova import TOVA
+from vlcache_jax.policies.methods.vl_cache import VLCache
+from vlcache_jax.policies.methods.zip_vl import EnoughMass, ZipVL
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.policies.registry import POLICIES, policy_by_name
+from vlcache_jax.policies.rows.spans import AllRows, LastRow, LastRows, PostVision, Rows
+from vlcache_jax.policies.scores.attention import AccumulatedAttention, LayerInputs, RandomScore, Recency, Score
+from vlcache_jax.policies.scores.pooling import GridPooled, SequencePooled
+from vlcache_jax.policies.scores.visual_sinks import MaskVisualSinks
 
 __all__ = [
     "H2O",

@@ -11,7 +11,7 @@ Fine-tuning a loaded model:
         state, metrics = step(state, batch)
 """
 
-from vlcache_jax.metrics import anls, exact_match
+from vlcache_jax.evaluation.metrics import anls, exact_match
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.loop import ProgressLog, prefetch

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlcache_jax.batch import TEXT, Batch
 from vlcache_jax.errors import InputError
-from vlcache_jax.exporting import exportable
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.inputs import TEXT, Batch
 
 
 @exportable

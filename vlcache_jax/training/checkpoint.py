@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.json_text import shorten
-from vlcache_jax.mesh import is_known, on_every_process
-from vlcache_jax.tensor_files import Kind, TensorFile, write_tensor_file
-from vlcache_jax.writing import make_folder
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
+from vlcache_jax.files.writing import make_folder
+from vlcache_jax.parallel.mesh import is_known, on_every_process
 
 _KIND = Kind("vlcache_jax.train_state", "train state", 1, "delete it to start afresh")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlcache_jax.progress import Progress
-from vlcache_jax.writing import append_line, make_folder
+from vlcache_jax.files.writing import append_line, make_folder
+from vlcache_jax.terminal.progress import Progress
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlcache_jax.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.state import Loss, Metrics, Params
 

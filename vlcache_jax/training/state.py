@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]

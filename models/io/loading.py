@@ -1,0 +1,105 @@
+"""From a Hugging Face folder to a model that answers."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.models.checkpoint import load_params
+from vlcache_jax.models.checkpoint.hub import find_checkpoint
+from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.replication import replicated, warn
+from vlcache_jax.typing import Params
+
+_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class VLM:
+    """A loaded checkpoint.
+
+    Attributes:
+      model: the Flax module; hashable, holds no arrays.
+      params: its parameters, a plain nested dict of arrays with stacked layers.
+      processor: images and text to a `Batch`, tokens back to text.
+      config: what the model is made of.
+    """
+
+    model: Llava
+    params: Params
+    processor: Processor
+    config: LlavaConfig
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: Any = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    param_dtype: Any = None,
+    buckets: Sequence[int] | None = None,
+    revision: str | None = None,
+    allow_links: bool = False,
+) -> VLM:
+    """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
+
+    Reads `config.json`, safetensors weights and the processor's files as transformers 4 and 5 write them. Weights go
+    straight from the files to their place on the mesh, slice by slice, cast on the way. No code of the checkpoint is
+    run and no pickle is read.
+
+    Args:
+      path: a local folder, or the id of a model on the Hugging Face Hub, which is downloaded into the Hub's cache; see
+        `docs/checkpoints.md`. A folder that exists wins; "./name" is a folder always.
+      dtype: of the computation and the KV cache: "bfloat16", "float32", "float16", or such a NumPy type.
+      mesh: devices to load onto, with axes of any type; projections are split over its axis "model" if it has one, and
+        any other axis can carry the batch. None: the default device.
+      param_dtype: of the parameters; by default that of the computation. For training take "float32": in bfloat16 most
+        updates are smaller than half a step of the number and round away.
+      buckets: the padded lengths that the processor gives prompts, such as (512, 1024, 2048): programs compile once for
+        each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
+      revision: of a model on the Hub: a branch, tag or commit; "main" by default.
+      allow_links: follow links that lead out of the folder, as in the stores of models that other programs keep.
+
+    Returns:
+      Model, parameters, processor and config.
+
+    Raises:
+      CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
+        model cannot be downloaded.
+      InputError: an unknown dtype, or buckets that are not positive whole numbers.
+
+    Warns:
+      PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
+        does not divide the KV heads.
+
+    Example:
+      vlm = vlc.load("llava-hf/llava-v1.6-mistral-7b-hf")
+      batch = vlm.processor(images=[["cat.jpg"]], text=["[INST] <image>\\nWhat is this? [/INST]"])
+      out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
+    """
+    dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
+    folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
+    config = read_config(folder)
+    processor = Processor.from_folder(folder, buckets=buckets)
+    model = Llava(config, dtype)
+    abstract = model.abstract_params()
+    shardings = None
+    if mesh is not None:
+        shardings = param_shardings(abstract, mesh)
+        warn(replicated(mesh.shape, model.spec))
+    return VLM(model, load_params(folder, abstract, param_dtype, shardings), processor, config)
+
+
+def _dtype(argument: str, dtype: Any) -> Any:
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in _DTYPES:
+        raise InputError(f"{argument}={dtype!r} is not supported: use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

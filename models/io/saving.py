@@ -1,0 +1,88 @@
+"""From a model that answers to a Hugging Face folder."""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from vlcache_jax.errors import InputError, VLCacheError
+from vlcache_jax.files.writing import check_target, make_folder, write_text
+from vlcache_jax.models.checkpoint import save_params
+from vlcache_jax.models.checkpoint.files import read_json
+from vlcache_jax.models.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from vlcache_jax.models.checkpoint.save import check_params
+from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.config_reader.writing import config_files
+from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processing.writing import processor_files
+
+
+def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Writes a whole checkpoint: weights, config, generation config, tokenizer, image processor, chat templates.
+
+    `vlcache_jax.load` reads the folder, and so do `AutoProcessor` and `LlavaForConditionalGeneration` (or the
+    LLaVA-NeXT one) of transformers. Parameters keep their dtypes: after training with float32 masters that is float32.
+
+    The folder may be the one that was loaded, or one of an earlier `save`: files that say the same already are left
+    alone, and one rename switches from the old weights to the new ones, so that a crash at any moment leaves the whole
+    old checkpoint or the whole new one. That needs two checkpoints of one model; a folder that holds another model is
+    refused. In a new folder the weights come last: before they do, it does not load.
+
+    Args:
+      vlm: from `vlcache_jax.load`; with other parameters, `dataclasses.replace(vlm, params=state.params)`.
+      folder: created if need be.
+      max_shard_bytes: larger weights are split into files with an index.
+
+    Raises:
+      CheckpointError: the parameters do not fit the config; those of `cpu_layout` do not, save what it was given.
+      InputError: the folder holds another model, a file cannot be written, or another program is writing there.
+
+    Example:
+      vlm = vlc.load("llava-1.5-7b-hf", dtype="bfloat16", param_dtype="float32")
+      ...
+      vlc.save(dataclasses.replace(vlm, params=state.params), "fine-tuned")
+    """
+    root = Path(folder)
+    check_params(vlm.params, vlm.config)
+    dtype = jnp.dtype(vlm.params["decoder"]["embed_tokens"]["embedding"].dtype).name
+    wanted = _files(vlm.config, vlm.processor, dtype)
+    there: dict[str, str] = {}
+    if any(os.path.lexists(root / name) for name in (SINGLE_FILE, INDEX_FILE)):
+        there = _files_there(root, dtype)
+        if different := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
+            raise InputError(
+                f"{root} holds another model: its {different[0]} does not say what this one's does. Config and weights "
+                "cannot be replaced in one step, so choose another folder, or remove this one first"
+            )
+        config = read_json(root / "config.json")
+        if config.get("dtype", config.get("torch_dtype")) != dtype:
+            del there["config.json"]  # it tells transformers what to load the weights as, and this library nothing
+    changed = {name: text for name, text in wanted.items() if name not in there}
+    make_folder(root)
+    for name in changed:
+        inner = (root / name).parent
+        if inner != root and inner.is_symlink():
+            raise InputError(f"{inner} is a link to {os.readlink(inner)}, and links are not followed; remove it")
+        make_folder(inner)
+        check_target(root / name)
+    for name, text in changed.items():
+        write_text(root / name, text)
+    save_params(vlm.params, root, vlm.config, max_shard_bytes)
+
+
+def _files(config: LlavaConfig, processor: Processor, dtype: str) -> dict[str, str]:
+    """All but the weights."""
+    return config_files(config, dtype) | processor_files(processor)
+
+
+def _files_there(root: Path, dtype: str) -> dict[str, str]:
+    """The files of a folder that has weights, as this library would write them."""
+    try:
+        return _files(read_config(root), Processor.from_folder(root), dtype)
+    except VLCacheError as error:
+        raise InputError(
+            f"{root} holds weights of a model that cannot be read ({error}): choose another folder, or remove this one "
+            "first"
+        ) from error

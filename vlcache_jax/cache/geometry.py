@@ -1,0 +1,42 @@
+"""Where segments may start and how many slots a pool has."""
+
+import jax
+
+from vlcache_jax.kernels.quantisation import group_size
+
+ALIGNMENT = 16
+"""Segments of a float store start at multiples of this many slots."""
+
+
+def segment_alignment(bits: int | None) -> int:
+    """Segments start at multiples of this many slots: `ALIGNMENT`, or a group of a store of 8, 4 or 2 bits.
+
+    Example:
+      >>> [segment_alignment(bits) for bits in (None, 8, 4, 2)]
+      [16, 32, 64, 128]
+    """
+    return ALIGNMENT if bits is None else group_size(bits)
+
+
+def align(count: jax.Array | int, alignment: int = ALIGNMENT) -> jax.Array | int:
+    """Rounds up to a multiple of `alignment`."""
+    return (count + alignment - 1) // alignment * alignment
+
+
+def whole_tiles(slots: int) -> int:
+    """Rounds the slots of a large store up to a multiple of 128.
+
+    The TPU kernel needs it for head sizes below 128, whose tiles have the slots as their last axis. Small stores, where
+    it would cost more than a sixteenth, are left alone; there the kernel's place is taken by plain XLA.
+    """
+    return -(-slots // 128) * 128 if slots >= 2048 else slots
+
+
+def capacity(slots: int, layers: int, alignment: int = ALIGNMENT) -> int:
+    """Pool size that holds `layers` aligned segments of `slots` slots in all, however they are shared out.
+
+    Example:
+      >>> capacity(100, layers=4)
+      160
+    """
+    return whole_tiles(int(align(slots + layers * (alignment - 1), alignment)))

@@ -1,0 +1,163 @@
+"""Building the packed store at the end of prefill."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.geometry import align, segment_alignment
+from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values, scales_width
+from vlcache_jax.kernels.varying import varying
+
+_BLOCK = 128  # slots quantised at once
+
+
+def pack(
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    lanes: int | None = None,
+    bits: int | None = None,
+    channels: jax.Array | None = None,
+    room: int | None = None,
+) -> PackedStore:
+    """Gathers the kept tokens of all layers into one pool per row and lane.
+
+    The pool is written once by a gather over its slots: besides the candidates and the pool nothing of the size of
+    either is made. A quantised pool is written block by block, so no float copy of it is made either.
+
+    Args:
+      keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer.
+      values: like `keys`.
+      positions: i32 [layers, batch, heads or 1, entries], their prompt positions.
+      order: i32 [layers, batch, heads, entries], from `selection.select`; heads is kv_heads, or 1 if they all keep the
+        same tokens.
+      slots: i32 [layers, batch]; [layers, batch, kv_heads] if lanes are shared.
+      pool: slots of the pool, from `geometry.capacity`.
+      lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots.
+      bits: 8, 4 or 2 for a quantised store.
+      channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
+      room: distance from one segment to the next; by default they follow one another.
+
+    Returns:
+      The store; free slots hold position -1 and arbitrary keys and values.
+    """
+    layers, batch, kv_heads, entries, _ = keys.shape
+    # The segments of a lane one after another: layers, and the heads of each layer.
+    shared = 1 if lanes is None else lanes  # tables of segments
+    group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
+    counts = slots.reshape(layers, batch, shared, group).transpose(1, 2, 0, 3).reshape(batch, shared, layers * group)
+    sizes = align(counts, segment_alignment(bits)) if room is None else jnp.full_like(counts, room)
+    ends = jnp.cumsum(sizes, axis=2, dtype=jnp.int32)
+    offsets = ends - sizes
+    slot = jax.lax.iota(jnp.int32, pool)
+    segment = jax.vmap(jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right")))(ends)  # [batch, lanes or 1, pool]
+    segment = jnp.minimum(segment, layers * group - 1)
+    index = slot[None, None] - jnp.take_along_axis(offsets, segment, axis=2)
+    used = index < jnp.take_along_axis(counts, segment, axis=2)
+
+    row = jax.lax.iota(jnp.int32, batch)[:, None, None]
+    lane = jax.lax.iota(jnp.int32, kv_heads // group)[None, :, None]
+    layer, head = segment // group, lane * group + segment % group
+    entry = order[layer, row, head if order.shape[2] > 1 else 0, jnp.minimum(index, entries - 1)]
+    entry = jnp.minimum(entry, entries - 1)  # free slots
+    where = positions[layer, row, head if positions.shape[2] > 1 else 0, entry]
+    where = jnp.where(used, where, -1)
+
+    def table(x: jax.Array) -> jax.Array:  # [batch, layers, kv_heads or 1]
+        return x.reshape(batch, shared, layers, group).swapaxes(1, 2).reshape(batch, layers, shared * group)
+
+    rest = {
+        "positions": jnp.broadcast_to(where, (batch, kv_heads // group, pool)),
+        "offsets": table(offsets),
+        "lengths": table(counts),
+    }
+    if bits is None:
+        return PackedStore(keys[layer, row, head, entry], values[layer, row, head, entry], **rest)
+
+    def read(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        whole = (layer, head, entry, where >= 0)
+        l, h, e, valid = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in whole)
+        value = values[l, row, h, e].astype(jnp.float32)
+        if channels is not None:
+            value /= channels[l, row, h]
+        return keys[l, row, h, e], value, valid
+
+    buffers = empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits)
+    keys, values, key_scales, value_scales = quantise_into(buffers, read, 0, pool, bits)
+    by_row = None if channels is None else channels.swapaxes(0, 1)
+    return PackedStore(keys, values, key_scales=key_scales, value_scales=value_scales, value_channels=by_row, **rest)
+
+
+Buffers = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Codes of keys and values and their scales, as in `PackedStore`."""
+
+
+def empty_codes(shape: tuple[int, ...], bits: int) -> Buffers:
+    """The buffers of a quantised pool [batch, lanes, slots, head_dim]."""
+    batch, lanes, slots, head_dim = shape
+    codes = jnp.zeros((batch, lanes, slots * bits // 8, head_dim), jnp.int8)
+    key_scales = jnp.zeros((batch, lanes, slots // segment_alignment(bits), 2, scales_width(head_dim)), jnp.float32)
+    return codes, codes, key_scales, jnp.zeros((batch, lanes, 2, slots), jnp.float32)
+
+
+def quantise_into(
+    buffers: Buffers,
+    read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array, jax.Array]],
+    start: jax.Array | int,
+    count: int,
+    bits: int,
+) -> Buffers:
+    """Quantises `count` slots into the pool's slots from `start` on, a block at a time.
+
+    Args:
+      buffers: of the pool.
+      read: (first slot, size) -> keys and values [batch, lanes, size, head_dim], bool [batch, lanes or 1, size] which
+        of them count; slots from 0 to `count`.
+      start: a multiple of the alignment.
+      count: a multiple of the alignment.
+      bits: 8, 4 or 2.
+
+    Returns:
+      The buffers, updated in place where the compiler can.
+    """
+    group = segment_alignment(bits)
+    size = _BLOCK if count % _BLOCK == 0 else group
+
+    def step(i: jax.Array, buffers: Buffers) -> Buffers:
+        keys, values, valid = read(i * size, size)
+        valid = jnp.broadcast_to(valid, keys.shape[:-1])
+        key_codes, key_scales = quantise_keys(keys, bits, valid)
+        value_codes, value_scales = quantise_values(values, bits, valid)
+        slot = start + i * size
+        where = (slot * bits // 8, slot * bits // 8, slot // group, slot)
+        axes = (2, 2, 2, 3)
+        new = (key_codes, value_codes, key_scales, value_scales)
+        return tuple(  # type: ignore[return-value]
+            jax.lax.dynamic_update_slice_in_dim(x, n, w, axis)
+            for x, n, w, axis in zip(buffers, new, where, axes, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, count // size, step, varying(buffers, read(jnp.int32(0), size)))
+
+
+def value_channels(values: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What values are divided by before they are quantised token by token, so that no channel widens all steps.
+
+    sqrt(max over the prompt's tokens of |V_c|) for channel c: ZipCache's channel-separable token-wise quantisation (He
+    et al., arXiv 2405.14256), where it leaves each channel the root of its range. A channel of zeros gets 1.
+
+    Args:
+      values: [batch, length, kv_heads, head_dim].
+      lengths: i32 [batch].
+
+    Returns:
+      f32 [batch, kv_heads, head_dim], positive.
+    """
+    valid = (jax.lax.iota(jnp.int32, values.shape[1])[None] < lengths[:, None])[..., None, None]
+    largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=1, initial=0.0, where=valid)
+    return jnp.where(largest > 0, jnp.sqrt(largest), 1.0)

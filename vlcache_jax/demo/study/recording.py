@@ -1,0 +1,108 @@
+"""The prompts' queries, keys and values, computed once and replayed to every method.
+
+The attention of a prefill is that of the full cache whatever the policy: what a policy sees of a prompt, and the logits
+of the first token, are the same for all. `Replay` is a model to `prefill` and `decode` like any other, but its prompt
+comes from a recording, so that of the prefill only scoring, selection and packing are left to do, by the library's own
+code; decoding runs the real model.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.inputs import Batch
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
+
+_PLACEHOLDER = 0  # width of the hidden states of a replayed prompt, of which nothing is asked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recording:
+    """What the layers computed for a batch of prompts. A pytree.
+
+    Attributes:
+      query: [layers, batch, length, heads, head_dim], rotated.
+      key: [layers, batch, length, kv_heads, head_dim], rotated.
+      value: like `key`.
+      logits: f32 [batch, vocab], of the first token.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    logits: jax.Array
+
+
+@partial(jax.jit, static_argnames=("model",))
+def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recording:
+    """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed."""
+    variables, kernels, lengths = {"params": params}, Kernels(), jnp.asarray(batch.lengths)
+    positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, batch.length), (batch.size, batch.length))
+
+    def attend(query, key, value, carry, _):
+        out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
+        return out, carry, (query, key, value)
+
+    hidden = model.apply(variables, batch, method="embed")
+    hidden, _, recorded = model.apply(variables, hidden, positions, attend, method="decode")
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    query, key, value = recorded
+    return Recording(query, key, value, model.apply(variables, last, method="unembed"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A model whose prompts are replayed; see `vlcache_jax.typing.VisionLanguageModel`.
+
+    Its parameters are {"model": those of the model, "recording": of the batch it is given}.
+    """
+
+    model: Any
+
+    @property
+    def spec(self) -> ModelSpec:
+        """That of the model."""
+        return self.model.spec
+
+    def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any:
+        """Replays `embed`, `decode` and `unembed` of a prompt; everything else is the model's."""
+        if method == "embed":
+            return jnp.zeros((args[0].size, args[0].length, _PLACEHOLDER))
+        replayed = method in ("decode", "unembed") and args[0].shape[-1] == _PLACEHOLDER
+        if not replayed:
+            own = {"params": variables["params"]["model"]} if variables else {}
+            return self.model.apply(own, *args, method=method, **kwargs)
+        recording: Recording = variables["params"]["recording"]
+        if method == "unembed":
+            return recording.logits
+        return _replay(recording, *args, **kwargs)
+
+
+def _replay(
+    recording: Recording, hidden: jax.Array, positions: jax.Array, attend: Any, carry: Any = None, xs: Any = None
+) -> tuple[jax.Array, Any, Any]:
+    def layer(carry, item):
+        query, key, value, x = item
+        _, carry, ys = attend(query, key, value, carry, x)
+        return carry, ys
+
+    carry, ys = jax.lax.scan(layer, carry, (recording.query, recording.key, recording.value, xs))
+    return hidden, carry, ys
+
+
+def first_columns(recording: Recording, length: int) -> Recording:
+    """The recording of the prompts' first `length` tokens, which is what they are without the rest; no logits."""
+    query, key, value = (x[:, :, :length] for x in (recording.query, recording.key, recording.value))
+    return Recording(query, key, value, jnp.zeros_like(recording.logits))
+
+
+def nbytes(recording: Recording) -> int:
+    """Bytes of its arrays."""
+    return sum(np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(recording))

@@ -1,0 +1,315 @@
+"""All configurations in order: every task's prompts once, then every method at every budget on them."""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.demo.study import before
+from vlcache_jax.demo.study.measure import Held, Stores, held, kept_tokens, store_bytes
+from vlcache_jax.demo.study.methods import FULL, Method
+from vlcache_jax.demo.study.oracle import answer_attention, with_answer_attention
+from vlcache_jax.demo.study.recording import Recording, Replay, record
+from vlcache_jax.demo.study.results import Key, Result, ResultFile
+from vlcache_jax.demo.study.tasks import EXACT, TaskData, load_task, score
+from vlcache_jax.errors import PolicyError
+from vlcache_jax.inference.generate import decode
+from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.models.cpu_layout import cpu_layout
+from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.policies import FullCache, Policy
+from vlcache_jax.terminal.progress import Progress
+
+KNOWN, BEFORE = MODES = "known", "before"
+"""Modes: the question is in the prompt that is compressed; or it comes when the images have been compressed."""
+
+PICTURED = 0.1
+"""Of this budget, or of the nearest one, the kept tokens of each task's first sample are written down."""
+
+_WORKERS = 2  # configurations at once: compiling one keeps a single core busy, and running one hardly two
+_GROUP = 16  # configurations after which compiled programs may be dropped
+_TAIL = 32  # room for answers, the same for all tasks, so that they share the programs of the prefill
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 30_000  # every compiled program takes memory mappings, of which Linux allows a process 65,530
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, and what the full cache makes of it.
+
+    Attributes:
+      batch: without its pixels, which nothing needs any more.
+      recording: what the layers computed.
+      tokens: i32 [batch, n], the answers with the full cache.
+      token_lengths: i32 [batch].
+      attention: f32 [layers, batch, kv_heads, length], of `answer_attention`.
+      full_bytes: of the uncompressed state, for one prompt.
+    """
+
+    batch: Batch
+    recording: Recording
+    tokens: jax.Array
+    token_lengths: jax.Array
+    attention: jax.Array
+    full_bytes: int
+
+
+class Study:
+    """Answers of one checkpoint under any policy.
+
+    Attributes:
+      vlm: the checkpoint.
+      params: of `Replay`, but for the recording.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        on_cpu = jax.default_backend() == "cpu"
+        self.vlm = vlm
+        self.model = Replay(vlm.model)
+        self.params = cpu_layout(vlm.params) if on_cpu else vlm.params
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along a side of an image."""
+        return self.vlm.config.vision.grid_size
+
+    def prepare(self, batch: Batch, max_new_tokens: int) -> Prompts:
+        """Runs a batch of prompts once, and answers it with the full cache."""
+        recording = record(self.vlm.model, self.params, batch)
+        batch = dataclasses.replace(batch, pixels=np.asarray(batch.pixels)[:, :0])
+        tokens, lengths, stores = self.answer_known(batch, recording, FullCache(), max_new_tokens)[:3]
+        attention = answer_attention(
+            self.vlm.model, self.params, recording, jnp.asarray(batch.lengths), tokens, lengths
+        )
+        return Prompts(batch, recording, tokens, lengths, attention, store_bytes(stores) // batch.size)
+
+    def answer_known(
+        self, batch: Batch, recording: Recording, policy: Policy, max_new_tokens: int
+    ) -> tuple[jax.Array, jax.Array, Stores, jax.Array]:
+        """Answers with a cache that was compressed with the question in the prompt.
+
+        Returns:
+          (tokens i32 [batch, max_new_tokens], lengths i32 [batch], the stores as prefill returned them, density f32
+          [batch, layers]); the tokens are those of `generate`.
+        """
+        params = {"model": self.params, "recording": recording}
+        logits, state = prefill(self.model, params, batch, policy, max(_TAIL, max_new_tokens))
+        tokens, lengths = decode(self.model, params, logits, state, max_new_tokens)
+        return tokens, lengths, state.stores, state.allocation.density
+
+    def measure(
+        self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
+    ) -> "Measured":
+        """Answers of all samples under a method.
+
+        Raises:
+          PolicyError: the method does not know such a budget.
+        """
+        policy = method.policy(budget, self.grid_side)
+        parts = [self._part(some, method, policy, mode, data.max_new_tokens) for some in prompts]
+        n = data.samples
+
+        def joined(arrays: list[Any]) -> np.ndarray:
+            return np.concatenate([np.asarray(x) for x in arrays])[:n]
+
+        texts = [text for part in parts for text in self.vlm.processor.decode(part)]
+        return Measured(
+            texts=texts[:n],
+            agrees=joined([part.agrees for part in parts]),
+            held=jax.tree.map(lambda *x: joined(list(x)), *(part.held for part in parts)),
+            compressed=joined([part.compressed for part in parts]),
+            density=joined([part.density for part in parts]),
+            bytes=store_bytes(parts[0].stores) // prompts[0].batch.size,
+            first=parts[0].stores,
+        )
+
+    def _part(self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int) -> "_Part":
+        batch, recording, attention = some.batch, some.recording, some.attention
+        if mode == BEFORE:
+            end = before.images_end(batch)
+            tokens, lengths, stores, density = before.answer_before(
+                self.model, self.params, batch, recording, policy, max_new_tokens
+            )
+            compressed, attention = np.full(batch.size, end), attention[..., :end]
+        else:
+            if method.needs_answer:
+                recording = with_answer_attention(recording, attention)
+            tokens, lengths, stores, density = self.answer_known(batch, recording, policy, max_new_tokens)
+            compressed = np.asarray(batch.lengths)
+        agrees = jnp.all(tokens == some.tokens, axis=1)
+        return _Part(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density, stores)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Answers of a batch: tokens i32 [batch, n], lengths i32 [batch]; and what `Measured` joins."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+    agrees: jax.Array
+    held: Held
+    compressed: np.ndarray
+    density: jax.Array
+    stores: Stores
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of all samples of a task under one method; arrays [samples].
+
+    Attributes:
+      texts: the answers.
+      agrees: bool.
+      held: see `measure.Held`, as NumPy arrays.
+      compressed: tokens of each prompt that were compressed.
+      density: f32 [samples, layers].
+      bytes: of the stores, for one prompt.
+      first: the stores of the first batch.
+    """
+
+    texts: list[str]
+    agrees: np.ndarray
+    held: Held
+    compressed: np.ndarray
+    density: np.ndarray
+    bytes: int
+    first: Stores
+
+
+def run_study(
+    vlm: VLM,
+    file: ResultFile,
+    *,
+    tasks: Sequence[str],
+    methods: Sequence[Method],
+    budgets: Sequence[float],
+    samples: int,
+    batch_size: int = 50,
+    modes: Sequence[str] = MODES,
+    progress: Progress | None = None,
+) -> None:
+    """Measures every configuration that the file does not hold yet.
+
+    Args:
+      vlm: the checkpoint.
+      file: results are appended to it as they come.
+      tasks: of the demo.
+      methods: besides the full cache, which is always measured.
+      budgets: fractions. At 1 every method is the full cache, which is measured once.
+      samples: of each task.
+      batch_size: prompts answered together at most.
+      modes: with the question `KNOWN` when the prompt is compressed, or compressed `BEFORE` it is known.
+      progress: gets a line for each configuration; by default on standard error.
+    """
+    study = Study(vlm)
+    grid = [
+        (method, budget, mode)
+        for mode in modes
+        for method in methods
+        if mode == KNOWN or method.before
+        for budget in budgets  # last, so that workers do not compile the same decoding program at once
+        if budget < 1
+    ]
+    pictured = min((b for b in budgets if b < 1), key=lambda b: abs(b - PICTURED), default=None)
+    progress = Progress() if progress is None else progress
+    pending = {task: _pending(file, task, grid) for task in tasks}
+    left = sum(map(len, pending.values()))
+    for task in tasks:
+        if not pending[task]:
+            progress.note(f"{task}: measured before")
+            continue
+        progress.step(f"{task}: drawing {samples} samples")
+        data = load_task(vlm, task, samples, batch_size)
+        progress.step(f"{task}: running the prompts through the model")
+        prompts = [study.prepare(batch, data.max_new_tokens) for batch in data.batches]
+        progress.step(f"{task}: measuring methods and budgets", total=len(pending[task]))
+        measure = partial(_measured, study, data, prompts)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            for some in (pending[task][i : i + _GROUP] for i in range(0, len(pending[task]), _GROUP)):
+                for (method, budget, mode), outcome in zip(some, pool.map(measure, some)):
+                    left -= 1
+                    progress.advance()
+                    if isinstance(outcome, PolicyError):
+                        progress.note(f"{task} {method.name} {budget:g}: left out, {outcome}")
+                        continue
+                    result, kept = outcome
+                    if budget == pictured and mode == KNOWN:
+                        file.add_kept(task, method.name, budget, **kept)
+                    file.add(result)  # last: a configuration without its result is measured again
+                    progress.note(f"{_line(result)}; {left} to go")
+                _free_programs()
+        del prompts
+
+
+Configuration = tuple[Method, float, str]  # method, budget, mode
+
+
+def _pending(file: ResultFile, task: str, grid: list[Configuration]) -> list[Configuration]:
+    wanted = [(Method(FULL), 1.0, KNOWN), *grid]
+    return [item for item in wanted if Key(task, item[0].name, item[1], item[2]) not in file.results]
+
+
+def _measured(
+    study: Study, data: TaskData, prompts: Sequence[Prompts], item: Configuration
+) -> tuple[Result, dict[str, Any]] | PolicyError:
+    """A configuration's result and what its first sample kept; or why there is none."""
+    method, budget, mode = item
+    begun = time.monotonic()
+    try:
+        measured = study.measure(data, prompts, method, budget, mode)
+    except PolicyError as error:
+        return error
+    kept = measured.held.kept / measured.compressed[:, None]
+    result = Result(
+        key=Key(data.name, method.name, budget, mode),
+        exact=EXACT(measured.texts, data.answers),
+        score=score(data.name, measured.texts, data.answers),
+        agrees=measured.agrees.astype(np.float64),
+        mass=np.asarray(measured.held.mass),
+        hits=np.asarray(measured.held.hits),
+        kept=np.asarray(kept.mean(axis=1)),
+        layers=np.asarray(kept.mean(axis=0)),
+        density=measured.density.mean(axis=0),
+        state_bytes=measured.bytes,
+        full_bytes=prompts[0].full_bytes,
+        seconds=time.monotonic() - begun,
+    )
+    return result, _first_kept(measured, prompts[0])
+
+
+def _first_kept(measured: Measured, prompts: Prompts) -> dict[str, Any]:
+    """Which visual tokens the first sample kept: for each layer a digit for every one of them, 9 where all KV heads
+    kept it and 0 where none did; the number of text tokens; and its answer."""
+    _, _, kv_heads, length = prompts.attention.shape
+    kept = np.asarray(kept_tokens(measured.first, length, kv_heads))[:, 0]  # [layers, kv_heads, length]
+    visual = np.asarray(prompts.batch.vision_index)[0] != TEXT
+    digits = np.round(9 * kept[..., visual].mean(axis=1)).astype(int)
+    return {
+        "layers": ["".join(map(str, layer)) for layer in digits],
+        "text": [round(float(x), 2) for x in kept[..., ~visual].sum(axis=2).mean(axis=1)],
+        "answer": measured.texts[0],
+    }
+
+
+def _line(result: Result) -> str:
+    key = result.key
+    return (
+        f"{key.task} {key.method} {key.budget:g}{'' if key.mode == KNOWN else f' {key.mode}'}: exact match "
+        f"{result.exact.mean():.3f}, score {result.score.mean():.3f}, agrees {result.agrees.mean():.3f}, "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def _free_programs() -> None:
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -1,0 +1,108 @@
+"""Appending several tokens at once: one block of queries that sees the read-only stores, and itself causally.
+
+    stores   | kept prompt | earlier turns |
+    block                                  | What colour is it ? <pad> <pad> |
+
+The block's keys and values become a store of their own; or they are joined to those of the earlier turns, so that the
+number of stores, and with it the program, stays the same from turn to turn.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.geometry import whole_tiles
+from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.kernels.merge import merge
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.mesh import automatic
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.typing import Params, VisionLanguageModel
+
+
+@partial(jax.jit, static_argnames=("model", "room", "old_room", "kernels"))
+@automatic
+def append_block(
+    model: VisionLanguageModel,
+    params: Params,
+    stores: tuple[PackedStore, ...],
+    next_position: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    room: int,
+    old_room: int,
+    kernels: Kernels,
+) -> tuple[jax.Array, PackedStore]:
+    """Runs a block of tokens behind what the stores hold.
+
+    Args:
+      model, params, kernels: as in `generate`.
+      stores: what comes before, of as many rows as the block or a divisor of it (see `union_attention`).
+      next_position: i32 [context rows], position of the block's first token.
+      tokens: i32 [rows, length], right-padded.
+      lengths: i32 [rows], 1 <= lengths <= length.
+      room: slots of a layer in the new store, a multiple of `state.ALIGNMENT`.
+      old_room: slots of a layer in the last of the stores, which is to be joined with the new one; 0 to keep it apart.
+
+    Returns:
+      (logits after the last token of each row f32 [rows, vocab], the new store).
+    """
+    rows, length = tokens.shape
+    spec = model.spec
+    first = jnp.repeat(next_position, rows // next_position.shape[0], total_repeat_length=rows)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, carry: Any, layer: jax.Array) -> Any:
+        block, lse = ops.attention(kernels, query, key, value, lengths, with_lse=True)
+        assert lse is not None
+        before = ops.union_attention(kernels, query, [store.layer(layer) for store in stores])
+        out, _ = merge([(block.astype(jnp.float32), lse.astype(jnp.float32)), before])
+        return out, carry, tuple(x.swapaxes(1, 2).astype(spec.dtype) for x in (key, value))
+
+    variables = {"params": params}
+    hidden = model.apply(variables, tokens, method="embed_tokens")
+    positions = first[:, None] + jnp.minimum(jax.lax.iota(jnp.int32, length)[None], lengths[:, None] - 1)
+    layers = jax.lax.iota(jnp.int32, spec.num_layers)
+    hidden, _, (keys, values) = model.apply(variables, hidden, positions, attend, None, layers, method="decode")
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    logits = model.apply(variables, last, method="unembed")
+
+    # [layers, rows, kv_heads, length, head_dim] -> [rows, kv_heads, layers, length, head_dim]
+    keys, values = (jnp.moveaxis(x, 0, 2) for x in (keys, values))
+    old = stores[-1].lengths[:, 0, 0] if old_room else jnp.zeros((rows,), jnp.int32)
+    if old_room:
+        keys, values = (
+            _join(x[:, :, : spec.num_layers * old_room].reshape(*y.shape[:3], old_room, -1), y, old, room)
+            for x, y in zip((stores[-1].keys, stores[-1].values), (keys, values))
+        )
+    return logits, _store(keys, values, first - old, old + lengths, room)
+
+
+def _join(before: jax.Array, block: jax.Array, lengths: jax.Array, room: int) -> jax.Array:
+    """Appends [rows, kv_heads, layers, length, head_dim] to the first `lengths` slots of what came before."""
+    slot = jax.lax.iota(jnp.int32, room)[None]
+    n = lengths[:, None]
+    entry = jnp.where(slot < n, slot, before.shape[3] + jnp.clip(slot - n, 0, block.shape[3] - 1))
+    return jnp.take_along_axis(jnp.concatenate([before, block], axis=3), entry[:, None, None, :, None], axis=3)
+
+
+def _store(keys: jax.Array, values: jax.Array, first: jax.Array, lengths: jax.Array, room: int) -> PackedStore:
+    """Packs [rows, kv_heads, layers, n, head_dim] with `room` slots a layer; `first` is the position of slot 0."""
+    rows, lanes, layers, n, head_dim = keys.shape
+    slots = whole_tiles(layers * room)
+
+    def pool(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x[:, :, :, :room], ((0, 0), (0, 0), (0, 0), (0, max(0, room - n)), (0, 0)))
+        x = x.reshape(rows, lanes, layers * room, head_dim)
+        return ops.split(jnp.pad(x, ((0, 0), (0, 0), (0, slots - layers * room), (0, 0))))
+
+    index = jnp.where(jax.lax.iota(jnp.int32, slots) < layers * room, jax.lax.iota(jnp.int32, slots) % room, room)[None]
+    positions = jnp.where(index < lengths[:, None], first[:, None] + index, -1)
+    return PackedStore(
+        keys=pool(keys),
+        values=pool(values),
+        positions=jnp.broadcast_to(positions[:, None], (rows, lanes, slots)),
+        offsets=jnp.broadcast_to(room * jnp.arange(layers, dtype=jnp.int32)[:, None], (rows, layers, 1)),
+        lengths=jnp.broadcast_to(lengths[:, None, None], (rows, layers, 1)),
+    )

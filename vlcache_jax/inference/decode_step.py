@@ -1,0 +1,156 @@
+"""One decode step: the same function under a Python loop, a stream or `lax.while_loop`."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.cache.state import KVState, RecentQueries, SlotWeights
+from vlcache_jax.errors import InputError
+from vlcache_jax.inference.finiteness import finite_rows
+from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.parallel.placing import placed
+from vlcache_jax.policies.decoding.evict import evicting
+from vlcache_jax.policies.decoding.recompress import make_room
+from vlcache_jax.policies.decoding.rules import Evict, Recompress, RollingWindow
+from vlcache_jax.typing import Params, VisionLanguageModel
+
+
+def decode_step(
+    model: VisionLanguageModel,
+    params: Params,
+    tokens: jax.Array,
+    state: KVState,
+    *,
+    kernels: Kernels | None = None,
+) -> tuple[jax.Array, KVState]:
+    """Appends one token per row and returns the logits of the next.
+
+    Differentiable: derivatives look at all slots of a store at every layer, so they are for short prompts.
+
+    Args:
+      model: the model that made `state`.
+      params: its parameters.
+      tokens: i32 [batch], the tokens to append.
+      state: from `prefill` or the previous step. Its context is passed on as it is; its tail is copied, so that the
+        old state stays valid (branches may share it); so is the context where the policy's rule rewrites it. To update
+        in place, jit your own loop and donate the state.
+      kernels: which implementations to use; the platform's best by default.
+
+    Returns:
+      (logits f32 [batch, vocab], new state). A row whose logits are not finite has `finite` False in the new state.
+
+    Raises:
+      InputError: the tail is full, where it is never evicted from, or rows have different numbers of generated tokens.
+        Inside `jit`, where neither is known, such a row's logits are NaN.
+    """
+    check_room(state, 1)
+    tokens = placed(tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32), params)
+    with on_mesh_of(params, tokens, state):
+        return _decode_step(model, params, tokens, state, kernels or Kernels())
+
+
+def check_room(state: KVState, tokens: int) -> None:
+    """Raises if `tokens` more cannot be appended; waits for the state, unless it is traced.
+
+    Raises:
+      InputError: the tail is too full, or rows have different numbers of generated tokens.
+    """
+    tail = state.tail
+    if isinstance(tail.rule, Evict) or isinstance(tail.length, jax.core.Tracer):
+        return
+    lengths = jax.device_get(on_every_process(tail.length))
+    if lengths.min(initial=lengths.max()) < lengths.max():
+        raise InputError(
+            f"the rows of the state have {lengths.tolist()} generated tokens, but all rows append at the same slot: "
+            "decode rows of different numbers apart, or join states before anything is generated"
+        )
+    if not tail.rule.unlimited and lengths.max() + tokens > tail.capacity:
+        raise InputError(
+            f"the state has no room for {'another token' if tokens == 1 else f'{tokens} tokens'} (capacity "
+            f"{tail.capacity}, of which {lengths.max()} are taken): prefill with a larger max_new_tokens, or choose "
+            "another rule for generated tokens (Policy.generated)"
+        )
+
+
+@partial(jax.jit, static_argnames=("model", "kernels"))
+@automatic
+def _decode_step(
+    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
+) -> tuple[jax.Array, KVState]:
+    return advance(model, params, tokens.astype(jnp.int32), state, kernels)
+
+
+def advance(
+    model: VisionLanguageModel, params: Params, tokens: jax.Array, state: KVState, kernels: Kernels
+) -> tuple[jax.Array, KVState]:
+    """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
+    fits = _fits(state)
+    if isinstance(state.tail.rule, Recompress):
+        state = make_room(state)
+    attend, carry, close = evicting(state) if isinstance(state.tail.rule, Evict) else _appending(state, kernels)
+    variables = {"params": params}
+    hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
+    positions = state.next_position[:, None]
+    hidden, carry, _ = model.apply(
+        variables, hidden, positions, attend, carry, jax.lax.iota(jnp.int32, model.spec.num_layers), method="decode"
+    )
+    logits = model.apply(variables, hidden[:, 0], method="unembed")
+    logits = jnp.where(fits[:, None], logits, jnp.nan)
+    new = close(carry)
+    tail = dataclasses.replace(new.tail, length=new.tail.length + 1)
+    finite = state.finite & finite_rows(logits)
+    return logits, dataclasses.replace(new, tail=tail, next_position=new.next_position + 1, finite=finite)
+
+
+def _fits(state: KVState) -> jax.Array:
+    """bool [batch]: whether a row can be appended to, where all do so: what `check_room` asks, as data."""
+    tail = state.tail
+    if isinstance(tail.rule, Evict):
+        return jnp.ones(tail.length.shape, bool)
+    slot = jnp.max(tail.length)
+    room = True if tail.rule.unlimited else slot < tail.capacity
+    return (tail.length == slot) & room
+
+
+def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
+    """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
+    tail, observed = state.tail, state.observed
+    assert not isinstance(observed, SlotWeights)
+    rows = tail.rule.scoring_rows if isinstance(tail.rule, Recompress) else 0
+    slot, count = jnp.max(tail.length), tail.length[:, None] + 1
+    if isinstance(tail.rule, RollingWindow):
+        slot, count = slot % tail.rule.tokens, jnp.minimum(count, tail.rule.tokens)
+
+    def attend(query, key, value, carry, layer):
+        pools, noted = carry
+        start = layer * tail.capacity + slot
+        pools = tuple(
+            jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2)
+            for pool, x in zip(pools, (key, value))
+        )
+        new = Segments(jnp.full_like(count, layer * tail.capacity), count)
+        parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
+        out, lse = ops.union_attention(kernels, query[:, 0], parts)
+        if noted is not None:
+            at = layer * rows + slot % rows
+            noted = RecentQueries(
+                jax.lax.dynamic_update_slice_in_dim(
+                    noted.queries, query.swapaxes(1, 2).astype(noted.queries.dtype), at, axis=2
+                ),
+                jax.lax.dynamic_update_slice_in_dim(noted.lse, lse[..., None], at, axis=2),
+            )
+        return out[:, None], (pools, noted), None
+
+    def close(carry: Any) -> KVState:
+        (keys, values), noted = carry
+        return dataclasses.replace(state, tail=dataclasses.replace(tail, keys=keys, values=values), observed=noted)
+
+    return attend, ((tail.keys, tail.values), observed), close

@@ -1,0 +1,273 @@
+"""Prefill: one program from a batch of prompts to the next token's logits and the compressed state.
+
+embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.fractions import floor_fraction
+from vlcache_jax.cache.geometry import align, capacity, segment_alignment, whole_tiles
+from vlcache_jax.cache.packing import empty_codes, quantise_into, value_channels
+from vlcache_jax.cache.selection import candidates, protected_first, select, unselected
+from vlcache_jax.cache.state import Allocation, KVState, PackedStore, RecentQueries, SlotWeights, TailStore
+from vlcache_jax.inference.finiteness import finite_rows
+from vlcache_jax.inference.validation import check_prefill
+from vlcache_jax.inputs import Batch
+from vlcache_jax.kernels.varying import varying
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of, refuse_partly_checked
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.parallel.placing import placed
+from vlcache_jax.policies.decoding.evict import layer_room, slot_weights
+from vlcache_jax.policies.decoding.recompress import no_queries
+from vlcache_jax.policies.decoding.rules import APPEND, Evict, Generated, Recompress
+from vlcache_jax.policies.evicted.rules import Merge, Quantise
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.policies.scores.attention import LayerInputs
+from vlcache_jax.policies.shares import slot_budget
+from vlcache_jax.policies.window import forced, settled
+from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
+
+
+def prefill(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy,
+    max_new_tokens: int,
+    *,
+    kernels: Kernels | None = None,
+) -> tuple[jax.Array, KVState]:
+    """Runs the prompts and compresses their cache. Pure, and compiled once per (shapes, policy, max_new_tokens).
+
+    Differentiable: the logits are those of the model's `forward`, and so are their derivatives. Kept keys and values
+    have theirs where they are stored as they were computed; which tokens are kept, quantised and merged stores, and all
+    that is reported, are constants.
+
+    Args:
+      model: a Flax module such as `vlm.model`.
+      params: its parameters, a nested dict.
+      batch: prompts, right-padded.
+      policy: what to keep.
+      max_new_tokens: room in the tail for generated tokens, where the policy's rule keeps them all; elsewhere answers
+        may grow longer.
+      kernels: which implementations to use; the platform's best by default.
+
+    Returns:
+      (logits of the next token f32 [batch, vocab], state). Nothing waits for the device: that scores or logits are not
+      finite shows in `state.finite`, and `Allocation.density` is NaN in a layer whose scores are not, or, where evicted
+      tokens are merged, whose keys or values are not.
+
+    Raises:
+      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
+        only outside `jit`, where they are known).
+      PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
+    """
+    check_prefill(model.spec, batch, policy, max_new_tokens)
+    if not policy.keeps_all:
+        refuse_partly_checked()
+    batch = placed(batch, params)
+    with on_mesh_of(params, batch):
+        return _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
+
+
+@partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))
+@automatic
+def _prefill(
+    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int, kernels: Kernels
+) -> tuple[jax.Array, KVState]:
+    variables = {"params": params}
+    hidden = model.apply(variables, batch, method="embed")
+    lengths = varying(jnp.asarray(batch.lengths), params, batch)
+    positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
+    run = partial(model.apply, variables, hidden, positions, method="decode")
+    fill = _keep_all if policy.keeps_all else _compress
+    rotate = partial(model.apply, {}, method="rotate")
+    hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    logits = model.apply(variables, last, method="unembed")
+    room = layer_room(policy, slot_budget(policy.budget, model.spec), batch.length) if _evicts(policy) else None
+    tail = empty_tail(model.spec, batch.size, max_new_tokens, policy.rule, room)
+    finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
+    return logits, KVState(context, tail, lengths, allocation, finite, tuple(more), observed)
+
+
+def _evicts(policy: Policy) -> bool:
+    return isinstance(policy.rule, Evict)
+
+
+def empty_tail(
+    spec: ModelSpec, batch: int, max_new_tokens: int, rule: Generated = APPEND, room: int | None = None
+) -> TailStore:
+    """Room for what the rule holds of `max_new_tokens` tokens of each row; `room` as in `layer_room`, for `Evict`."""
+    own = int(align(rule.tail_tokens(max_new_tokens)))
+    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * own), spec.head_dim)
+    zeros = ops.split(jnp.zeros(shape, spec.dtype))
+    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=own if room is None else room, rule=rule)
+
+
+def _keep_all(
+    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
+) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
+    """All tokens: each layer writes its segment of the pool in place."""
+    layers, bits = spec.num_layers, policy.bits
+    room = int(align(batch.length, segment_alignment(bits)))
+
+    def attend(query, key, value, pools, layer):
+        out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
+        if bits is not None:
+            key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
+            channels = value_channels(value, lengths)
+            return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
+        pools = tuple(
+            ops.split(
+                jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), layer * room, axis=2)
+            )
+            for pool, x in zip(pools, (key, value))
+        )
+        return out, pools, None
+
+    def write(pools, key, value, layer):
+        assert bits is not None
+        pad = [(0, 0), (0, 0), (0, room - batch.length), (0, 0)]
+        key, value = (jnp.pad(x.swapaxes(1, 2), pad) for x in (key, value))
+        valid = (jax.lax.iota(jnp.int32, room)[None] < lengths[:, None])[:, None]
+
+        def read(start, size):
+            return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
+
+        return tuple(ops.split(x) for x in quantise_into(pools, read, layer * room, room, bits))
+
+    slots = whole_tiles(layers * room)
+    shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
+    pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
+    pools = varying(tuple(ops.split(x) for x in pools), lengths)
+    hidden, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
+    slot = jax.lax.iota(jnp.int32, slots)
+    index = jnp.where(slot < layers * room, slot % room, batch.length)[None, None]
+    kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
+    context = PackedStore(
+        keys=keys,
+        values=values,
+        positions=jnp.broadcast_to(jnp.where(index < lengths[:, None, None], index, -1), shape[:3]),
+        offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch.size, layers, 1)),
+        lengths=kept[..., None],
+        **dict(zip(("key_scales", "value_scales"), scales)),
+        value_channels=None if channels is None else channels.swapaxes(0, 1),
+    )
+    return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
+
+
+def _compress(
+    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
+) -> tuple[jax.Array, list[PackedStore], Allocation, SlotWeights | RecentQueries | None]:
+    """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
+    layers, length = spec.num_layers, batch.length
+    allocate = policy.sharing
+    lanes = policy.lanes if allocate.per_head else None
+    budget = slot_budget(policy.budget, spec, lanes, policy.bits)
+    count = max(1, floor_fraction(length, policy.candidate_fraction))
+    threshold = allocate.threshold
+    quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
+    measure = threshold is not None or policy.score.needs_attention
+    first, rows = policy.rows.span(lengths, batch.vision_mask)
+    rule = policy.rule
+    noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
+    mean = jnp.asarray(budget.total(lengths)) // layers
+    recent = settled(policy.recent, mean)
+    window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
+    number = rows.astype(jnp.float32)
+    pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)  # (q, j), j <= q, q in first .. first + rows - 1
+
+    def attend(query, key, value, carry, layer):
+        out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
+        seen = tuple(jax.lax.stop_gradient(x) for x in (query, key, value))  # what is kept has no derivative
+        statistics, density = None, jnp.ones((batch.size,), jnp.float32)
+        if measure:
+            bounds = {"threshold": threshold, "max_rows": policy.rows.most}
+            statistics = ops.column_statistics(
+                kernels, seen[0], seen[1], first, rows, jax.lax.stop_gradient(lse), **bounds
+            )
+            if statistics.counts is not None:
+                density = jnp.mean(statistics.counts, axis=1) / pairs
+        inputs = LayerInputs(
+            query=seen[0],
+            key=seen[1],
+            value=seen[2],
+            lengths=lengths,
+            vision_index=jnp.asarray(batch.vision_index),
+            layer=layer,
+            density=density,
+            rows=rows,
+            statistics=statistics,
+            window=window,
+            rotate=rotate,
+        )
+        scores, ties = policy.score(inputs), policy.score.ties(inputs)
+        finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
+        if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
+            sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
+            finite &= jnp.all(sound | ~inputs.valid, axis=1)
+        measured = allocate.measure(inputs, scores)
+        if policy.protect is not None:
+            scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
+            ties = None  # the ranks have none
+        positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, length), (batch.size, 1, length))
+        channels = value_channels(value, lengths) if quantised else None
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if count < length:
+            wanted = jnp.full_like(lengths, count)
+            positions = candidates(scores, lengths, count, *forced(wanted, recent, policy.sinks), ties)
+            ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
+            scores = jnp.take_along_axis(scores, positions, axis=2)
+            key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
+        density = jnp.where(finite, density, jnp.nan)
+        room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
+        return out, carry, (key, value, scores, ties, positions, channels, density, measured, room)
+
+    hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
+    keys, values, scores, ties, positions, channels, density, measured, queries = layer_outputs
+    measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
+    requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+    most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
+    slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
+
+    def choose(scores, positions, slots, ties):
+        return select(scores, positions, lengths, slots, *forced(slots, recent, policy.sinks), ties)
+
+    order = jax.vmap(choose)(scores, positions, slots, ties)
+    keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
+    if isinstance(policy.evicted, Merge):
+        keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
+        keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        positions, order = (
+            order,
+            jnp.broadcast_to(jax.lax.iota(jnp.int32, length), order.shape),
+        )  # in this order already
+    group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
+
+    allocation = Allocation(requested=requested, density=density.T)
+    if _evicts(policy):
+        room = layer_room(policy, budget, length)
+        context = ops.pack(keys, values, positions, order, slots, whole_tiles(layers * room), room=room)
+        return hidden, [context], allocation, slot_weights(policy, scores, order, requested, context, room)
+
+    def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
+        if bits is None:
+            return ops.pack(keys, values, positions, order, slots, pool, lanes)
+        constant = jax.lax.stop_gradient((keys, values))  # integers have no derivative
+        return ops.pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
+
+    pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
+    stores = [store(order, slots, pool, policy.bits)]
+    if isinstance(policy.evicted, Quantise):
+        bits = policy.evicted.bits
+        others = jax.vmap(unselected, (0, None))(order, lengths)
+        # A prompt may keep next to nothing, so that there is room for all of it.
+        pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
+        stores.append(store(others, jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots, pool, bits))
+    return hidden, stores, allocation, no_queries(queries) if noted else None

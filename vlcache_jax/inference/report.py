@@ -1,0 +1,101 @@
+"""What a run kept and what it cost, counted from the real buffers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.geometry import align
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.inputs import Array
+from vlcache_jax.parallel.mesh import automatic, free_axes, on_every_process, on_mesh_of
+from vlcache_jax.parallel.replication import replicated, warn
+from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.typing import ModelSpec
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """A pytree, so that `generate` can return it from inside `jit`.
+
+    Attributes:
+      kept: i32 [batch, layers]. Prompt tokens kept in each layer (of the KV head that kept most), without
+        those kept besides at a lower precision (`Policy.evicted`).
+      prompt_lengths: i32 [batch].
+      density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured, NaN
+        where the scores are not finite.
+      exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
+      kept_fraction: f32 [batch]. Kept slots of all layers and KV heads / (layers * KV heads * prompt length).
+      policy: the policy's name (static).
+      budget: the policy's budget (static).
+      state_bytes: bytes of the buffers of the context and of what is kept at a lower precision (static).
+      full_bytes: bytes of the context's buffers for the same padded prompts without compression (static).
+      tail_bytes: bytes of the buffers for generated tokens, and of what their rule remembers (static). With `Evict` the
+        context holds them, too.
+      replicated: what every device of the mesh holds as a whole although an axis could split it, with the remedy
+        (static); as far as the program knows its mesh: inside `jit`, enter it with `jax.set_mesh`.
+      finite: bool, of the shape of the answers' lengths; [batch] without answers. False where a score or a logit was
+        NaN or infinite: such an answer means nothing. Outside `jit` that is a `NonFiniteError`.
+    """
+
+    kept: jax.Array
+    prompt_lengths: jax.Array
+    density: jax.Array
+    exact: jax.Array
+    kept_fraction: jax.Array
+    policy: str = dataclasses.field(metadata={"static": True})
+    budget: Budget = dataclasses.field(metadata={"static": True})
+    state_bytes: int = dataclasses.field(metadata={"static": True})
+    full_bytes: int = dataclasses.field(metadata={"static": True})
+    tail_bytes: int = dataclasses.field(metadata={"static": True})
+    replicated: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    finite: jax.Array | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all buffers that an answer needs: `state_bytes` and `tail_bytes`."""
+        return self.state_bytes + self.tail_bytes
+
+
+def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
+    """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
+    with on_mesh_of(state):
+        kept, exact, kept_fraction = _counted(state.context.lengths, state.allocation.requested, prompt_lengths)
+        whole = replicated(free_axes(), spec, rows=kept.shape[0], policy=policy)
+    warn(whole)
+    report = Report(
+        kept=kept,
+        prompt_lengths=jnp.asarray(prompt_lengths),
+        density=state.allocation.density,
+        exact=exact,
+        kept_fraction=kept_fraction,
+        policy=policy.name,
+        budget=policy.budget,
+        state_bytes=sum(store.nbytes for store in state.stores),
+        full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
+        tail_bytes=sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed))),
+        replicated=whole,
+        finite=state.finite,
+    )
+    return on_every_process(report)
+
+
+@jax.jit
+@automatic
+def _counted(slots: jax.Array, requested: jax.Array, prompt_lengths: jax.Array) -> tuple[jax.Array, ...]:
+    """(kept, exact, kept_fraction) from slots [batch, layers, kv_heads or 1], requested and there."""
+    requested = requested.reshape(*requested.shape[:2], -1)
+    exact = jnp.all(slots >= requested, axis=(1, 2))
+    of_all = (slots[0].size * prompt_lengths).astype(jnp.float32)
+    return jnp.max(slots, axis=2), exact, jnp.sum(slots, axis=(1, 2)).astype(jnp.float32) / of_all
+
+
+def full_cache_bytes(spec: ModelSpec, batch: int, padded: int) -> int:
+    """Bytes of the context's buffers without compression, for prompts padded to `padded` tokens."""
+    slots = batch * spec.num_kv_heads * spec.num_layers * int(align(padded))
+    slot_bytes = 2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4  # key and value, position
+    return slots * slot_bytes + 2 * 4 * batch * spec.num_layers  # offsets, lengths

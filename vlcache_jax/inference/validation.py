@@ -1,0 +1,117 @@
+"""Checks before anything is traced or compiled."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+
+from vlcache_jax.errors import InputError, PolicyError, PolicyWarning
+from vlcache_jax.inputs import Batch
+from vlcache_jax.parallel.mesh import is_known
+from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies.decoding.rules import Evict, Recompress
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.policies.scores.attention import Recency, Score
+from vlcache_jax.policies.scores.pooling import GridPooled
+from vlcache_jax.policies.shares import slot_budget
+from vlcache_jax.policies.window import Window, forced
+from vlcache_jax.typing import ModelSpec
+
+
+def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
+    """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
+
+    Raises:
+      PolicyError: `policy` is not a policy, its lanes do not divide the model's KV heads, or it pools scores over
+        another patch grid than the model's.
+      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has.
+    """
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
+    _check_grid(spec, policy)
+    if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
+        raise PolicyError(
+            f"policy {policy.name!r}: lanes={policy.lanes} do not divide the model's {spec.num_kv_heads} KV heads: "
+            f"give a divisor of {spec.num_kv_heads}"
+        )
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
+    shapes = {field: getattr(batch, field).shape for field in ("tokens", "lengths", "vision_index", "pixels")}
+    if len({shape[0] for shape in shapes.values()}) != 1 or shapes["tokens"] != shapes["vision_index"]:
+        raise InputError(
+            f"the batch's arrays disagree on the number of rows or the length: {shapes}; build it with the processor"
+        )
+    if not is_known(batch.lengths):
+        return
+    lengths = np.asarray(batch.lengths)
+    if lengths.min() < 1 or lengths.max() > batch.length:
+        raise InputError(f"lengths {lengths.tolist()} must lie between 1 and the padded length {batch.length}")
+    needed = int(lengths.max()) + int(max_new_tokens)
+    if needed > spec.max_positions:
+        raise InputError(
+            f"row {int(lengths.argmax())} needs {needed} positions ({int(lengths.max())} prompt tokens + "
+            f"{max_new_tokens} new ones) but the model has {spec.max_positions}: shorten the prompt, use fewer or "
+            "smaller images, or lower max_new_tokens"
+        )
+    if not policy.keeps_all and not isinstance(policy.score, Recency):
+        _warn_of_forced_tokens(spec, policy, lengths)
+
+
+def _warn_of_forced_tokens(spec: ModelSpec, policy: Policy, lengths: np.ndarray) -> None:
+    """Warns if window and sinks leave the scores nothing, or if a `Window` was made smaller lest it do.
+
+    The text is the same for every batch, so that Python's default filter shows it once.
+    """
+    budget = slot_budget(policy.budget, spec, policy.lanes if policy.sharing.per_head else None, policy.bits)
+    means = [budget.total(int(n)) // budget.layers for n in lengths]  # slots of a layer on average
+    means = [mean for mean, n in zip(means, lengths) if 1 < mean < n]
+    start = f"{policy.name}: at a budget of {budget_text(policy.budget)} and prompts of this length"
+    rule = policy.rule
+    forced_tokens = {(policy.recent, policy.sinks)}
+    if isinstance(rule, Evict | Recompress):
+        assert rule.recent is not None
+        assert rule.sinks is not None
+        forced_tokens.add((rule.recent, rule.sinks))
+    for recent, sinks in forced_tokens:
+        if isinstance(recent, Window):
+            if any(recent.of(mean) < recent.count for mean in means):
+                text = (
+                    f"{start} a layer has fewer than {2 * recent.count} slots, of which a window of {recent.count} "
+                    "recent tokens would take more than half: fewer are kept, so that the scores have a say; see "
+                    f"vlc.Window. recent=0.1 keeps a tenth at any length, recent=vlc.Tokens({recent.count}) all of them"
+                )
+                warnings.warn(text, PolicyWarning, stacklevel=4)
+        elif any(sum(forced(mean, recent, sinks)) >= mean for mean in means):
+            text = (
+                f"{start} recent={recent} and sinks={sinks} take all slots of a layer, and the scores decide nothing: "
+                "raise the budget, or lower recent or sinks"
+            )
+            warnings.warn(text, PolicyWarning, stacklevel=4)
+
+
+def _check_grid(spec: ModelSpec, policy: Policy) -> None:
+    for score in _with_inner(policy.score):
+        if not isinstance(score, GridPooled) or spec.vision_grid is None or score.side == spec.vision_grid:
+            continue
+        if spec.vision_grid == 0:
+            raise PolicyError(
+                f"{policy.name}: grid_side={score.side}, but the visual tokens of this model are no grid of patches (a "
+                "class token is among them): leave grid_side out to pool in the sequence"
+            )
+        raise PolicyError(
+            f"{policy.name}: grid_side={score.side}, but this model has {spec.vision_grid} patches along one side of a "
+            f"tile: use grid_side={spec.vision_grid}"
+        )
+
+
+def _with_inner(score: Score) -> Iterator[Score]:
+    """A score and those it is made of."""
+    yield score
+    if dataclasses.is_dataclass(score):
+        for field in dataclasses.fields(score):
+            inner = getattr(score, field.name)
+            if isinstance(inner, Score):
+                yield from _with_inner(inner)

@@ -1,0 +1,231 @@
+"""The one place through which a model's `forward`, prefill and decoding reach the kernels: which implementation runs,
+and on which devices.
+
+Under a mesh (`jax.set_mesh`; the public functions enter the one that the parameters lie on) every device runs the ops
+on its own rows and KV heads inside `jax.shard_map` (`parallel.mesh`). Nothing of an op needs another device, so there
+is no collective in any of them.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from vlcache_jax.cache import merging, packing
+from vlcache_jax.cache.state import PackedStore, RecentQueries, TailStore
+from vlcache_jax.errors import InputError
+from vlcache_jax.kernels import attention as attention_op
+from vlcache_jax.kernels import column_statistics as column_statistics_op
+from vlcache_jax.kernels import decode_attention as decode_attention_op
+from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.merge import merge
+from vlcache_jax.parallel.mesh import axis_size, local, split_axes
+
+_CHOICES = {
+    "attention": ("splash_tpu", "cudnn", "xla", "reference"),
+    "column_statistics": ("pallas_tpu", "xla", "xla_columns", "reference"),
+    "decode_attention": ("pallas_tpu", "pallas_gpu", "xla", "xla_wide", "reference"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementation of each op to use: None for the best of the platform the program is compiled for.
+
+    Attributes:
+      attention: of the prefill: "splash_tpu", "cudnn", "xla", "reference", or a tuple of names, the first that serves.
+      column_statistics: "pallas_tpu", "xla", "xla_columns" or "reference".
+      decode_attention: "pallas_tpu", "pallas_gpu", "xla", "xla_wide" or "reference".
+
+    Raises:
+      InputError: a name that does not exist.
+
+    Example:
+      out = vlc.generate(model, params, batch, policy, kernels=vlc.Kernels(attention=("cudnn", "xla")))
+    """
+
+    attention: str | tuple[str, ...] | None = None
+    column_statistics: str | None = None
+    decode_attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for op, choices in _CHOICES.items():
+            value = getattr(self, op)
+            names = value if isinstance(value, tuple) else () if value is None else (value,)
+            for name in names:
+                if name not in choices:
+                    near = difflib.get_close_matches(str(name), choices, 1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise InputError(f"Kernels({op}={name!r}): use one of {', '.join(choices)}, or None{hint}")
+
+
+def attention(
+    kernels: Kernels,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    *,
+    with_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`kernels.attention.attention` of right-padded prompts."""
+
+    def run(query, key, value, lengths, segments):
+        return attention_op.attention(
+            query,
+            key,
+            value,
+            lengths=lengths,
+            segments=segments,
+            with_lse=with_lse,
+            implementation=kernels.attention,
+        )
+
+    rows, heads = split_axes(key.shape[0], key.shape[2])
+    split = PartitionSpec(rows, None, heads)
+    row = [None if x is None else PartitionSpec(rows) for x in (lengths, segments)]
+    lse = split if with_lse else None
+    return local(run, (split, split, split, *row), (split, lse))(query, key, value, lengths, segments)
+
+
+def column_statistics(
+    kernels: Kernels,
+    query: jax.Array,
+    key: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    lse: jax.Array | None,
+    **options: Any,
+) -> ColumnStatistics:
+    """`kernels.column_statistics.column_statistics`."""
+
+    def run(query, key, first, count, lse):
+        return column_statistics_op.column_statistics(
+            query, key, first, count, lse=lse, implementation=kernels.column_statistics, **options
+        )
+
+    rows, heads = split_axes(key.shape[0], key.shape[2])
+    split, row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    inputs = (split, split, row, row, None if lse is None else split)
+    column = PartitionSpec(rows, heads)
+    outputs: Any = ColumnStatistics(column, column, lse=split, maximum=split, column_maximum=column)  # type: ignore[arg-type]
+    return local(run, inputs, outputs)(query, key, first, count, lse)
+
+
+def union_attention(
+    kernels: Kernels, query: jax.Array, parts: Sequence[tuple[Store, Segments]]
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels.decode_attention.union_attention`.
+
+    A store with fewer rows than the query is split like the query where its rows divide, too; a single row is on every
+    device. Any other store is read whole by all devices, for all queries.
+    """
+
+    def run(query, parts):
+        return decode_attention_op.union_attention(query, parts, implementation=kernels.decode_attention)
+
+    kv_heads = max(max(store.lanes, segments.lengths.shape[1]) for store, segments in parts)
+    rows, heads = split_axes(query.shape[0], kv_heads)
+    if any(split_axes(query.shape[0], store.lanes)[1] is None and store.lanes > 1 for store, _ in parts):
+        heads = None  # a device's heads would not be where they look for their lane
+
+    def of_store(store: Store) -> tuple[str, ...] | None:
+        return split_axes(store.keys.shape[0], kv_heads)[0]
+
+    def attend(parts: list[tuple[Store, Segments]], rows: tuple[str, ...] | None) -> tuple[jax.Array, jax.Array]:
+        def place(part: tuple[Store, Segments]) -> tuple[Any, Any]:
+            store, segments = part
+            own = of_store(store) if rows else None
+            # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
+            lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
+            placed: Any = jax.tree.map(lambda _: PartitionSpec(own, lanes), store)
+            if store.value_channels is not None:
+                placed = dataclasses.replace(placed, value_channels=PartitionSpec(own, heads))
+            shared = segments.lengths.shape[1] == 1
+            return placed, jax.tree.map(lambda _: PartitionSpec(own, None if shared else heads), segments)
+
+        block = () if query.ndim == 3 else (None,)
+        split = PartitionSpec(rows, *block, heads)
+        return local(run, (split, [place(part) for part in parts]), (split, split))(query, parts)
+
+    here = [part for part in parts if rows is None or of_store(part[0]) or part[0].keys.shape[0] == 1]
+    everywhere = [part for part in parts if not any(part is other for other in here)]
+    results = [attend(some, axes) for some, axes in ((here, rows), (everywhere, None)) if some]
+    return merge(results) if len(results) > 1 else results[0]
+
+
+def pack(
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    pool: int,
+    lanes: int | None = None,
+    bits: int | None = None,
+    channels: jax.Array | None = None,
+    room: int | None = None,
+) -> PackedStore:
+    """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
+    rows, heads = split_axes(keys.shape[1], lanes or keys.shape[2])
+    per_device = lanes and lanes // axis_size(heads)
+
+    def per_head(x: jax.Array) -> PartitionSpec:
+        return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
+
+    def run(keys, values, positions, order, slots, channels):
+        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels, room)
+
+    split = PartitionSpec(rows, heads)
+    segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
+    scales = None if bits is None else split
+    of_channels = None if channels is None else PartitionSpec(rows, None, heads)
+    specs: Any = (*[split] * 3, *[segments] * 2, scales, scales, of_channels)
+    inputs = [None if x is None else per_head(x) for x in (keys, values, positions, order, slots, channels)]
+    return local(run, tuple(inputs), PackedStore(*specs))(keys, values, positions, order, slots, channels)
+
+
+def merge_evicted(
+    keys: jax.Array, values: jax.Array, order: jax.Array, lengths: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """`merging.merge_evicted`."""
+
+    def run(keys, values, order, lengths):
+        return merging.merge_evicted(keys, values, order, lengths, kind)
+
+    rows, heads = split_axes(keys.shape[1], keys.shape[2])
+    split = PartitionSpec(None, rows, heads)
+    shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
+    inputs = (split, split, shared, PartitionSpec(rows))
+    return local(run, inputs, (split, split))(keys, values, order, lengths)
+
+
+def recompress(
+    function: Callable[..., tuple[jax.Array, ...]],
+    context: PackedStore,
+    tail: TailStore,
+    observed: RecentQueries,
+    next_position: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`recompression.recompress`, on each device's rows and heads."""
+    rows, heads = split_axes(tail.keys.shape[0], context.keys.shape[1])
+    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
+
+    def place(tree: Any) -> Any:  # as `mesh.spec_of` does, but of the context's lanes
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: row if path[-1].name in ("offsets", "lengths", "length") else split, tree
+        )
+
+    inputs = (*(place(tree) for tree in (context, tail, observed)), row)
+    return local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
+
+
+def split(buffers: jax.Array) -> jax.Array:
+    """Places [batch, lanes, ...] over the mesh as the ops expect it."""
+    rows, heads = split_axes(*buffers.shape[:2])
+    return buffers if rows is heads is None else jax.lax.with_sharding_constraint(buffers, PartitionSpec(rows, heads))

@@ -1,0 +1,111 @@
+"""What to keep of a prompt, in the user's words."""
+
+import dataclasses
+
+from vlcache_jax.errors import PolicyError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A number of prompt tokens: as a budget, of one layer on average; as `Policy.recent`, of the window.
+
+    Example:
+      >>> Tokens(256)
+      Tokens(count=256)
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
+            raise PolicyError(f"Tokens({self.count!r}): give a whole number of tokens")
+
+    def __format__(self, _: str) -> str:
+        return f"{self.count} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """A budget in bytes: of the buffers of one prompt's compressed context, alignment and positions included.
+
+    It is a promise for every prompt of a batch, not for the batch, so that a prompt keeps what it keeps alone. The
+    tail of generated tokens is not counted. A prompt that needs less keeps everything.
+
+    Example:
+      >>> Bytes(2**28)
+      Bytes(count=268435456)
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise PolicyError(f"Bytes({self.count!r}): give a whole number of bytes, at least 1")
+
+    def __format__(self, _: str) -> str:
+        return f"{self.count} bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mass:
+    """A budget in retained attention: every prompt keeps as little as holds a share of the scores, below a cap.
+
+    Each layer keeps the fewest tokens, the forced ones among them, that hold at least `share` of the layer's scores
+    (the mean over its KV heads). All layers together keep at most `cap` of the prompt's cache; where that is not
+    enough, all layers hold the largest common share that fits. The memory is that of the cap: the size of the store
+    must be known before the prompt is seen. A small share keeps less and decodes faster, but frees no more.
+
+    The budget decides the layers' slots itself: a method's own allocation over layers takes no part.
+
+    Attributes:
+      share: of a layer's scores, between 0 and 1.
+      cap: fraction of the prompt's cache, in (0, 1].
+
+    Raises:
+      PolicyError: a share or cap out of range, or no cap.
+
+    Example:
+      >>> Mass(0.98, cap=0.4)
+      Mass(share=0.98, cap=0.4)
+    """
+
+    share: float
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        share, cap = self.share, self.cap
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise PolicyError(
+                f"Mass({share!r}): give the share of the attention to keep, above 0 and below 1 (budget=1.0 keeps all)"
+            )
+        if cap is None:
+            raise PolicyError(
+                f"Mass({share!r}) has no cap: the size of the store must be known before the prompt is seen, so give "
+                f"the most that may be kept as a fraction of the prompt, for example Mass({share!r}, cap=0.4)"
+            )
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 1e-4 <= cap <= 1:
+            raise PolicyError(f"Mass({share!r}, cap={cap!r}): give a cap in (0, 1], and not below 0.0001")
+
+    def __format__(self, _: str) -> str:
+        return budget_text(self)
+
+
+Budget = float | Tokens | Bytes | Mass
+
+
+def budget_text(budget: "Budget") -> str:
+    """A budget in words.
+
+    Example:
+      >>> budget_text(0.1), budget_text(Tokens(64)), budget_text(Bytes(1000000))
+      ('10 %', '64 tokens a layer', '1000000 bytes a prompt')
+      >>> budget_text(Mass(0.98, cap=0.4))
+      '98 % of the attention, at most 40 %'
+    """
+    if isinstance(budget, Tokens):
+        return f"{budget.count} tokens a layer"
+    if isinstance(budget, Bytes):
+        return f"{budget.count} bytes a prompt"
+    if isinstance(budget, Mass):
+        return f"{100 * budget.share:.4g} % of the attention, at most {budget_text(budget.cap or 1.0)}"
+    return f"{100 * budget:.4g} %"

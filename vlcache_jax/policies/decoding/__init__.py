@@ -1,0 +1,1 @@
+"""What becomes of generated tokens: a rule a file."""

@@ -1,0 +1,24 @@
+"""No compression, or none but fewer bits."""
+
+from vlcache_jax.policies.methods.method import method
+from vlcache_jax.policies.policy import Policy
+
+
+@method
+def FullCache(*, bits: int | None = None) -> Policy:
+    """Keeps the whole prompt: the yardstick of every other policy.
+
+    Args:
+      bits: see `Policy`.
+
+    Returns:
+      The policy.
+
+    Raises:
+      PolicyError: bits that cannot be stored.
+
+    Example:
+      >>> FullCache().keeps_all
+      True
+    """
+    return Policy(name="full_cache", budget=1.0, bits=bits)

@@ -1,0 +1,24 @@
+"""Keeping tokens at random."""
+
+from typing import Unpack
+
+from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.methods.method import method
+from vlcache_jax.policies.policy import Options, Policy
+from vlcache_jax.policies.scores.attention import RandomScore
+
+
+@method
+def RandomEviction(budget: Budget = 0.1, *, recent: float = 0.1, seed: int = 0, **options: Unpack[Options]) -> Policy:
+    """Keeps random tokens, the same number in every layer, besides the recent ones: what a score must beat.
+
+    Args:
+      budget: see `Policy.budget`.
+      recent: fraction of each layer's slots for its most recent tokens.
+      seed: of the random scores; they depend on layer, KV head and position only.
+      **options: see `Options`.
+
+    Returns:
+      The policy.
+    """
+    return Policy(name="random", budget=budget, score=RandomScore(seed), recent=recent, **options)

@@ -1,0 +1,1 @@
+"""From a layer's attention, keys and values to a score for every token."""

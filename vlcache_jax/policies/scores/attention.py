@@ -1,0 +1,148 @@
+"""What a key is worth: one number for each token and KV head of a layer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.inputs import TEXT
+from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.parallel.seeds import random_bits, seed_words, uniform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """What a score may look at, in one layer of the prefill.
+
+    Attributes:
+      query: [batch, length, heads, head_dim], rotated.
+      key: [batch, length, kv_heads, head_dim], rotated.
+      value: like `key`.
+      lengths: i32 [batch].
+      vision_index: i32 [batch, length], as in `Batch`.
+      layer: i32 [], index of the layer.
+      density: f32 [batch], share of large attention entries; 1 unless `Allocate.threshold` asks for it.
+      rows: i32 [batch], how many rows score the keys: the last ones of the prompt, for every `Rows` here.
+      statistics: of the policy's rows; None unless the policy needs them.
+      window: i32 [batch], the latest tokens that every layer keeps whatever they score, where that is a number of
+        tokens (`Tokens`, `Window`, `AverageShare`); None where `Policy.recent` is a fraction of a layer's own slots.
+      rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+    vision_index: jax.Array
+    layer: jax.Array
+    density: jax.Array
+    rows: jax.Array
+    statistics: ColumnStatistics | None = None
+    window: jax.Array | None = None
+    rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    @property
+    def vision_mask(self) -> jax.Array:
+        """bool [batch, length]: True where the token is visual."""
+        return self.vision_index != TEXT
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool [batch, length]: False where there is padding."""
+        return jax.lax.iota(jnp.int32, self.key.shape[1])[None] < self.lengths[:, None]
+
+
+class Score:
+    """A function of a layer's inputs. Subclasses are frozen dataclasses, so that a policy can be hashed."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether `LayerInputs.statistics` must be there. A subclass may write `needs_attention = False`."""
+        return True
+
+    @property
+    def is_mass(self) -> bool:
+        """Whether it is attention received, not negative, so that a share of its sum means something (`vlc.Mass`)."""
+        return self.needs_attention
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """f32 [batch, kv_heads or 1, length]; higher is kept first. Padding may hold anything."""
+        raise NotImplementedError
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """Like the scores: which of two equal ones is kept first. None: the lower position, as where these are equal.
+
+        For scores with ties by construction. A score made from another passes on the other's.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatedAttention(Score):
+    """Attention received from the policy's rows, averaged over query heads (VL-Cache, section 3.2).
+
+    `heads="each"` ranks the tokens for every KV head by the mean over its query heads; `heads="shared"` ranks them
+    once for the layer by the mean over all query heads. The paper does not say which. `normalised` divides the score of
+    token j by the number of rows that see it, for scores from all rows.
+    """
+
+    heads: str = "each"
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads not in ("each", "shared"):
+            raise PolicyError(f"heads={self.heads!r} is not known: use 'each' or 'shared'")
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        assert inputs.statistics is not None
+        sums = inputs.statistics.sums
+        batch, heads, length = sums.shape
+        groups = 1 if self.heads == "shared" else inputs.key.shape[2]
+        mean = jnp.mean(sums.reshape(batch, groups, heads // groups, length), axis=2)
+        if not self.normalised:
+            return mean
+        seen = jnp.minimum(inputs.lengths[:, None] - jax.lax.iota(jnp.int32, length)[None], inputs.rows[:, None])
+        return mean / jnp.maximum(seen, 1).astype(jnp.float32)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomScore(Score):
+    """Uniform random numbers: the yardstick that every method must beat. The same for every row of a batch.
+
+    Raises:
+      PolicyError: a seed that is no integer of up to 64 bits.
+    """
+
+    needs_attention = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            if not isinstance(self.seed, int | np.integer):
+                raise InputError(f"{self.seed!r} is not an integer")
+            seed_words(self.seed, ())
+        except InputError as error:
+            raise PolicyError(f"seed={self.seed!r} is not known: give an integer below 2**64") from error
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        batch, length, kv_heads, _ = inputs.key.shape
+        words = jnp.asarray(seed_words(self.seed, ()))
+        # Drawn position by position, so that it does not depend on the padding.
+        draw = jax.vmap(lambda i: uniform(random_bits(words, (inputs.layer, i), kv_heads)))
+        return jnp.broadcast_to(draw(jax.lax.iota(jnp.int32, length)).T[None], (batch, kv_heads, length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recency(Score):
+    """The position: later tokens first."""
+
+    needs_attention = False
+
+    def __call__(self, inputs: LayerInputs) -> jax.Array:
+        """See `Score.__call__`."""
+        return jnp.broadcast_to(jnp.arange(inputs.key.shape[1], dtype=jnp.float32), inputs.valid.shape)[:, None]
