@@ -128,14 +128,13 @@ def test_prefetch_keeps_order_passes_errors_on_and_stops_its_thread():
     with pytest.raises(ValueError, match="no more data"):
         next(items)
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     endless = prefetch(iter(int, 1))
     next(endless)
+    (own,) = set(threading.enumerate()) - before
     endless.close()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=2)
-    assert threading.active_count() <= before
+    own.join(timeout=10)
+    assert not own.is_alive()
 
 
 @pytest.mark.parametrize(
