@@ -37,7 +37,7 @@ from vlcache_jax.files.reading import read_plain
 from vlcache_jax.files.writing import append_line
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import TEXT
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.policies import POLICIES, Score
 from vlcache_jax.policies.window import AverageShare
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import vlcache_jax as vlc
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 
 
 class Compilations(logging.Handler):

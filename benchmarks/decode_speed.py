@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlcache_jax as vlc
-from vlcache_jax.models.checkpoint import load_params
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.cpu_layout import cpu_layout
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.cpu_layout import cpu_layout
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.params_reader import load_params
 
 
 def ours(model: Llava, params: Any, batch: vlc.Batch, policy: vlc.Policy, steps: int) -> Callable[[], np.ndarray]:

@@ -22,10 +22,12 @@ import numpy as np
 from vlcache_jax import Batch
 from vlcache_jax.files.writing import write_text
 from vlcache_jax.inputs import TEXT
-from vlcache_jax.models.checkpoint import save_params
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.config_reader import write_config
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_writer import write_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.params_writer import save_params
+from vlcache_jax.models.vision.config import VisionConfig
 
 IMAGE_TOKEN = 3
 

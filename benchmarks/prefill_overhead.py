@@ -9,7 +9,7 @@ of its scoring rows (`--scored` of them, after the image).
 import harness
 
 import vlcache_jax as vlc
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import vlcache_jax as vlc
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 
 
 def context_bytes(shape: str, length: int, policy: vlc.Policy) -> int:

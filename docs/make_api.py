@@ -19,7 +19,7 @@ GROUPS = {
     "loading": ("Loading", ["load save VLM use_compilation_cache"]),
     "prompts": (
         "Prompts",
-        ["models.processing: Processor", "models.processing.text_stream: TextStream", "Batch Continuation"],
+        ["models.processor: Processor", "models.text.text_stream: TextStream", "Batch Continuation"],
     ),
     "generation": (
         "Generation",

@@ -11,7 +11,7 @@ import pytest
 import torch  # noqa: F401  (decode_speed.py compares with it: not part of --core)
 
 import vlcache_jax as vlc
-from vlcache_jax.models.cpu_layout import cpu_layout
+from vlcache_jax.models.decoder.cpu_layout import cpu_layout
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

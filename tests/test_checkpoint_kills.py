@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.checkpoint import save_params
-from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.params_writer import save_params
+from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.vision.config import VisionConfig
 
 CONFIG = LlavaConfig(
     model_type="llava",

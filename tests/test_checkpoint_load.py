@@ -15,10 +15,10 @@ from checkpoint_models import hand_built, make_model, rename
 from safetensors.torch import load_file, save_file
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.checkpoint import load_params
-from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.params_reader import load_params
+from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
 
 
 def abstract(folder: Path) -> dict[str, Any]:

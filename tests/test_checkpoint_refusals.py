@@ -16,9 +16,9 @@ from tiny_checkpoints import make_tiny_llava
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder, read_header
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder, read_header
+from vlcache_jax.models.processor import Processor
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"

@@ -12,9 +12,11 @@ import torch
 from checkpoint_models import MODELS, hand_built, make_model
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.checkpoint import load_params, save_params
-from vlcache_jax.models.config_reader import read_config, write_config
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.config_writer import write_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.params_reader import load_params
+from vlcache_jax.models.io.params_writer import save_params
 
 
 def assert_equal(got: Any, want: Any) -> None:

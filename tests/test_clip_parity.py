@@ -9,9 +9,9 @@ import transformers
 
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.models.activations import ACTIVATIONS, activation
-from vlcache_jax.models.clip import ClipVisionTower
-from vlcache_jax.models.config import VisionConfig
-from vlcache_jax.models.projector import Projector
+from vlcache_jax.models.families.llava.projector import Projector
+from vlcache_jax.models.vision.clip import ClipVisionTower
+from vlcache_jax.models.vision.config import VisionConfig
 
 CONFIG = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, image_size=16, patch_size=4)
 LINEAR = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}

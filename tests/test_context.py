@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.sharding import param_shardings
 
 NEW = 6

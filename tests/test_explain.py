@@ -10,13 +10,15 @@ from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.errors import InputError
-from vlcache_jax.explain.image_regions import token_regions
 from vlcache_jax.explain.pictures import _Sheet, _wrap, explain, kept_by_layer
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.processing.layout import VisionLayout
-from vlcache_jax.models.processing.transform import ImageTransform
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.layout import VisionLayout
+from vlcache_jax.models.families.llava.regions import token_regions
+from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.vision.config import VisionConfig
 
 PINPOINTS = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
 

@@ -14,7 +14,7 @@ from tiny_checkpoints import make_tiny_llava
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.checkpoint.hub import find_checkpoint
+from vlcache_jax.models.io.hub import find_checkpoint
 
 MODEL = "llava-hf/tiny"
 

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import parse_json
 from vlcache_jax.files.limits import Range
-from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.processing.layout import VisionLayout, agree_on_pinpoints
-from vlcache_jax.models.processing.transform import ImageTransform
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.layout import VisionLayout, agree_on_pinpoints
+from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
 
 YARN = {
     "rope_type": "yarn",
@@ -270,8 +270,8 @@ def test_ranges() -> None:
 def test_many_unknown_tensors_are_told_at_once(tmp_path: Path) -> None:
     import numpy as np
 
-    from vlcache_jax.models.checkpoint import load_params
-    from vlcache_jax.models.llava import Llava
+    from vlcache_jax.models.families.llava.model import Llava
+    from vlcache_jax.models.io.params_reader import load_params
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file({f"junk.{i}" * 20: np.zeros(1, np.float32) for i in range(20_000)}, tmp_path / "model.safetensors")

@@ -15,7 +15,7 @@ from tiny_models import tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.config import RopeConfig
+from vlcache_jax.models.decoder.config import RopeConfig
 
 FOLDER = Path(__file__).parent / "kvpress_sets"
 sys.path.insert(0, str(FOLDER))

@@ -11,9 +11,11 @@ from tpu import compile_for
 
 import vlcache_jax as vlc
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.models.presets import PRESETS, preset
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.presets import PRESETS, preset
+from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload

@@ -9,8 +9,8 @@ from test_processing_parity import expected_tiles
 from transformers import LlavaProcessor
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.chat_template import ChatTemplate
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.chat_template import ChatTemplate
 
 # llava-hf/llava-1.5-7b-hf's: images first, and a content that is plain text is dropped.
 LLAVA = (

@@ -11,9 +11,9 @@ from processing_checkpoint import TEMPLATE, picture, write_checkpoint
 from transformers import AutoProcessor, LlavaProcessor
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.checkpoint.files import checkpoint_folder
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.chat_template import ChatTemplate, read_templates
+from vlcache_jax.models.io.files import checkpoint_folder
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.chat_template import ChatTemplate, read_templates
 
 TEXTS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 ADDED = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + '\n' }}{% endfor %}"
@@ -255,7 +255,7 @@ def test_other_urls_are_refused(processor, part, message):
 
 
 def test_a_data_url_that_is_too_long(processor, monkeypatch):
-    monkeypatch.setattr("vlcache_jax.models.processing.data_url.DATA_URL_CHARACTERS", 100)
+    monkeypatch.setattr("vlcache_jax.models.images.data_url.DATA_URL_CHARACTERS", 100)
     with pytest.raises(InputError, match="the limit is 100"):
         processor.chat([{"role": "user", "content": [{"type": "image", "image": data_url(picture(30, 20))}, TEXT]}])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vlcache_jax as vlc
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processor import Processor
 
 DEMO = Path(vlc.__file__).parent / "assets" / "demo_model"
 

@@ -12,7 +12,7 @@ from tiers import later
 from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processor import Processor
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is </s> it?"}]}]
 

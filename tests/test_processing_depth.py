@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.processing.images import load_image
+from vlcache_jax.models.images.opening import load_image
 
 RAMP = np.linspace(0, 1, 256 * 4).reshape(16, 64)
 EXPECTED = np.rint(RAMP * 255)

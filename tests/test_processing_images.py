@@ -17,8 +17,8 @@ from test_processing_parity import expected_tiles
 from transformers.image_utils import load_image as load_image_of_transformers
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.images import MAX_PIXELS, load_image
+from vlcache_jax.models.images.opening import MAX_PIXELS, load_image
+from vlcache_jax.models.processor import Processor
 
 
 def same(image, other):

@@ -13,8 +13,8 @@ from processing_checkpoint import CORPUS, PINPOINTS, TILE, edit_json, picture, w
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.buckets import bucket_length
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.buckets import bucket_length
 
 WHAT = "What is <image> in this picture?"
 

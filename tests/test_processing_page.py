@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import vlcache_jax as vlc
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processor import Processor
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "vlcache_jax" / "assets" / "demo_model"

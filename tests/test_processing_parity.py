@@ -13,7 +13,8 @@ from transformers import LlavaNextConfig, LlavaNextModel, LlavaNextProcessor, Ll
 from transformers.image_utils import load_image
 
 from vlcache_jax.inputs import NEWLINE, TEXT
-from vlcache_jax.models.processing import Processor, anyres
+from vlcache_jax.models.families.llava import anyres
+from vlcache_jax.models.processor import Processor
 
 SIZES = [(24, 24), (31, 17), (17, 31), (100, 9), (9, 100), (1, 1), (640, 480), (333, 500), (23, 25), (48, 24)]
 PROMPTS = [

@@ -7,7 +7,7 @@ import pytest
 from processing_checkpoint import CORPUS, write_checkpoint
 
 from vlcache_jax.cli.generate import _Printer
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.processor import Processor
 
 
 @pytest.fixture(scope="module", params=["words", "bytes", "llama"])

@@ -15,8 +15,8 @@ import pytest
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files import limits
-from vlcache_jax.models.processing import template_process
-from vlcache_jax.models.processing.chat_template import ChatTemplate
+from vlcache_jax.models.text import template_process
+from vlcache_jax.models.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hi there"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
@@ -94,8 +94,8 @@ def test_processor_time_counts_whatever_the_parent_does_with_its_signal():
     """A child inherits which signals are ignored and blocked. (Not in this process: libtpu has plans of its own.)"""
     script = (
         f"import signal, sys; sys.path[:0] = {sys.path!r}\n"
-        "from vlcache_jax import limits\n"
-        "from vlcache_jax.models.processing.chat_template import ChatTemplate\n"
+        "from vlcache_jax.files import limits\n"
+        "from vlcache_jax.models.text.chat_template import ChatTemplate\n"
         "signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})\n"
         "limits.TEMPLATE_WALL_SECONDS = 200\n"
@@ -137,8 +137,8 @@ def test_a_forked_child_gets_a_process_of_its_own():
     worker = template_process.SHARED._process
     script = (
         f"import os, sys; sys.path[:0] = {sys.path!r}\n"
-        "from vlcache_jax.models.processing import template_process\n"
-        "from vlcache_jax.models.processing.chat_template import ChatTemplate\n"
+        "from vlcache_jax.models.text import template_process\n"
+        "from vlcache_jax.models.text.chat_template import ChatTemplate\n"
         "template = ChatTemplate('{{ messages[0].content }}')\n"
         "mine = template_process.SHARED._process.pid\n"
         "if os.fork() == 0:\n"

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer as Library
 from transformers import LlavaProcessor
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.tokenizer import Tokenizer
-from vlcache_jax.models.processing.tokenizer_library import library_errors
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.tokenizer import Tokenizer
+from vlcache_jax.models.text.tokenizer_library import library_errors
 
 
 @pytest.fixture

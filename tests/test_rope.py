@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vlcache_jax.models import rope
-from vlcache_jax.models.config import RopeConfig
+from vlcache_jax.models.decoder import rope
+from vlcache_jax.models.decoder.config import RopeConfig
 
 HEAD_DIM = 64
 POSITIONS = 4096

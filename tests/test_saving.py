@@ -250,7 +250,7 @@ def test_no_folder_is_left_by_a_link(llava, tmp_path):
 
 
 def test_a_parameter_without_a_place_is_named(llava, tmp_path):
-    from vlcache_jax.models.cpu_layout import cpu_layout
+    from vlcache_jax.models.decoder.cpu_layout import cpu_layout
 
     vlm = vlc.load(llava, dtype="float32")
     with pytest.raises(vlc.CheckpointError, match="has no place in a model of this config"):

@@ -11,9 +11,11 @@ from jax.sharding import AxisType, Mesh
 from tpu import mesh_of
 
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_rows
 from vlcache_jax.training.batch import TrainBatch

@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.training.examples import make_train_batch
 from vlcache_jax.training.loss import answer_loss
 from vlcache_jax.training.state import init_state, make_train_step

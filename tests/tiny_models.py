@@ -4,8 +4,10 @@ import jax
 import numpy as np
 
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.vision.config import VisionConfig
 
 IMAGE_TOKEN = 5
 PATCHES = 16  # visual features of one tile

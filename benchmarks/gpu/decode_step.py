@@ -19,7 +19,7 @@ import harness
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.state import KVState
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 
 
 def weight_bytes(params: Any) -> int:

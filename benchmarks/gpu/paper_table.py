@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harness
 
 import vlcache_jax as vlc
-from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import write_config
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_writer import write_config
+from vlcache_jax.models.families.llava.model import Llava
 
 SIDES = ("full_cache", "vl_cache", "transformers")
 Run = Callable[[], tuple[float, float]]  # seconds of the prefill, seconds of the decoding

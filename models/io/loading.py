@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.checkpoint import load_params
-from vlcache_jax.models.checkpoint.hub import find_checkpoint
-from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.io.hub import find_checkpoint
+from vlcache_jax.models.io.params_reader import load_params
+from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.parallel.replication import replicated, warn
 from vlcache_jax.typing import Params

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.files.writing import check_target, make_folder, write_text
-from vlcache_jax.models.checkpoint import save_params
-from vlcache_jax.models.checkpoint.files import read_json
-from vlcache_jax.models.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE
-from vlcache_jax.models.checkpoint.save import check_params
-from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.config_reader.writing import config_files
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.config_writer import config_files
+from vlcache_jax.models.families.llava.processor_writer import processor_files
+from vlcache_jax.models.io.files import read_json
 from vlcache_jax.models.io.loading import VLM
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.writing import processor_files
+from vlcache_jax.models.io.params_writer import check_params, save_params
+from vlcache_jax.models.io.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from vlcache_jax.models.processor import Processor
 
 
 def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:

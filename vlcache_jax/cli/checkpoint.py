@@ -9,13 +9,13 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.files.compilation_cache import use_compilation_cache
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.checkpoint.files import CheckpointFolder
-from vlcache_jax.models.checkpoint.hub import find_checkpoint
-from vlcache_jax.models.checkpoint.safetensors_reader import SafetensorsFolder
-from vlcache_jax.models.config_reader import read_config
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.io import loading
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.models.processing import Processor
+from vlcache_jax.models.io.files import CheckpointFolder
+from vlcache_jax.models.io.hub import find_checkpoint
+from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.processor import Processor
 from vlcache_jax.policies import Policy
 from vlcache_jax.terminal.progress import Progress
 

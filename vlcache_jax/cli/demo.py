@@ -29,7 +29,7 @@ from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.reading import read_plain
 from vlcache_jax.files.writing import write_picture
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.processing.images import load_image
+from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.policies import FullCache
 from vlcache_jax.policies.budget import budget_text
 from vlcache_jax.terminal.progress import Progress

@@ -18,8 +18,8 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.explain.pictures import explain
 from vlcache_jax.files.writing import write_picture
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.processing.images import load_image
-from vlcache_jax.models.processing.processor import Processor
+from vlcache_jax.models.images.opening import load_image
+from vlcache_jax.models.processor import Processor
 from vlcache_jax.policies.budget import budget_text
 from vlcache_jax.terminal.progress import Progress
 

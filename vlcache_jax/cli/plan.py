@@ -10,8 +10,8 @@ from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.process import emit
 from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.checkpoint.files import CheckpointFolder
-from vlcache_jax.models.checkpoint.hub import find_checkpoint
+from vlcache_jax.models.io.files import CheckpointFolder
+from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import Policy
 from vlcache_jax.policies.budget import budget_text

@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
-from vlcache_jax.explain.image_regions import token_regions
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.processing.images import ImageLike, load_image
-from vlcache_jax.models.processing.layout import VisionLayout
+from vlcache_jax.models.families.llava.layout import VisionLayout
+from vlcache_jax.models.families.llava.regions import token_regions
+from vlcache_jax.models.images.opening import ImageLike, load_image
 from vlcache_jax.parallel.mesh import check_known
 from vlcache_jax.policies.budget import budget_text
 

@@ -23,8 +23,10 @@ T = TypeVar("T")
 _PLACES = {
     "vlcache_jax.policies.budget": ("Tokens", "Bytes", "Mass"),
     "vlcache_jax.policies.decoding.rules": ("Append", "RollingWindow", "Evict", "Recompress"),
-    "vlcache_jax.models.config": ("VisionConfig", "RopeConfig", "DecoderConfig", "LlavaConfig"),
-    "vlcache_jax.models.llava": ("Llava",),
+    "vlcache_jax.models.vision.config": ("VisionConfig",),
+    "vlcache_jax.models.decoder.config": ("RopeConfig", "DecoderConfig"),
+    "vlcache_jax.models.families.llava.config": ("LlavaConfig",),
+    "vlcache_jax.models.families.llava.model": ("Llava",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 _NOT_FIELDS = ("parent", "name")  # of a Flax module

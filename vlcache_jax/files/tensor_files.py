@@ -20,8 +20,8 @@ from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME
 from vlcache_jax.files.reading import open_plain
 from vlcache_jax.files.writing import replacing
-from vlcache_jax.models.checkpoint.safetensors_reader import TensorInfo, parse_header
-from vlcache_jax.models.checkpoint.safetensors_writer import NAMES, Entry, as_bytes, to_host, write_tensors
+from vlcache_jax.models.io.safetensors_reader import TensorInfo, parse_header
+from vlcache_jax.models.io.safetensors_writer import NAMES, Entry, as_bytes, to_host, write_tensors
 
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.checkpoint.hub import find_checkpoint
-from vlcache_jax.models.config import LlavaConfig
-from vlcache_jax.models.config_reader import read_config
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.models.presets import preset
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.presets import preset
+from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.parallel.replication import replicated
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import DATA_AXIS, check_axes, default_axes
@@ -130,7 +130,8 @@ def plan(
     """Compiles a run for a TPU slice and says what it needs. Neither a TPU nor weights are needed; nothing runs.
 
     Args:
-      model: a preset (`vlcache_jax.models.presets.PRESETS`), a folder with a `config.json`, or a configuration.
+      model: a preset (`vlcache_jax.models.families.llava.presets.PRESETS`), a folder with a `config.json`, or
+        a configuration.
       topology: generation and chips, such as "v5e:2x4", "v6e:1x1" or "v5p:2x2x1".
       batch: prompts at once.
       prompt: padded prompt length in tokens, visual ones included.

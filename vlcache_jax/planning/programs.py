@@ -16,7 +16,7 @@ from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.generate import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
 from vlcache_jax.policies.policy import Policy

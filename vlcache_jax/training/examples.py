@@ -7,8 +7,8 @@ import numpy as np
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import TEXT
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.rows import check_rows
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.rows import check_rows
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
 
 

@@ -9,13 +9,13 @@ from PIL import Image
 from vlcache_jax.demo.data.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, PATCH, make_sample
 from vlcache_jax.demo.data.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, UNKNOWN, build_tokenizer
 from vlcache_jax.files.writing import make_folder, write_picture, write_text
-from vlcache_jax.models.config import LlavaConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.io.saving import save
-from vlcache_jax.models.llava import Llava
-from vlcache_jax.models.processing import Processor
-from vlcache_jax.models.processing.tokenizer import Tokenizer
-from vlcache_jax.models.processing.transform import ImageTransform
+from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.tokenizer import Tokenizer
 
 EXAMPLES = (
     ("document", "documents", 1, 0),

@@ -17,8 +17,8 @@ from vlcache_jax.demo.data.labels import WORDS
 from vlcache_jax.demo.data.tokenizer import build_tokenizer
 from vlcache_jax.demo.data.words import COLOURS, SHAPES, plural
 from vlcache_jax.demo.recipe.vision import PatchBatch, normalise
-from vlcache_jax.models.config import DecoderConfig
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.training.state import Params
 
 _BATCHES = 36

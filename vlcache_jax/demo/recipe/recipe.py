@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from vlcache_jax.demo.data.samples import FULL_GRID, PATCH
 from vlcache_jax.demo.data.tokenizer import BOS, EOS, IMAGE, PAD, build_tokenizer
-from vlcache_jax.models.config import DecoderConfig, LlavaConfig, VisionConfig
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.vision.config import VisionConfig
 
 
 class Shape(NamedTuple):

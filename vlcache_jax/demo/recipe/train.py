@@ -30,7 +30,7 @@ from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import attention
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state

@@ -15,7 +15,7 @@ import optax
 
 from vlcache_jax.demo.data.labels import CELL, CLASSES, DIGIT_SLOTS, PatchLabels
 from vlcache_jax.demo.data.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, make_sample
-from vlcache_jax.models.llava import Llava
+from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.training.state import Loss, Metrics, Params
 
 _WIDTHS = {name: classes * (DIGIT_SLOTS if name == "digits" else 1) for name, classes in CLASSES.items()}

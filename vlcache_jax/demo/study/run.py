@@ -24,7 +24,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.inference.generate import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.cpu_layout import cpu_layout
+from vlcache_jax.models.decoder.cpu_layout import cpu_layout
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import FullCache, Policy
 from vlcache_jax.terminal.progress import Progress

@@ -1,0 +1,1 @@
+"""The decoder: embeddings, layers, rotary positions, and how its weights lie."""

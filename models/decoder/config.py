@@ -1,0 +1,63 @@
+"""What a decoder is made of, as frozen dataclasses: hashable, so a Flax module can hold them as static attributes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions. `kind` is the `rope_type` of the config: default, linear, dynamic, yarn or llama3."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+    def extended(self, max_positions: int) -> int:
+        """Positions that a model of `max_positions` (its `max_position_embeddings`) can use with this scaling.
+
+        `linear` and `dynamic` configs keep the length that the model was trained with, so the factor comes on top;
+        `yarn` and `llama3` configs give that length apart, and `max_position_embeddings` may be the extended one.
+        """
+        if self.kind in ("linear", "dynamic"):
+            return max(max_positions, int(max_positions * self.factor))
+        if self.kind in ("yarn", "llama3"):
+            return max(max_positions, int((self.original_max_positions or max_positions) * self.factor))
+        return max_positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP.
+
+    `max_positions` is the `max_position_embeddings` of its config; the model can use `extended_positions`.
+    """
+
+    family: str  # llama, mistral or qwen2
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    max_positions: int = 4096
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    activation: str = "silu"
+
+    @property
+    def extended_positions(self) -> int:
+        """Positions that a prompt and its answer may have together, those of rope scaling included."""
+        return self.rope.extended(self.max_positions)

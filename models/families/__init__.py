@@ -1,0 +1,1 @@
+"""Families of models: what each of them reads, computes and writes."""

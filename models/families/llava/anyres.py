@@ -1,0 +1,88 @@
+"""LLaVA-NeXT's "any resolution": the whole image once, and tiles of it at a finer resolution.
+
+    image --resize--> | base tile |                                                tile 0
+          --resize, pad to the best of some fixed resolutions, cut--> | 1 | 2 |    tiles 1, 2, ...
+                                                                      | 3 | 4 |
+
+The language model sees the features of the base tile, then those of the tiles joined to one grid, without the
+rows or columns that are only padding, row by row, each row closed by a NEWLINE.
+
+Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/. The rounding is that of transformers'
+`modeling_llava_next.py`, which decides how many visual tokens an image has.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.inputs import NEWLINE
+from vlcache_jax.models.images.transform import resize
+
+
+def select_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The resolution (height, width) that shows most of an image's pixels and, among those, wastes fewest."""
+
+    def rank(resolution: tuple[int, int]) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - resolution[0] * resolution[1]
+
+    return max(pinpoints, key=rank)  # the first one, if several are equally good
+
+
+def fitted_shape(height: int, width: int, resolution: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image scaled to just fit in `resolution`, its aspect ratio kept."""
+    scale_height, scale_width = resolution[0] / height, resolution[1] / width
+    if scale_width < scale_height:
+        return min(math.ceil(height * scale_width), resolution[0]), resolution[1]
+    return resolution[0], min(math.ceil(width * scale_height), resolution[1])
+
+
+def cut_tiles(
+    image: Image.Image, resolution: tuple[int, int], tile: int, resample: int, name: str = "the image"
+) -> np.ndarray:
+    """Fits `image` in `resolution`, centred on black, and cuts it by rows into u8 [tiles, tile, tile, 3]."""
+    height, width = fitted_shape(image.height, image.width, resolution)
+    canvas = np.zeros((*resolution, 3), np.uint8)
+    top, left = (resolution[0] - height) // 2, (resolution[1] - width) // 2
+    canvas[top : top + height, left : left + width] = np.asarray(resize(image, (height, width), resample, name))
+    rows, columns = resolution[0] // tile, resolution[1] // tile
+    grid = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
+    return grid.reshape(rows * columns, tile, tile, 3)
+
+
+def unpadded_range(height: int, width: int, rows: int, columns: int) -> tuple[slice, slice]:
+    """Which rows and columns of a `rows` x `columns` feature grid hold the image rather than its padding.
+
+    `height` and `width` are the original image's. Rounded as transformers' `unpad_image` rounds.
+    """
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return slice(padding, rows - padding), slice(0, columns)
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return slice(0, rows), slice(padding, columns - padding)
+
+
+def feature_index(height: int, width: int, resolution: tuple[int, int], tile: int, grid: int) -> np.ndarray:
+    """Where the visual tokens of one image take their features from.
+
+    Args:
+      height, width: of the original image, in pixels.
+      resolution: what `select_resolution` chose for it.
+      tile: side of a tile, in pixels.
+      grid: features along one side of a tile.
+
+    Returns:
+      i32 [visual tokens]: `tile * grid**2 + feature`, counted from the image's base tile; NEWLINE after each
+      row.
+    """
+    rows, columns = resolution[0] // tile * grid, resolution[1] // tile * grid
+    kept_rows, kept_columns = unpadded_range(height, width, rows, columns)
+    y = np.arange(rows, dtype=np.int32)[kept_rows, None]
+    x = np.arange(columns, dtype=np.int32)[None, kept_columns]
+    tile_number = 1 + y // grid * (columns // grid) + x // grid
+    index = tile_number * grid**2 + y % grid * grid + x % grid
+    index = np.pad(index, ((0, 0), (0, 1)), constant_values=NEWLINE)
+    return np.concatenate([np.arange(grid**2, dtype=np.int32), index.reshape(-1)])

@@ -1,0 +1,106 @@
+"""How an image becomes tiles, and the tiles' features visual tokens."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.limits import PINPOINTS
+from vlcache_jax.models.families.llava import anyres
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.images.transform import ImageTransform, resize
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLayout:
+    """Which tiles an image is cut into, and in which order the language model sees their features.
+
+    LLaVA-1.5 has one tile per image, LLaVA-NeXT one for the whole image and those of `anyres`.
+
+    Raises CheckpointError if the image processor's tiles would not fit the vision tower.
+    """
+
+    config: LlavaConfig
+    transform: ImageTransform
+
+    def __post_init__(self) -> None:
+        side = self.config.vision.image_size
+        if self._is_anyres:
+            if self.config.feature_select == "full":
+                raise CheckpointError(
+                    'config.json: vision_feature_select_strategy = "full" cannot work for llava_next: its tiles are '
+                    "joined to one grid, where a class token has no place (transformers fails, too); correct it to "
+                    '"default"'
+                )
+            # transformers cuts tiles of `crop_size`, whether or not it crops.
+            if self.transform.crop_size[0] != side:
+                raise CheckpointError(
+                    f"the image processor cuts tiles of {self.transform.crop_size[0]} pixels (crop_size), but the "
+                    f"vision tower takes {side}: make the two agree"
+                )
+            shapes = [(side, side), self._base_shape]
+        else:
+            shapes = [(1000, 500), (500, 1000), (10, 10)]  # tall, wide and square images
+        for shape in shapes:
+            if self.transform.output_shape(*shape) != (side, side):
+                raise CheckpointError(
+                    f"the image processor makes images of {self.transform.output_shape(*shape)} pixels, but the vision "
+                    f"tower takes {(side, side)}: correct size and crop_size"
+                )
+
+    @property
+    def _is_anyres(self) -> bool:
+        return self.config.model_type == "llava_next"
+
+    @property
+    def _base_shape(self) -> tuple[int, int]:
+        size = self.transform.size
+        return size if isinstance(size, tuple) else (size, size)
+
+    def tiles(self, image: Image.Image, name: str = "the image") -> np.ndarray:
+        """The tiles of an RGB image before normalisation, u8 [tiles, image_size, image_size, 3].
+
+        Raises InputError, naming the image by `name`, if it is too elongated to be resized.
+        """
+        transform, side = self.transform, self.config.vision.image_size
+        if not self._is_anyres:
+            return transform.apply(image, name)[None]
+        resolution = anyres.select_resolution(image.height, image.width, self.config.grid_pinpoints)
+        base = resize(image, self._base_shape, transform.resample, name)
+        fine = anyres.cut_tiles(image, resolution, side, transform.resample, name)
+        if transform.resized_shape(side, side) != (side, side):
+            fine = np.stack([transform.apply(Image.fromarray(tile), name) for tile in fine])
+        return np.concatenate([transform.apply(base, name)[None], fine])
+
+    def feature_index(self, height: int, width: int) -> np.ndarray:
+        """Where the visual tokens of an image of this shape take their features from, i32 [visual tokens].
+
+        `tile * features_per_tile + feature`, counted from the image's first tile, and NEWLINE for row breaks.
+        """
+        if not self._is_anyres:
+            return np.arange(self.config.features_per_tile, dtype=np.int32)
+        resolution = anyres.select_resolution(height, width, self.config.grid_pinpoints)
+        vision = self.config.vision
+        return anyres.feature_index(height, width, resolution, vision.image_size, vision.grid_size)
+
+
+def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:
+    """`config` with its resolutions in the image processor's order, in which the first of equally good ones wins.
+
+    Raises CheckpointError if the two name different resolutions: the visual tokens would not fit the features.
+    """
+    if config.model_type != "llava_next" or of_processor is None:
+        return config
+    pairs = isinstance(of_processor, list) and len(of_processor) <= PINPOINTS
+    if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in of_processor):
+        pinpoints = tuple((height, width) for height, width in of_processor)
+        of_model = config.grid_pinpoints
+        if all(pair in of_model for pair in pinpoints) and all(pair in pinpoints for pair in of_model):
+            return dataclasses.replace(config, grid_pinpoints=pinpoints)
+    raise CheckpointError(
+        f"image_grid_pinpoints differ: config.json has {config.grid_pinpoints}, the image processor "
+        f"{shorten(of_processor)}; make them agree"
+    )

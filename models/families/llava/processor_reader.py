@@ -1,0 +1,45 @@
+"""The parts of a processor, read from a checkpoint folder."""
+
+from typing import Any
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.layout import agree_on_pinpoints
+from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.io.files import Folder, checkpoint_folder, optional_json
+from vlcache_jax.models.text.chat_template import read_templates
+from vlcache_jax.models.text.tokenizer import Tokenizer
+
+
+def read_parts(path: Folder) -> dict[str, Any]:
+    """The arguments of `Processor`, in the forms that transformers 4 and 5 write them.
+
+    Raises CheckpointError: a file is missing or malformed, or the parts do not fit one another.
+    """
+    folder = checkpoint_folder(path)
+    config = read_config(folder)
+    settings = optional_json(folder, "processor_config.json") or {}
+    source, images = "processor_config.json", settings.get("image_processor")
+    if images is None:
+        source, images = "preprocessor_config.json", optional_json(folder, "preprocessor_config.json")
+    if images is None:
+        raise CheckpointError(
+            f"{folder} has neither preprocessor_config.json nor an image_processor in "
+            "processor_config.json: write it with transformers, by "
+            "AutoProcessor.from_pretrained(...).save_pretrained(folder)"
+        )
+    if not isinstance(images, dict):
+        raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
+    transform = ImageTransform.from_dict(images, source)
+    config = agree_on_pinpoints(config, images.get("image_grid_pinpoints"))
+    tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
+    image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
+    if not isinstance(image_token, str):
+        raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
+    return {
+        "tokenizer": tokenizer,
+        "config": config,
+        "transform": transform,
+        "image_token": image_token,
+        "chat_templates": read_templates(folder),
+    }

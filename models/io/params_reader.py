@@ -1,0 +1,184 @@
+"""Loading a checkpoint folder into the parameter tree, each device reading only its own part."""
+
+import difflib
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.models.families.llava.weights import BY_NAME, BY_PATH, IGNORED, canonical
+from vlcache_jax.models.io.copying import copy_cast
+from vlcache_jax.models.io.files import Folder
+from vlcache_jax.models.io.rules import Rule
+from vlcache_jax.models.io.safetensors_reader import DTYPES, SafetensorsFolder
+from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
+
+_LISTED = 20  # problems of one kind that a message spells out
+_COMPARED = 200  # names that are searched for one like another
+
+
+def load_params(
+    folder: Folder,
+    abstract_params: dict[str, Any],
+    dtype: Any = None,
+    shardings: Any = None,
+) -> dict[str, Any]:
+    """Reads the parameters of a LLaVA checkpoint that transformers (4 or 5) or `save_params` wrote.
+
+    Every tensor is checked before any data is read. Data are read tensor by tensor, straight from the
+    mapped files into each device's shard: the host never holds more than one parameter (stacked over
+    layers) beyond what the devices do.
+
+    Args:
+      folder: With `model.safetensors`, or `model.safetensors.index.json` and its shards. A path, or what
+        `checkpoint_folder` made of one.
+      abstract_params: The tree to fill, with `jax.ShapeDtypeStruct` leaves; `jax.eval_shape` of the model's
+        `init`.
+      dtype: Of the returned arrays; None takes each leaf's own from `abstract_params`.
+      shardings: A tree like `abstract_params` with a `jax.sharding.Sharding` at each leaf, or one for all
+        leaves. None puts everything on the default device.
+
+    Returns:
+      Nested dict like `abstract_params` with `jax.Array` leaves.
+
+    Raises:
+      CheckpointError: if files are missing, unsafe or corrupt, or the tensors do not fit; that message lists
+        everything that does not fit.
+    """
+    reader = SafetensorsFolder(folder)
+    warn_of_adapter(reader.folder)
+    wanted = traverse_util.flatten_dict(abstract_params)
+    sources = _match(reader, wanted)
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        one = shardings or jax.sharding.SingleDeviceSharding(_default_device())
+        placed = dict.fromkeys(wanted, one)
+    else:
+        placed = traverse_util.flatten_dict(shardings)
+        if missing := wanted.keys() - placed.keys():
+            raise ValueError(f"shardings lacks {sorted('/'.join(path) for path in missing)[:_LISTED]}")
+
+    params = {}
+    for path, leaf in wanted.items():
+        read = _callback(reader, BY_PATH[path], sources[path], leaf.shape, np.dtype(dtype or leaf.dtype))
+        params[path] = jax.make_array_from_callback(leaf.shape, placed[path], read).block_until_ready()
+        # JAX lets go of a transferred host buffer at its next chance, which would come after the next one is
+        # filled; a (cheap, youngest-generation) collection is such a chance.
+        del read
+        gc.collect(0)
+    return traverse_util.unflatten_dict(params)
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
+def _match(
+    reader: SafetensorsFolder, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct]
+) -> dict[tuple[str, ...], list[str]]:
+    """The checkpoint's tensor names for each parameter, in layer order; one error for all that is wrong."""
+    unknown, misshapen, unreadable, twice = [], [], [], []
+    found: dict[tuple[str, ...], dict[int, str]] = {path: {} for path in wanted}
+    tied_head = None
+    for name, info in sorted(reader.tensors.items()):
+        pattern, layer = canonical(name)
+        rule = BY_NAME.get(pattern)
+        if pattern in IGNORED:
+            continue
+        if rule is not None and rule.path == ("decoder", "lm_head", "kernel") and rule.path not in wanted:
+            tied_head = name  # a redundant copy of the embeddings; compared below
+            continue
+        if rule is None or rule.path not in wanted:
+            unknown.append(name if rule is None else f"{name} (the config describes a model without it)")
+            continue
+        shape = wanted[rule.path].shape
+        if rule.per_layer:
+            assert layer is not None
+            if layer >= shape[0]:
+                if rule.path[0] != "vision":  # layers behind the one whose features are used are no part of it
+                    unknown.append(f"{name} (the config describes {shape[0]} layers)")
+                continue
+            shape = shape[1:]
+        if info.shape != rule.theirs(shape):
+            expected = list(rule.theirs(shape))
+            misshapen.append(f"{name}: the config gives {expected}, the file has {list(info.shape)}")
+        if info.dtype not in DTYPES:
+            unreadable.append(f"{name}: {info.dtype}")
+        other = found[rule.path].setdefault(layer or 0, name)
+        if other != name and not reader.same_bytes(reader.tensors[other], info):
+            twice.append(f"{other} and {name}")
+
+    missing = []
+    for path, names in found.items():
+        rule = BY_PATH.get(path)
+        if rule is None:
+            raise ValueError(f"no checkpoint rule fills the parameter {'/'.join(path)}")
+        layers = range(wanted[path].shape[0]) if rule.per_layer else [0]
+        missing += [rule.name.format(layer=i) for i in layers if i not in names]
+
+    problems = [
+        *_listing("missing tensors", missing),
+        *_listing("tensors that belong to no parameter", unknown),
+        *_listing("tensors of the wrong shape", misshapen),
+        *_listing(f"tensors of an unsupported dtype (convert them to one of {', '.join(DTYPES)})", unreadable),
+        *_listing("tensors present twice, with different values", twice),
+    ]
+    if problems:
+        refuse_quantised_tensors(reader.folder, unknown)
+        hint = ""
+        if missing and unknown:
+            near = difflib.get_close_matches(missing[0], unknown[:_COMPARED], n=1)
+            hint = f"\n  ({missing[0]} may be what the file calls {near[0]})" if near else ""
+        raise CheckpointError(
+            f"the tensors in {reader.folder} do not fit its config.json:\n  " + "\n  ".join(problems) + hint
+        )
+    if tied_head is not None:
+        _check_tied(reader, tied_head, found[("decoder", "embed_tokens", "embedding")][0])
+    return {path: [name for _, name in sorted(names.items())] for path, names in found.items()}
+
+
+def _listing(title: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = [f"  ... and {len(items) - _LISTED} more"] if len(items) > _LISTED else []
+    return [f"{len(items)} {title}:", *(f"  {item[:300]}" for item in items[:_LISTED]), *more]
+
+
+def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:
+    a, b = reader.view(head), reader.view(embedding)
+    if a.shape != b.shape or not np.array_equal(a, b):
+        raise CheckpointError(
+            f"config.json of {reader.folder} ties the output head to the embeddings "
+            f"(tie_word_embeddings), but {head} and {embedding} differ; set tie_word_embeddings to false"
+        )
+
+
+def _callback(
+    reader: SafetensorsFolder, rule: Rule, names: list[str], shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[Any], np.ndarray]:
+    """What `jax.make_array_from_callback` calls for each device: an index of the parameter -> its data."""
+
+    def view(name: str) -> np.ndarray:
+        tensor = reader.view(name)
+        return tensor if rule.axes is None else tensor.transpose(rule.axes)
+
+    read: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
+
+    def callback(index: tuple[slice, ...] | None) -> np.ndarray:
+        slices = tuple(s.indices(n) for s, n in zip(index or (slice(None),) * len(shape), shape, strict=True))
+        if slices not in read:
+            out = np.empty([len(range(*s)) for s in slices], dtype)
+            cut = tuple(slice(*s) for s in slices)
+            if rule.per_layer:
+                for row, layer in enumerate(range(*slices[0])):
+                    copy_cast(out[row], view(names[layer])[cut[1:]])
+            else:
+                copy_cast(out, view(names[0])[cut])
+            read[slices] = out
+        return read[slices]
+
+    return callback

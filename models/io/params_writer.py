@@ -1,0 +1,188 @@
+"""Writing the parameter tree as a checkpoint that transformers loads."""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.writing import check_target, make_folder, only_writer, remove, replacing, write_text
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.weights import BY_PATH
+from vlcache_jax.models.io.files import read_json
+from vlcache_jax.models.io.rules import Rule
+from vlcache_jax.models.io.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE, read_header
+from vlcache_jax.models.io.safetensors_writer import Entry, to_host, write_tensors
+
+_POST_NORM = "vision_tower.vision_model.post_layernorm"
+_MARK = "vlcache_jax"  # in the metadata of shards: whose they are
+_SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
+
+
+def save_params(
+    params: dict[str, Any], folder: str | Path, config: LlavaConfig, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes parameters as safetensors under the names of transformers, dtypes kept.
+
+    `vlcache_jax.save` writes these and everything else that a checkpoint folder needs. With `write_config` into the
+    same folder, `LlavaForConditionalGeneration.from_pretrained` (or the LLaVA-NeXT one) loads the weights.
+
+    Whenever the writer is killed, the folder holds the whole old weights or the whole new ones: shards get names that
+    nothing has, and one rename (of the index or of the single file) or removal (of the single file, which counts before
+    an index) makes them the folder's weights. Then the old ones are removed, and what killed writers left. One
+    parameter at a time is brought to the host.
+
+    Args:
+      params: Nested dict of arrays, as `load_params` returns.
+      folder: Created if need be. Weights already there are replaced.
+      config: Of the model the parameters belong to.
+      max_shard_bytes: Larger checkpoints are split into shards with an index; a tensor is never split.
+
+    Raises:
+      CheckpointError: if the parameters do not fit the config or have a dtype that is not a float.
+      InputError: if the files cannot be written, or another program is writing there.
+    """
+    leaves = check_params(params, config)
+    entries = [entry for path, leaf in leaves.items() for entry in _entries(path, leaf)]
+    tensors = (tensor for path, leaf in leaves.items() for tensor in _tensors(path, leaf))
+    shards = _split(entries, max_shard_bytes)
+    root = make_folder(folder)
+    with only_writer(root):
+        single, index = root / SINGLE_FILE, root / INDEX_FILE
+        for path in (single, index):
+            check_target(path)
+        replaced = _named_by(index)
+        if len(shards) == 1:
+            with replacing(single) as stream:
+                write_tensors(stream, entries, tensors, {"format": "pt"})
+            remove(index)
+            names: list[str] = []
+        else:
+            names = _new_names(root, len(shards))
+            _write_shards(root, names, shards, tensors)
+            remove(single)
+        for path in root.iterdir():
+            if path.name not in names and _SHARD.fullmatch(path.name) and (path.name in replaced or _is_ours(path)):
+                remove(path)
+
+
+def _write_shards(root: Path, names: list[str], shards: list[list[Entry]], tensors: Iterator[np.ndarray]) -> None:
+    """Writes shards and, as the last file, their index; or, if that fails, none of them."""
+    listed = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    total = sum(entry.nbytes for shard in shards for entry in shard)
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            with replacing(root / name) as stream:
+                write_tensors(stream, shard, tensors, {"format": "pt", _MARK: "shard"})
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": listed}, indent=2, sort_keys=True)
+        write_text(root / INDEX_FILE, text + "\n")
+    except BaseException:
+        if not _named_by(root / INDEX_FILE) & set(names):
+            for name in names:
+                remove(root / name)
+        raise
+
+
+def _new_names(root: Path, count: int) -> list[str]:
+    """Names of shards: the usual ones, unless there is a file of such a name."""
+    tag = ""
+    while True:
+        names = [f"model-{tag}{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if not any((root / name).is_symlink() or (root / name).exists() for name in names):
+            return names
+        tag = f"{secrets.token_hex(4)}-"
+
+
+def _named_by(index: Path) -> set[str]:
+    """The files of an index; none if it cannot be read."""
+    try:
+        listed = read_json(index).get("weight_map")
+    except CheckpointError:
+        return set()
+    return {name for name in listed.values() if isinstance(name, str)} if isinstance(listed, dict) else set()
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and _MARK in read_header(path)[1]
+    except CheckpointError:
+        return False
+
+
+def check_params(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
+    """The parameters by their paths. Raises CheckpointError, see `save_params`."""
+    leaves = traverse_util.flatten_dict(params)
+    expected = _expected_paths(config)
+    for path in sorted(leaves.keys() ^ expected):
+        state = "is missing" if path in expected else "has no place in a model of this config"
+        raise CheckpointError(f"parameter {'/'.join(path)} {state}")
+    layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
+    for path, leaf in leaves.items():
+        name = "/".join(path)
+        if np.dtype(leaf.dtype) not in DTYPES.values():
+            raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(DTYPES)}")
+        if BY_PATH[path].per_layer and leaf.shape[0] != layers[path[0]]:
+            raise CheckpointError(
+                f"parameter {name} is stacked over {leaf.shape[0]} layers, the config has {layers[path[0]]}"
+            )
+    rows, vocab_size = leaves[("decoder", "embed_tokens", "embedding")].shape[0], config.decoder.vocab_size
+    if rows != vocab_size:
+        raise CheckpointError(f"the embedding has {rows} rows, the config's vocab_size is {vocab_size}")
+    return leaves
+
+
+def _expected_paths(config: LlavaConfig) -> set[tuple[str, ...]]:
+    decoder = config.decoder
+    attention, mlp = ("decoder", "layers", "attention"), ("decoder", "layers", "mlp")
+    optional: dict[tuple[str, ...], bool] = {
+        ("decoder", "lm_head", "kernel"): not decoder.tie_embeddings,
+        ("image_newline",): bool(config.grid_pinpoints),
+        **{(*attention, name, "bias"): decoder.qkv_bias for name in ("query", "key", "value")},
+        (*attention, "output", "bias"): decoder.output_bias,
+        **{(*mlp, name, "bias"): decoder.mlp_bias for name in ("gate", "up", "down")},
+        **{("projector", name, "bias"): config.projector_bias for name in ("linear_1", "linear_2")},
+    }
+    return {path for path in BY_PATH if optional.get(path, True)}
+
+
+def _entries(path: tuple[str, ...], leaf: Any) -> Iterator[Entry]:
+    """The tensors a parameter becomes. `_tensors` yields their data in the same order."""
+    rule: Rule = BY_PATH[path]
+    dtype = np.dtype(leaf.dtype)
+    if rule.per_layer:
+        for layer in range(leaf.shape[0]):
+            yield Entry(rule.name.format(layer=layer), dtype, rule.theirs(leaf.shape[1:]))
+    else:
+        yield Entry(rule.name, dtype, rule.theirs(leaf.shape))
+    if path == ("vision", "pre_norm", "bias"):
+        # transformers has this norm though LLaVA never reaches it; without it loading would warn.
+        yield Entry(f"{_POST_NORM}.weight", dtype, leaf.shape)
+        yield Entry(f"{_POST_NORM}.bias", dtype, leaf.shape)
+
+
+def _tensors(path: tuple[str, ...], leaf: Any) -> Iterator[np.ndarray]:
+    rule: Rule = BY_PATH[path]
+    values = to_host("/".join(path), leaf)
+    back = None if rule.axes is None else np.argsort(rule.axes)
+    for value in values if rule.per_layer else [values]:
+        yield value if back is None else value.transpose(back)
+    if path == ("vision", "pre_norm", "bias"):
+        yield np.ones_like(values)
+        yield np.zeros_like(values)
+
+
+def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    return shards

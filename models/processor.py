@@ -1,0 +1,351 @@
+"""Images and text to a `Batch`, and tokens back to text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
+from vlcache_jax.inputs import TEXT, Batch, Continuation
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.layout import VisionLayout
+from vlcache_jax.models.families.llava.processor_reader import read_parts
+from vlcache_jax.models.images.opening import ImageLike, load_image
+from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.io.files import Folder
+from vlcache_jax.models.text.arguments import check_room, continuation_texts, image_rows, token_rows
+from vlcache_jax.models.text.buckets import bucket_length, check_buckets
+from vlcache_jax.models.text.chat import split_conversation
+from vlcache_jax.models.text.chat_template import ChatTemplate
+from vlcache_jax.models.text.rows import check_rows, check_vocabulary, padding_id
+from vlcache_jax.models.text.tokenizer import Tokenizer
+from vlcache_jax.parallel.mesh import check_known
+
+
+class Processor:
+    """Turns images and prompts into what a LLaVA-1.5 or LLaVA-NeXT model takes.
+
+    Everything runs in numpy on the host. Token ids equal those of transformers' `LlavaProcessor` and
+    `LlavaNextProcessor`; pixels equal those of their PIL-based image processors.
+
+        processor = Processor.from_folder("llava-1.5-7b-hf")
+        batch = processor(images=["cat.jpg"], text=["USER: <image>\\nWhat is this? ASSISTANT:"])
+        texts = processor.decode(generate(model, params, batch, ...))
+
+    Attributes:
+      tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
+      config: the model that the processor serves.
+      layout: how an image becomes tiles and visual tokens; `layout.transform` how it is resized and normalised.
+      image_token: the text that stands for one image in a prompt, such as "<image>".
+      chat_templates: their sources by name; that of `chat` is "default".
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        config: LlavaConfig,
+        transform: ImageTransform,
+        image_token: str = "<image>",
+        chat_templates: Mapping[str, str] | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.layout = VisionLayout(config, transform)
+        self.image_token = image_token
+        self.chat_templates = dict(chat_templates or {})
+        self._templates: dict[str, ChatTemplate] = {}
+        self._buckets = None if buckets is None else check_buckets(buckets)
+        found = tokenizer.token_to_id(image_token)
+        if found != config.image_token_id:
+            raise CheckpointError(
+                f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json "
+                f"says {config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
+                "image token"
+            )
+        check_vocabulary(tokenizer, self.embedding_rows)
+        if self.has_chat_template:
+            self._chat_template("default")  # which may not parse: better known now
+
+    @classmethod
+    def from_folder(cls, path: Folder, *, buckets: Sequence[int] | None = None) -> "Processor":
+        """Reads the processor of a checkpoint folder, in the forms that transformers 4 and 5 write.
+
+        Needs `config.json`, `tokenizer.json`, and `preprocessor_config.json` or a `processor_config.json`
+        that holds the image processor; reads `tokenizer_config.json`, `special_tokens_map.json` and the chat
+        template where present.
+
+        Args:
+          path: a local folder.
+          buckets: padded prompt lengths to choose from; by default multiples of 64 up to 512, of 256 up to
+            4096, then of 1024.
+
+        Raises:
+          CheckpointError: a file is missing or malformed, or the parts do not fit one another.
+        """
+        return cls(**read_parts(path), buckets=buckets)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the model's embedding table: every token id of a prompt lies below. The weights are held to it."""
+        return self.config.decoder.vocab_size
+
+    @property
+    def padding_id(self) -> int:
+        """The id that fills padded rows: it always has a row, which the tokenizer's padding token need not."""
+        return padding_id(self.tokenizer, self.embedding_rows)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used without naming a template."""
+        return "default" in self.chat_templates
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] = (),
+        *,
+        pad_to: int | None = None,
+        pad_tiles_to: int | None = None,
+    ) -> Batch:
+        """A batch from prompts that hold one image token per image.
+
+        Args:
+          images: for each prompt a list of images, `[[a], [b, c], []]`; or, with one image per prompt, the
+            flat list `[a, b]`. An image is a PIL image, an array (see `load_image`), a path or a data URL. None if
+            no prompt has an image.
+          text: the prompts. A single str is a batch of one; its images may be given as `image` or `[image,
+            image]`.
+          pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
+          pad_tiles_to: the tiles of a row; by default the most that a row of this batch has. LLaVA-NeXT cuts images
+            of different shapes into different numbers of tiles: fix it to compile once for all of them.
+
+        Returns:
+          Batch with tokens i32 [batch, length], lengths i32 [batch], vision_index i32 [batch, length] and
+          pixels f32 [batch, tiles, image_size, image_size, 3], all of them numpy arrays.
+
+        Raises:
+          InputError: prompts and images that do not match, an empty prompt, an image that cannot be used, or
+            a prompt longer than `pad_to` or the largest bucket, or with more tiles than `pad_tiles_to`.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in texts):
+            raise InputError(f"text is {str(text)[:80]!r} of type {type(text).__name__}: give a str or a list of str")
+        if not texts:
+            raise InputError("text is empty: give at least one prompt")
+        rows = image_rows(images, len(texts), single=isinstance(text, str))
+        return self._batch(list(texts), rows, [True] * len(texts), pad_to, pad_tiles_to)
+
+    def chat(
+        self,
+        conversations: Sequence[Any],
+        *,
+        images: Any = None,
+        template: str = "default",
+        add_generation_prompt: bool = True,
+        pad_to: int | None = None,
+        pad_tiles_to: int | None = None,
+    ) -> Batch:
+        """A batch from conversations, by one of the checkpoint's chat templates.
+
+        A template is a program from the checkpoint. It runs in a sandbox and in a process of its own, which is started
+        once (0.1 s) and takes about 0.3 ms for a conversation; `vlcache_jax/limits.py` has its limits.
+
+        Args:
+          conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
+            whose content is a str or a list of `{"type": "text", "text": ...}` and `{"type": "image",
+            "image": ...}` (or `"path"`); a single conversation is a batch of one. OpenAI's `{"type": "image_url",
+            "image_url": {"url": "data:image/png;base64,..."}}` is taken, too; other URLs are not opened. If the
+            template expects the content in another form, it is converted.
+          images: as in `__call__`, the images of the parts `{"type": "image"}` that hold none, in order; in a
+            conversation without image parts, those of the image tokens in its texts.
+          template: the name of a template (a key of `chat_templates`).
+          add_generation_prompt: end with what starts the assistant's answer.
+          pad_to, pad_tiles_to: as in `__call__`.
+
+        Raises:
+          InputError: a malformed message, one that the template refuses, an unknown template, images without a place or
+            places without an image, or what `__call__` raises.
+          CheckpointError: the checkpoint has no chat template, or one that fails or takes too much time or memory.
+
+        Example:
+          question = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+          batch = processor.chat([{"role": "user", "content": question}])
+        """
+        renderer = self._chat_template(template)
+        if not isinstance(conversations, (list, tuple)) or not conversations:
+            raise InputError("conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]")
+        single = not isinstance(conversations[0], (list, tuple))
+        if single:
+            conversations = [conversations]
+        beside = image_rows(images, len(conversations), single)
+        pairs = [split_conversation(item, f"row {row}", beside[row]) for row, item in enumerate(conversations)]
+        texts = [renderer.render(messages, add_generation_prompt) for messages, _ in pairs]
+        bos = self.tokenizer.bos_token
+        # Many templates write the beginning-of-sequence token themselves; it must not come twice.
+        add_special_tokens = [not bos or not text.startswith(bos) for text in texts]
+        return self._batch(texts, [of_row for _, of_row in pairs], add_special_tokens, pad_to, pad_tiles_to)
+
+    def _chat_template(self, name: str) -> ChatTemplate:
+        if not self.chat_templates:
+            raise CheckpointError(
+                "this checkpoint has no chat template: write the prompt yourself and call the processor "
+                "with it, or put a chat_template.jinja in the folder"
+            )
+        if not isinstance(name, str) or name not in self.chat_templates:
+            names = ", ".join(map(repr, self.chat_templates))
+            raise InputError(f"there is no chat template {name!r}: choose one of {names} by template=")
+        if name not in self._templates:
+            special = self.tokenizer.special_tokens
+            self._templates[name] = ChatTemplate(self.chat_templates[name], special, self.image_token)
+        return self._templates[name]
+
+    def continuation(
+        self, text: str | Sequence[str] | Sequence[Sequence[str]], *, pad_to: int | None = None
+    ) -> Continuation:
+        """Text that goes on where prompts end, without a beginning-of-sequence token: see `vlcache_jax.extend`.
+
+        The text is tokenised by itself. Begin it where tokens of the prompt end too, after a line break or a special
+        token for instance; within a word its ids would not be those of the whole text.
+
+        Args:
+          text: one text for each row of a context, or a list of equally many for each row. A single str is one row.
+          pad_to: the padded length in tokens; by default the smallest of 16, 32 and the buckets of prompts that holds
+            the longest text.
+
+        Returns:
+          Continuation with tokens i32 [rows, length] or [rows, texts of a row, length].
+
+        Raises:
+          InputError: anything else, an empty text, one that holds the image token, or one longer than `pad_to`.
+        """
+        texts, lead = continuation_texts(text)
+        tokens = []
+        for number, item in enumerate(texts):
+            if self.image_token in item:
+                raise InputError(f"text {number} holds {self.image_token!r}: images belong into the prompt")
+            tokens.append(self.tokenizer.encode(item, add_special_tokens=False))
+            if not tokens[-1]:
+                raise InputError(f"text {number} is empty: {item!r} has no tokens")
+            check_rows(tokens[-1], self.embedding_rows, self.tokenizer, f"text {number}")
+        longest = max(map(len, tokens))
+        short = next((size for size in (16, 32) if longest <= size), None)
+        length = pad_to if pad_to is not None else short or bucket_length(longest, self._buckets)
+        check_room("pad_to", length, longest, "tokens in the longest text")
+        ids = np.full((len(tokens), int(length)), self.padding_id, np.int32)
+        for row, of_text in enumerate(tokens):
+            ids[row, : len(of_text)] = of_text
+        lengths = np.asarray([len(of_text) for of_text in tokens], np.int32)
+        return Continuation(ids.reshape(*lead, -1), lengths.reshape(lead))
+
+    def decode(self, out: Any) -> list[Any]:
+        """The texts of generated tokens, special tokens left out.
+
+        Args:
+          out: an object with `tokens` [batch, steps] and `lengths` [batch], of which a row's first
+            `lengths[row]` tokens count; or a whole [batch, steps] array; or a list of lists of token ids.
+            Of answers to several questions, `tokens` [rows, questions, steps], the texts are in lists of lists.
+
+        Raises InputError for anything else, or for a negative token id.
+        """
+        generated = hasattr(out, "tokens") and hasattr(out, "lengths")
+        tokens = out.tokens if generated else out
+        check_known(tokens, "the tokens")
+        if generated and np.ndim(tokens) > 2:
+            nested = zip(np.asarray(tokens), np.asarray(out.lengths), strict=True)
+            return [self.decode(Continuation(of_row, lengths)) for of_row, lengths in nested]
+        return [self.tokenizer.decode(row.tolist()) for row in token_rows(out)]
+
+    def _batch(
+        self,
+        texts: list[str],
+        images: list[list[ImageLike]],
+        add_special_tokens: list[bool],
+        pad_to: int | None,
+        pad_tiles_to: int | None,
+    ) -> Batch:
+        for row, (prompt, row_images) in enumerate(zip(texts, images, strict=True)):
+            if not prompt.strip():
+                raise InputError(f"row {row}: the prompt is empty")
+            positions = self.config.decoder.extended_positions
+            if len(prompt) > CHARACTERS_A_TOKEN * positions:  # tokenising it would take much memory for nothing
+                raise InputError(
+                    f"row {row}: the prompt has {len(prompt)} characters, far more than the model's {positions} "
+                    "positions can hold: shorten it"
+                )
+            placeholders = prompt.count(self.image_token)
+            if placeholders != len(row_images):
+                raise InputError(
+                    f"row {row}: the prompt holds {placeholders} image tokens {self.image_token!r}, but "
+                    f"{len(row_images)} images were given: write the token once for each image"
+                )
+        tiles, indices, tokens = [], [], []
+        for row, row_images in enumerate(images):
+            row_tiles, row_index, counts = self._encode_images(row_images, row)
+            tiles.append(row_tiles)
+            indices.append(row_index)
+            tokens.append(self._encode_text(texts[row], counts, add_special_tokens[row], row))
+        length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
+        check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
+        most = max(sum(map(len, row)) for row in tiles)
+        check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
+        return self._assemble(tokens, indices, tiles, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
+
+    def _encode_images(self, images: list[ImageLike], row: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+        """Per image u8 tiles [n, size, size, 3]; i32 indices of all features; how many each image has."""
+        tiles: list[np.ndarray] = []
+        indices: list[np.ndarray] = []
+        offset = 0
+        for number, source in enumerate(images):
+            name = f"row {row}, image {number}"
+            image: Image.Image = load_image(source, name)
+            tiles.append(self.layout.tiles(image, name))
+            index = self.layout.feature_index(image.height, image.width)
+            indices.append(np.where(index >= 0, index + offset, index))
+            offset += len(tiles[-1]) * self.config.features_per_tile
+        empty = np.zeros(0, np.int32)
+        return tiles, np.concatenate([empty, *indices]).astype(np.int32), [len(index) for index in indices]
+
+    def _encode_text(self, prompt: str, counts: list[int], add_special_tokens: bool, row: int) -> np.ndarray:
+        """i32 token ids, with each image token repeated once per feature of its image."""
+        pieces = prompt.split(self.image_token)
+        expanded = pieces[0] + "".join(
+            self.image_token * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
+        )
+        tokens = np.asarray(self.tokenizer.encode(expanded, add_special_tokens), np.int32)
+        found = int((tokens == self.config.image_token_id).sum())
+        if found != sum(counts) or len(tokens) == 0:
+            raise InputError(
+                f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
+                f"have {sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
+                f"{prompt[:80]!r}"
+            )
+        check_rows(tokens.tolist(), self.embedding_rows, self.tokenizer, f"row {row}")
+        return tokens
+
+    def _assemble(
+        self,
+        tokens: list[np.ndarray],
+        indices: list[np.ndarray],
+        tiles: list[list[np.ndarray]],
+        length: int,
+        most: int,
+    ) -> Batch:
+        size = len(tokens)
+        token_rows = np.full((size, length), self.padding_id, np.int32)
+        vision_index = np.full((size, length), TEXT, np.int32)
+        side = self.config.vision.image_size
+        pixels = np.zeros((size, most, side, side, 3), np.float32)
+        for row, ids in enumerate(tokens):
+            token_rows[row, : len(ids)] = ids
+            # A slice keeps the padding out: a checkpoint's padding token could be its image token.
+            vision_index[row, : len(ids)][ids == self.config.image_token_id] = indices[row]
+            start = 0
+            for of_image in tiles[row]:
+                pixels[row, start : start + len(of_image)] = self.layout.transform.normalise(of_image)
+                start += len(of_image)
+        lengths = np.asarray([len(ids) for ids in tokens], np.int32)
+        return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)

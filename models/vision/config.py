@@ -1,0 +1,22 @@
+"""What a vision tower is made of: hashable, so a Flax module can hold it as a static attribute."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A CLIP vision tower. `num_layers` counts the layers that are run: later ones never reach the features."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-5
+    activation: str = "quick_gelu"
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
