@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, stub_batch, stub_params
 
 import vlcache_jax as vlc
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore, regular_pool
 from vlcache_jax.files.tensor_files import TensorFile, write_tensor_file
-from vlcache_jax.inference.append_block import _store
 from vlcache_jax.inference.context_files import KIND
 from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values
 
@@ -42,7 +41,8 @@ def with_a_turn(ctx):
     """`ctx` with an appended store, as `extend` makes it (the stub embeds no tokens)."""
     shape = (ctx.rows, KV_HEADS, LAYERS, 4, HEAD_DIM)
     lengths = jnp.array([1, 4, 2, 3, 4])
-    store = _store(jnp.ones(shape), jnp.ones(shape), ctx.next_position, lengths, 16)
+    pool = regular_pool(jnp.ones(shape), 16)
+    store = PackedStore.regular(pool, pool, lengths, LAYERS, 16, ctx.next_position)
     return dataclasses.replace(ctx, stores=(*ctx.stores, store), next_position=ctx.next_position + lengths, room=16)
 
 

@@ -1,6 +1,7 @@
 """What the rules of the generated tokens promise beyond their definitions (`test_generated_references.py`)."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def test_a_budget_of_one_evicts_nothing(llava):
     for generated in (vlc.Evict(), vlc.Recompress(2)):
         policy = dataclasses.replace(vlc.H2O(1.0), generated=generated)
         _, state = vlc.prefill(model, params, batch, policy, 4)
-        assert state.tail.rule == vlc.Append()
+        assert state.decoding == vlc.Append()
 
 
 @pytest.mark.parametrize("policy", cases(RULES, ("window", "recompress")), scope="module")
@@ -124,7 +125,7 @@ def test_recompression_of_heads_that_share_a_lane():
         offsets=context.offsets + slots * jnp.arange(lanes)[None, None],
         lengths=jnp.broadcast_to(context.lengths, (*context.lengths.shape[:2], lanes)),
     )
-    run = jax.jit(recompress)
+    run = jax.jit(partial(recompress, state.decoding))
     for apart, together in zip(run(context, *parts), run(shared, *parts), strict=True):
         np.testing.assert_array_equal(apart, together.reshape(apart.shape))
     assert int(jnp.max(run(context, *parts)[2])) == int(jnp.max(batch.lengths)) + 5
@@ -134,7 +135,7 @@ def test_recompression_keeps_the_older_of_equals():
     """Queries of zeros look at all that they see alike, so age decides, wherever in its segment a token lies."""
     batch = ragged(seed=8)
     _, _, state = program(RULES["recompress"], 6)(scripted_params(batch, 6, 8), batch)
-    context, rule = state.context, state.tail.rule
+    context, rule = state.context, state.decoding
     positions = np.array(context.positions)
     segments = [
         (row, lane, slice(start, start + count), count)
@@ -147,7 +148,7 @@ def test_recompression_keeps_the_older_of_equals():
         before.append(np.sort(positions[row, lane, inside]))
     alike = jax.tree.map(jnp.zeros_like, state.observed)
     context = dataclasses.replace(context, positions=jnp.asarray(positions))
-    after = np.asarray(jax.jit(recompress)(context, state.tail, alike, state.next_position)[2])
+    after = np.asarray(jax.jit(partial(recompress, rule))(context, state.tail, alike, state.next_position)[2])
     for (row, lane, inside, count), old in zip(segments, before):
         latest, _ = forced(int(count), rule.recent, rule.sinks)
         end = int(state.next_position[row])

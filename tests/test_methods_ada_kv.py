@@ -15,6 +15,7 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.geometry import capacity
+from vlcache_jax.cache.packing import pack
 from vlcache_jax.explain.pictures import kept_by_layer
 from vlcache_jax.inference.report import make_report
 from vlcache_jax.inputs import Batch
@@ -142,7 +143,7 @@ def test_shared_lanes_on_a_mesh(lanes):
     def run(keys, values, tail, query):
         group = kv_heads // lanes
         pool = capacity(group * layers * entries, group * layers)
-        store = ops.pack(keys, values, positions, jnp.asarray(order), jnp.asarray(slots), pool, lanes)
+        store = pack(keys, values, positions, jnp.asarray(order), jnp.asarray(slots), pool, lanes)
         new = Store(tail, tail), Segments(jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), 3))
         return store, ops.union_attention(ops.Kernels(), query, [store.layer(1), new])
 

@@ -15,7 +15,6 @@ from test_methods_promises import prefill, row_alone, told
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.merging import BLOCK, merge_evicted
-from vlcache_jax.parallel import ops
 from vlcache_jax.policies import AccumulatedAttention, LayerInputs, TextPrior
 
 KINDS = ("averaged", "pivotal", "weighted")
@@ -208,7 +207,7 @@ def test_on_a_mesh(shape, shared):
     mesh = jax.make_mesh(shape, ("data", "model"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         split = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
-        run = jax.jit(lambda k, v, o, n: ops.merge_evicted(k, v, o, n, "weighted"))
+        run = jax.jit(lambda k, v, o, n: merge_evicted(k, v, o, n, "weighted"))
         lowered = run.lower(jax.device_put(keys, split), jax.device_put(values, split), order, lengths).compile()
         found = lowered(jax.device_put(keys, split), jax.device_put(values, split), order, lengths)
     text = lowered.as_text()

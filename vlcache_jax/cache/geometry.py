@@ -32,6 +32,11 @@ def whole_tiles(slots: int) -> int:
     return -(-slots // 128) * 128 if slots >= 2048 else slots
 
 
+def regular_slots(layers: int, room: int) -> int:
+    """Pool size of a store with `room` slots for each of its layers."""
+    return whole_tiles(layers * room)
+
+
 def capacity(slots: int, layers: int, alignment: int = ALIGNMENT) -> int:
     """Pool size that holds `layers` aligned segments of `slots` slots in all, however they are shared out.
 

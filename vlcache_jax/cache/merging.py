@@ -1,9 +1,14 @@
 """Merging evicted tokens into kept ones, between selection and packing; what is computed is told in `Merge`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from vlcache_jax.cache.store import lanes_spec
 from vlcache_jax.kernels.varying import varying
+from vlcache_jax.parallel.mesh import local
 
 BLOCK = 128
 """Kept tokens that are compared with all tokens at once."""
@@ -29,6 +34,17 @@ def merge_evicted(
       (keys, values) in the order of `order`, shapes and dtypes as before: entry i is the i-th kept token. What lies
       beyond the kept ones is arbitrary. Computed in float32 and rounded once.
     """
+    rows, heads = lanes_spec(*keys.shape[1:3])
+    of_heads = PartitionSpec(None, rows, heads)
+    of_order = of_heads if order.shape[2] > 1 else PartitionSpec(None, rows)
+    inputs = (of_heads, of_heads, of_order, PartitionSpec(rows))
+    return local(partial(_merge, kind=kind), inputs, (of_heads, of_heads))(keys, values, order, lengths)
+
+
+def _merge(
+    keys: jax.Array, values: jax.Array, order: jax.Array, lengths: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """`merge_evicted` on one device, for its rows and heads."""
     batch = keys.shape[1]
 
     def cell(i: jax.Array, buffers: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

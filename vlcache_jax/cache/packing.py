@@ -1,14 +1,17 @@
 """Building the packed store at the end of prefill."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align, segment_alignment
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore, lanes_spec, store_specs
 from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values, scales_width
 from vlcache_jax.kernels.varying import varying
+from vlcache_jax.parallel.mesh import axis_size, local
 
 _BLOCK = 128  # slots quantised at once
 
@@ -38,7 +41,8 @@ def pack(
         same tokens.
       slots: i32 [layers, batch]; [layers, batch, kv_heads] if lanes are shared.
       pool: slots of the pool, from `geometry.capacity`.
-      lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots.
+      lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots. On a mesh
+        that cannot split them every device holds all.
       bits: 8, 4 or 2 for a quantised store.
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
       room: distance from one segment to the next; by default they follow one another.
@@ -46,6 +50,43 @@ def pack(
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
     """
+    over: Any
+    rows, over = lanes_spec(keys.shape[1], lanes or keys.shape[2])
+    per_device = lanes and lanes // axis_size(over)
+
+    def run(*arrays: Any) -> PackedStore:
+        return _pack(*arrays, pool=pool, lanes=per_device, bits=bits, room=room)
+
+    def place(x: jax.Array | None) -> Any:  # [layers, batch, heads or 1, ...]
+        if x is None:
+            return None
+        return PartitionSpec(None, rows, over) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
+
+    arrays = (keys, values, positions, order, slots, channels)
+    specs = store_specs(
+        keys.shape[1],
+        lanes or keys.shape[2],
+        per_head=slots.ndim > 2,
+        quantised=bits is not None,
+        channels=channels is not None,
+    )
+    return local(run, tuple(map(place, arrays)), specs)(*arrays)
+
+
+def _pack(
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    order: jax.Array,
+    slots: jax.Array,
+    channels: jax.Array | None,
+    *,
+    pool: int,
+    lanes: int | None,
+    bits: int | None,
+    room: int | None,
+) -> PackedStore:
+    """`pack` on one device, for its rows and lanes."""
     layers, batch, kv_heads, entries, _ = keys.shape
     # The segments of a lane one after another: layers, and the heads of each layer.
     shared = 1 if lanes is None else lanes  # tables of segments

@@ -29,20 +29,9 @@ _MAX_TILES = 12
 
 def kept_by_layer(state: KVState, row: int) -> Kept:
     """What a row of a state kept, copied to the host."""
-    context = state.context
-    check_known(context.positions, "the state's positions")
-    positions = np.asarray(context.positions[row])
-    layers, heads = context.lengths.shape[1], max(len(positions), context.lengths.shape[2])
-    offsets = np.broadcast_to(np.asarray(context.offsets[row]), (layers, heads))
-    lengths = np.broadcast_to(np.asarray(context.lengths[row]), (layers, heads))
-    kept = []
-    for layer in range(layers):
-        of_layer = np.full((heads, max(1, int(lengths[layer].max()))), -1, np.int32)
-        for head in range(heads):
-            start, count = offsets[layer, head], lengths[layer, head]
-            of_layer[head, :count] = positions[head * len(positions) // heads, start : start + count]
-        kept.append(of_layer)
-    return kept
+    check_known(state.context.positions, "the state's positions")
+    layers = range(state.context.lengths.shape[1])
+    return [np.asarray(state.kept_positions(layer)[row]) for layer in layers]
 
 
 def explain(

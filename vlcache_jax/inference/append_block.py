@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.geometry import whole_tiles
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore, regular_pool
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic
@@ -43,7 +42,7 @@ def append_block(
       next_position: i32 [context rows], position of the block's first token.
       tokens: i32 [rows, length], right-padded.
       lengths: i32 [rows], 1 <= lengths <= length.
-      room: slots of a layer in the new store, a multiple of `state.ALIGNMENT`.
+      room: slots of a layer in the new store, a multiple of `geometry.ALIGNMENT`.
       old_room: slots of a layer in the last of the stores, which is to be joined with the new one; 0 to keep it apart.
 
     Returns:
@@ -76,7 +75,8 @@ def append_block(
             _join(x[:, :, : spec.num_layers * old_room].reshape(*y.shape[:3], old_room, -1), y, old, room)
             for x, y in zip((stores[-1].keys, stores[-1].values), (keys, values))
         )
-    return logits, _store(keys, values, first - old, old + lengths, room)
+    keys, values = regular_pool(keys, room), regular_pool(values, room)
+    return logits, PackedStore.regular(keys, values, old + lengths, spec.num_layers, room, first - old)
 
 
 def _join(before: jax.Array, block: jax.Array, lengths: jax.Array, room: int) -> jax.Array:
@@ -85,24 +85,3 @@ def _join(before: jax.Array, block: jax.Array, lengths: jax.Array, room: int) ->
     n = lengths[:, None]
     entry = jnp.where(slot < n, slot, before.shape[3] + jnp.clip(slot - n, 0, block.shape[3] - 1))
     return jnp.take_along_axis(jnp.concatenate([before, block], axis=3), entry[:, None, None, :, None], axis=3)
-
-
-def _store(keys: jax.Array, values: jax.Array, first: jax.Array, lengths: jax.Array, room: int) -> PackedStore:
-    """Packs [rows, kv_heads, layers, n, head_dim] with `room` slots a layer; `first` is the position of slot 0."""
-    rows, lanes, layers, n, head_dim = keys.shape
-    slots = whole_tiles(layers * room)
-
-    def pool(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x[:, :, :, :room], ((0, 0), (0, 0), (0, 0), (0, max(0, room - n)), (0, 0)))
-        x = x.reshape(rows, lanes, layers * room, head_dim)
-        return ops.split(jnp.pad(x, ((0, 0), (0, 0), (0, slots - layers * room), (0, 0))))
-
-    index = jnp.where(jax.lax.iota(jnp.int32, slots) < layers * room, jax.lax.iota(jnp.int32, slots) % room, room)[None]
-    positions = jnp.where(index < lengths[:, None], first[:, None] + index, -1)
-    return PackedStore(
-        keys=pool(keys),
-        values=pool(values),
-        positions=jnp.broadcast_to(positions[:, None], (rows, lanes, slots)),
-        offsets=jnp.broadcast_to(room * jnp.arange(layers, dtype=jnp.int32)[:, None], (rows, layers, 1)),
-        lengths=jnp.broadcast_to(lengths[:, None, None], (rows, layers, 1)),
-    )

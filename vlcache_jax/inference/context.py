@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.geometry import align
-from vlcache_jax.cache.state import Allocation, KVState, PackedStore, TailStore
+from vlcache_jax.cache.state import Allocation, KVState
+from vlcache_jax.cache.store import PackedStore
+from vlcache_jax.cache.tail import TailStore
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.append_block import append_block
 from vlcache_jax.inference.finiteness import finite_rows, require_finite
 from vlcache_jax.inference.generate import Generation, decode_all
-from vlcache_jax.inference.prefill import empty_tail, prefill
+from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.report import Report, make_report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Array, Batch, Continuation
@@ -95,7 +97,7 @@ class Context:
                 self.model, self.logits, self.next_position, self.report.finite, rows, max_new_tokens
             )
         allocation = Allocation(requested=self.report.kept, density=self.report.density)
-        return logits, KVState(self.stores[0], tail, next_position, allocation, finite, self.stores[1:])
+        return logits, KVState(self.stores[0], tail, next_position, allocation, finite, APPEND, self.stores[1:])
 
 
 def compress(
@@ -282,7 +284,7 @@ def _start(
     rows: int,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, TailStore]:
-    tail = empty_tail(model.spec, rows, max_new_tokens)
+    tail = TailStore.empty(model.spec, rows, max_new_tokens)
     return _branches(logits, rows), _branches(next_position, rows), _branches(finite, rows), tail
 
 

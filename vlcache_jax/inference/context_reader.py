@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.geometry import ALIGNMENT
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.tensor_files import TensorFile
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.report import Report
 from vlcache_jax.kernels.quantisation import scales_width
-from vlcache_jax.parallel import ops
-from vlcache_jax.parallel.mesh import on_mesh_of
+from vlcache_jax.parallel.mesh import automatic, free_axes, on_mesh_of, specs_of
 from vlcache_jax.policies.budget import Budget
 from vlcache_jax.typing import Params, VisionLanguageModel
 
@@ -246,12 +245,7 @@ def _repeated(seen: dict[int, list[np.ndarray]]) -> bool:
 
 
 @jax.jit
+@automatic
 def _place(stores: tuple[PackedStore, ...]) -> tuple[PackedStore, ...]:
     """On a mesh, where the ops expect them."""
-    names = [name for name in FIELDS if name not in ("offsets", "lengths", "value_channels")]
-
-    def split(store: PackedStore) -> PackedStore:
-        buffers = {name: getattr(store, name) for name in names}
-        return dataclasses.replace(store, **{name: ops.split(x) for name, x in buffers.items() if x is not None})
-
-    return tuple(split(store) for store in stores)
+    return jax.tree.map(jax.lax.with_sharding_constraint, stores, specs_of(stores)) if free_axes() else stores

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.state import KVState, RecentQueries, SlotWeights
+from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inference.finiteness import finite_rows
 from vlcache_jax.kernels.decode_attention import Segments, Store
@@ -18,7 +18,7 @@ from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.decoding.evict import evicting
-from vlcache_jax.policies.decoding.recompress import make_room
+from vlcache_jax.policies.decoding.recompress import RecentQueries, make_room
 from vlcache_jax.policies.decoding.rules import Evict, Recompress, RollingWindow
 from vlcache_jax.typing import Params, VisionLanguageModel
 
@@ -64,7 +64,7 @@ def check_room(state: KVState, tokens: int) -> None:
       InputError: the tail is too full, or rows have different numbers of generated tokens.
     """
     tail = state.tail
-    if isinstance(tail.rule, Evict) or isinstance(tail.length, jax.core.Tracer):
+    if isinstance(state.decoding, Evict) or isinstance(tail.length, jax.core.Tracer):
         return
     lengths = jax.device_get(on_every_process(tail.length))
     if lengths.min(initial=lengths.max()) < lengths.max():
@@ -72,7 +72,7 @@ def check_room(state: KVState, tokens: int) -> None:
             f"the rows of the state have {lengths.tolist()} generated tokens, but all rows append at the same slot: "
             "decode rows of different numbers apart, or join states before anything is generated"
         )
-    if not tail.rule.unlimited and lengths.max() + tokens > tail.capacity:
+    if not state.decoding.unlimited and lengths.max() + tokens > tail.capacity:
         raise InputError(
             f"the state has no room for {'another token' if tokens == 1 else f'{tokens} tokens'} (capacity "
             f"{tail.capacity}, of which {lengths.max()} are taken): prefill with a larger max_new_tokens, or choose "
@@ -93,9 +93,9 @@ def advance(
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
     fits = _fits(state)
-    if isinstance(state.tail.rule, Recompress):
+    if isinstance(state.decoding, Recompress):
         state = make_room(state)
-    attend, carry, close = evicting(state) if isinstance(state.tail.rule, Evict) else _appending(state, kernels)
+    attend, carry, close = evicting(state) if isinstance(state.decoding, Evict) else _appending(state, kernels)
     variables = {"params": params}
     hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
     positions = state.next_position[:, None]
@@ -113,21 +113,20 @@ def advance(
 def _fits(state: KVState) -> jax.Array:
     """bool [batch]: whether a row can be appended to, where all do so: what `check_room` asks, as data."""
     tail = state.tail
-    if isinstance(tail.rule, Evict):
+    if isinstance(state.decoding, Evict):
         return jnp.ones(tail.length.shape, bool)
     slot = jnp.max(tail.length)
-    room = True if tail.rule.unlimited else slot < tail.capacity
+    room = True if state.decoding.unlimited else slot < tail.capacity
     return (tail.length == slot) & room
 
 
 def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
     """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
-    tail, observed = state.tail, state.observed
-    assert not isinstance(observed, SlotWeights)
-    rows = tail.rule.scoring_rows if isinstance(tail.rule, Recompress) else 0
+    tail, observed, rule = state.tail, state.observed, state.decoding
+    rows = rule.scoring_rows if isinstance(rule, Recompress) else 0
     slot, count = jnp.max(tail.length), tail.length[:, None] + 1
-    if isinstance(tail.rule, RollingWindow):
-        slot, count = slot % tail.rule.tokens, jnp.minimum(count, tail.rule.tokens)
+    if isinstance(rule, RollingWindow):
+        slot, count = slot % rule.tokens, jnp.minimum(count, rule.tokens)
 
     def attend(query, key, value, carry, layer):
         pools, noted = carry

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.state import KVState, PackedStore
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.decode_step import advance, check_room
@@ -248,7 +249,7 @@ def stream_decode(
 def _check_count(state: KVState, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
-    if not state.tail.rule.unlimited and max_new_tokens > state.tail.capacity:
+    if not state.decoding.unlimited and max_new_tokens > state.tail.capacity:
         raise InputError(
             f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
             "state: prefill with a larger max_new_tokens, or with another Policy.generated"
@@ -309,7 +310,7 @@ _stream_step = jax.jit(
 
 
 def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
-    if state.tail.rule.rewrites_context:
+    if state.decoding.rewrites_context:
         return state
     context, more = (stores[0], stores[1:]) if stores else (None, ())  # None only while looping
     return dataclasses.replace(state, context=context, more=more)  # type: ignore[arg-type]

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import align, capacity, segment_alignment, whole_tiles
-from vlcache_jax.cache.packing import empty_codes, quantise_into, value_channels
+from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
+from vlcache_jax.cache.merging import merge_evicted
+from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select, unselected
-from vlcache_jax.cache.state import Allocation, KVState, PackedStore, RecentQueries, SlotWeights, TailStore
+from vlcache_jax.cache.state import Allocation, KVState
+from vlcache_jax.cache.store import PackedStore, split
+from vlcache_jax.cache.tail import TailStore
 from vlcache_jax.inference.finiteness import finite_rows
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
@@ -22,9 +25,9 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of, refuse_partly_checked
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.policies.decoding.evict import layer_room, slot_weights
-from vlcache_jax.policies.decoding.recompress import no_queries
-from vlcache_jax.policies.decoding.rules import APPEND, Evict, Generated, Recompress
+from vlcache_jax.policies.decoding.evict import SlotWeights, layer_room, slot_weights
+from vlcache_jax.policies.decoding.recompress import RecentQueries, no_queries
+from vlcache_jax.policies.decoding.rules import Evict, Recompress
 from vlcache_jax.policies.evicted.rules import Merge, Quantise
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import LayerInputs
@@ -90,24 +93,13 @@ def _prefill(
     hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    room = layer_room(policy, slot_budget(policy.budget, model.spec), batch.length) if _evicts(policy) else None
-    tail = empty_tail(model.spec, batch.size, max_new_tokens, policy.rule, room)
+    tail = TailStore.empty(model.spec, batch.size, policy.rule.tail_tokens(max_new_tokens))
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
-    return logits, KVState(context, tail, lengths, allocation, finite, tuple(more), observed)
+    return logits, KVState(context, tail, lengths, allocation, finite, policy.rule, tuple(more), observed)
 
 
 def _evicts(policy: Policy) -> bool:
     return isinstance(policy.rule, Evict)
-
-
-def empty_tail(
-    spec: ModelSpec, batch: int, max_new_tokens: int, rule: Generated = APPEND, room: int | None = None
-) -> TailStore:
-    """Room for what the rule holds of `max_new_tokens` tokens of each row; `room` as in `layer_room`, for `Evict`."""
-    own = int(align(rule.tail_tokens(max_new_tokens)))
-    shape = (batch, spec.num_kv_heads, whole_tiles(spec.num_layers * own), spec.head_dim)
-    zeros = ops.split(jnp.zeros(shape, spec.dtype))
-    return TailStore(zeros, zeros, jnp.zeros((batch,), jnp.int32), capacity=own if room is None else room, rule=rule)
 
 
 def _keep_all(
@@ -124,9 +116,7 @@ def _keep_all(
             channels = value_channels(value, lengths)
             return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
         pools = tuple(
-            ops.split(
-                jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), layer * room, axis=2)
-            )
+            split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), layer * room, axis=2))
             for pool, x in zip(pools, (key, value))
         )
         return out, pools, None
@@ -140,25 +130,17 @@ def _keep_all(
         def read(start, size):
             return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
 
-        return tuple(ops.split(x) for x in quantise_into(pools, read, layer * room, room, bits))
+        return tuple(split(x) for x in quantise_into(pools, read, layer * room, room, bits))
 
-    slots = whole_tiles(layers * room)
-    shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
+    shape = (batch.size, spec.num_kv_heads, regular_slots(layers, room), spec.head_dim)
     pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
-    pools = varying(tuple(ops.split(x) for x in pools), lengths)
+    pools = varying(tuple(split(x) for x in pools), lengths)
     hidden, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
-    slot = jax.lax.iota(jnp.int32, slots)
-    index = jnp.where(slot < layers * room, slot % room, batch.length)[None, None]
+    of_codes = dict(zip(("key_scales", "value_scales"), scales))
+    if channels is not None:
+        of_codes["value_channels"] = channels.swapaxes(0, 1)
+    context = PackedStore.regular(keys, values, lengths, layers, room, **of_codes)
     kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
-    context = PackedStore(
-        keys=keys,
-        values=values,
-        positions=jnp.broadcast_to(jnp.where(index < lengths[:, None, None], index, -1), shape[:3]),
-        offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch.size, layers, 1)),
-        lengths=kept[..., None],
-        **dict(zip(("key_scales", "value_scales"), scales)),
-        value_channels=None if channels is None else channels.swapaxes(0, 1),
-    )
     return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
 
 
@@ -243,7 +225,7 @@ def _compress(
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
         keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
-        keys, values = ops.merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        keys, values = merge_evicted(keys, values, order, lengths, policy.evicted.kind)
         positions, order = (
             order,
             jnp.broadcast_to(jax.lax.iota(jnp.int32, length), order.shape),
@@ -253,14 +235,14 @@ def _compress(
     allocation = Allocation(requested=requested, density=density.T)
     if _evicts(policy):
         room = layer_room(policy, budget, length)
-        context = ops.pack(keys, values, positions, order, slots, whole_tiles(layers * room), room=room)
+        context = pack(keys, values, positions, order, slots, regular_slots(layers, room), room=room)
         return hidden, [context], allocation, slot_weights(policy, scores, order, requested, context, room)
 
     def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
         if bits is None:
-            return ops.pack(keys, values, positions, order, slots, pool, lanes)
+            return pack(keys, values, positions, order, slots, pool, lanes)
         constant = jax.lax.stop_gradient((keys, values))  # integers have no derivative
-        return ops.pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
+        return pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
 
     pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
     stores = [store(order, slots, pool, policy.bits)]
@@ -268,6 +250,6 @@ def _compress(
         bits = policy.evicted.bits
         others = jax.vmap(unselected, (0, None))(order, lengths)
         # A prompt may keep next to nothing, so that there is room for all of it.
-        pool = whole_tiles(group * layers * int(align(length, segment_alignment(bits))))
+        pool = regular_slots(group * layers, int(align(length, segment_alignment(bits))))
         stores.append(store(others, jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots, pool, bits))
     return hidden, stores, allocation, no_queries(queries) if noted else None

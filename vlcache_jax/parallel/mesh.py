@@ -133,7 +133,7 @@ def automatic(function: Callable[..., Any], places: Places | None = None) -> Cal
 
     Args:
       function: of any arguments.
-      places: (arguments, results) -> a `PartitionSpec` for every result; as `spec_of` says by default.
+      places: (arguments, results) -> a `PartitionSpec` for every result; as `specs_of` says by default.
     """
 
     def traced(args: Any, kwargs: Any, mesh: AbstractMesh) -> Any:
@@ -152,7 +152,7 @@ def automatic(function: Callable[..., Any], places: Places | None = None) -> Cal
         with jax.sharding.use_abstract_mesh(view):
             inside, options = jax.tree.map(as_auto, (args, kwargs))
             out = function(*inside, **options)
-            specs = places(args, out) if places else jax.tree_util.tree_map_with_path(spec_of, out)
+            specs = places(args, out) if places else specs_of(out)
             return jax.tree.map(as_explicit, out, specs)
 
     @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -197,22 +197,15 @@ def _array(x: Any) -> bool:
     return isinstance(x, jax.Array)
 
 
-_OF_LANES = ("keys", "values", "positions", "key_scales", "value_scales", "scores", "queries", "lse")
+def specs_of(tree: Any) -> Any:
+    """Where the arrays of a batch, a state or a result lie, a `PartitionSpec` for each.
 
-
-def spec_of(path: tuple[Any, ...], x: Any) -> PartitionSpec:
-    """Where an array of a batch, a state or a result lies: its rows split, and the lanes of a store.
-
-    Args:
-      path: of the leaf in its tree, as `jax.tree_util.tree_map_with_path` gives it; the last name says what it is.
-      x: the array, or its shape.
+    As their class says, in a method `partition_specs()`; the rows of all others are split.
     """
-    name = getattr(path[-1], "name", None) if path else None
-    if not np.ndim(x):
-        return PartitionSpec()
-    if name in _OF_LANES and x.ndim > 2:
-        return PartitionSpec(*split_axes(*x.shape[:2]))
-    rows = split_axes(x.shape[0])[0]
-    if name == "value_channels":
-        return PartitionSpec(rows, None, split_axes(x.shape[0], x.shape[2])[1])
-    return PartitionSpec(rows)
+
+    def place(x: Any) -> Any:
+        if hasattr(x, "partition_specs"):
+            return x.partition_specs()
+        return PartitionSpec(split_axes(x.shape[0])[0]) if np.ndim(x) else PartitionSpec()
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: hasattr(x, "partition_specs"))

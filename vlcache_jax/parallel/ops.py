@@ -8,14 +8,12 @@ is no collective in any of them.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from vlcache_jax.cache import merging, packing
-from vlcache_jax.cache.state import PackedStore, RecentQueries, TailStore
 from vlcache_jax.errors import InputError
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
@@ -23,7 +21,7 @@ from vlcache_jax.kernels import decode_attention as decode_attention_op
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
-from vlcache_jax.parallel.mesh import axis_size, local, split_axes
+from vlcache_jax.parallel.mesh import local, split_axes
 
 _CHOICES = {
     "attention": ("splash_tpu", "cudnn", "xla", "reference"),
@@ -157,75 +155,3 @@ def union_attention(
     everywhere = [part for part in parts if not any(part is other for other in here)]
     results = [attend(some, axes) for some, axes in ((here, rows), (everywhere, None)) if some]
     return merge(results) if len(results) > 1 else results[0]
-
-
-def pack(
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    order: jax.Array,
-    slots: jax.Array,
-    pool: int,
-    lanes: int | None = None,
-    bits: int | None = None,
-    channels: jax.Array | None = None,
-    room: int | None = None,
-) -> PackedStore:
-    """`packing.pack`. Shared lanes that cannot be split over the mesh's axis are replicated over it."""
-    rows, heads = split_axes(keys.shape[1], lanes or keys.shape[2])
-    per_device = lanes and lanes // axis_size(heads)
-
-    def per_head(x: jax.Array) -> PartitionSpec:
-        return PartitionSpec(None, rows, heads) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
-
-    def run(keys, values, positions, order, slots, channels):
-        return packing.pack(keys, values, positions, order, slots, pool, per_device, bits, channels, room)
-
-    split = PartitionSpec(rows, heads)
-    segments = PartitionSpec(rows, None, heads) if slots.ndim > 2 else PartitionSpec(rows)
-    scales = None if bits is None else split
-    of_channels = None if channels is None else PartitionSpec(rows, None, heads)
-    specs: Any = (*[split] * 3, *[segments] * 2, scales, scales, of_channels)
-    inputs = [None if x is None else per_head(x) for x in (keys, values, positions, order, slots, channels)]
-    return local(run, tuple(inputs), PackedStore(*specs))(keys, values, positions, order, slots, channels)
-
-
-def merge_evicted(
-    keys: jax.Array, values: jax.Array, order: jax.Array, lengths: jax.Array, kind: str
-) -> tuple[jax.Array, jax.Array]:
-    """`merging.merge_evicted`."""
-
-    def run(keys, values, order, lengths):
-        return merging.merge_evicted(keys, values, order, lengths, kind)
-
-    rows, heads = split_axes(keys.shape[1], keys.shape[2])
-    split = PartitionSpec(None, rows, heads)
-    shared = split if order.shape[2] > 1 else PartitionSpec(None, rows)
-    inputs = (split, split, shared, PartitionSpec(rows))
-    return local(run, inputs, (split, split))(keys, values, order, lengths)
-
-
-def recompress(
-    function: Callable[..., tuple[jax.Array, ...]],
-    context: PackedStore,
-    tail: TailStore,
-    observed: RecentQueries,
-    next_position: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """`recompression.recompress`, on each device's rows and heads."""
-    rows, heads = split_axes(tail.keys.shape[0], context.keys.shape[1])
-    split, row = PartitionSpec(rows, heads), PartitionSpec(rows)
-
-    def place(tree: Any) -> Any:  # as `mesh.spec_of` does, but of the context's lanes
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: row if path[-1].name in ("offsets", "lengths", "length") else split, tree
-        )
-
-    inputs = (*(place(tree) for tree in (context, tail, observed)), row)
-    return local(function, inputs, (split,) * 3)(context, tail, observed, next_position)
-
-
-def split(buffers: jax.Array) -> jax.Array:
-    """Places [batch, lanes, ...] over the mesh as the ops expect it."""
-    rows, heads = split_axes(*buffers.shape[:2])
-    return buffers if rows is heads is None else jax.lax.with_sharding_constraint(buffers, PartitionSpec(rows, heads))

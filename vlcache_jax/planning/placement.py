@@ -11,7 +11,7 @@ from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, spec_of
+from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, specs_of
 from vlcache_jax.planning.compiling import abstract
 
 
@@ -72,4 +72,4 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 def place_state(state: KVState, mesh: Mesh) -> KVState:
     """An abstract state: rows over "data", KV heads (lanes) over "model", each where the size divides."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.tree_util.tree_map_with_path(lambda path, x: abstract(x, mesh, spec_of(path, x)), state)
+        return jax.tree.map(lambda x, spec: abstract(x, mesh, spec), state, specs_of(state))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.demo.study.recording import Recording, Replay, first_columns
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.policies import Policy

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.selection import largest
-from vlcache_jax.cache.state import PackedStore
+from vlcache_jax.cache.store import PackedStore
 
 Stores = tuple[PackedStore, ...]
 
@@ -77,13 +77,7 @@ def kept_tokens(stores: Stores, length: int, kv_heads: int) -> jax.Array:
     def of_layer(layer: jax.Array) -> jax.Array:
         kept = jnp.zeros((batch, kv_heads, length), bool)
         for store in stores:
-            lanes, slots = store.positions.shape[1:]
-            offsets, lengths = (
-                jnp.broadcast_to(x[:, layer], (batch, kv_heads))[..., None] for x in (store.offsets, store.lengths)
-            )
-            slot = jax.lax.iota(jnp.int32, slots)[None, None]
-            inside = (slot >= offsets) & (slot < offsets + lengths)
-            where = jnp.where(inside, store.positions[:, jax.lax.iota(jnp.int32, kv_heads) * lanes // kv_heads], length)
+            where = store.kept_positions(layer)
             kept = kept.at[row, head, jnp.where(where < 0, length, where)].set(True, mode="drop")
         return kept
 

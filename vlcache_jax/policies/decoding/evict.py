@@ -13,15 +13,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align
-from vlcache_jax.cache.state import KVState, PackedStore, SlotWeights
-from vlcache_jax.parallel import ops
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.cache.store import PackedStore, lanes_spec, split
+from vlcache_jax.files.exporting import exportable
 from vlcache_jax.policies.budget import Tokens
 from vlcache_jax.policies.decoding.rules import Evict
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.shares import SlotBudget
 from vlcache_jax.policies.window import forced
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotWeights:
+    """What `Evict` knows of the tokens in the context.
+
+    Attributes:
+      scores: f32 [batch, lanes, slots]. Attention received by the token of each slot.
+      sizes: i32 [batch, layers]. Tokens a layer holds between two steps.
+      room: slots of a layer in the context (static).
+    """
+
+    scores: jax.Array
+    sizes: jax.Array
+    room: int = dataclasses.field(metadata={"static": True})
+
+    def partition_specs(self) -> "SlotWeights":
+        """See `PackedStore.partition_specs`."""
+        spec = lanes_spec(*self.scores.shape[:2])
+        return SlotWeights(spec, PartitionSpec(spec[0]), self.room)  # type: ignore[arg-type]
 
 
 def layer_room(policy: Policy, budget: SlotBudget, length: int) -> int:
@@ -50,7 +74,7 @@ def slot_weights(
     kept = kept.transpose(1, 2, 0, 3).reshape(batch, heads, layers * room)
     kept = jnp.pad(kept, [(0, 0)] * 2 + [(0, slots - layers * room)])
     sizes = jnp.full_like(requested, policy.budget.count) if isinstance(policy.budget, Tokens) else requested
-    return SlotWeights(ops.split(jnp.broadcast_to(kept, (batch, lanes, slots)).astype(jnp.float32)), sizes)
+    return SlotWeights(split(jnp.broadcast_to(kept, (batch, lanes, slots)).astype(jnp.float32)), sizes, room)
 
 
 def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
@@ -59,8 +83,9 @@ def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], K
     A layer's slice of the store is read, changed and written back: the store is rewritten once a step, in place. Writes
     at a slot of its own for every row and KV head would make the compiler copy all of it.
     """
-    context, weights, rule, room = state.context, state.observed, state.tail.rule, state.tail.capacity
+    context, weights, rule = state.context, state.observed, state.decoding
     assert isinstance(weights, SlotWeights)
+    room = weights.room
     assert isinstance(rule, Evict)
     assert rule.recent is not None
     assert rule.sinks is not None
@@ -101,7 +126,7 @@ def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], K
         scores = jnp.where(inside, old + received, 0)
 
         carry = tuple(
-            ops.split(jax.lax.dynamic_update_slice_in_dim(x, part, layer * room, axis=2))
+            split(jax.lax.dynamic_update_slice_in_dim(x, part, layer * room, axis=2))
             for x, part in zip(carry, (keys, values, positions, scores))
         )
         return out.reshape(batch, 1, -1, head_dim), carry, None
@@ -112,7 +137,7 @@ def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], K
         return dataclasses.replace(
             state,
             context=dataclasses.replace(context, **new),
-            observed=SlotWeights(scores, weights.sizes),
+            observed=dataclasses.replace(weights, scores=scores),
         )
 
     return attend, (context.keys, context.values, context.positions, weights.scores), close

@@ -10,14 +10,20 @@ and the order within a segment is lost, which nothing depends on. Everything is 
 import dataclasses
 import math
 import operator
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import ALIGNMENT, align
 from vlcache_jax.cache.selection import as_unsigned, highest, indices
-from vlcache_jax.cache.state import KVState, PackedStore, RecentQueries, TailStore
-from vlcache_jax.parallel import ops
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.cache.store import PackedStore, lanes_spec, split
+from vlcache_jax.cache.tail import TailStore
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.parallel.mesh import local
 from vlcache_jax.policies.decoding.rules import Recompress
 from vlcache_jax.policies.window import forced
 
@@ -28,23 +34,43 @@ _Both = tuple[jax.Array, jax.Array]
 """Of the context [batch, lanes, slots] and of the tail [batch, lanes, segments, every]."""
 
 
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecentQueries:
+    """What `Recompress` knows of the latest steps: a ring of `rows` of them for each layer.
+
+    Attributes:
+      queries: [batch, heads, layers * rows, head_dim], rotated.
+      lse: f32 [batch, heads, layers * rows]. The log-sum-exp of their scaled logits over all that they saw.
+    """
+
+    queries: jax.Array
+    lse: jax.Array
+
+    def partition_specs(self) -> "RecentQueries":
+        """See `PackedStore.partition_specs`."""
+        spec = lanes_spec(*self.queries.shape[:2])
+        return RecentQueries(spec, spec)  # type: ignore[arg-type]
+
+
 def no_queries(queries: jax.Array) -> RecentQueries:
     """An empty ring, from zeros [layers, batch, heads, rows, head_dim]."""
     layers, batch, heads, rows, head_dim = queries.shape
     empty = queries.transpose(1, 2, 0, 3, 4).reshape(batch, heads, layers * rows, head_dim)
-    return RecentQueries(ops.split(empty), ops.split(jnp.zeros(empty.shape[:3], jnp.float32)))
+    return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)))
 
 
 def make_room(state: KVState) -> KVState:
     """Recompresses if the tail is full; to be called before a step. `Recompress.check` refused quantised stores."""
     context, tail, observed = state.context, state.tail, state.observed
-    assert isinstance(tail.rule, Recompress)
-    assert isinstance(observed, RecentQueries)
-    full = jnp.max(tail.length) >= tail.rule.every
+    rule = state.decoding
+    assert isinstance(rule, Recompress)
+    full = jnp.max(tail.length) >= rule.every
 
     def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
-        return ops.recompress(recompress, store, tail, observed, state.next_position)
+        return recompress(rule, store, tail, observed, state.next_position)
 
     def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
         return buffers
@@ -58,14 +84,23 @@ def make_room(state: KVState) -> KVState:
 
 
 def recompress(
-    context: PackedStore, tail: TailStore, observed: RecentQueries, next_position: jax.Array
+    rule: Recompress, context: PackedStore, tail: TailStore, observed: RecentQueries, next_position: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The context's keys, values and positions after it has taken in a full tail.
+    """The context's keys, values and positions after it has taken in a full tail."""
+    spec: Any = lanes_spec(*context.keys.shape[:2])  # heads that share a lane stay together
+    row: Any = PartitionSpec(spec[0])
+    of_tail = dataclasses.replace(tail, keys=spec, values=spec, length=row)
+    inputs = (context.partition_specs(), of_tail, RecentQueries(spec, spec), row)
+    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_position)
+
+
+def _recompress(
+    rule: Recompress, context: PackedStore, tail: TailStore, observed: RecentQueries, next_position: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`recompress` on one device, for its rows and lanes.
 
     Segment s = j * layers + l of a lane is layer l of the lane's j-th KV head.
     """
-    rule = tail.rule
-    assert isinstance(rule, Recompress)
     assert rule.recent is not None
     assert rule.sinks is not None
     batch, lanes, slots, _ = context.keys.shape

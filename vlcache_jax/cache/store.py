@@ -1,0 +1,191 @@
+"""The kept part of a prompt: one pool for all layers of a row, of a static size, which every prompt splits differently.
+
+    keys[b, h]   | layer 0 ............ free | layer 1 .. free | layer 2 ...... free |  free  |
+                 ^ offsets[b, 0] = 0         ^ offsets[b, 1]   ^ offsets[b, 2]
+                 <-------------------> lengths[b, 0]
+
+Segments start at multiples of `geometry.ALIGNMENT`, the rows of a TPU tile in bfloat16; of a quantised store at
+multiples of its group.
+
+Head-adaptive methods give the KV heads of a layer different numbers of slots. Then several heads share a lane, and
+what is known beforehand is the sum over the heads of a lane. KV head h lies in lane h * lanes // kv_heads; with 4 KV
+heads in 2 lanes:
+
+    keys[b, 0]   | layer 0, head 0 .. | layer 0, head 1 ....... | layer 1, head 0 ... | layer 1, head 1 | ...
+    keys[b, 1]   | layer 0, head 2 ....... | layer 0, head 3 | layer 1, head 2 .......... | layer 1, ...
+                 ^ offsets[b, 0, 2] = 0    ^ offsets[b, 0, 3]
+                 <---------------------> lengths[b, 0, 2]
+
+Stores are made by `packing.pack`, or, where every layer has the same room, by `PackedStore.regular`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from vlcache_jax.cache.geometry import regular_slots
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.parallel.mesh import automatic, is_known, split_axes
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedStore:
+    """Written once, at the end of prefill; read-only while decoding.
+
+    Some rules of decoding rewrite it (`DecodingRule.rewrites_context`): then it holds generated tokens, too, in any
+    order.
+
+    Attributes:
+      keys: [batch, lanes, slots, head_dim], rotated at the token's position in the prompt. One lane per KV head, or
+        several heads share one.
+      values: like `keys`.
+      positions: i32 [batch, lanes, slots]. The token's index in prompt and answer; -1 in a free slot.
+      offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if there is one for all heads,
+        each in a lane of its own.
+      lengths: i32, like `offsets`. Slots in the segment.
+      key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
+      value_scales: like `key_scales`.
+      value_channels: f32 [batch, layers, kv_heads, head_dim], by which values were divided before they were quantised;
+        None if they were not.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    offsets: jax.Array
+    lengths: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+    value_channels: jax.Array | None = None
+
+    @classmethod
+    def regular(
+        cls,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        layers: int,
+        room: int,
+        first: jax.Array | None = None,
+        **scales: jax.Array | None,
+    ) -> "PackedStore":
+        """Segments of `room` slots, in every layer the same tokens of a row, in their order.
+
+            keys[b, h]   | layer 0: t0 t1 t2 ... free | layer 1: t0 t1 t2 ... free | ...
+                         ^ 0                          ^ room
+
+        Args:
+          keys: [batch, kv_heads, regular_slots(layers, room), head_dim], or codes; `regular_pool` makes it from layers.
+          values: like `keys`.
+          lengths: i32 [batch], tokens of a row.
+          layers: of the model.
+          room: slots of a layer.
+          first: i32 [batch], position of the first token; 0 by default.
+          **scales: of a quantised store.
+        """
+        batch, heads = keys.shape[:2]
+        slot = jax.lax.iota(jnp.int32, regular_slots(layers, room))
+        index = jnp.where(slot < layers * room, slot % room, room)[None]
+        position = index if first is None else first[:, None] + index
+        positions = jnp.where(index < lengths[:, None], position, -1)[:, None]
+        return cls(
+            keys=keys,
+            values=values,
+            positions=jnp.broadcast_to(positions, (batch, heads, slot.shape[0])),
+            offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch, layers, 1)),
+            lengths=jnp.broadcast_to(lengths[:, None, None], (batch, layers, 1)),
+            **scales,
+        )
+
+    def layer(self, layer: jax.Array | int) -> tuple[Store, Segments]:
+        """What the attention of a layer reads."""
+        channels = None if self.value_channels is None else self.value_channels[:, layer]
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
+        return store, Segments(self.offsets[:, layer], self.lengths[:, layer])
+
+    def kept_positions(self, layer: jax.Array | int) -> jax.Array:
+        """i32 [batch, kv_heads, n]: positions that a layer keeps, ascending, -1 beyond the kept ones.
+
+        n is the largest number kept in this layer, or, where that is not known (traced, or rows of another process),
+        the number of slots of the pool.
+        """
+        slots = self.positions.shape[2]
+        if not (is_known(self.lengths) and is_known(layer)):
+            return _kept_positions(self, layer, slots)
+        counts = np.asarray(self.lengths).max(axis=(0, 2), initial=1)  # one program for all layers of a store
+        return _kept_positions(self, layer, int(counts.max()))[..., : int(counts[layer])]
+
+    def partition_specs(self) -> "PackedStore":
+        """Where its arrays lie on the mesh at hand: a `PartitionSpec` for each."""
+        batch, lanes, _ = self.positions.shape
+        return store_specs(
+            batch,
+            lanes,
+            per_head=self.offsets.shape[2] > 1,
+            quantised=self.key_scales is not None,
+            channels=self.value_channels is not None,
+        )
+
+    @property
+    def bits(self) -> int | None:
+        """Of a quantised store: 8, 4 or 2."""
+        return None if self.key_scales is None else 8 * self.keys.shape[2] // self.positions.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+def store_specs(batch: int, lanes: int, *, per_head: bool, quantised: bool, channels: bool) -> PackedStore:
+    """`PackedStore.partition_specs` of a store that is yet to be made."""
+    of_lanes = lanes_spec(batch, lanes)
+    rows, over = of_lanes
+    table = PartitionSpec(rows, None, over) if per_head else PartitionSpec(rows)
+    scales = of_lanes if quantised else None
+    of_channels = PartitionSpec(rows, None, over) if channels else None
+    specs: Any = (of_lanes, of_lanes, of_lanes, table, table, scales, scales, of_channels)
+    return PackedStore(*specs)
+
+
+def lanes_spec(batch: int, lanes: int) -> PartitionSpec:
+    """Where [batch, lanes, ...] lies: rows over the data axes, lanes (or heads) over "model", where they divide."""
+    return PartitionSpec(*split_axes(batch, lanes))
+
+
+def split(buffer: jax.Array) -> jax.Array:
+    """Puts [batch, lanes, ...] on the mesh as the ops expect it."""
+    spec = lanes_spec(*buffer.shape[:2])
+    return buffer if spec == PartitionSpec(None, None) else jax.lax.with_sharding_constraint(buffer, spec)
+
+
+def regular_pool(x: jax.Array, room: int) -> jax.Array:
+    """The buffer of a regular store from [batch, kv_heads, layers, n, head_dim], of which `room` slots a layer."""
+    batch, heads, layers, n, head_dim = x.shape
+    x = jnp.pad(x[:, :, :, :room], ((0, 0), (0, 0), (0, 0), (0, max(0, room - n)), (0, 0)))
+    x = x.reshape(batch, heads, layers * room, head_dim)
+    return split(jnp.pad(x, ((0, 0), (0, 0), (0, regular_slots(layers, room) - layers * room), (0, 0))))
+
+
+@partial(jax.jit, static_argnames="count")
+@automatic
+def _kept_positions(store: PackedStore, layer: jax.Array | int, count: int) -> jax.Array:
+    batch, lanes, slots = store.positions.shape
+    heads = max(lanes, store.lengths.shape[2])
+    offsets = jnp.broadcast_to(store.offsets[:, layer], (batch, heads))
+    lengths = jnp.broadcast_to(store.lengths[:, layer], (batch, heads))
+    index = jax.lax.iota(jnp.int32, count)[None, None]
+    slot = jnp.minimum(offsets[..., None] + index, slots - 1)
+    lane = jax.lax.iota(jnp.int32, heads) * lanes // heads
+    positions = store.positions[jax.lax.iota(jnp.int32, batch)[:, None, None], lane[None, :, None], slot]
+    last = jnp.iinfo(jnp.int32).max
+    positions = jnp.sort(jnp.where(index < lengths[..., None], positions, last), axis=-1)
+    return jnp.where(positions < last, positions, -1)
