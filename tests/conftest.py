@@ -4,11 +4,13 @@ The tests also need the TPU's compiler (libtpu), but never a TPU: the settings b
 several processes load the compiler at once. They must be there before JAX is imported.
 """
 
+import collections
 import gc
 import os
 import platform
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,7 @@ _LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py")
 
 def pytest_addoption(parser):
     """`--core`: leave out the files that compare with torch and transformers or compile whole models for TPUs."""
+    parser.addoption("--every", type=int, default=1, help="of the cases of a test only every so-manieth")
     parser.addoption("--core", action="store_true", help="leave out what needs torch, transformers or much time")
     parser.addoption("--users-compiler", action="store_true", help="compile with XLA's default settings, slowly")
 
@@ -67,8 +70,19 @@ def pytest_ignore_collect(collection_path: Path, config):
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first."""
+def pytest_collection_modifyitems(config, items):
+    """The longest files first; with `--every N` only each Nth case of a test, from one on that its name decides."""
+    every, cases, left_out = config.getoption("--every"), collections.Counter(), []
+    if every > 1:
+        for item in list(items):
+            name = item.nodeid.partition("[")[0]
+            if (cases[name] - zlib.crc32(name.encode())) % every and (item.nodeid != name):
+                left_out.append(item)
+            cases[name] += 1
+        alone = {name for name, count in cases.items() if count < every}
+        left_out = [item for item in left_out if item.nodeid.partition("[")[0] not in alone]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
