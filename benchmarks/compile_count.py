@@ -1,6 +1,8 @@
-"""Programs that XLA compiles while different prompts of one bucket are answered.
+"""Programs that XLA compiles while different prompts of one bucket are answered, in different ways.
 
-The first prompt compiles what there is to compile; jax reports every compilation by its program's name.
+Greedy or at two temperatures, and at three lengths of answers that share their room. jax reports every compilation by
+its program's name. The first prompts compile what there is to compile: prefill, the decoding loop, and small programs
+around them, one of which cuts an answer to each of the three lengths.
 
     python benchmarks/compile_count.py --shape demo --bucket 512 --prompts 20
 """
@@ -15,6 +17,8 @@ import numpy as np
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
+
+SAMPLINGS = (None, vlc.Sampling(temperature=0.7, top_k=20), vlc.Sampling(temperature=1.3, top_p=0.9))
 
 
 class Compilations(logging.Handler):
@@ -31,7 +35,7 @@ class Compilations(logging.Handler):
 
 
 def count(model: Llava, params: dict, policy: vlc.Policy, bucket: int, prompts: int, steps: int) -> dict[str, int]:
-    """Compilations of prefill and decoding over all prompts, and of anything else after the first."""
+    """Compilations of prefill and decoding over all prompts, and of anything else after the first three."""
     handler = Compilations()
     logger = logging.getLogger("jax")
     logger.addHandler(handler)
@@ -39,23 +43,24 @@ def count(model: Llava, params: dict, policy: vlc.Policy, bucket: int, prompts: 
     try:
         with jax.log_compiles():
             rng = np.random.default_rng(0)
+            first: list[str] = []
+            later: list[str] = []
             shortest = model.config.features_per_tile + 16
             for prompt in range(prompts):
                 length = int(rng.integers(shortest, bucket + 1))
                 batch = harness.random_batch(model.config, 1, length, seed=prompt, bucket=bucket)
                 before = len(handler.names)
-                jax.block_until_ready(vlc.generate(model, params, batch, policy, steps))
-                if prompt == 0:
-                    first = handler.names[before:]
-                    later: list[str] = []
-                else:
-                    later += handler.names[before:]
+                sampling = SAMPLINGS[prompt // 3 % 3]
+                out = vlc.generate(model, params, batch, policy, steps - prompt % 3, sampling=sampling, seeds=prompt)
+                jax.block_until_ready(out)
+                names = first if prompt < 3 else later
+                names += handler.names[before:]
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
-    names = collections.Counter(first + later)
-    other = [n for n in later if n not in ("_prefill", "_decode")]
-    return {"prefill": names["_prefill"], "decode": names["_decode"], "other": len(other)}
+    every = collections.Counter(first + later)
+    other = [n for n in later if n not in ("_prefill", "chunk")]
+    return {"prefill": every["_prefill"], "decode": every["chunk"], "other": len(other)}
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def main() -> None:
         found = count(model, params, policy, args.bucket, args.prompts, args.steps)
         rows.append({"policy": policy.name, **found})
     harness.table(
-        ["policy", "prefill", "decode", "other, after the first prompt"],
+        ["policy", "prefill", "decode", "other, after the first 3 prompts"],
         [[row["policy"], *(str(row[k]) for k in ("prefill", "decode", "other"))] for row in rows],
     )
     settings = {"model": args.shape, "bucket": args.bucket, "prompts": args.prompts, "steps": args.steps}

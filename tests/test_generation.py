@@ -7,6 +7,8 @@ import pytest
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.inference.loop import chunk
+from vlcache_jax.inference.prefill import _prefill as prefill_program
 
 NEW = 8
 POLICY = vlc.VLCache(budget=0.3)
@@ -66,6 +68,35 @@ def test_a_rows_sample_depends_on_its_seed_only(llava):
     np.testing.assert_array_equal(other[1:], together[1:])
     streamed = np.stack(list(vlc.stream(model, params, batch, POLICY, NEW, seeds=seeds, **options)), axis=1)
     np.testing.assert_array_equal(streamed, together)
+
+
+def test_rows_with_options_of_their_own(llava):
+    model, params = llava
+    batch = ragged_batch(rows=3)
+    ways = [None, vlc.Sampling(temperature=3.0, top_k=9), vlc.Sampling(temperature=2.0, top_p=0.8)]
+    together = vlc.generate(model, params, batch, POLICY, NEW, sampling=ways, seeds=5, eos_token_ids=[])
+    stops = [[int(together.tokens[row, 2 * row + 1])] for row in range(3)]
+    stopped = vlc.generate(model, params, batch, POLICY, NEW, sampling=ways, seeds=5, eos_token_ids=stops)
+    for row, way in enumerate(ways):
+        options = {"sampling": way, "seeds": 5}
+        alone = vlc.generate(model, params, batch, POLICY, NEW, eos_token_ids=[], **options)
+        np.testing.assert_array_equal(alone.tokens[row], together.tokens[row])
+        alone = vlc.generate(model, params, batch, POLICY, NEW, eos_token_ids=stops[row], **options)
+        np.testing.assert_array_equal(alone.tokens[row], stopped.tokens[row])
+        assert stopped.lengths[row] == alone.lengths[row] <= 2 * row + 2
+
+
+def test_one_program_for_every_temperature_stop_id_and_length(llava):
+    model, params = llava
+    counts = []
+    for prompt in range(20):
+        sampling = (None, vlc.Sampling(temperature=2.0, top_k=5 + prompt), vlc.Sampling(top_p=0.5 + prompt / 50))
+        options = {"sampling": sampling[prompt % 3], "eos_token_ids": range(prompt % 4)}
+        batch = ragged_batch(rows=1, seed=prompt)
+        out = vlc.generate(model, params, batch, POLICY, 9 + 3 * (prompt // 7), seeds=prompt, **options)
+        assert out.tokens.shape == (1, 9 + 3 * (prompt // 7))
+        counts.append((prefill_program._cache_size(), chunk._cache_size()))
+    assert set(counts) == {counts[0]}
 
 
 def test_two_branches_of_one_state(llava):

@@ -1,7 +1,5 @@
 """Greedy and sampled tokens: the filters against numpy, the draws against their distribution."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.inference.sampling import Sampling, filtered_logits, next_token
+from vlcache_jax.inference.next_token import filtered_logits, next_token
+from vlcache_jax.inference.row_options import row_options
+from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.typing import ModelSpec
 
 VOCAB = 12
+SPEC = ModelSpec(num_layers=1, num_kv_heads=1, head_dim=1, max_positions=1, dtype=np.float32, eos_token_ids=(2,))
 quick = settings(max_examples=25, deadline=None, derandomize=True)
-filtered = jax.jit(filtered_logits, static_argnums=1)
+_filtered = jax.jit(filtered_logits)
+_next_token = jax.jit(next_token)
+
+
+def options(rows, sampling, seeds=0):
+    return row_options(SPEC, rows, 1, sampling, seeds, None)
+
+
+def filtered(logits, sampling):
+    o = options(len(logits), sampling)
+    return _filtered(logits, o.temperature, o.top_k, o.top_p)
 
 
 def allowed(logits, sampling):
@@ -73,19 +85,21 @@ def test_filters(seed, sampling, levels):
 )
 def test_filter_examples(sampling, kept):
     logits = jnp.log(jnp.array([[0.2, 0.5, 0.2, 0.1]]))
-    assert np.flatnonzero(np.isfinite(filtered_logits(logits, sampling)[0])).tolist() == kept
+    assert np.flatnonzero(np.isfinite(filtered(logits, sampling)[0])).tolist() == kept
 
 
 def test_greedy_takes_the_lowest_id_on_a_tie():
     logits = jnp.array([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -2.0, -3.0, -0.5]])
-    tokens = next_token(logits, None, jnp.zeros(3, jnp.int32), 0)
+    tokens = next_token(logits, options(3, None), jnp.zeros(3, jnp.int32))
     assert tokens.tolist() == [1, 0, 3]
     assert tokens.dtype == jnp.int32
 
 
-@functools.cache
 def compiled(sampling):
-    return jax.jit(lambda logits, seeds, step: next_token(logits, sampling, seeds, step))
+    def draw(logits, seeds, step):
+        return _next_token(logits, options(len(logits), sampling, seeds), np.full(len(logits), step, np.int32))
+
+    return draw
 
 
 def test_a_draw_depends_on_its_own_row_and_seed_only():
@@ -108,6 +122,46 @@ def test_seeds_and_steps_draw_differently():
     first = np.asarray(draw(logits, seeds, 0))
     for other in (draw(logits, seeds, 1), draw(logits, seeds + 64, 0)):
         assert 0 < np.mean(first == np.asarray(other)) < 0.3  # one in twelve agrees by chance
+
+
+def test_every_row_its_own_way_in_one_program():
+    rng = np.random.default_rng(1)
+    ways = [None, Sampling(temperature=3.0), Sampling(top_k=2), Sampling(temperature=9.0, top_p=0.5), None]
+    logits = rng.normal(size=(5, VOCAB)).astype(np.float32)
+    compiled(None)(logits, 0, 0)
+    before = _next_token._cache_size()
+    for step in range(20):
+        together = np.asarray(compiled(ways)(logits, np.arange(5), step))
+        for row, way in enumerate(ways):
+            alone = compiled([way] * 5)(logits, np.arange(5), step)
+            assert alone[row] == together[row]
+        np.testing.assert_array_equal(together[[0, 4]], logits[[0, 4]].argmax(axis=1))
+    assert _next_token._cache_size() == before
+
+
+def test_stop_ids_of_rows():
+    assert row_options(SPEC, 2, 1, None, 0, None).stop_ids.tolist() == [[2, -1, -1, -1]] * 2
+    assert row_options(SPEC, 2, 1, None, 0, []).stop_ids.tolist() == [[-1] * 4] * 2
+    rows = row_options(SPEC, 3, 1, None, 0, [[7, 3], [], [5]])
+    assert rows.stops(jnp.array([3, 3, 5])).tolist() == [True, False, True]
+    assert row_options(SPEC, 1, 1, None, 0, range(5)).stop_ids.shape == (1, 8)
+    for wrong in ([[1]] * 2, [[1]] * 4):
+        with pytest.raises(InputError, match=r"eos_token_ids of . rows do not fit 3"):
+            row_options(SPEC, 3, 1, None, 0, wrong)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (0.7, "sampling=0.7 is no vlc.Sampling"),
+        ("greedy", "sampling='greedy' is no vlc.Sampling"),
+        ([None, 0.7, None], "sampling=0.7 is no vlc.Sampling"),
+        ([None] * 2, "2 samplings do not fit 3 rows"),
+    ],
+)
+def test_what_is_no_sampling(sampling, message):
+    with pytest.raises(InputError, match=message):
+        row_options(SPEC, 3, 1, sampling, 0, None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from stub_model import StubModel, kept_sets, stub_batch, stub_params
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.inference.sampling import Sampling, next_token
+from vlcache_jax.inference.next_token import next_token
+from vlcache_jax.inference.row_options import RowOptions
 from vlcache_jax.parallel.seeds import random_bits, seed_words, uniform
 
 KEY = jax.random.key(7, impl="threefry2x32")
@@ -26,8 +27,10 @@ LOGITS = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
 
 
 def draws(logits, seeds, steps=8):
-    draw = jax.jit(lambda logits, seeds, step: next_token(logits, Sampling(temperature=3.0), seeds, step))
-    return np.stack([draw(logits, seeds, np.int32(step)) for step in range(steps)], axis=1)
+    rows = np.ones(len(logits), np.int32)
+    options = RowOptions(seeds, 3 * rows.astype(np.float32), 99 * rows, rows.astype(np.float32), -rows[:, None], rows)
+    draw = jax.jit(next_token)
+    return np.stack([draw(logits, options, step * rows) for step in range(steps)], axis=1)
 
 
 @settings

@@ -45,3 +45,16 @@ def capacity(slots: int, layers: int, alignment: int = ALIGNMENT) -> int:
       160
     """
     return whole_tiles(int(align(slots + layers * (alignment - 1), alignment)))
+
+
+def answer_room(tokens: int) -> int:
+    """Slots for generated tokens: one of a few sizes, so that another number of tokens compiles nothing new.
+
+    Powers of two from 16 to 256, then multiples of 256, which waste less.
+
+    Example:
+      >>> [answer_room(tokens) for tokens in (1, 17, 64, 200, 300)]
+      [16, 32, 64, 256, 512]
+    """
+    tokens = max(ALIGNMENT, int(tokens))
+    return 1 << (tokens - 1).bit_length() if tokens <= 256 else int(align(tokens, 256))

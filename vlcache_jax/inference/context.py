@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.geometry import align
+from vlcache_jax.cache.geometry import align, answer_room
 from vlcache_jax.cache.state import Allocation, KVState
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.cache.tail import TailStore
@@ -27,7 +27,7 @@ from vlcache_jax.inference.finiteness import finite_rows, require_finite
 from vlcache_jax.inference.generate import Generation, decode_all
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.report import Report, make_report
-from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.inference.row_options import Samplings, StopIds, row_options
 from vlcache_jax.inputs import Array, Batch, Continuation
 from vlcache_jax.parallel.mesh import automatic, is_known, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
@@ -94,7 +94,7 @@ class Context:
         _check_positions(self, np.zeros(self.rows, np.int32), max_new_tokens)
         with on_mesh_of(self.params, self.stores):
             logits, next_position, finite, tail = _start(
-                self.model, self.logits, self.next_position, self.report.finite, rows, max_new_tokens
+                self.model, self.logits, self.next_position, self.report.finite, rows, answer_room(max_new_tokens)
             )
         allocation = Allocation(requested=self.report.kept, density=self.report.density)
         return logits, KVState(self.stores[0], tail, next_position, allocation, finite, APPEND, self.stores[1:])
@@ -220,9 +220,9 @@ def answer(
     max_new_tokens: int = 64,
     *,
     samples: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: Samplings = None,
     seeds: Seeds = 0,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
 ) -> Generation:
     """Answers questions to a context, all at once; the context is neither copied nor repeated. Pure, like `generate`.
@@ -262,11 +262,10 @@ def answer(
     lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
     shape = lead if samples is None else (*lead, samples)
     seeds = seed_words(seeds, shape, samples, f"answers {shape}").reshape(-1, 2)
+    options = row_options(ctx.model.spec, len(seeds), max_new_tokens, sampling, seeds, eos_token_ids)
     asked = ctx if questions is None else _extend(ctx, (questions,), kernels, max_new_tokens)
     logits, state = asked.start(max_new_tokens, asked.rows * (samples or 1))
-    tokens, lengths, finite = decode_all(
-        ctx.model, ctx.params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
-    )
+    tokens, lengths, finite = decode_all(ctx.model, ctx.params, logits, state, max_new_tokens, options, kernels)
     report = dataclasses.replace(ctx.report, tail_bytes=state.tail.nbytes, finite=finite.reshape(shape))
     out = Generation(tokens.reshape(*shape, max_new_tokens), lengths.reshape(shape), report)
     before = state.finite.reshape(shape)
@@ -274,7 +273,7 @@ def answer(
     return out
 
 
-@partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens"))
+@partial(jax.jit, static_argnames=("model", "rows", "room"))
 @automatic
 def _start(
     model: VisionLanguageModel,
@@ -282,9 +281,9 @@ def _start(
     next_position: jax.Array,
     finite: jax.Array,
     rows: int,
-    max_new_tokens: int,
+    room: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, TailStore]:
-    tail = TailStore.empty(model.spec, rows, max_new_tokens)
+    tail = TailStore.empty(model.spec, rows, room)
     return _branches(logits, rows), _branches(next_position, rows), _branches(finite, rows), tail
 
 

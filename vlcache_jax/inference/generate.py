@@ -1,29 +1,26 @@
 """Generating answers: prefill, then a loop on the device; or the same step, streamed."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.cache.geometry import answer_room
 from vlcache_jax.cache.state import KVState
-from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
-from vlcache_jax.inference.decode_step import advance, check_room
-from vlcache_jax.inference.finiteness import is_ready, require_finite, usable_rows
+from vlcache_jax.inference.decode_step import check_room
+from vlcache_jax.inference.finiteness import is_ready, require_finite
+from vlcache_jax.inference.loop import DecodingState, begin, chunk
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.report import Report, make_report
-from vlcache_jax.inference.sampling import Sampling, next_token
+from vlcache_jax.inference.row_options import RowOptions, Samplings, StopIds, row_options
 from vlcache_jax.inputs import Batch
-from vlcache_jax.kernels.varying import varying
-from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
+from vlcache_jax.parallel.mesh import on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.parallel.seeds import Seeds, seed_words
+from vlcache_jax.parallel.seeds import Seeds
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.typing import Params, VisionLanguageModel
@@ -46,17 +43,6 @@ class Generation:
     report: Report
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Loop:
-    """What a step changes; the read-only stores stay outside."""
-
-    step: jax.Array  # i32 [], tokens chosen so far
-    token: jax.Array  # i32 [batch], the last one
-    finished: jax.Array  # bool [batch]
-    state: KVState  # without what is read-only
-
-
 def generate(
     model: VisionLanguageModel,
     params: Params,
@@ -64,9 +50,9 @@ def generate(
     policy: Policy | None = None,
     max_new_tokens: int = 64,
     *,
-    sampling: Sampling | None = None,
+    sampling: Samplings = None,
     seeds: Seeds = 0,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
 ) -> Generation:
     """Answers a batch of prompts with a compressed cache.
@@ -80,18 +66,20 @@ def generate(
       batch: prompts, from `vlm.processor`.
       policy: what to keep of the prompt's cache; `FullCache()` by default.
       max_new_tokens: answers are cut at this length.
-      sampling: None for greedy decoding.
+      sampling: None for greedy decoding; one for all rows, or a sequence of one for each, None among them. Another
+        compiles nothing.
       seeds: one for all rows or one for each: integers of up to 64 bits, or keys of `jax.random.key`. A row's sample
         depends on its own seed, never on the batch or on JAX's settings; to draw several answers to one prompt, see
         `vlc.answer`.
-      eos_token_ids: ids that end a row; those of the checkpoint by default. An empty list never stops.
+      eos_token_ids: ids that end a row, or a list of them for each row; those of the checkpoint by default. An empty
+        list never stops.
       kernels: which implementation of each op to use; the platform's best by default.
 
     Returns:
       The answers and a report.
 
     Raises:
-      InputError: see `prefill`; or seeds that are none, or other than rows in number.
+      InputError: see `prefill`; or seeds, sampling or stop ids that are none, or other than rows in number.
       NonFiniteError: scores or logits of a row are NaN or infinite. Raised when all has run; inside `jit` and over
         several processes `report.finite` alone tells.
 
@@ -100,12 +88,10 @@ def generate(
       texts = vlm.processor.decode(out)
     """
     policy = FullCache() if policy is None else policy
-    seeds = seed_words(seeds, (batch.size,))
+    options = row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)
     logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
     report = make_report(model.spec, policy, state, state.next_position, batch.length)
-    tokens, lengths, finite = decode_all(
-        model, params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
-    )
+    tokens, lengths, finite = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
     out = Generation(tokens, lengths, dataclasses.replace(report, finite=finite))
     density = state.allocation.density
     require_finite(finite, out, dtype=model.spec.dtype, before=state.finite, density=density, policy=policy)
@@ -119,9 +105,9 @@ def stream(
     policy: Policy | None = None,
     max_new_tokens: int = 64,
     *,
-    sampling: Sampling | None = None,
+    sampling: Samplings = None,
     seeds: Seeds = 0,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of `generate` as they come.
@@ -133,7 +119,7 @@ def stream(
       in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
     policy = FullCache() if policy is None else policy
-    seeds = seed_words(seeds, (batch.size,))
+    row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)  # before anything is compiled
     logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
@@ -146,9 +132,9 @@ def decode(
     state: KVState,
     max_new_tokens: int,
     *,
-    sampling: Sampling | None = None,
+    sampling: Samplings = None,
     seeds: Seeds = 0,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The second half of `generate`: answers from what `prefill` returned.
@@ -172,9 +158,8 @@ def decode(
     _check_count(state, max_new_tokens)
     if is_ready(state.next_position):
         _check_values(model, state, max_new_tokens)
-    tokens, lengths, finite = decode_all(
-        model, params, logits, state, max_new_tokens, sampling, seeds, eos_token_ids, kernels
-    )
+    options = row_options(model.spec, logits.shape[0], max_new_tokens, sampling, seeds, eos_token_ids)
+    tokens, lengths, finite = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
     _check_values(model, state, max_new_tokens)
     density = state.allocation.density
     require_finite(finite, (tokens, lengths), dtype=model.spec.dtype, before=state.finite, density=density)
@@ -187,17 +172,17 @@ def decode_all(
     logits: jax.Array,
     state: KVState,
     max_new_tokens: int,
-    sampling: Sampling | None,
-    seeds: Any,
-    eos_token_ids: Sequence[int] | None,
+    options: RowOptions,
     kernels: Kernels | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`decode` without checks of the state: tokens, lengths, and bool [batch], whether all was finite."""
-    words = placed(seed_words(seeds, (logits.shape[0],)), params)
-    stop = _stop_ids(model, eos_token_ids)
+    room = answer_room(max_new_tokens)
+    options, steps = placed((options, np.int32(room)), params)
     with on_mesh_of(params, logits, state):
-        out = _decode(model, params, logits, state, words, max_new_tokens, sampling, stop, kernels or Kernels())
-    return on_every_process(out)
+        loop, stores = begin(model, logits, state, options, room)
+        loop = chunk(model, params, stores, loop, steps, kernels or Kernels())
+        tokens = jax.lax.slice_in_dim(loop.tokens, 0, max_new_tokens, axis=1)
+    return on_every_process((tokens, loop.step, loop.kv.finite))
 
 
 def stream_decode(
@@ -207,9 +192,9 @@ def stream_decode(
     state: KVState,
     max_new_tokens: int,
     *,
-    sampling: Sampling | None = None,
+    sampling: Samplings = None,
     seeds: Seeds = 0,
-    eos_token_ids: Sequence[int] | None = None,
+    eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
 ) -> Iterator[np.ndarray]:
     """The second half of `stream`; arguments as in `decode`, errors as in `decode` and `stream`."""
@@ -218,28 +203,25 @@ def stream_decode(
     _check_count(state, max_new_tokens)
     if is_ready(state.next_position):
         _check_values(model, state, max_new_tokens)
-    words = placed(seed_words(seeds, (logits.shape[0],)), params)
-    stop = _stop_ids(model, eos_token_ids)
+    options = row_options(model.spec, logits.shape[0], max_new_tokens, sampling, seeds, eos_token_ids)
+    options, one = placed((options, np.int32(1)), params)
 
-    def read(loop: _Loop) -> tuple[np.ndarray, bool]:
-        token, finished, finite = on_every_process((loop.token, loop.finished, loop.state.finite))
-        token, finished = jax.device_get((token, finished))
+    def read(loop: DecodingState) -> tuple[np.ndarray, bool]:
+        token, done, finite = on_every_process((loop.token, loop.done, loop.kv.finite))
+        token, done = jax.device_get((token, done))
         density = state.allocation.density
         require_finite(finite, token, dtype=model.spec.dtype, before=state.finite, density=density)
-        return token, bool(finished.all())
+        return token, bool(done.all())
 
     def tokens() -> Iterator[np.ndarray]:
-        stores = state.stores
-        own = _with_stores(jax.tree.map(jnp.copy, _with_stores(state, ())), stores)
-        loop = _start(logits, own, words, sampling, stop)
+        with on_mesh_of(params, logits, state):
+            loop, stores = begin(model, logits, state, options, answer_room(max_new_tokens))
         _check_values(model, state, max_new_tokens)
         token, ended = read(loop)
         yield token
-        for _ in range(max_new_tokens - 1):
-            if ended:
-                return
+        while not ended:
             with on_mesh_of(params, loop):
-                loop = _stream_step(model, params, stores, loop, words, sampling, stop, kernels or Kernels())
+                loop = chunk(model, params, stores, loop, one, kernels or Kernels())
             token, ended = read(loop)
             yield token
 
@@ -267,98 +249,3 @@ def _check_values(model: VisionLanguageModel, state: KVState, max_new_tokens: in
             f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
             "lower it"
         )
-
-
-def _stop_ids(model: VisionLanguageModel, eos_token_ids: Sequence[int] | None) -> tuple[int, ...]:
-    return tuple(model.spec.eos_token_ids if eos_token_ids is None else (int(i) for i in eos_token_ids))
-
-
-def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    return jnp.any(token[:, None] == jnp.asarray(stop, jnp.int32)[None], axis=1)
-
-
-@partial(jax.jit, static_argnames=("sampling", "stop"))
-@automatic
-def _start(
-    logits: jax.Array, state: KVState, seeds: jax.Array, sampling: Sampling | None, stop: tuple[int, ...]
-) -> _Loop:
-    token = next_token(logits, sampling, seeds, 0)
-    state = dataclasses.replace(state, finite=state.finite & usable_rows(logits))
-    return _Loop(jnp.int32(1), token, _is_stop(token, stop), _with_stores(state, ()))
-
-
-def _step(
-    model: VisionLanguageModel,
-    params: Params,
-    stores: tuple[PackedStore, ...],
-    loop: _Loop,
-    seeds: jax.Array,
-    sampling: Sampling | None,
-    stop: tuple[int, ...],
-    kernels: Kernels,
-) -> _Loop:
-    logits, state = advance(model, params, loop.token, _with_stores(loop.state, stores), kernels)
-    state = dataclasses.replace(state, finite=jnp.where(loop.finished, loop.state.finite, state.finite))
-    token = next_token(logits, sampling, seeds, loop.step)
-    token = jnp.where(loop.finished, model.spec.pad_token_id, token)
-    return _Loop(loop.step + 1, token, loop.finished | _is_stop(token, stop), _with_stores(state, ()))
-
-
-_stream_step = jax.jit(
-    automatic(_step), static_argnames=("model", "sampling", "stop", "kernels"), donate_argnames=("loop",)
-)
-
-
-def _with_stores(state: KVState, stores: tuple[PackedStore, ...]) -> KVState:
-    if state.decoding.rewrites_context:
-        return state
-    context, more = (stores[0], stores[1:]) if stores else (None, ())  # None only while looping
-    return dataclasses.replace(state, context=context, more=more)  # type: ignore[arg-type]
-
-
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "stop", "kernels"))
-@automatic
-def _decode(
-    model: VisionLanguageModel,
-    params: Params,
-    logits: jax.Array,
-    state: KVState,
-    seeds: jax.Array,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    stop: tuple[int, ...],
-    kernels: Kernels,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def unfinished(carry: tuple[_Loop, jax.Array, jax.Array]) -> jax.Array:
-        loop, _, _ = carry
-        return (loop.step < max_new_tokens) & ~jnp.all(loop.finished)
-
-    def body(carry: tuple[_Loop, jax.Array, jax.Array]) -> tuple[_Loop, jax.Array, jax.Array]:
-        loop, tokens, lengths = carry
-        lengths = jnp.where(loop.finished, lengths, lengths + 1)
-        new = _step(model, params, state.stores, loop, seeds, sampling, stop, kernels)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, new.token[:, None], loop.step, axis=1)
-        return new, tokens, lengths
-
-    params, logits, state = _without_derivative((params, logits, state))
-    loop = _start(logits, state, seeds, sampling, stop)
-    rows = loop.token.shape[0]
-    tokens = jnp.full((rows, max_new_tokens), model.spec.pad_token_id, jnp.int32).at[:, 0].set(loop.token)
-    carry = varying((loop, tokens, jnp.ones((rows,), jnp.int32)), params, logits, state, seeds)
-    loop, tokens, lengths = jax.lax.while_loop(unfinished, body, carry)
-    return tokens, lengths, loop.state.finite
-
-
-@jax.custom_jvp
-def _without_derivative(tree: Any) -> Any:
-    return tree
-
-
-@_without_derivative.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
-    raise InputError(
-        "generated tokens are whole numbers and have no derivative with respect to the parameters: take the "
-        "log-probabilities of an answer from one pass over prompt and answer, model.apply({'params': params}, batch, "
-        "method='forward') (docs/training.md), and call generate, decode or answer outside of what is differentiated, "
-        "or with jax.lax.stop_gradient(params)"
-    )

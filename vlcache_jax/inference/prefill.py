@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
+from vlcache_jax.cache.geometry import align, answer_room, capacity, regular_slots, segment_alignment
 from vlcache_jax.cache.merging import merge_evicted
 from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select, unselected
@@ -75,7 +75,7 @@ def prefill(
         refuse_partly_checked()
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
-        return _prefill(model, params, batch, policy, max_new_tokens, kernels or Kernels())
+        return _prefill(model, params, batch, policy, answer_room(max_new_tokens), kernels or Kernels())
 
 
 @partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))

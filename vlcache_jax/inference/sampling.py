@@ -1,4 +1,4 @@
-"""Choosing the next token."""
+"""How answers are drawn: the user's word."""
 
 import dataclasses
 import math
@@ -6,11 +6,9 @@ import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.parallel.seeds import random_bits, seed_words, uniform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,43 +58,3 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_ | jax.core.Tracer) or not hasattr(value, "__float__"):
         raise InputError(f"{name}={value!r} is not a number")
     return float(value)
-
-
-def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits f32 [batch, vocab] after temperature, top-k and top-p: -inf where a token may not be drawn."""
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the strictly better tokens
-        count = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True)
-        lowest = jnp.take_along_axis(descending, count - 1, axis=-1)
-        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
-    return logits
-
-
-def next_token(logits: jax.Array, sampling: Sampling | None, seeds: Any, step: jax.Array | int) -> jax.Array:
-    """Greedy or sampled token of each row.
-
-    Args:
-      logits: f32 [batch, vocab].
-      sampling: None for greedy (the lowest id on a tie).
-      seeds: one for each row, as `seeds.seed_words` takes them. A row's draw depends on its own seed and step only,
-        never on the batch.
-      step: index of the token in the answer.
-
-    Returns:
-      i32 [batch].
-    """
-    if sampling is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw(words: jax.Array, row: jax.Array) -> jax.Array:  # as jax.random.categorical does by default
-        number = jnp.maximum(uniform(random_bits(words, (step,), row.shape[0])), jnp.finfo(jnp.float32).tiny)
-        return jnp.argmax(row - jnp.log(-jnp.log(number)))
-
-    words = jnp.asarray(seed_words(seeds, logits.shape[:1]))
-    return jax.vmap(draw)(words, filtered_logits(logits, sampling)).astype(jnp.int32)

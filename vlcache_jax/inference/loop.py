@@ -1,0 +1,154 @@
+"""The loop over tokens, on the device: `generate`, `stream` and whoever fills rows anew run this one.
+
+begin    first tokens, from the prompts' logits
+chunk    a number of steps, or until rows have ended
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.state import KVState
+from vlcache_jax.cache.store import PackedStore
+from vlcache_jax.errors import InputError
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.inference.decode_step import advance
+from vlcache_jax.inference.finiteness import usable_rows
+from vlcache_jax.inference.next_token import next_token
+from vlcache_jax.inference.row_options import RowOptions
+from vlcache_jax.kernels.varying import varying
+from vlcache_jax.parallel.mesh import automatic
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.typing import Params, VisionLanguageModel
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodingState:
+    """Rows that are being answered.
+
+    Attributes:
+      kv: their caches.
+      options: what is asked of each row.
+      token: i32 [rows]. The last token of each, which its cache has not seen yet; the pad id once the row has ended.
+      step: i32 [rows]. Tokens of its answer so far.
+      done: bool [rows]. Whether it has ended.
+      tokens: i32 [rows, room]. The answers, filled with the pad id.
+    """
+
+    kv: KVState
+    options: RowOptions
+    token: jax.Array
+    step: jax.Array
+    done: jax.Array
+    tokens: jax.Array
+
+
+def begin(
+    model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int
+) -> tuple[DecodingState, tuple[PackedStore, ...]]:
+    """The first token of each row.
+
+    Args:
+      model: for its pad id.
+      logits: f32 [rows, vocab].
+      kv: as a context's `start` returned it; it stays as it is.
+      options: of the rows.
+      room: tokens that an answer has room for, at least all `options.max_new_tokens`.
+
+    Returns:
+      The state, which `chunk` may overwrite, without the read-only stores; and those.
+    """
+    stores = () if kv.decoding.rewrites_context else kv.stores
+    return _begin(model, logits, without_stores(kv), options, room), stores
+
+
+@partial(jax.jit, static_argnames=("model", "room"))
+@automatic
+def _begin(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int) -> DecodingState:
+    logits, kv, options = jax.tree.map(jnp.copy, without_derivative((logits, kv, options)))
+    token = next_token(logits, options, jnp.zeros(logits.shape[:1], jnp.int32))
+    tokens = jnp.full((len(token), room), model.spec.pad_token_id, jnp.int32).at[:, 0].set(token)
+    done = options.stops(token) | (options.max_new_tokens <= 1)
+    kv = dataclasses.replace(kv, finite=kv.finite & usable_rows(logits))
+    return DecodingState(kv, options, token, jnp.ones_like(token), done, tokens)
+
+
+@partial(jax.jit, static_argnames=("model", "kernels"), donate_argnames=("state",))
+@automatic
+def chunk(
+    model: VisionLanguageModel,
+    params: Params,
+    stores: tuple[PackedStore, ...],
+    state: DecodingState,
+    steps: jax.Array,
+    kernels: Kernels,
+) -> DecodingState:
+    """Runs steps until all rows have ended, but no more than `steps`, i32 []; `state`, from `begin`, is donated."""
+
+    def unfinished(carry: tuple[jax.Array, DecodingState]) -> jax.Array:
+        count, state = carry
+        return (count < steps) & ~jnp.all(state.done)
+
+    def body(carry: tuple[jax.Array, DecodingState]) -> tuple[jax.Array, DecodingState]:
+        count, state = carry
+        return count + 1, _step(model, params, stores, state, kernels)
+
+    params, stores, state = without_derivative((params, stores, state))
+    carry = varying((jnp.zeros((), jnp.int32), state), params, stores, state)
+    return jax.lax.while_loop(unfinished, body, carry)[1]
+
+
+def _step(
+    model: VisionLanguageModel, params: Params, stores: tuple[PackedStore, ...], state: DecodingState, kernels: Kernels
+) -> DecodingState:
+    logits, kv = advance(model, params, state.token, with_stores(state.kv, stores), kernels)
+    done, step = state.done, state.step
+    kv = dataclasses.replace(kv, finite=jnp.where(done, state.kv.finite, kv.finite))
+    token = jnp.where(done, model.spec.pad_token_id, next_token(logits, state.options, step))
+    here = (jax.lax.iota(jnp.int32, state.tokens.shape[1])[None] == step[:, None]) & ~done[:, None]
+    step = jnp.where(done, step, step + 1)
+    return DecodingState(
+        kv=without_stores(kv),
+        options=state.options,
+        token=token,
+        step=step,
+        done=done | state.options.stops(token) | (step >= state.options.max_new_tokens),
+        tokens=jnp.where(here, token[:, None], state.tokens),
+    )
+
+
+def without_stores(kv: KVState) -> KVState:
+    """What a step changes: a state without what is read-only."""
+    return _replaced(kv, (None,))
+
+
+def with_stores(kv: KVState, stores: tuple[PackedStore, ...]) -> KVState:
+    """What `without_stores` left, and the stores again."""
+    return _replaced(kv, stores)
+
+
+def _replaced(kv: KVState, stores: tuple[Any, ...]) -> KVState:
+    if kv.decoding.rewrites_context:
+        return kv
+    return dataclasses.replace(kv, context=stores[0], more=stores[1:])
+
+
+@jax.custom_jvp
+def without_derivative(tree: Any) -> Any:
+    """A tree whose derivative is refused."""
+    return tree
+
+
+@without_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise InputError(
+        "generated tokens are whole numbers and have no derivative with respect to the parameters: take the "
+        "log-probabilities of an answer from one pass over prompt and answer, model.apply({'params': params}, batch, "
+        "method='forward') (docs/training.md), and call generate, decode or answer outside of what is differentiated, "
+        "or with jax.lax.stop_gradient(params)"
+    )
