@@ -38,7 +38,8 @@ from vlcache_jax.files.writing import append_line
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.policies import POLICIES, Score
+from vlcache_jax.policies import METHODS as KNOWN
+from vlcache_jax.policies import Score
 from vlcache_jax.policies.window import AverageShare
 
 TIE = 2.0**-18
@@ -61,7 +62,7 @@ def model_and_params() -> tuple[Llava, Any]:
     return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
-METHODS = sorted(set(POLICIES) - {"full_cache"})
+METHODS = sorted(set(KNOWN) - {"full_cache"})
 
 
 def random_policy(rng: np.random.Generator, side: int, name: str) -> vlc.Policy:
@@ -112,7 +113,7 @@ def random_policy(rng: np.random.Generator, side: int, name: str) -> vlc.Policy:
         elif name not in ("zip_vl", "look_m"):
             options["generated"] = some(vlc.Append(), vlc.RollingWindow(5), vlc.Recompress(6))
         try:
-            policy = POLICIES[name](**options)
+            policy = KNOWN[name].make(**options)
             check_prefill(Llava(harness.SHAPES["smoke"]).spec, _probe(), policy, 4)  # what the model cannot do
         except (vlc.PolicyError, AssertionError):
             continue

@@ -51,6 +51,9 @@ Definition = ast.FunctionDef | ast.ClassDef
 def pages() -> dict[str, str]:
     """The text of each page, by its file name."""
     public = exported("public")
+    for node in _tree(_file("policies.budget")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            _CONSTANTS[ast.unparse(node.targets[0])] = ast.unparse(node.value)
     groups = {page: (title, [e for word in words for e in _entries(word)]) for page, (title, words) in GROUPS.items()}
     listed = {name for _, entries in groups.values() for _, name in entries}
     if rest := sorted(set(public) - listed):
@@ -127,7 +130,8 @@ def _arguments(node: ast.FunctionDef) -> list[str]:
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
     equals = " = " if argument.annotation is not None else "="
-    return ast.unparse(argument) + (f"{equals}{ast.unparse(default)}" if default is not None else "")
+    shown = "" if default is None else f"{equals}{_CONSTANTS.get(ast.unparse(default)) or ast.unparse(default)}"
+    return ast.unparse(argument) + shown
 
 
 def _text(docstring: str) -> str:
@@ -177,6 +181,8 @@ def _file(module: str) -> Path:
 
 
 _TREES: dict[Path, ast.Module] = {}
+_CONSTANTS: dict[str, str] = {}
+"""Defaults that have a name."""
 
 
 def _tree(path: Path) -> ast.Module:

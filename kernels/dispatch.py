@@ -1,6 +1,7 @@
 """Choosing the implementation of an op."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ def dispatch(
     """Calls the named implementation, or the first one in the platform's order that serves the arguments.
 
     The platform is the one that the program is lowered for, not the device that happens to be attached: a machine
-    The platform is the one
+    without a TPU compiles programs for one.
+
     Args:
       name: of the only implementation to try, or None.
       implementations: by name. One that cannot serve the arguments raises NotImplementedError with the reason.
@@ -50,6 +52,15 @@ def dispatch(
     if not special:
         return first_of(default)(*args)
     return jax.lax.platform_dependent(*args, default=first_of(default), **special)
+
+
+def bound(implementations: Mapping[str, Implementation], interpret: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """The implementations with what all of them take; those of Pallas know `interpret` besides."""
+    pallas = {"interpret": interpret}
+    return {
+        name: partial(function, *args, **options, **(pallas if name.startswith(("pallas", "splash")) else {}))
+        for name, function in implementations.items()
+    }
 
 
 def _in_32_bits(function: Implementation) -> Implementation:

@@ -76,10 +76,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestBeforeWeights:
     @pytest.mark.parametrize("budget", ["0", "1.5", "-0.1"])
     def test_budget(self, refused: Run, budget: str) -> None:
-        assert f"budget={float(budget)} is out of range" in refused("--budget", budget)
+        assert f"budget={float(budget)} is out of range" in refused("--policy", f"vl_cache:{budget}")
 
     def test_budget_not_a_number(self, refused: Run) -> None:
-        assert "'nan' is not a budget: give 0.1 or 10%" in refused("--budget", "nan")
+        assert "'nan' is not a budget: give 0.1 or 10%" in refused("--policy", "vl_cache:nan")
 
     @pytest.mark.parametrize("count", ["0", "-3"])
     def test_new_tokens(self, refused: Run, count: str) -> None:
@@ -92,7 +92,7 @@ class TestBeforeWeights:
         assert "did you mean 'vl_cache'?" in refused("--policy", "vl_cahce")
 
     def test_policy_option_name(self, refused: Run) -> None:
-        assert "did you mean 'threshold'?" in refused("--policy-option", "treshold=0.1")
+        assert "did you mean 'threshold'?" in refused("--policy", "vl_cache,treshold=0.1")
 
     @pytest.mark.parametrize(
         ("option", "message"),
@@ -109,13 +109,13 @@ class TestBeforeWeights:
         ],
     )
     def test_policy_option_value(self, refused: Run, option: str, message: str) -> None:
-        assert message in refused("--policy-option", option)
+        assert message in refused("--policy", f"vl_cache,{option}")
 
     def test_option_twice(self, refused: Run) -> None:
-        assert "'budget' is given twice" in refused("--budget", "0.2", "--policy-option", "budget=0.3")
+        assert "'budget' is given twice" in refused("--policy", "vl_cache:0.2,budget=0.3")
 
     def test_budget_of_full_cache(self, refused: Run) -> None:
-        assert "policy 'full_cache' has no option 'budget'" in refused("--policy", "full_cache", "--budget", "0.5")
+        assert "policy 'full_cache' has no option 'budget'" in refused("--policy", "full_cache:0.5")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -207,7 +207,7 @@ class TestBeforeWeights:
 
 
 def test_tensors_that_do_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("vlcache_jax.cli.answering.prefill", None)
+    monkeypatch.setattr("vlcache_jax.evaluation.answering.prefill", None)
     tensors = load_file(copy / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
     tensors["stray"] = tensors.pop(name)

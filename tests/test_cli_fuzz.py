@@ -11,10 +11,9 @@ import pytest
 from vlcache_jax.cli import demo, generate, study, train_demo
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
 from vlcache_jax.cli.main import main
-from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.parser import build_parser
 from vlcache_jax.errors import PolicyError, VLCacheError
-from vlcache_jax.policies import POLICIES
+from vlcache_jax.policies import METHODS, policy_by_name
 
 DEMO = Path(demo.__file__).parent.parent / "assets" / "demo_model"
 IMAGE = DEMO.parent / "demo_images" / "document_1.png"
@@ -110,15 +109,15 @@ NUMBERS = [word for word in NASTY if word[:1] in "+-0123456789.inN\u0661\uff11" 
 OTHERS = ["true", "none", "some", "last:", "last:0", "last:" + "9" * 30, "last:\u0663", "window:" + "9" * 30, "evict:1"]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", METHODS)
 def test_options_of_policies(name: str) -> None:
     with pytest.raises(PolicyError) as unknown:
-        build_policy(name, None, ["no_such=1"])
+        policy_by_name(f"{name},no_such=1")
     known = str(unknown.value).split("Known: ")[1].split(", ")
     for option in dict.fromkeys([*known, "decoding", "rows", "budget"]):
         for value in [*NUMBERS, *OTHERS]:
             try:
-                policy = build_policy(name, None, [f"{option}={value}"])
+                policy = policy_by_name(f"{name},{option}={value}")
             except VLCacheError:
                 continue
             hash(policy)

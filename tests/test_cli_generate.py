@@ -14,13 +14,13 @@ from PIL import Image
 from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.cli import runtime
 from vlcache_jax.cli.main import main
-from vlcache_jax.cli.table import megabytes
+from vlcache_jax.evaluation import stopwatch
 from vlcache_jax.policies.shares import total_slots
+from vlcache_jax.terminal.table import megabytes
 
 NEW_TOKENS = 8
-OPTIONS = ["--budget", "0.3", "--policy-option", "heads=shared"]  # the same programs in several tests
+OPTIONS = ["--policy", "vl_cache:0.3,heads=shared"]  # the same programs in several tests
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_sampling_and_seed(checkpoint: Path, image: Path, capsys: pytest.Capture
 def test_stopwatch_tells_compiling_from_running() -> None:
     program = jax.jit(lambda x: jnp.sin(x) @ jax.jit(jnp.cos)(x))
     x = np.ones((4, 4), np.float32)
-    with runtime.Stopwatch() as first:
+    with stopwatch.Stopwatch() as first:
         program(x).block_until_ready()
-    with runtime.Stopwatch() as second:
+    with stopwatch.Stopwatch() as second:
         program(x).block_until_ready()
         time.sleep(0.05)
     assert first.compile > 0
@@ -120,6 +120,6 @@ def test_stopwatch_tells_compiling_from_running() -> None:
 
 
 def test_nested_compilations_count_once() -> None:
-    assert runtime._covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 8.0)], 0.0) == 5.0
-    assert runtime._covered([(1.0, 4.0)], 2.0) == 2.0
-    assert runtime._covered([], 0.0) == 0.0
+    assert stopwatch._covered([(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 8.0)], 0.0) == 5.0
+    assert stopwatch._covered([(1.0, 4.0)], 2.0) == 2.0
+    assert stopwatch._covered([], 0.0) == 0.0

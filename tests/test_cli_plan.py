@@ -78,7 +78,7 @@ def test_page(folder, capsys):
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_json(folder, capsys):
-    status = main(["plan", "--model", folder, *SMALL, "--compare", "full", "--compare", "vl_cache:0.3", "--json"])
+    status = main(["plan", "--model", folder, *SMALL, "--compare", "full_cache", "--compare", "vl_cache:0.3", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert status == 0
     assert set(found) == {
@@ -104,7 +104,7 @@ def test_json(folder, capsys):
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_page_of_what_does_not_fit(folder, capsys):
-    arguments = ["--topology", "v5e:1x1", "--batch", "300", "--prompt", "64", "--new", "16", "--compare", "full"]
+    arguments = ["--topology", "v5e:1x1", "--batch", "300", "--prompt", "64", "--new", "16", "--compare", "full_cache"]
     assert main(["plan", "--model", folder, *arguments]) == 0
     out, err = capsys.readouterr()
     rows = {line.strip()[:16].strip(): line.split() for line in out.splitlines()}
@@ -128,7 +128,7 @@ def error_of(err):
         (["--topology", "v5:2x4"], "is no known TPU: use one of v5"),
         (["--topology", "v5e"], "as in v5e:2x2"),
         (["--policy", "vl_cahce"], "did you mean 'vl_cache'?"),
-        (["--budget", "1.5"], "budget=1.5 is out of range"),
+        (["--policy", "vl_cache:1.5"], "budget=1.5 is out of range"),
         (["--compare", "fulll"], "did you mean 'full_cache'?"),
         (["--compare", "vl_cache:much"], "'much' is not a budget"),
         (["--compare", "vl_cache:" + "9" * 400], "is not a budget"),

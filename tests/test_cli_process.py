@@ -29,9 +29,9 @@ def test_help_and_bad_arguments() -> None:
     shown = run("--help")
     assert shown.returncode == 0
     assert all(command in shown.stdout for command in ("demo", "generate", "train-demo"))
-    refused = run("generate", "--model", "absent", "--prompt", "x", "--budget", "much")
+    refused = run("generate", "--model", "absent", "--prompt", "x", "--top-k", "much")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("vlcache-jax: error: argument --budget: 'much' is not a budget")
+    assert refused.stderr.startswith("vlcache-jax: error: argument --top-k: 'much' is not a whole number")
     assert "Traceback" not in refused.stderr
     # CPU time of both, which other processes on the machine do not change.
     assert os.times().children_user - started[1] < 2 * 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vlcache_jax as vlc
-from vlcache_jax.policies import POLICIES
+from vlcache_jax.policies import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "contexts.md"
@@ -30,5 +30,5 @@ def test_the_page(tmp_path, monkeypatch):
 def test_every_policy_has_its_place():
     """Query-aware or not: a new method has to be told apart on the page."""
     table = PAGE.read_text(encoding="utf-8").split("## Which policy")[1].split("## Answers")[0]
-    for factory in POLICIES.values():
+    for factory in (method.make for method in METHODS.values()):
         assert f"`{factory.__name__}`" in table

@@ -8,11 +8,14 @@ import numpy as np
 from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
 
 import vlcache_jax as vlc
+from vlcache_jax.demo.study.methods import Method, all_methods
+from vlcache_jax.policies import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "own_method.md"
 
 
-def test_the_page():
+def test_the_page(monkeypatch):
+    monkeypatch.setitem(METHODS, "value_aware", None)  # taken away at the end
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
     statements = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(statements) <= 30
@@ -21,6 +24,9 @@ def test_the_page():
     policy = names["ValueAware"](0.4, power=2.0)
     assert policy == names["ValueAware"](0.4, power=2.0)
     assert policy != names["ValueAware"](0.4)
+    assert policy == vlc.policy_by_name("value_aware:0.4,power=2.0")
+    assert Method("value_aware") in all_methods()
+    assert Method("value_aware").label == "Attention times value"
     batch = stub_batch()
     params = stub_params(batch)
     _, state = vlc.prefill(StubModel(), params, batch, policy, 4)

@@ -14,7 +14,7 @@ from vlcache_jax.cli import main as command_line
 from vlcache_jax.demo.study.methods import all_methods
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.policies import POLICIES, Uniform
+from vlcache_jax.policies import METHODS, Uniform
 from vlcache_jax.policies.window import AverageShare, forced, settled
 
 OBSERVED = {"snap_kv": vlc.SnapKV, "pyramid_kv": vlc.PyramidKV, "ada_kv": vlc.AdaKV, "mix_kv": vlc.MixKV}
@@ -110,7 +110,7 @@ def test_a_window_or_sinks_that_leave_the_scores_nothing_are_told_of_once(policy
     assert re.search(text, found), found
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full_cache"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full_cache"}))
 def test_no_method_warns_where_its_scores_decide(name):
     assert warned(vlc.policy_by_name(name, budget=0.5), 150, 200) == []
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax import Bytes, InputError, PolicyError, Tokens
+from vlcache_jax import Bytes, InputError, Mass, PolicyError, Tokens
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.policies import (
-    POLICIES,
+    METHODS,
     AccumulatedAttention,
     AirCache,
     AllRows,
@@ -21,6 +21,7 @@ from vlcache_jax.policies import (
     LastRow,
     LastRows,
     LayerInputs,
+    LookM,
     MaskVisualSinks,
     Policy,
     PostVision,
@@ -28,6 +29,7 @@ from vlcache_jax.policies import (
     PyramidKV,
     RandomEviction,
     RandomScore,
+    RollingWindow,
     SnapKV,
     SparsityAware,
     StreamingLLM,
@@ -137,8 +139,55 @@ def test_keeps_all():
 def test_by_name():
     assert policy_by_name("vl_cache", budget=0.2, heads="shared") == VLCache(0.2, heads="shared")
     assert policy_by_name("full_cache") == FullCache()
-    for name in POLICIES:
+    for name in METHODS:
         assert policy_by_name(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("vl_cache", VLCache()),
+        ("look_m", LookM(0.2)),  # its authors' default
+        ("vl_cache:0.2", VLCache(0.2)),
+        ("vl_cache:10%", VLCache(0.1)),
+        ("vl_cache:1", VLCache(1.0)),
+        ("vl_cache:256", VLCache(Tokens(256))),
+        ("vl_cache:64MiB", VLCache(Bytes(2**26))),
+        ("vl_cache:1.5 kB", VLCache(Bytes(1500))),
+        ("vl_cache:mass:0.98:0.4", VLCache(Mass(0.98, cap=0.4))),
+        ("vl_cache:0.2,heads=shared,pool=5,threshold=1e-3", VLCache(0.2, heads="shared", pool=5, threshold=1e-3)),
+        ("vl_cache, heads=shared, candidate-fraction=0.3", VLCache(heads="shared", candidate_fraction=0.3)),
+        ("vl_cache,rows=last:50,mask_visual_sinks=true", VLCache(rows=LastRows(50), mask_visual_sinks=True)),
+        ("look_m,merge=none,budget=64", LookM(64, merge=None)),
+        ("full_cache,decoding=window:9", dataclasses.replace(FullCache(), generated=RollingWindow(9))),
+    ],
+)
+def test_as_typed(text, policy):
+    assert policy_by_name(text) == policy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "policy '' does not exist"),
+        ("vl_cache:", "'' is not a budget: give 0.1 or 10%"),
+        ("vl_cache:mass:0.98", "has no cap"),
+        ("vl_cache,heads", "policy option 'heads' is not of the form name=value"),
+        ("vl_cache,=1", "not of the form name=value"),
+        ("vl_cache,heads=each,heads=shared", "'heads' is given twice"),
+        ("vl_cache:0.1,budget=0.2", "'budget' is given twice"),
+        ("vl_cache,pool=" + "9" * 12, "policy option 'pool': .* is out of range"),
+    ],
+)
+def test_as_typed_errors(text, message):
+    with pytest.raises(PolicyError, match=message):
+        policy_by_name(text)
+
+
+def test_an_option_in_the_text_and_beside_it():
+    assert policy_by_name("vl_cache:0.2", heads="shared") == VLCache(0.2, heads="shared")
+    with pytest.raises(PolicyError, match="'budget' is given twice"):
+        policy_by_name("vl_cache:0.2", budget=0.3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.parallel.ops import union_attention
-from vlcache_jax.policies import POLICIES, EnoughMass
+from vlcache_jax.policies import METHODS, EnoughMass
 
 CASES = {
     "look_m_candidates_4": vlc.LookM(0.35, merge=None, candidate_fraction=0.5, bits=4),
@@ -298,7 +298,7 @@ def test_refused(build, message):
         build()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_bits(name):
     build = partial(vlc.policy_by_name, name, **({"merge": None} if name == "look_m" else {}))
     assert build(bits=8).bits == 8

@@ -15,7 +15,7 @@ from vlcache_jax.cli.main import main
 from vlcache_jax.demo.study import before
 from vlcache_jax.demo.study.heat_maps import kept_tokens as draw_kept
 from vlcache_jax.demo.study.measure import held, kept_tokens, store_bytes
-from vlcache_jax.demo.study.methods import BUDGETS, FULL, Method, all_methods, choose
+from vlcache_jax.demo.study.methods import BUDGETS, FULL, Method, all_methods, choose, choose_methods
 from vlcache_jax.demo.study.oracle import answer_attention, oracle, oracle_by_mass, with_answer_attention
 from vlcache_jax.demo.study.pages import write_pages
 from vlcache_jax.demo.study.recording import Replay, record
@@ -147,10 +147,10 @@ def test_answers_of_one_token_have_nothing_to_hold(setting):
 
 
 def test_every_policy_takes_part_at_every_budget():
-    from vlcache_jax.policies import POLICIES
+    from vlcache_jax.policies import METHODS
 
     names = [method.name for method in all_methods()]
-    assert {name for name in POLICIES if name != FULL} <= set(names)
+    assert {name for name in METHODS if name != FULL} <= set(names)
     assert {"vl_cache_shared", "vl_cache_grid", "vl_cache_uniform", "snap_kv_shared", "oracle", "random"} <= set(names)
     assert len(names) == len(set(names))
     for method in all_methods():
@@ -160,6 +160,9 @@ def test_every_policy_takes_part_at_every_budget():
             assert hash(policy) == hash(method.policy(budget, grid_side=16))
     assert Method("snap_kv").policy(0.01, 16).recent == vlc.Window(32)
     assert Method("vl_cache_uniform").policy(0.1, 16).allocate == vlc.SnapKV(0.1).allocate
+    assert Method("vl_cache_grid").policy(0.1, 16) == vlc.VLCache(0.1, pool=3, pooling="max", grid_side=16)
+    assert Method("snap_kv,window=8").policy(0.1, 16) == vlc.SnapKV(0.1, window=8)
+    assert choose_methods(["h2o", "snap_kv,window=8"]) == [Method("h2o"), Method("snap_kv,window=8")]
     with pytest.raises(PolicyError):
         Method("vl_cache").policy(2.5, 16)
 
@@ -278,6 +281,8 @@ def test_a_picture_of_kept_tokens_is_coloured_where_they_are():
     [
         (["--samples", "0"], "argument --samples: '0' is out of range"),
         (["--methods", "vl_cash"], "'vl_cash' does not exist: did you mean 'vl_cache'?"),
+        (["--methods", "vl_cache,heds=shared"], "has no option 'heds': did you mean 'heads'?"),
+        (["--methods", "vl_cache:0.1,heads=shared"], "'budget' is given twice"),
         (["--tasks", "document"], "'document' does not exist: did you mean 'documents'?"),
         (["--tasks", "scenes", "scenes"], "'scenes' is named twice"),
         (["--budgets", "10"], "10 is out of range: give fractions"),

@@ -1,5 +1,5 @@
 """Causal self-attention over a whole prompt: prefill and training."""
 
-from vlcache_jax.kernels.attention.api import attention
+from vlcache_jax.kernels.attention.api import IMPLEMENTATIONS, attention
 
-__all__ = ["attention"]
+__all__ = ["IMPLEMENTATIONS", "attention"]

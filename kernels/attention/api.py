@@ -1,13 +1,18 @@
 """The public function of the prefill attention op."""
 
-from functools import partial
 from typing import Any
 
 import jax
 
 from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla
-from vlcache_jax.kernels.dispatch import Implementation, dispatch
+from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "splash_tpu": splash_tpu.attention,
+    "cudnn": cudnn.attention,
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
 _ORDER = {"tpu": ("splash_tpu", "xla"), "default": ("xla",)}
 
 
@@ -68,12 +73,7 @@ def attention(
     if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
     scale = head_dim**-0.5 if scale is None else scale
-    implementations: dict[str, Implementation] = {
-        "splash_tpu": partial(splash_tpu.attention, scale=scale, with_lse=with_lse, interpret=interpret),
-        "cudnn": partial(cudnn.attention, scale=scale, with_lse=with_lse),
-        "xla": partial(xla.attention, scale=scale, with_lse=with_lse),
-        "reference": partial(reference.attention, scale=scale, with_lse=with_lse),
-    }
+    implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, with_lse=with_lse)
     args = query, key, value, segments, lengths
     if not isinstance(implementation, tuple):
         return dispatch(implementation, implementations, _ORDER, *args)

@@ -1,7 +1,6 @@
 """The public function of the column statistics op."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +8,14 @@ import jax.numpy as jnp
 
 from vlcache_jax.kernels.column_statistics import pallas_tpu, reference, xla, xla_columns
 from vlcache_jax.kernels.column_statistics.types import ColumnStatistics, Options, Rows
-from vlcache_jax.kernels.dispatch import dispatch
+from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "pallas_tpu": pallas_tpu.column_statistics,
+    "xla": xla.column_statistics,
+    "xla_columns": xla_columns.column_statistics,
+    "reference": reference.column_statistics,
+}
 _ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_columns",), "default": ("xla",)}
 
 
@@ -89,12 +94,7 @@ def column_statistics(
         log_threshold=None if threshold is None else math.log(threshold),
         column_maximum=column_maximum,
     )
-    implementations = {
-        "pallas_tpu": partial(pallas_tpu.column_statistics, options, interpret=interpret),
-        "xla": partial(xla.column_statistics, options),
-        "xla_columns": partial(xla_columns.column_statistics, options),
-        "reference": partial(reference.column_statistics, options),
-    }
+    implementations = bound(IMPLEMENTATIONS, interpret, options)
     return dispatch(implementation, implementations, _ORDER, query, key, rows, lse, maximum)
 
 

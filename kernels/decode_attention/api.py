@@ -9,10 +9,10 @@ import numpy as np
 
 from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla, xla_blocks
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
-from vlcache_jax.kernels.dispatch import dispatch
+from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 
-_ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
+ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
 
 def decode_attention(
@@ -77,18 +77,9 @@ def decode_attention(
         _check_aligned(offsets, group_size(8 // store.packing))
     elif implementation == "pallas_tpu":
         _check_aligned(offsets, pallas_tpu.ALIGNMENT)
-    options: dict[str, Any] = {
-        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
-        "causal": causal and query.shape[1] > 1,
-    }
-    implementations = {
-        "pallas_gpu": partial(pallas_gpu.decode_attention, interpret=interpret, **options),
-        "pallas_tpu": partial(pallas_tpu.decode_attention, interpret=interpret, **options),
-        "xla": partial(_xla, **options),
-        "xla_wide": partial(_xla, largest=xla.WIDE, **options),
-        "reference": partial(reference.decode_attention, **options),
-    }
-    out, lse = dispatch(implementation, implementations, _ORDER, query, store, segments)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, causal=causal and query.shape[1] > 1)
+    out, lse = dispatch(implementation, implementations, ORDER, query, store, segments)
     return (out[:, 0], lse[:, 0]) if single else (out, lse)
 
 
@@ -99,6 +90,15 @@ def _xla(
         return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal, largest=largest)
     out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale, largest=largest)
     return out[:, None], lse[:, None]
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "pallas_tpu": pallas_tpu.decode_attention,
+    "pallas_gpu": pallas_gpu.decode_attention,
+    "xla": _xla,
+    "xla_wide": partial(_xla, largest=xla.WIDE),
+    "reference": reference.decode_attention,
+}
 
 
 def _check(query: jax.Array, store: Store, segments: Segments) -> None:

@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention import xla
-from vlcache_jax.kernels.decode_attention.api import decode_attention
+from vlcache_jax.kernels.decode_attention.api import ORDER, decode_attention
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import dispatch
 from vlcache_jax.kernels.merge import merge
 
 Part = tuple[Store, Segments]
 Attention = tuple[jax.Array, jax.Array]
-
-_ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
 _MOST_ROWS = 2048  # queries times heads of one call, so that a block of queries fits a TPU's VMEM
 _MOST_GPU_ROWS = 64  # of a KV head: the rows of a wgmma
@@ -113,7 +111,7 @@ def union_attention(
 
     @jax.custom_jvp
     def attend(query: jax.Array, parts: Sequence[Part]) -> Attention:
-        return dispatch(implementation, implementations, _ORDER, query, parts)
+        return dispatch(implementation, implementations, ORDER, query, parts)
 
     @attend.defjvp
     def derivative(primals: Any, tangents: Any) -> tuple[Attention, Attention]:

@@ -8,26 +8,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.cli.answering import Answers, answer
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
-from vlcache_jax.cli.options import build_policy, build_sampling, check_picture_path
+from vlcache_jax.cli.options import build_sampling, check_picture_path
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
-from vlcache_jax.cli.table import megabytes, percent
 from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation.answering import Answers, answer
 from vlcache_jax.explain.pictures import explain
 from vlcache_jax.files.writing import write_picture
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.processor import Processor
-from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies import policy_by_name
+from vlcache_jax.policies.budget import budget_text, budget_value
 from vlcache_jax.terminal.progress import Progress
+from vlcache_jax.terminal.table import megabytes, percent
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
-    policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
+    policy = policy_by_name(arguments.policy)
     sampling = build_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if not arguments.prompt.strip():
         raise InputError("the prompt is empty: give --prompt a text")
@@ -50,12 +51,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     )
     progress.close()
     text = vlm.processor.decode(answers)[0]
-    seconds = {"load": load_seconds} | answers.seconds
+    answers.seconds["load"] = load_seconds
     if arguments.json:
-        emit(json.dumps(_describe(arguments, opened, batch, answers, text, seconds), ensure_ascii=False, indent=2))
+        emit(json.dumps(_describe(arguments, opened, batch, answers, text), ensure_ascii=False, indent=2))
     else:
         emit(printer.rest() if printer else text)
-        remark(_summary(batch, answers, seconds))
+        remark(_summary(batch, answers))
     if picture_path is not None:
         picture = explain(
             images,
@@ -99,9 +100,9 @@ class _Printer:
         return self._stream.finish()
 
 
-def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
+def _summary(batch: Batch, answers: Answers) -> str:
     report, tokens = answers.report, int(answers.lengths[0])
-    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in answers.seconds.items())
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
         f"{int(batch.lengths[0])} prompt tokens; cache held {megabytes(report.held_bytes)}: prompt "
@@ -111,12 +112,7 @@ def _summary(batch: Batch, answers: Answers, seconds: dict[str, float]) -> str:
 
 
 def _describe(
-    arguments: argparse.Namespace,
-    opened: OpenedCheckpoint,
-    batch: Batch,
-    answers: Answers,
-    text: str,
-    seconds: dict[str, float],
+    arguments: argparse.Namespace, opened: OpenedCheckpoint, batch: Batch, answers: Answers, text: str
 ) -> dict[str, Any]:
     report, length = answers.report, int(answers.lengths[0])
     return {
@@ -126,15 +122,12 @@ def _describe(
         "prompt_tokens": int(batch.lengths[0]),
         "visual_tokens": int(np.sum(np.asarray(batch.vision_index) != TEXT)),
         "policy": report.policy,
-        "budget": report.budget if isinstance(report.budget, float) else budget_text(report.budget),
+        "budget": budget_value(report.budget),
         "kept": np.asarray(report.kept)[0].tolist(),
         "kept_fraction": float(report.kept_fraction[0]),
         "exact": bool(report.exact[0]),
-        "state_bytes": report.state_bytes,
         "full_bytes": report.full_bytes,
-        "tail_bytes": report.tail_bytes,
-        "held_bytes": report.held_bytes,
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        **answers.costs(),
         "model": arguments.model,
         "dtype": opened.dtype,
         **describe_runtime(),

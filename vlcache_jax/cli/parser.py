@@ -5,12 +5,12 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
-from vlcache_jax.cli import words
 from vlcache_jax.cli.process import BAD_INPUT, PROGRAM, SIGNALS, complain, emit
+from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 
 MAX_NEW_TOKENS = 64
-BUDGET = "0.1"
+POLICY = "NAME[:BUDGET][,OPTION=VALUE]..."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,10 +62,10 @@ def _demo(commands: Any) -> None:
     parser = _command(
         commands,
         "demo",
-        "see it work: a small checkpoint answers questions, with the full cache and with VL-Cache",
+        "see it work: a small checkpoint answers questions, with the full cache and with a compressed one",
         "demo",
     )
-    _budget(parser, BUDGET)
+    _policy(parser)
     parser.add_argument(
         "--image",
         type=words.path,
@@ -179,8 +179,8 @@ def _plan(commands: Any) -> None:
         "--compare",
         action="append",
         default=[],
-        metavar="NAME[:BUDGET]",
-        help="another policy to put beside it: full, or such as vl_cache:0.3; repeat for several",
+        metavar=POLICY,
+        help="another policy to put beside it, such as full_cache or vl_cache:0.3; repeat for several",
     )
     parser.add_argument(
         "--mesh",
@@ -234,7 +234,12 @@ def _study(commands: Any) -> None:
     parser.add_argument(
         "--tasks", nargs="+", metavar="NAME", help="of the demo (default: documents, prices, scenes, places)"
     )
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="besides the full cache (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME[,OPTION=VALUE]...",
+        help="besides the full cache (default: all, and variants of some)",
+    )
     parser.add_argument(
         "--modes",
         nargs="+",
@@ -267,20 +272,13 @@ def _command(commands: Any, name: str, text: str, module: str) -> argparse.Argum
 
 
 def _policy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", default="vl_cache", metavar="NAME", help="what to keep (default: vl_cache)")
-    _budget(parser, None)
     parser.add_argument(
-        "--policy-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the policy, such as heads=shared, candidate_fraction=0.4 or rows=last:50",
+        "--policy",
+        default="vl_cache",
+        metavar=POLICY,
+        help="what to keep (default: vl_cache): a method, its budget (0.1 or 10%% of the prompt's cache, 256 tokens a "
+        "layer, 64MiB a prompt, or mass:0.98:0.4) and its options, such as vl_cache:0.05,heads=shared,rows=last:50",
     )
-
-
-def _budget(parser: argparse.ArgumentParser, default: str | None) -> None:
-    text = f"what to keep (default: 0.1): {words.BUDGET_FORMS}".replace("%", "%%")
-    parser.add_argument("--budget", type=words.budget, default=default, metavar="BUDGET", help=text)
 
 
 def _explain(parser: argparse.ArgumentParser, text: str) -> None:

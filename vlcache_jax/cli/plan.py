@@ -5,25 +5,24 @@ import json
 
 import jax
 
-from vlcache_jax.cli import words
-from vlcache_jax.cli.options import build_policy
 from vlcache_jax.cli.process import emit
-from vlcache_jax.cli.table import table
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
-from vlcache_jax.policies import Policy
-from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies import policy_by_name
+from vlcache_jax.policies.budget import policy_text
+from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
+from vlcache_jax.terminal.table import table
 
 _GIB = 2**30
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command."""
-    policy = build_policy(arguments.policy, arguments.budget, arguments.policy_option)
-    compare = [_other_policy(text) for text in arguments.compare]
+    policy = policy_by_name(arguments.policy)
+    compare = [policy_by_name(text) for text in arguments.compare]
     mesh = None if arguments.mesh is None else _mesh(arguments.mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
     found = plan(
@@ -53,15 +52,6 @@ def _model(arguments: argparse.Namespace) -> str | CheckpointFolder:
     )
 
 
-def _other_policy(text: str) -> Policy:
-    name, colon, budget = text.partition(":")
-    try:
-        wanted = words.budget(budget) if colon else None
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"--compare {words.shown(text)}: {error}") from None
-    return build_policy("full_cache" if name == "full" else name, wanted, [])
-
-
 def _mesh(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(","):
@@ -87,7 +77,7 @@ def describe(found: Plan) -> str:
         f"{_gib(found.available_bytes)}",
     ]
     plans = found.policies
-    rows: list[list[str]] = [["", *(_name(p) for p in plans)]]
+    rows: list[list[str]] = [["", *(policy_text(p.policy, p.budget) for p in plans)]]
 
     def add(label: str, cells: list[str]) -> None:
         rows.append([label, *cells])
@@ -121,10 +111,6 @@ def describe(found: Plan) -> str:
     )
     notes += [f"!  the compiler: {reason}" for reason in reasons]
     return "\n".join([*head, "", table(rows), "", *notes])
-
-
-def _name(plan: PolicyPlan) -> str:
-    return plan.policy if plan.budget == 1 else f"{plan.policy} {budget_text(plan.budget)}"
 
 
 def _gib(count: int | None) -> str:

@@ -7,13 +7,13 @@ import zlib
 from pathlib import Path
 
 from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
-from vlcache_jax.cli.demo import MODEL, demo_assets
 from vlcache_jax.cli.options import output_folder
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
+from vlcache_jax.demo.assets import MODEL, demo_assets
 from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.data.samples import FULL_GRID, TASKS
-from vlcache_jax.demo.study.methods import BUDGETS, all_methods, choose
+from vlcache_jax.demo.study.methods import BUDGETS, choose, choose_methods
 from vlcache_jax.demo.study.pages import write_pages
 from vlcache_jax.demo.study.results import ResultFile
 from vlcache_jax.demo.study.run import MODES, run_study
@@ -25,8 +25,7 @@ from vlcache_jax.terminal.progress import Progress
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
-    known = {method.name: method for method in all_methods()}
-    methods = [known[name] for name in choose("methods", arguments.methods, list(known))]
+    methods = choose_methods(arguments.methods)
     tasks = choose("tasks", arguments.tasks or DEFAULT_TASKS, TASKS)
     modes = choose("modes", arguments.modes, MODES)
     budgets = _budgets(arguments.budgets)

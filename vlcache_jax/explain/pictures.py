@@ -15,6 +15,7 @@ from vlcache_jax.models.families.llava.regions import token_regions
 from vlcache_jax.models.images.opening import ImageLike, load_image
 from vlcache_jax.parallel.mesh import check_known
 from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies.methods.method import title_of
 
 Kept = list[np.ndarray]
 """For each layer the kept prompt positions, i32 [kv_heads, n], ascending, -1 beyond the kept ones."""
@@ -204,10 +205,14 @@ def _draw(sheet: _Sheet, shares: _Shares, report: Report, row: int, question: st
 
 def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares, question: str, answer: str) -> int:
     """Title and figures; returns where the next block starts."""
-    names = {"vl_cache": "VL-Cache", "full_cache": "Full cache", "random": "Random eviction", "ada_kv": "Ada-KV"}
-    label = names.get(report.policy, report.policy)
     y = _MARGIN + 22
-    draw.text((_MARGIN, y), f"{label}  ·  budget {budget_text(report.budget)}", _VISUAL, _font(25), anchor="ls")
+    draw.text(
+        (_MARGIN, y),
+        f"{title_of(report.policy)}  ·  budget {budget_text(report.budget)}",
+        _VISUAL,
+        _font(25),
+        anchor="ls",
+    )
     y += 12
     for line in _wrap(question, 40, _WIDTH - 2 * _MARGIN, 2):
         y += 50

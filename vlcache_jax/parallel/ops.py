@@ -23,10 +23,10 @@ from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel.mesh import local, split_axes
 
-_CHOICES = {
-    "attention": ("splash_tpu", "cudnn", "xla", "reference"),
-    "column_statistics": ("pallas_tpu", "xla", "xla_columns", "reference"),
-    "decode_attention": ("pallas_tpu", "pallas_gpu", "xla", "xla_wide", "reference"),
+_OPS = {
+    "attention": attention_op,
+    "column_statistics": column_statistics_op,
+    "decode_attention": decode_attention_op,
 }
 
 
@@ -51,8 +51,8 @@ class Kernels:
     decode_attention: str | None = None
 
     def __post_init__(self) -> None:
-        for op, choices in _CHOICES.items():
-            value = getattr(self, op)
+        for op, module in _OPS.items():
+            value, choices = getattr(self, op), module.IMPLEMENTATIONS
             names = value if isinstance(value, tuple) else () if value is None else (value,)
             for name in names:
                 if name not in choices:

@@ -4,6 +4,7 @@ from vlcache_jax.policies.allocate.equal_mass import EqualMass, RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, SparsityAware, Uniform
 from vlcache_jax.policies.decoding.rules import Append, Evict, Generated, Recompress, RollingWindow
 from vlcache_jax.policies.evicted.rules import Drop, Evicted, Merge, Quantise
+from vlcache_jax.policies.grammar import policy_by_name
 from vlcache_jax.policies.methods.ada_kv import AdaKV, AdaptiveHeads
 from vlcache_jax.policies.methods.air_cache import AirCache, EliteAttention, StrengthAndSkewness
 from vlcache_jax.policies.methods.expected_attention import ExpectedAttention, ExpectedScore
@@ -12,6 +13,7 @@ from vlcache_jax.policies.methods.h2o import H2O
 from vlcache_jax.policies.methods.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.methods.key_norm import KeyNorm, KeyNormScore
 from vlcache_jax.policies.methods.look_m import LookM, TextPrior
+from vlcache_jax.policies.methods.method import METHODS, Method, method
 from vlcache_jax.policies.methods.mix_kv import DiversityMixed, MixKV
 from vlcache_jax.policies.methods.prefix_kv import PrefixKV
 from vlcache_jax.policies.methods.pyramid_kv import Pyramid, PyramidKV
@@ -22,7 +24,6 @@ from vlcache_jax.policies.methods.tova import TOVA
 from vlcache_jax.policies.methods.vl_cache import VLCache
 from vlcache_jax.policies.methods.zip_vl import EnoughMass, ZipVL
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.policies.registry import POLICIES, policy_by_name
 from vlcache_jax.policies.rows.spans import AllRows, LastRow, LastRows, PostVision, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, LayerInputs, RandomScore, Recency, Score
 from vlcache_jax.policies.scores.pooling import GridPooled, SequencePooled
@@ -30,7 +31,7 @@ from vlcache_jax.policies.scores.visual_sinks import MaskVisualSinks
 
 __all__ = [
     "H2O",
-    "POLICIES",
+    "METHODS",
     "TOVA",
     "AccumulatedAttention",
     "AdaKV",
@@ -61,6 +62,7 @@ __all__ = [
     "LookM",
     "MaskVisualSinks",
     "Merge",
+    "Method",
     "MixKV",
     "Policy",
     "PostVision",
@@ -85,5 +87,6 @@ __all__ = [
     "Uniform",
     "VLCache",
     "ZipVL",
+    "method",
     "policy_by_name",
 ]

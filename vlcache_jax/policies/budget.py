@@ -92,8 +92,11 @@ class Mass:
 
 Budget = float | Tokens | Bytes | Mass
 
+DEFAULT_BUDGET = 0.1
+"""Of every method whose authors do not say otherwise."""
 
-def budget_text(budget: "Budget") -> str:
+
+def budget_text(budget: Budget) -> str:
     """A budget in words.
 
     Example:
@@ -109,3 +112,18 @@ def budget_text(budget: "Budget") -> str:
     if isinstance(budget, Mass):
         return f"{100 * budget.share:.4g} % of the attention, at most {budget_text(budget.cap or 1.0)}"
     return f"{100 * budget:.4g} %"
+
+
+def budget_value(budget: Budget) -> float | str:
+    """A budget for JSON: a fraction as a number, any other in words."""
+    return budget if isinstance(budget, float) else budget_text(budget)
+
+
+def policy_text(name: str, budget: Budget) -> str:
+    """A policy in words: its name, and its budget unless all is kept.
+
+    Example:
+      >>> policy_text("vl_cache", 0.1), policy_text("full_cache", 1.0)
+      ('vl_cache 10 %', 'full_cache')
+    """
+    return name if budget == 1 else f"{name} {budget_text(budget)}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlcache_jax.demo.assets import QUESTIONS
 from vlcache_jax.demo.data.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, PATCH, make_sample
 from vlcache_jax.demo.data.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, UNKNOWN, build_tokenizer
 from vlcache_jax.files.writing import make_folder, write_picture, write_text
@@ -59,4 +60,4 @@ def write_examples(folder: Path) -> None:
             write_picture(folder / file, picture)
         question, answer = sample.questions[number]
         entries.append({"task": name, "images": files, "question": question, "answer": answer})
-    write_text(folder / "questions.json", json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / QUESTIONS, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ from vlcache_jax.cache.fractions import as_fraction
 from vlcache_jax.cache.selection import largest
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.pyramid_kv import Pyramid
 from vlcache_jax.policies.methods.snap_kv import WINDOW, observation_window, snap_score
@@ -101,9 +101,9 @@ def _with_floor(found: jax.Array, mean: jax.Array, floor: float) -> jax.Array:
     return jnp.where(rank < left, whole + 1, whole)
 
 
-@method
+@method("ada_kv", title="Ada-KV")
 def AdaKV(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     floor_alpha: float = 0.2,
     pyramid: bool = False,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.allocate.uniform import Allocate
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
@@ -126,8 +126,8 @@ class StrengthAndSkewness(Allocate):
         )
 
 
-@method
-def AirCache(budget: Budget = 0.1, *, ratio: float = 0.9, **options: Unpack[Options]) -> Policy:
+@method("air_cache", title="AirCache")
+def AirCache(budget: Budget = DEFAULT_BUDGET, *, ratio: float = 0.9, **options: Unpack[Options]) -> Policy:
     """Elite text rows score the visual tokens, layer budgets follow strength and skewness, and text is kept.
 
     See `EliteAttention` and `StrengthAndSkewness` for the formulas. Text ranks before visual tokens.

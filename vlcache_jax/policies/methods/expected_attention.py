@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.varying import varying
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
@@ -90,9 +90,9 @@ class ExpectedScore(Score):
         return jax.lax.fori_loop(0, -(-self.future // _CHUNK), add, varying(zero, inputs.lengths)) / self.future
 
 
-@method
+@method("expected_attention", title="Expected attention", query_agnostic=True)
 def ExpectedAttention(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     sinks: int = 4,
     future: int = 512,

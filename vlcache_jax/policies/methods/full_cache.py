@@ -4,7 +4,7 @@ from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy
 
 
-@method
+@method("full_cache", title="Full cache")
 def FullCache(*, bits: int | None = None) -> Policy:
     """Keeps the whole prompt: the yardstick of every other policy.
 

@@ -2,7 +2,7 @@
 
 from typing import Unpack
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.decoding.rules import Evict, Generated, as_generated
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
@@ -10,9 +10,9 @@ from vlcache_jax.policies.rows.spans import AllRows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention
 
 
-@method
+@method("h2o", title="H2O", query_agnostic=True)
 def H2O(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     recent: float = 0.5,
     normalised: bool = False,

@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
@@ -42,8 +42,8 @@ class KeyDifferenceScore(Score):
         return -anchor_cosine(inputs)
 
 
-@method
-def KeyDifference(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
+@method("key_difference", title="Key difference", query_agnostic=True)
+def KeyDifference(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens whose keys differ most from the mean direction: near-duplicates go first.
 
         score_j = -cos(k_j, mean over i of k_i / |k_i|), for every KV head, on rotated keys

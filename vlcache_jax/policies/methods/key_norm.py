@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
@@ -31,8 +31,8 @@ class KeyNormScore(Score):
         return -without_rounding(norm, jnp.broadcast_to(inputs.valid[:, None], norm.shape))
 
 
-@method
-def KeyNorm(budget: Budget = 0.1, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
+@method("key_norm", title="Key norm", query_agnostic=True)
+def KeyNorm(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **options: Unpack[Options]) -> Policy:
     """The tokens with the smallest keys: a small norm goes with much attention, in text models.
 
         score_j = -|k_j|_2, for every KV head

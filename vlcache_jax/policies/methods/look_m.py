@@ -59,7 +59,7 @@ class TextPrior(Score):
         return self.score.ties(inputs)
 
 
-@method
+@method("look_m", title="LOOK-M", query_agnostic=True)
 def LookM(
     budget: Budget = 0.2,
     *,

@@ -1,4 +1,4 @@
-"""What the functions that make policies have in common: an option they do not take is refused by name."""
+"""What methods have in common: they are known by name, and options that they do not take are refused by name."""
 
 import dataclasses
 import difflib
@@ -13,27 +13,74 @@ from vlcache_jax.policies.policy import Policy
 Arguments = ParamSpec("Arguments")
 
 
-def method(function: Callable[Arguments, Policy]) -> Callable[Arguments, Policy]:
-    """Decorates a method's function: an option that it does not have, or settles itself, is a PolicyError.
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method that is known by name.
+
+    Attributes:
+      name: on the command line, in files and reports: `Policy.name` of what it makes.
+      title: for people.
+      make: from options to the policy. The default of its `budget` is the method's.
+      query_agnostic: whether what it keeps hardly depends on the question, so that images may be compressed before
+        there is one.
+    """
+
+    name: str
+    title: str
+    make: Callable[..., Policy]
+    query_agnostic: bool = False
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by name; `method` adds to it."""
+
+
+def method(
+    name: str, *, title: str | None = None, query_agnostic: bool = False
+) -> Callable[[Callable[Arguments, Policy]], Callable[Arguments, Policy]]:
+    """Decorates a method's function and makes it known by name: to `policy_by_name`, the command line and the study.
+
+    An option that the function does not have, or settles itself, is a PolicyError.
+
+    Args:
+      name: see `Method`; another method of that name is replaced.
+      title: see `Method`; the name by default.
+      query_agnostic: see `Method`.
 
     Example:
-      >>> @method
+      >>> @method("latest", title="Latest tokens")
       ... def Latest(budget: float = 0.1) -> Policy:
       ...     return Policy(name="latest", budget=budget, recent=1.0)
       >>> Latest(recent=0.5)
       Traceback (most recent call last):
       vlcache_jax.errors.PolicyError: Latest settles recent itself: use dataclasses.replace(Latest(...), recent=0.5)
+      >>> del METHODS["latest"]
     """
-    known = options_of(function)
 
-    @functools.wraps(function)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Policy:
-        for option, value in kwargs.items():
-            if option not in known:
-                raise PolicyError(_refusal(function.__name__, option, value, known))
-        return function(*args, **kwargs)
+    def register(function: Callable[Arguments, Policy]) -> Callable[Arguments, Policy]:
+        known = options_of(function)
 
-    return checked
+        @functools.wraps(function)
+        def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Policy:
+            for option, value in kwargs.items():
+                if option not in known:
+                    raise PolicyError(_refusal(function.__name__, option, value, known))
+            return function(*args, **kwargs)
+
+        METHODS[name] = Method(name, title or name, checked, query_agnostic)
+        return checked
+
+    return register
+
+
+def title_of(name: str) -> str:
+    """What people call a policy; a policy that no method makes has its name only.
+
+    Example:
+      >>> title_of("vl_cache")
+      'VL-Cache'
+    """
+    return METHODS[name].title if name in METHODS else name.replace("_", " ")
 
 
 def options_of(function: Callable[..., Policy]) -> list[str]:
@@ -47,7 +94,7 @@ def options_of(function: Callable[..., Policy]) -> list[str]:
 
 def nearest(word: str, known: list[str]) -> str:
     """The end of a message about a word that is not known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.4)
     did_you_mean = f": did you mean {close[0]!r}?" if close else ":"
     return f"{did_you_mean} Known: {', '.join(known)}"
 

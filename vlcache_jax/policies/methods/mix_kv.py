@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.key_difference import unit_keys
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.snap_kv import observation_window, snap_score, unpooled
@@ -77,9 +77,9 @@ class DiversityMixed(Score):
         return self.score.ties(inputs)
 
 
-@method
+@method("mix_kv", title="MixKV")
 def MixKV(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     window: int | None = None,
     pool: int = 5,

@@ -3,16 +3,16 @@
 from typing import Unpack
 
 from vlcache_jax.policies.allocate.equal_mass import EqualMass
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.rows.spans import AllRows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention
 
 
-@method
+@method("prefix_kv", title="PrefixKV", query_agnostic=True)
 def PrefixKV(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     sinks: int = 4,
     recent: float = 0.0,

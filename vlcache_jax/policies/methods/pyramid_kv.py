@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.uniform import Allocate
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.snap_kv import WINDOW, observation_window, snap_score
 from vlcache_jax.policies.policy import Options, Policy
@@ -59,9 +59,9 @@ class Pyramid(Allocate):
         return slots + (room & (jnp.cumsum(room, axis=1, dtype=jnp.int32) <= extra)).astype(jnp.int32)
 
 
-@method
+@method("pyramid_kv", title="PyramidKV")
 def PyramidKV(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     beta: int = 20,
     window: int | None = None,

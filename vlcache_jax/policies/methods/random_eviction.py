@@ -2,14 +2,16 @@
 
 from typing import Unpack
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import RandomScore
 
 
-@method
-def RandomEviction(budget: Budget = 0.1, *, recent: float = 0.1, seed: int = 0, **options: Unpack[Options]) -> Policy:
+@method("random", title="Random", query_agnostic=True)
+def RandomEviction(
+    budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, seed: int = 0, **options: Unpack[Options]
+) -> Policy:
     """Keeps random tokens, the same number in every layer, besides the recent ones: what a score must beat.
 
     Args:

@@ -2,7 +2,7 @@
 
 from typing import Unpack
 
-from vlcache_jax.policies.budget import Budget, Tokens
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget, Tokens
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.rows.spans import LastRows
@@ -15,9 +15,9 @@ WINDOW = 32
 """Rows that vote, and recent tokens that are kept, in the authors' code."""
 
 
-@method
+@method("snap_kv", title="SnapKV")
 def SnapKV(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     window: int | None = None,
     pool: int = 5,

@@ -2,16 +2,20 @@
 
 from typing import Unpack
 
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.decoding.rules import Evict, Generated, as_generated
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.scores.attention import Recency
 
 
-@method
+@method("streaming_llm", title="StreamingLLM", query_agnostic=True)
 def StreamingLLM(
-    budget: Budget = 0.1, *, sinks: int = 4, decoding: str | Generated = "append", **options: Unpack[StoreOptions]
+    budget: Budget = DEFAULT_BUDGET,
+    *,
+    sinks: int = 4,
+    decoding: str | Generated = "append",
+    **options: Unpack[StoreOptions],
 ) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
 

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from vlcache_jax.policies.allocate.uniform import SparsityAware
-from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.rows.spans import PostVision, Rows
@@ -13,9 +13,9 @@ from vlcache_jax.policies.scores.visual_sinks import without_sinks
 from vlcache_jax.policies.window import AverageShare, Recent
 
 
-@method
+@method("vl_cache", title="VL-Cache")
 def VLCache(
-    budget: Budget = 0.1,
+    budget: Budget = DEFAULT_BUDGET,
     *,
     threshold: float = 0.01,
     recent: Recent | None = None,

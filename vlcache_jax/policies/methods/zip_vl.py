@@ -46,7 +46,7 @@ class EnoughMass(EqualMass):
         return jnp.minimum(enough, super().slots(measured, lengths, budget))
 
 
-@method
+@method("zip_vl", title="ZipVL")
 def ZipVL(
     budget: Budget = 0.6,
     *,

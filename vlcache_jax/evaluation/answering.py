@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from vlcache_jax.cli.runtime import Stopwatch
+from vlcache_jax.evaluation.stopwatch import Stopwatch
 from vlcache_jax.explain.pictures import Kept, kept_by_layer
 from vlcache_jax.inference.generate import decode, stream_decode
 from vlcache_jax.inference.prefill import prefill
@@ -15,7 +16,7 @@ from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import Policy
-from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies.budget import policy_text
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -36,6 +37,16 @@ class Answers:
     report: Report
     kept: list[Kept]
     seconds: dict[str, float]
+
+    def costs(self) -> dict[str, Any]:
+        """Bytes of the buffers, and seconds."""
+        report = self.report
+        return {
+            "state_bytes": report.state_bytes,
+            "tail_bytes": report.tail_bytes,
+            "held_bytes": report.held_bytes,
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+        }
 
 
 def answer(
@@ -62,7 +73,7 @@ def answer(
       on_token: called with each token as it comes; for a batch of one row.
     """
     model, params = vlm.model, vlm.params
-    name = policy.name if policy.budget == 1 else f"{policy.name} {budget_text(policy.budget)}"
+    name = policy_text(policy.name, policy.budget)
     prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
     progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
