@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.io.files import file_inside
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.full((4,), 1.5, dtype=torch.bfloat16)}
 

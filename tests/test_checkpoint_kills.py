@@ -13,7 +13,7 @@ from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.io.params_writer import save_params
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.vision.config import VisionConfig
 
 CONFIG = LlavaConfig(

@@ -18,7 +18,7 @@ from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.io.params_reader import load_params
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 
 def abstract(folder: Path) -> dict[str, Any]:

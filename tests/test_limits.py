@@ -15,7 +15,7 @@ from vlcache_jax.files.limits import Range
 from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.layout import VisionLayout, agree_on_pinpoints
 from vlcache_jax.models.images.transform import ImageTransform
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 YARN = {
     "rope_type": "yarn",

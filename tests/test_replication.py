@@ -19,15 +19,19 @@ CASES = [
     ({}, {"rows": 3}, None),
     ({"data": 8}, {"rows": 8}, None),
     ({"data": 8}, {"rows": 1}, None),
-    ({"data": 4, "model": 2}, {"rows": 4, "policy": vlc.VLCache()}, None),
+    ({"data": 4, "model": 2}, {"rows": 4, "lanes": vlc.VLCache().shared_lanes}, None),
     ({"replica": 2, "data": 2, "model": 2}, {"rows": 4}, None),
-    ({"data": 2, "model": 1}, {"rows": 4, "policy": ADA}, None),
+    ({"data": 2, "model": 1}, {"rows": 4, "lanes": ADA.shared_lanes, "policy": ADA.name}, None),
     ({"x": 1}, {}, None),
     ({"dp": 2, "tp": 2}, {}, r"axes 'dp', 'tp', none of them 'model'.*name the axis"),
     ({"tensor": 8}, {}, r"none of them 'model'"),
     ({"data": 2, "Model": 2}, {}, r"'Model', none of them 'model'"),
     ({"data": 1, "model": 4}, {}, r"2 KV heads do not divide over the 4 devices of axis 'model'.*divisor of 2"),
-    ({"data": 1, "model": 2}, {"policy": ADA}, r"ada_kv with lanes=1 .* 2 devices.*lanes=2"),
+    (
+        {"data": 1, "model": 2},
+        {"lanes": ADA.shared_lanes, "policy": ADA.name},
+        r"ada_kv with lanes=1 .* 2 devices.*lanes=2",
+    ),
     ({"data": 4, "model": 2}, {"rows": 6}, r"6 rows do not divide over the 4 devices of 'data'.*multiple of 4"),
     ({"a": 2, "b": 2, "model": 2}, {"rows": 6}, r"6 rows .* 4 devices of 'a' and 'b'"),
 ]
@@ -44,8 +48,8 @@ def test_notes(axes, options, message):
 
 
 def test_head_adaptive_lanes_that_divide_and_a_whole_cache_are_split():
-    assert replicated({"model": 2}, SPEC, policy=vlc.AdaKV(budget=0.5, window=1, lanes=2)) == ()
-    assert replicated({"model": 2}, SPEC, policy=vlc.AdaKV(budget=1.0, window=4)) == ()
+    assert replicated({"model": 2}, SPEC, lanes=vlc.AdaKV(budget=0.5, window=1, lanes=2).shared_lanes) == ()
+    assert replicated({"model": 2}, SPEC, lanes=vlc.AdaKV(budget=1.0, window=4).shared_lanes) == ()
 
 
 def test_the_report_says_what_is_so():

@@ -10,12 +10,13 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.copying import copy_cast
+from vlcache_jax.files.safetensors import FLOATS
 from vlcache_jax.models.families.llava.weights import BY_NAME, BY_PATH, IGNORED, canonical
-from vlcache_jax.models.io.copying import copy_cast
 from vlcache_jax.models.io.files import Folder
 from vlcache_jax.models.io.rules import Rule
-from vlcache_jax.models.io.safetensors_reader import DTYPES, SafetensorsFolder
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 _LISTED = 20  # problems of one kind that a message spells out
 _COMPARED = 200  # names that are searched for one like another
@@ -106,7 +107,7 @@ def _match(
         if info.shape != rule.theirs(shape):
             expected = list(rule.theirs(shape))
             misshapen.append(f"{name}: the config gives {expected}, the file has {list(info.shape)}")
-        if info.dtype not in DTYPES:
+        if info.dtype not in FLOATS:
             unreadable.append(f"{name}: {info.dtype}")
         other = found[rule.path].setdefault(layer or 0, name)
         if other != name and not reader.same_bytes(reader.tensors[other], info):
@@ -124,7 +125,7 @@ def _match(
         *_listing("missing tensors", missing),
         *_listing("tensors that belong to no parameter", unknown),
         *_listing("tensors of the wrong shape", misshapen),
-        *_listing(f"tensors of an unsupported dtype (convert them to one of {', '.join(DTYPES)})", unreadable),
+        *_listing(f"tensors of an unsupported dtype (convert them to one of {', '.join(FLOATS)})", unreadable),
         *_listing("tensors present twice, with different values", twice),
     ]
     if problems:

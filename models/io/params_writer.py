@@ -11,13 +11,13 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.safetensors import FLOATS, NAMES, Entry, read_header, to_host, write_tensors
 from vlcache_jax.files.writing import check_target, make_folder, only_writer, remove, replacing, write_text
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.weights import BY_PATH
 from vlcache_jax.models.io.files import read_json
 from vlcache_jax.models.io.rules import Rule
-from vlcache_jax.models.io.safetensors_reader import DTYPES, INDEX_FILE, SINGLE_FILE, read_header
-from vlcache_jax.models.io.safetensors_writer import Entry, to_host, write_tensors
+from vlcache_jax.models.io.weights_folder import INDEX_FILE, SINGLE_FILE
 
 _POST_NORM = "vision_tower.vision_model.post_layernorm"
 _MARK = "vlcache_jax"  # in the metadata of shards: whose they are
@@ -124,8 +124,8 @@ def check_params(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str,
     layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
     for path, leaf in leaves.items():
         name = "/".join(path)
-        if np.dtype(leaf.dtype) not in DTYPES.values():
-            raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(DTYPES)}")
+        if NAMES.get(np.dtype(leaf.dtype)) not in FLOATS:
+            raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(FLOATS)}")
         if BY_PATH[path].per_layer and leaf.shape[0] != layers[path[0]]:
             raise CheckpointError(
                 f"parameter {name} is stacked over {leaf.shape[0]} layers, the config has {layers[path[0]]}"

@@ -14,7 +14,7 @@ from vlcache_jax.models.families.llava.processor_writer import processor_files
 from vlcache_jax.models.io.files import read_json
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.io.params_writer import check_params, save_params
-from vlcache_jax.models.io.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from vlcache_jax.models.io.weights_folder import INDEX_FILE, SINGLE_FILE
 from vlcache_jax.models.processor import Processor
 
 

@@ -14,7 +14,7 @@ from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.io import loading
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.policies import Policy
 from vlcache_jax.terminal.progress import Progress

@@ -19,11 +19,17 @@ from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.limits import TABLE_BYTES, TENSOR_AXES, TENSOR_NAME
 from vlcache_jax.files.reading import open_plain
+from vlcache_jax.files.safetensors import (
+    DTYPES,
+    NAMES,
+    Entry,
+    TensorInfo,
+    as_bytes,
+    parse_header,
+    to_host,
+    write_tensors,
+)
 from vlcache_jax.files.writing import replacing
-from vlcache_jax.models.io.safetensors_reader import TensorInfo, parse_header
-from vlcache_jax.models.io.safetensors_writer import NAMES, Entry, as_bytes, to_host, write_tensors
-
-_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +156,14 @@ class TensorFile:
         try:
             with open_plain(self.path) as stream:
                 for info in self._infos:
-                    if info.dtype not in _DTYPES:
+                    if info.dtype not in DTYPES:
                         raise self.damaged(
                             f"array {info.name!r} has dtype {info.dtype}, which no {self.kind.title} has"
                         )
                     data = np.empty(info.stop - info.start, np.uint8)
                     stream.seek(info.start)
                     stream.readinto(data.data)  # type: ignore[attr-defined]
-                    dtype = _DTYPES[info.dtype]
+                    dtype = DTYPES[info.dtype]
                     entry = Entry(info.name, dtype, info.shape)
                     if _checksum(entry, data.data) != self._checksums[info.name]:
                         raise self.damaged(f"array {info.name!r} has not the checksum it was saved with")

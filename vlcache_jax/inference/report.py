@@ -65,7 +65,7 @@ def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths:
     """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
     with on_mesh_of(state):
         kept, exact, kept_fraction = _counted(state.context.lengths, state.allocation.requested, prompt_lengths)
-        whole = replicated(free_axes(), spec, rows=kept.shape[0], policy=policy)
+        whole = replicated(free_axes(), spec, rows=kept.shape[0], lanes=policy.shared_lanes, policy=policy.name)
     warn(whole)
     report = Report(
         kept=kept,

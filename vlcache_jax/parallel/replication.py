@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from vlcache_jax.errors import PlacementWarning
 from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS
-from vlcache_jax.policies.policy import Policy
 from vlcache_jax.typing import ModelSpec
 
 _OF_BATCH = (DATA_AXIS, "batch", "replica")  # names that promise no split of the parameters
 
 
 def replicated(
-    axes: Mapping[str, int], spec: ModelSpec, *, rows: int | None = None, policy: Policy | None = None
+    axes: Mapping[str, int],
+    spec: ModelSpec,
+    *,
+    rows: int | None = None,
+    lanes: int | None = None,
+    policy: str = "the policy",
 ) -> tuple[str, ...]:
     """A sentence with a remedy for each thing that every device along an axis holds, and computes, as a whole.
 
@@ -21,7 +25,8 @@ def replicated(
       axes: of the mesh, without those of an outer `jax.shard_map`; none for no mesh.
       spec: of the model.
       rows: of the batch; None if there is no batch yet.
-      policy: the policy; None if there is none yet.
+      lanes: of a store in which KV heads share lanes; None where each head has its own, or there is no store yet.
+      policy: its name.
 
     Example:
       >>> spec = ModelSpec(num_layers=2, num_kv_heads=2, head_dim=8, max_positions=64, dtype="float32")
@@ -42,9 +47,9 @@ def replicated(
             f"{kv_heads} KV heads do not divide over the {model} devices of axis {MODEL_AXIS!r}: each holds all; make "
             f"the axis a divisor of {kv_heads}"
         )
-    elif policy is not None and policy.sharing.per_head and not policy.keeps_all and policy.lanes % model:
+    elif lanes is not None and lanes % model:
         notes.append(
-            f"{policy.name} with lanes={policy.lanes} has no lanes to divide over the {model} devices of axis "
+            f"{policy} with lanes={lanes} has no lanes to divide over the {model} devices of axis "
             f"{MODEL_AXIS!r}: each holds the whole store; give lanes={model}, or a multiple"
         )
     split = math.prod(others.values())

@@ -229,7 +229,13 @@ class _Planner:
             decode_step=step,
             step_read_bytes=read,
             bound_tokens_per_second=work.batch * self.bandwidth / read,
-            replicated=replicated(programs.mesh.shape, programs.model.spec, rows=work.batch, policy=policy),
+            replicated=replicated(
+                programs.mesh.shape,
+                programs.model.spec,
+                rows=work.batch,
+                lanes=policy.shared_lanes,
+                policy=policy.name,
+            ),
             largest_batch=self._largest_batch(policy, prefill) if self._searchable(prefill) else None,
             longest_prompt=self._longest_prompt(policy, prefill) if self._searchable(prefill) else None,
         )

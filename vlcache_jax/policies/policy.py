@@ -187,6 +187,11 @@ class Policy:
         return self.budget == 1
 
     @property
+    def shared_lanes(self) -> int | None:
+        """`lanes`, where the KV heads of a group share one; None where each has its own."""
+        return self.lanes if self.sharing.per_head and not self.keeps_all else None
+
+    @property
     def rule(self) -> Generated:
         """`generated` as it is carried out, with everything filled in that it takes from the policy."""
         return Append() if self.keeps_all and self.generated.rewrites_context else self.generated.of(self)

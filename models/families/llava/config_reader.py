@@ -23,9 +23,9 @@ from vlcache_jax.models.decoder.rope_reader import read_rope
 from vlcache_jax.models.families.llava import defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.io.files import CheckpointFolder, Folder, checkpoint_folder, file_inside, read_json
-from vlcache_jax.models.io.safetensors_reader import SafetensorsFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.io.unsupported import no_config, refuse_quantised
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.vision.config import VisionConfig
 
 
