@@ -8,16 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax.kernels.attention import attention, splash_tpu, xla
+from vlcache_jax.kernels.attention import CAUSAL, FULL, Mask, attention, splash_tpu, xla, xla_wide
 from vlcache_jax.kernels.column_statistics import column_statistics
 
 CHUNK, SPANS = 8, 3
 # (batch, length, heads, kv_heads, head_dim). A span is one chunk up to 24 rows, two up to 48, three up to 72.
-IMPLEMENTATIONS = ["xla", "reference", "splash_tpu"]
+PLAIN = ["xla", "xla_wide", "reference"]
+IMPLEMENTATIONS = [*PLAIN, "splash_tpu"]
 SHAPES = [(2, 1, 2, 1, 4), (2, 8, 2, 2, 4), (1, 9, 4, 2, 4), (2, 24, 4, 2, 8), (1, 70, 6, 2, 4), (1, 43, 3, 3, 4)]
 
 
-def expected(query, key, value, segments=None, scale=None):
+def sees(row, column, causal, segments):
+    """Of one row of the batch: the rule in words of its own."""
+    return (column <= row or not causal) and (segments is None or segments[column] in (0, segments[row]))
+
+
+def expected(query, key, value, segments=None, scale=None, causal=True):
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -25,7 +31,7 @@ def expected(query, key, value, segments=None, scale=None):
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
-                seen = [j for j in range(t + 1) if segments is None or segments[b, j] in (0, segments[b, t])]
+                seen = [j for j in range(length) if sees(t, j, causal, None if segments is None else segments[b])]
                 logits = k[b, seen, h // group] @ q[b, t, h] * (scale or head_dim**-0.5)
                 lse[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
                 out[b, t, h] = np.exp(logits - lse[b, t, h]) @ v[b, seen, h // group]
@@ -34,16 +40,17 @@ def expected(query, key, value, segments=None, scale=None):
 
 @functools.cache
 def compiled(implementation, scale=None, with_lse=True):
-    def run(query, key, value, segments=None):
+    def run(query, key, value, mask=CAUSAL):
         with (  # read while tracing
-            mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS),
+            mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS, _WHOLE=16),
+            mock.patch.multiple(xla_wide, _LOGITS=4 * 8 * 4 * 70, _SPANS=SPANS),
             mock.patch.object(splash_tpu, "_SHORTEST", 1),
         ):
             return attention(
                 query,
                 key,
                 value,
-                segments=segments,
+                mask,
                 scale=scale,
                 with_lse=with_lse,
                 implementation=implementation,
@@ -79,19 +86,39 @@ def test_formula(shape, implementation):
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("length", [9, 70])
-def test_segments(length, implementation):
+def test_segments(length, implementation, causal):
     q, k, v = inputs((2, length, 4, 2, 4), seed=1)
     shared = length // 3
     # A shared prefix of segment 0, then three packed segments; the second row has no shared prefix.
     packed = 1 + np.arange(length) // (length // 3)
     segments = np.stack([np.where(np.arange(length) < shared, 0, packed), packed]).astype(np.int32)
-    out, lse = compiled(implementation)(q, k, v, segments)
-    wanted, wanted_lse = expected(q, k, v, segments)
+    out, lse = compiled(implementation)(q, k, v, Mask(causal=causal, segments=segments))
+    wanted, wanted_lse = expected(q, k, v, segments, causal=causal)
     assert_close(out, wanted, 2e-6, 1e-5)
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
-    assert np.abs(wanted - expected(q, k, v)[0]).max() > 0.1  # the segments matter
+    assert np.abs(wanted - expected(q, k, v, causal=causal)[0]).max() > 0.1  # the segments matter
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]])
+def test_full(shape, implementation):
+    q, k, v = inputs(shape, seed=2)
+    out, lse = compiled(implementation)(q, k, v, FULL)
+    wanted, wanted_lse = expected(q, k, v, causal=False)
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+    np.testing.assert_allclose(compiled(implementation, with_lse=False)(q, k, v, FULL)[0], out, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1, 2, 2, 0], [1, 1, 1, 0, 2, 0, 2]]])
+def test_the_meaning_of_a_mask(causal, segments):
+    array = Mask(causal=causal, segments=None if segments is None else jnp.asarray(segments)).as_array(7)
+    for row, seen in zip(segments or [None], np.asarray(array), strict=True):
+        np.testing.assert_array_equal(seen, [[sees(t, j, causal, row) for j in range(7)] for t in range(7)])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -114,19 +141,23 @@ def test_bfloat16(implementation):
     assert_close(lse, wanted_lse, 2e-6, 1e-5)  # logits accumulate in float32
 
 
+@pytest.mark.parametrize("mask", ["full", "segments"])
+@pytest.mark.parametrize("implementation", ["xla", "xla_wide"])
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]])
-def test_gradients_of_xla_equal_those_of_the_reference(shape):
+def test_gradients_of_xla_equal_those_of_the_reference(shape, implementation, mask):
     q, k, v = inputs(shape, seed=3)
     segments = jnp.asarray(np.arange(shape[1]) // 5, jnp.int32)[None].repeat(shape[0], 0)
+    mask = FULL if mask == "full" else Mask(segments=segments)
     rng = np.random.default_rng(4)
     weight, lse_weight = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
 
     def loss(implementation, q, k, v):
-        out, lse = compiled(implementation)(q, k, v, segments)
+        out, lse = compiled(implementation)(q, k, v, mask)
         return jnp.sum(out * weight) + jnp.sum(lse * lse_weight)
 
     gradients = [
-        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1, 2)))(q, k, v) for name in ("xla", "reference")
+        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1, 2)))(q, k, v)
+        for name in (implementation, "reference")
     ]
     for actual, wanted in zip(*gradients):
         assert np.abs(wanted).max() > 0.1
@@ -198,13 +229,13 @@ def test_the_defaults_work_inside_shard_map(check_vma):
 @pytest.mark.parametrize("name", ["cudnn", "splash_tpu"])
 def test_a_tuple_of_names_is_tried_in_turn(name):
     q, k, v = inputs((1, 128, 2, 1, 8))
-    segments = jnp.ones((1, 128), jnp.int32)
+    mask = Mask(segments=jnp.ones((1, 128), jnp.int32))
     with pytest.raises(NotImplementedError, match="segments"):
-        attention(q, k, v, segments=segments, with_lse=False, implementation=name)
+        attention(q, k, v, mask, with_lse=False, implementation=name)
     with pytest.raises(NotImplementedError, match=f"no implementation serves the arguments. {name}: .*segments"):
-        attention(q, k, v, segments=segments, with_lse=False, implementation=(name,))
-    out, _ = attention(q, k, v, segments=segments, with_lse=False, implementation=(name, "xla"))
-    np.testing.assert_array_equal(out, attention(q, k, v, segments=segments, implementation="xla")[0])
+        attention(q, k, v, mask, with_lse=False, implementation=(name,))
+    out, _ = attention(q, k, v, mask, with_lse=False, implementation=(name, "xla"))
+    np.testing.assert_array_equal(out, attention(q, k, v, mask, implementation="xla")[0])
 
 
 def test_named_implementations_say_what_they_cannot():
@@ -218,6 +249,8 @@ def test_named_implementations_say_what_they_cannot():
     wide = jnp.zeros((1, 128, 1, 512))
     with pytest.raises(NotImplementedError, match="up to 256, not 512"):
         attention(wide, wide, wide, implementation="splash_tpu")
+    with pytest.raises(NotImplementedError, match="causal"):
+        attention(q, k, v, FULL, implementation="splash_tpu")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -243,9 +276,10 @@ def test_a_row_of_a_batch_equals_the_row_alone():
         np.testing.assert_array_equal(lse[row], alone_lse[0])
 
 
-def test_no_square_matrix_for_all_heads():
+@pytest.mark.parametrize("implementation", ["xla", "xla_wide"])
+def test_no_square_matrix_for_all_heads(implementation):
     q, k, v = inputs((1, 64, 4, 2, 4))
-    temporary = compiled("xla").lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+    temporary = compiled(implementation).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
     square = compiled("reference").lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
     assert square > 4 * 64 * 64 * 4  # heads x length x length in float32
     assert temporary < square / 2
@@ -258,7 +292,7 @@ def test_no_square_matrix_for_all_heads():
         (((1, 4, 2, 8), (1, 5, 2, 8), (1, 5, 2, 8)), {}, "do not fit"),
         (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)), {}, "do not fit"),
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "3 query heads are not a multiple of 2"),
-        (((1, 4, 2, 8),) * 3, {"segments": np.zeros((1, 5))}, "segments .* must be .1, 4."),
+        (((1, 4, 2, 8),) * 3, {"mask": Mask(segments=np.zeros((1, 5)))}, "segments .* must be .1, 4."),
         (((1, 4, 2, 8),) * 3, {"lengths": np.zeros(2)}, "lengths .* must be .1."),
         (((1, 4, 2, 8),) * 3, {"implementation": "cuda"}, "'cuda' is not one of"),
     ],

@@ -1,6 +1,5 @@
 """A model's `forward` and a train step on several chips, compiled for TPUs: kernels, copies and collectives."""
 
-import re
 from functools import cache
 
 import jax
@@ -8,40 +7,20 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh
-from tpu import mesh_of
+from tpu import chip_llava, mesh_of
 
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.sharding import param_shardings
-from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.planning.compiling import abstract, compile_on
+from vlcache_jax.planning.hlo import collectives
 from vlcache_jax.planning.placement import place_rows
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.loss import answer_loss
 from vlcache_jax.training.state import init_state, make_train_step
 
-ROWS, LENGTH, TILES, LAYERS = 8, 256, 1, 2
+ROWS, LENGTH, TILES = 8, 256, 1
 
-_COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-@cache
-def _model():
-    vision = VisionConfig(
-        hidden_size=256, intermediate_size=512, num_layers=1, num_heads=8, image_size=56, patch_size=14
-    )
-    decoder = DecoderConfig(
-        family="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_layers=LAYERS, num_heads=8,
-        num_kv_heads=8, head_dim=128, max_positions=1024,
-    )  # fmt: skip
-    return Llava(
-        LlavaConfig(model_type="llava", vision=vision, decoder=decoder, image_token_id=5, feature_layers=(1,)),
-        jnp.dtype("bfloat16"),
-    )
+_model = cache(chip_llava)
 
 
 def _placed(topology, axes, kind=AxisType.Auto):
@@ -57,12 +36,6 @@ def _placed(topology, axes, kind=AxisType.Auto):
     return mesh, params, place_rows(TrainBatch(batch, whole, weights, whole, whole), mesh)
 
 
-def _collectives(compiled):
-    """(kind, shape, where in the source) of every collective of a program."""
-    lines = [line for line in compiled.as_text().splitlines() if _COLLECTIVE.search(line)]
-    return [(_COLLECTIVE.search(line)[1], *re.findall(r'op_name="([^"]*)"', line)) for line in lines]
-
-
 def _check_forward(topology, axes, kind=AxisType.Auto):
     """With its gradients. Attention talks to no other chip, in the decoder or the vision tower."""
     mesh, params, batch = _placed(topology, axes, kind)
@@ -73,7 +46,7 @@ def _check_forward(topology, axes, kind=AxisType.Auto):
     compiled = compile_on(mesh, gradients, params, batch.batch)
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     assert len(calls) == 3  # splash attention: forward, and its two kernels for the backward pass
-    _check_collectives(_collectives(compiled))
+    _check_collectives(compiled)
 
 
 def _check_train_step(topology, axes, kind=AxisType.Auto):
@@ -82,16 +55,16 @@ def _check_train_step(topology, axes, kind=AxisType.Auto):
     step = make_train_step(answer_loss(_model()), optimizer)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     state = state._replace(params=params, step=abstract(state.step, mesh))
-    _check_collectives(_collectives(compile_on(mesh, step, state, batch, donate=(0,))))
+    _check_collectives(compile_on(mesh, step, state, batch, donate=(0,)))
 
 
-def _check_collectives(found):
+def _check_collectives(compiled):
     """Within the layers each projection that narrows is summed once forward, each that widens once backward."""
-    of_layers = [(kind, place) for kind, *places in found for place in places if "/layers/" in place]
+    of_layers = [x for x in collectives(compiled.as_text()) if "/layers/" in x.place]
     assert of_layers
-    for kind, place in of_layers:
-        assert kind == "all-reduce", place
-        assert place.endswith("dot_general"), place
+    for found in of_layers:
+        assert found.kind == "all-reduce", found
+        assert found.place.endswith("dot_general"), found
 
 
 SPLITS = [{"data": 2, "model": 2}, {"data": 1, "model": 4}, {"data": 4, "model": 1}]

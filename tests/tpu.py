@@ -10,8 +10,13 @@ arguments; nothing runs. Works under pytest-xdist.
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
 
@@ -54,3 +59,16 @@ def temporaries(compiled):
 def shape(*sizes, dtype="bfloat16"):
     """An abstract array."""
     return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def chip_llava(kv_heads=8):
+    """A LLaVA with heads as wide as a 7B's, whose programs compile in seconds."""
+    vision = VisionConfig(
+        hidden_size=256, intermediate_size=512, num_layers=2, num_heads=8, image_size=56, patch_size=14
+    )
+    decoder = DecoderConfig(
+        family="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_layers=2, num_heads=8,
+        num_kv_heads=kv_heads, head_dim=128, max_positions=1024,
+    )  # fmt: skip
+    config = LlavaConfig(model_type="llava", vision=vision, decoder=decoder, image_token_id=5, feature_layers=(2,))
+    return Llava(config, jnp.dtype("bfloat16"))

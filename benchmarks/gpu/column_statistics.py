@@ -80,7 +80,7 @@ def main() -> None:
     def products(hidden, mixed, qkv, output, gate, up, down):
         return hidden @ qkv, mixed @ output, (jax.nn.silu(hidden @ gate) * (hidden @ up)) @ down
 
-    attend = functools.partial(attention, with_lse=False, implementation=("cudnn", "xla"))
+    attend = functools.partial(attention, with_lse=False, implementation=("cudnn", "xla_wide"))
     functions = {
         "attention": (attend, (query, key, value)),
         "matrix products": (products, (hidden, query.reshape(batch, length, width), *weights)),

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="calls inside one program")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak", type=float, help="of the card in bfloat16, TFLOP/s (989 for H100 and H200)")
-    parser.add_argument("--implementations", nargs="+", default=["cudnn", "xla"])
+    parser.add_argument("--implementations", nargs="+", default=["cudnn", "xla_wide"])
     args = parser.parse_args()
 
     records, lines = [], []

@@ -1,5 +1,6 @@
-"""Causal self-attention over a whole prompt: prefill and training."""
+"""Self-attention over a whole sequence: prefill, training and vision towers."""
 
 from vlcache_jax.kernels.attention.api import IMPLEMENTATIONS, attention
+from vlcache_jax.kernels.attention.mask import CAUSAL, FULL, Mask
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+__all__ = ["CAUSAL", "FULL", "IMPLEMENTATIONS", "Mask", "attention"]

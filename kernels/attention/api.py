@@ -1,56 +1,59 @@
-"""The public function of the prefill attention op."""
+"""The public function of the attention op."""
 
 from typing import Any
 
 import jax
 
-from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla
+from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla, xla_wide
+from vlcache_jax.kernels.attention.mask import CAUSAL, Mask
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "splash_tpu": splash_tpu.attention,
     "cudnn": cudnn.attention,
     "xla": xla.attention,
+    "xla_wide": xla_wide.attention,
     "reference": reference.attention,
 }
-_ORDER = {"tpu": ("splash_tpu", "xla"), "default": ("xla",)}
+_ORDER = {"tpu": ("splash_tpu", "xla_wide"), "cuda": ("xla_wide",), "default": ("xla",)}
 
 
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    mask: Mask = CAUSAL,
     *,
-    segments: jax.Array | None = None,
     lengths: jax.Array | None = None,
     scale: float | None = None,
     with_lse: bool = True,
     implementation: str | tuple[str, ...] | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Causal grouped-query attention of a prompt with itself; softmax in float32. Differentiable.
+    """Grouped-query attention of a sequence with itself; softmax in float32. Differentiable.
 
-    Prompts are right-padded, so causality alone keeps padding out of every true row; padding values must be finite
-    (0 * NaN is NaN), and the outputs of padding rows are finite but mean nothing.
+    Prompts are right-padded, so causality alone keeps padding out of every true row; where the mask is not causal,
+    segments must. Padding values must be finite (0 * NaN is NaN), and the outputs of padding rows are finite but mean
+    nothing.
 
     Args:
       query: [batch, length, heads, head_dim].
       key: [batch, length, kv_heads, head_dim]; heads is a multiple of kv_heads.
       value: like `key`.
-      segments: i32 [batch, length]. Row t sees column j <= t only if column j is of segment 0 (a shared prefix)
-        or of row t's own segment. None: no segments.
+      mask: who sees whom; causal by default.
       lengths: i32 [batch], true lengths of the rows, for implementations that can leave the padding out.
       scale: factor of the logits, head_dim ** -0.5 by default.
       with_lse: whether the log-sum-exp is wanted. "splash_tpu" writes 128 numbers for each of them, and has a backward
         kernel only without.
       implementation: None takes the first of the platform's order that serves the arguments. A name is tried alone, a
         tuple of names one after the other:
-          "splash_tpu"  JAX's splash attention for TPUs. No segments. Its gradient with lse is that of "xla".
+          "splash_tpu"  JAX's splash attention for TPUs. Causal. Its gradient with lse is that of "xla_wide".
           "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
-                        capability 8.0 and later. No segments, bfloat16 or float16. It is never a default, because a
+                        capability 8.0 and later. Causal or full, bfloat16 or float16. It is never a default, because a
                         program that holds it can only be made where JAX finds cuDNN, and whether the card has it shows
-                        only when it is compiled: pass ("cudnn", "xla") where such a card is attached.
-          "xla"         rows in chunks, never length x length for all heads at once.
+                        only when it is compiled: pass ("cudnn", "xla_wide") where such a card is attached.
+          "xla_wide"    for accelerators: all heads at once, query rows in chunks where there are many.
+          "xla"         for CPUs: one head at a time, query rows in chunks.
           "reference"   the definition.
       interpret: for the Pallas implementations, as in `pallas_call`.
 
@@ -68,13 +71,13 @@ def attention(
         raise ValueError(f"key {key.shape} and value {value.shape} do not fit query {query.shape}")
     if heads % key.shape[2]:
         raise ValueError(f"{heads} query heads are not a multiple of {key.shape[2]} KV heads")
-    if segments is not None and segments.shape != (batch, length):
-        raise ValueError(f"segments {segments.shape} must be [{batch}, {length}]")
+    if mask.segments is not None and mask.segments.shape != (batch, length):
+        raise ValueError(f"segments {mask.segments.shape} must be [{batch}, {length}]")
     if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
     scale = head_dim**-0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, with_lse=with_lse)
-    args = query, key, value, segments, lengths
+    args = query, key, value, mask, lengths
     if not isinstance(implementation, tuple):
         return dispatch(implementation, implementations, _ORDER, *args)
     reasons = []

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.attention.mask import Mask
+
 
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    mask: Mask,
     lengths: jax.Array | None,
     *,
     scale: float,
@@ -17,7 +19,7 @@ def attention(
     """See `api.attention`. JAX itself says which head sizes and cards are served (NotImplementedError)."""
     if with_lse:
         raise NotImplementedError("cudnn: JAX rounds its log-sum-exp to half precision: pass with_lse=False")
-    if segments is not None:
+    if mask.segments is not None:
         raise NotImplementedError("cudnn has no segments: use implementation='xla'")
     if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
         raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {query.dtype}: use implementation='xla'")
@@ -27,7 +29,7 @@ def attention(
             key,
             value,
             scale=scale,
-            is_causal=True,
+            is_causal=mask.causal,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             implementation="cudnn",

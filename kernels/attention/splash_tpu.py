@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from vlcache_jax.kernels.attention import xla
+from vlcache_jax.kernels.attention import xla_wide
+from vlcache_jax.kernels.attention.mask import CAUSAL, Mask
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 _SHORTEST = 128  # the smallest block; shorter prompts are cheap in XLA
@@ -18,18 +19,20 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    mask: Mask,
     lengths: jax.Array | None,
     *,
     scale: float,
     with_lse: bool = True,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `api.attention`. `lengths` changes nothing: causality keeps the padding out."""
+    """See `api.attention`. `lengths` changes nothing: the mask keeps the padding out."""
     del lengths
     length, head_dim = query.shape[1], query.shape[3]
-    if segments is not None:
-        raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla'")
+    if mask.segments is not None:
+        raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla_wide'")
+    if not mask.causal:
+        raise NotImplementedError("splash_tpu is causal here: use implementation='xla_wide'")
     refuse_if_checked("splash_tpu")
     if length < _SHORTEST:
         raise NotImplementedError(f"splash_tpu takes prompts of at least {_SHORTEST} tokens, not {length}")
@@ -114,8 +117,8 @@ def _with_inputs(query, key, value, scale, interpret):
 
 
 def _gradient(scale, interpret, inputs, cotangents):
-    """JAX's kernel has no gradient where it returns the log-sum-exp; the chunked version has."""
-    _, pull_back = jax.vjp(lambda q, k, v: xla.attention(q, k, v, None, None, scale=scale), *inputs)
+    """JAX's kernel has no gradient where it returns the log-sum-exp; the one in plain XLA has."""
+    _, pull_back = jax.vjp(lambda q, k, v: xla_wide.attention(q, k, v, CAUSAL, None, scale=scale), *inputs)
     return pull_back(cotangents)
 
 

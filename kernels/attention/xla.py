@@ -1,91 +1,97 @@
-"""Chunked attention in plain XLA, for platforms without a fused kernel.
+"""Attention in plain XLA for CPUs: one (row of the batch, KV head) at a time, which stays in cache.
 
-One (row of the batch, KV head) at a time; its query rows in chunks against the keys up to the chunk's end:
+Its query rows come in chunks, against the keys up to the chunk's end where the mask is causal:
 
     keys      0 ..................... length
     rows 0    [=======]
     rows 1    [===============]
     rows 2    [=======================]        each `span` of rows is a static slice, at most `_SPANS` of them
 
-On a CPU this is also two to three times faster than one large einsum, whose batched products XLA runs poorly.
+Two to three times faster there than one large einsum, whose batched products XLA runs poorly. On accelerators it would
+be slow: see `xla_wide`.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.attention.mask import Mask
+
 _CHUNK = 128  # query rows whose logits exist at once
 _SPANS = 8  # static slices of the triangle: bounds the size of the program for long prompts
+_WHOLE = 1024  # tokens of an image whose logits may exist at once, of one head
 
 
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    mask: Mask,
     lengths: jax.Array | None,
     *,
     scale: float,
     with_lse: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `api.attention`. `lengths` changes nothing: causality keeps the padding out."""
+    """See `api.attention`. `lengths` changes nothing: the mask keeps the padding out."""
     del lengths
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    segments = jnp.zeros((batch, length), jnp.int32) if segments is None else segments
     # [batch, length, heads, d] -> [batch * kv_heads, group, length, d]
     q = query.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch * kv_heads, group, length, head_dim)
     k, v = (x.swapaxes(1, 2).reshape(batch * kv_heads, length, head_dim) for x in (key, value))
+    masks = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0)[:, None], mask)
 
-    def one_head(item: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        return _one_head(*item, scale=scale)
+    def one_head(item: tuple[jax.Array, jax.Array, jax.Array, Mask]) -> tuple[jax.Array, jax.Array | None]:
+        q, k, v, mask = item
+        if mask.full and length <= _WHOLE:
+            return _whole(q, k, v, scale, with_lse)
+        if not mask.causal:
+            return _rows(q, 0, k, v, mask, scale)
+        span = -(-length // (_SPANS * _CHUNK)) * _CHUNK
+        parts = [
+            _rows(q[:, i : i + span], i, k[: i + span], v[: i + span], mask, scale) for i in range(0, length, span)
+        ]
+        return jnp.concatenate([p[0] for p in parts], axis=1), jnp.concatenate([p[1] for p in parts], axis=1)
 
-    out, lse = jax.lax.map(one_head, (q, k, v, jnp.repeat(segments, kv_heads, axis=0)))
+    out, lse = jax.lax.map(one_head, (q, k, v, masks))
     out = out.reshape(batch, kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
+    if not with_lse:
+        return out.reshape(query.shape), None
     lse = lse.reshape(batch, kv_heads, group, length).transpose(0, 3, 1, 2)
-    return out.reshape(query.shape), lse.reshape(batch, length, heads) if with_lse else None
+    return out.reshape(query.shape), lse.reshape(batch, length, heads)
 
 
-def _one_head(q, k, v, segments, *, scale):  # q [group, length, d], k v [length, d], segments [length]
-    length = q.shape[1]
-    span = -(-length // (_SPANS * _CHUNK)) * _CHUNK
-    parts = [
-        _rows(q[:, i : i + span], i, segments[i : i + span], k[: i + span], v[: i + span],
-              segments[: i + span], scale=scale)
-        for i in range(0, length, span)
-    ]  # fmt: skip
-    return jnp.concatenate([p[0] for p in parts], axis=1), jnp.concatenate([p[1] for p in parts], axis=1)
+@partial(jax.checkpoint, static_argnums=(3, 4))
+def _whole(q, k, v, scale, with_lse):  # q [group, length, d], k v [length, d]
+    logits = jnp.einsum("gqh,kh->gqk", q, k, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return weights @ v, jax.nn.logsumexp(logits, axis=-1) if with_lse else None
 
 
-def _rows(q, first, row_segments, k, v, segments, *, scale):
+def _rows(q, first, k, v, mask, scale):  # of one head
     group, rows, head_dim = q.shape
     if rows <= _CHUNK:
-        return _chunk(q, first, row_segments, k, v, segments, scale=scale)
+        return _chunk(q, first, k, v, mask, scale)
     pad = -rows % _CHUNK
     chunks = (rows + pad) // _CHUNK
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
-    row_segments = jnp.pad(row_segments, (0, pad)).reshape(chunks, _CHUNK)
     starts = first + _CHUNK * jax.lax.iota(jnp.int32, chunks)
-
-    def one_chunk(chunk):
-        q, first, row_segments = chunk
-        return _chunk(q, first, row_segments, k, v, segments, scale=scale)
-
-    out, lse = jax.lax.map(one_chunk, (q, starts, row_segments))
+    out, lse = jax.lax.map(lambda chunk: _chunk(*chunk, k, v, mask, scale), (q, starts))
     out = out.swapaxes(0, 1).reshape(group, -1, head_dim)
     return out[:, :rows], lse.swapaxes(0, 1).reshape(group, -1)[:, :rows]
 
 
-def _chunk(q, first, row_segments, k, v, segments, *, scale):
+def _chunk(q, first, k, v, mask, scale):
     @jax.checkpoint  # the backward pass recomputes the logits instead of keeping them for every head
     def attend(q, k, v):
         group, rows, head_dim = q.shape
         logits = jnp.matmul(q.reshape(group * rows, head_dim), k.T, preferred_element_type=jnp.float32)
         logits = (logits * scale).reshape(group, rows, -1)
-        row, column = first + jax.lax.iota(jnp.int32, rows)[:, None], jax.lax.iota(jnp.int32, k.shape[0])[None]
-        visible = (column <= row) & ((segments == 0)[None] | (segments[None] == row_segments[:, None]))
-        logits = jnp.where(visible[None], logits, jnp.finfo(jnp.float32).min)
+        row, column = first + jax.lax.iota(jnp.int32, rows), jax.lax.iota(jnp.int32, k.shape[0])
+        logits = jnp.where(mask.between(row, column), logits, jnp.finfo(jnp.float32).min)
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.kernels.attention import FULL
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.vision.config import VisionConfig
-from vlcache_jax.parallel.mesh import local, split_axes
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.ops import Kernels
 
 
 def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
@@ -28,15 +29,6 @@ def _layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str)
         return norm(x)
 
 
-@jax.checkpoint
-def _attend(query_TH: jax.Array, key_TH: jax.Array, value_TH: jax.Array) -> jax.Array:
-    """Bidirectional softmax attention of one head: [tokens, head_dim] x 3 -> [tokens, head_dim]."""
-    scale = query_TH.shape[-1] ** -0.5
-    scores_TT = jnp.einsum("qh,kh->qk", query_TH, key_TH, preferred_element_type=jnp.float32) * scale
-    weights_TT = jax.nn.softmax(scores_TT, axis=-1).astype(value_TH.dtype)
-    return weights_TT @ value_TH
-
-
 class _Attention(nn.Module):
     config: VisionConfig
     dtype: jnp.dtype
@@ -49,19 +41,9 @@ class _Attention(nn.Module):
         def split(name: str) -> jax.Array:
             return _dense(channels, self.dtype, name)(x_NTD).reshape(images, tokens, heads, channels // heads)
 
-        place = PartitionSpec(split_axes(images)[0], None, split_axes(images, heads)[1])
-        out = local(_attend_all, (place,) * 3, place)(split("query"), split("key"), split("value"))
+        query, key, value = split("query"), split("key"), split("value")
+        out, _ = ops.attention(Kernels(), query, key, value, mask=FULL, with_lse=False)
         return _dense(channels, self.dtype, "output")(out.reshape(x_NTD.shape))
-
-
-def _attend_all(*qkv_NTHd: jax.Array) -> jax.Array:
-    """All heads of all images, one at a time: [tokens, tokens] never exists for all of them at once, neither forward
-    nor (because of the checkpoint) for the backward pass; on a CPU it also stays in cache: half the time."""
-    images, tokens, heads, _ = qkv_NTHd[0].shape
-    out = jax.lax.map(
-        lambda qkv: _attend(*qkv), tuple(x.swapaxes(1, 2).reshape(images * heads, tokens, -1) for x in qkv_NTHd)
-    )
-    return out.reshape(images, heads, tokens, -1).swapaxes(1, 2)
 
 
 class _MLP(nn.Module):

@@ -18,6 +18,7 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
+from vlcache_jax.kernels.attention import CAUSAL, Mask
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
@@ -35,7 +36,8 @@ class Kernels:
     """Which implementation of each op to use: None for the best of the platform the program is compiled for.
 
     Attributes:
-      attention: of the prefill: "splash_tpu", "cudnn", "xla", "reference", or a tuple of names, the first that serves.
+      attention: of the prefill: "splash_tpu", "cudnn", "xla", "xla_wide", "reference", or a tuple of names, the first
+        that serves.
       column_statistics: "pallas_tpu", "xla", "xla_columns" or "reference".
       decode_attention: "pallas_tpu", "pallas_gpu", "xla", "xla_wide" or "reference".
 
@@ -43,7 +45,7 @@ class Kernels:
       InputError: a name that does not exist.
 
     Example:
-      out = vlc.generate(model, params, batch, policy, kernels=vlc.Kernels(attention=("cudnn", "xla")))
+      out = vlc.generate(model, params, batch, policy, kernels=vlc.Kernels(attention=("cudnn", "xla_wide")))
     """
 
     attention: str | tuple[str, ...] | None = None
@@ -67,28 +69,22 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array | None = None,
-    segments: jax.Array | None = None,
     *,
+    mask: Mask = CAUSAL,
     with_lse: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`kernels.attention.attention` of right-padded prompts."""
+    """`kernels.attention.attention` of right-padded prompts, or of images."""
 
-    def run(query, key, value, lengths, segments):
+    def run(query, key, value, lengths, mask):
         return attention_op.attention(
-            query,
-            key,
-            value,
-            lengths=lengths,
-            segments=segments,
-            with_lse=with_lse,
-            implementation=kernels.attention,
+            query, key, value, mask, lengths=lengths, with_lse=with_lse, implementation=kernels.attention
         )
 
     rows, heads = split_axes(key.shape[0], key.shape[2])
     split = PartitionSpec(rows, None, heads)
-    row = [None if x is None else PartitionSpec(rows) for x in (lengths, segments)]
+    row = jax.tree.map(lambda _: PartitionSpec(rows), (lengths, mask))
     lse = split if with_lse else None
-    return local(run, (split, split, split, *row), (split, lse))(query, key, value, lengths, segments)
+    return local(run, (split, split, split, *row), (split, lse))(query, key, value, lengths, mask)
 
 
 def column_statistics(

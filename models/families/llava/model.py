@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
+from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.models.decoder.decoder import Attend, Decoder
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.projector import Projector
@@ -136,7 +137,8 @@ class Llava(nn.Module):
             positions = jnp.minimum(index, jnp.asarray(batch.lengths)[:, None] - 1)
 
         def attend(query, key, value, carry, xs):
-            return ops.attention(Kernels(), query, key, value, None, segments, with_lse=False)[0], carry, None
+            mask = Mask(segments=segments)
+            return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0], carry, None
 
         return self.decoder(hidden, positions, attend)[0]
 
