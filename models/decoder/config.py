@@ -5,7 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions. `kind` is the `rope_type` of the config: default, linear, dynamic, yarn or llama3."""
+    """Rotary positions. `kind` is the `rope_type` of the config: default, linear, dynamic, yarn or llama3.
+
+    `sections` of a model with positions on three axes, time, height and width (M-RoPE): how many pairs of a head turn
+    by each, their sum half the head. Qwen2-VL: one axis after another; `interleaved` (Qwen3-VL): in turn, time first.
+    """
 
     theta: float = 10_000.0
     kind: str = "default"
@@ -19,6 +23,8 @@ class RopeConfig:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    sections: tuple[int, int, int] | None = None
+    interleaved: bool = False
 
     def extended(self, max_positions: int) -> int:
         """Positions that a model of `max_positions` (its `max_position_embeddings`) can use with this scaling.

@@ -152,7 +152,8 @@ class Decoder(nn.Module):
 
         Args:
           hidden: [batch, length, hidden_size].
-          positions: i32 [batch, length], rotary positions; those of padding are not beyond the row's last one.
+          positions: i32 [batch, length], rotary positions; those of padding are not beyond the row's last one. Of a
+            model with three axes (`RopeConfig.sections`) also [batch, 3, length]: time, height, width.
           attend: see the module's description.
           carry: first layer's carry.
           xs: pytree stacked over layers, or None.

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864) with the scalings that Llama, Mistral and Qwen2 configs use."""
+"""Rotary position embeddings (arXiv 2104.09864): the scalings of Llama, Mistral and Qwen2, the axes of Qwen-VL."""
 
 import math
 
@@ -68,16 +68,33 @@ def _yarn(base: np.ndarray, config: RopeConfig, head_dim: int, original: int) ->
     return scaled.astype(np.float32), factor
 
 
+def axes(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Which axis each rotated pair turns by, i32 [head_dim / 2]: 0 time, 1 height, 2 width."""
+    pair, sections = np.arange(head_dim // 2, dtype=np.int32), config.sections
+    if sections is None or sum(sections) != head_dim // 2:
+        raise ValueError(f"rope sections {sections} do not add up to {head_dim // 2}, half of head_dim {head_dim}")
+    if config.interleaved:
+        return np.where(pair < 3 * np.asarray(sections)[pair % 3], pair % 3, 0).astype(np.int32)
+    return np.repeat(np.arange(3, dtype=np.int32), sections)
+
+
 def rotation(
     positions: jax.Array, config: RopeConfig, head_dim: int, max_positions: int
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, f32 [batch, length, head_dim / 2], of integer `positions` [batch, length].
+    """cos and sin, f32 [batch, length, head_dim / 2], of integer `positions` [batch, length] or [batch, 3, length].
+
+    Three axes are time, height and width; positions without axes, those of text, are the same on all of them.
 
     `dynamic` scaling goes by the last position of each row, so `positions` of padding must not lie beyond it. As in
     transformers (`dynamic_rope_update`), keys that were cached keep the frequencies of their time; unlike there, a row
     does not depend on its neighbours, nor on what was run before.
     """
     frequency, factor = frequencies(config, head_dim, max_positions)
+    if positions.ndim == 3:
+        # Each pair has one axis; the others add exact zeros. Elementwise, so that nothing is gathered.
+        of = [np.where(axes(config, head_dim) == axis, frequency, 0)[None, None] for axis in range(3)]
+        angle = sum(positions[:, axis, :, None].astype(jnp.float32) * of[axis] for axis in range(3))
+        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
     stretched: np.ndarray | jax.Array = frequency[None, None]
     if config.kind == "dynamic" and config.extended(max_positions) > max_positions:
         # base ** (-2 i / head_dim) of a larger base: "NTK-aware" scaling.
