@@ -20,8 +20,9 @@ import numpy as np
 
 import vlcache_jax as vlc
 from vlcache_jax.models.decoder.cpu_layout import cpu_layout
-from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.weights import WEIGHTS
+from vlcache_jax.models.families.registry import read_config
 from vlcache_jax.models.io.params_reader import load_params
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     if args.model is None:
         params = harness.random_params(model)
     else:
-        params = load_params(args.model, model.abstract_params(), jnp.float32)
+        params = load_params(args.model, model.abstract_params(), WEIGHTS, jnp.float32)
     batch = harness.random_batch(config, args.batch, args.length)
     reference = theirs(harness.in_transformers(config, params, args.threads), batch, args.steps)
     layouts = {"stacked": lambda p: p, "cpu": cpu_layout}

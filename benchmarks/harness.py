@@ -24,8 +24,8 @@ from vlcache_jax.files.writing import write_text
 from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_writer import write_config
 from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.registry import write_config
 from vlcache_jax.models.io.params_writer import save_params
 from vlcache_jax.models.vision.config import VisionConfig
 

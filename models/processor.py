@@ -9,12 +9,10 @@ from PIL import Image
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
 from vlcache_jax.inputs import TEXT, Batch, Continuation
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.layout import VisionLayout
-from vlcache_jax.models.families.llava.processor_reader import read_parts
+from vlcache_jax.models.families.family import EncodedImage, ImageLayout
 from vlcache_jax.models.images.opening import ImageLike, load_image
-from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.io.files import Folder
+from vlcache_jax.models.io.processor_reader import read_parts
 from vlcache_jax.models.text.arguments import check_room, continuation_texts, image_rows, token_rows
 from vlcache_jax.models.text.buckets import bucket_length, check_buckets
 from vlcache_jax.models.text.chat import split_conversation
@@ -25,10 +23,10 @@ from vlcache_jax.parallel.mesh import check_known
 
 
 class Processor:
-    """Turns images and prompts into what a LLaVA-1.5 or LLaVA-NeXT model takes.
+    """Turns images and prompts into what a model takes, of whatever family; its `layout` knows the images.
 
-    Everything runs in numpy on the host. Token ids equal those of transformers' `LlavaProcessor` and
-    `LlavaNextProcessor`; pixels equal those of their PIL-based image processors.
+    Everything runs in numpy on the host. Token ids equal those of the family's processor of transformers; pixels equal
+    those of its PIL-based image processor.
 
         processor = Processor.from_folder("llava-1.5-7b-hf")
         batch = processor(images=["cat.jpg"], text=["USER: <image>\\nWhat is this? ASSISTANT:"])
@@ -36,8 +34,7 @@ class Processor:
 
     Attributes:
       tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
-      config: the model that the processor serves.
-      layout: how an image becomes tiles and visual tokens; `layout.transform` how it is resized and normalised.
+      layout: how images become pixels and visual tokens; of the model's family.
       image_token: the text that stands for one image in a prompt, such as "<image>".
       chat_templates: their sources by name; that of `chat` is "default".
     """
@@ -46,24 +43,22 @@ class Processor:
         self,
         *,
         tokenizer: Tokenizer,
-        config: LlavaConfig,
-        transform: ImageTransform,
+        layout: ImageLayout,
         image_token: str = "<image>",
         chat_templates: Mapping[str, str] | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.config = config
-        self.layout = VisionLayout(config, transform)
+        self.layout = layout
         self.image_token = image_token
         self.chat_templates = dict(chat_templates or {})
         self._templates: dict[str, ChatTemplate] = {}
         self._buckets = None if buckets is None else check_buckets(buckets)
         found = tokenizer.token_to_id(image_token)
-        if found != config.image_token_id:
+        if found != self.config.image_token_id:
             raise CheckpointError(
                 f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json "
-                f"says {config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
+                f"says {self.config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
                 "image token"
             )
         check_vocabulary(tokenizer, self.embedding_rows)
@@ -87,6 +82,11 @@ class Processor:
           CheckpointError: a file is missing or malformed, or the parts do not fit one another.
         """
         return cls(**read_parts(path), buckets=buckets)
+
+    @property
+    def config(self) -> Any:
+        """The config of the model that the processor serves."""
+        return self.layout.config
 
     @property
     def embedding_rows(self) -> int:
@@ -152,7 +152,7 @@ class Processor:
         """A batch from conversations, by one of the checkpoint's chat templates.
 
         A template is a program from the checkpoint. It runs in a sandbox and in a process of its own, which is started
-        once (0.1 s) and takes about 0.3 ms for a conversation; `vlcache_jax/limits.py` has its limits.
+        once (0.1 s) and takes about 0.3 ms for a conversation; `vlcache_jax/files/limits.py` has its limits.
 
         Args:
           conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
@@ -282,70 +282,44 @@ class Processor:
                     f"row {row}: the prompt holds {placeholders} image tokens {self.image_token!r}, but "
                     f"{len(row_images)} images were given: write the token once for each image"
                 )
-        tiles, indices, tokens = [], [], []
+        encoded, tokens = [], []
         for row, row_images in enumerate(images):
-            row_tiles, row_index, counts = self._encode_images(row_images, row)
-            tiles.append(row_tiles)
-            indices.append(row_index)
-            tokens.append(self._encode_text(texts[row], counts, add_special_tokens[row], row))
+            names = [f"row {row}, image {number}" for number in range(len(row_images))]
+            loaded: list[Image.Image] = [load_image(source, name) for source, name in zip(row_images, names)]
+            encoded.append(self.layout.encode(loaded, names, self.image_token))
+            tokens.append(self._encode_text(texts[row], encoded[-1], add_special_tokens[row], row))
         length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
         check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
-        most = max(sum(map(len, row)) for row in tiles)
+        most = max(sum(len(image.pixels) for image in row) for row in encoded)
         check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
-        return self._assemble(tokens, indices, tiles, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
+        return self._assemble(tokens, encoded, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
 
-    def _encode_images(self, images: list[ImageLike], row: int) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
-        """Per image u8 tiles [n, size, size, 3]; i32 indices of all features; how many each image has."""
-        tiles: list[np.ndarray] = []
-        indices: list[np.ndarray] = []
-        offset = 0
-        for number, source in enumerate(images):
-            name = f"row {row}, image {number}"
-            image: Image.Image = load_image(source, name)
-            tiles.append(self.layout.tiles(image, name))
-            index = self.layout.feature_index(image.height, image.width)
-            indices.append(np.where(index >= 0, index + offset, index))
-            offset += len(tiles[-1]) * self.config.features_per_tile
-        empty = np.zeros(0, np.int32)
-        return tiles, np.concatenate([empty, *indices]).astype(np.int32), [len(index) for index in indices]
-
-    def _encode_text(self, prompt: str, counts: list[int], add_special_tokens: bool, row: int) -> np.ndarray:
-        """i32 token ids, with each image token repeated once per feature of its image."""
+    def _encode_text(self, prompt: str, images: list[EncodedImage], add_special_tokens: bool, row: int) -> np.ndarray:
+        """i32 token ids, with what stands for each image in the place of its image token."""
         pieces = prompt.split(self.image_token)
-        expanded = pieces[0] + "".join(
-            self.image_token * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
-        )
+        expanded = pieces[0] + "".join(image.text + piece for image, piece in zip(images, pieces[1:], strict=True))
         tokens = np.asarray(self.tokenizer.encode(expanded, add_special_tokens), np.int32)
-        found = int((tokens == self.config.image_token_id).sum())
-        if found != sum(counts) or len(tokens) == 0:
+        found, visual = int((tokens == self.config.image_token_id).sum()), sum(len(image.index) for image in images)
+        if found != visual or len(tokens) == 0:
             raise InputError(
                 f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
-                f"have {sum(counts)} features: the tokenizer does not keep {self.image_token!r} whole in "
+                f"have {visual} features: the tokenizer does not keep {self.image_token!r} whole in "
                 f"{prompt[:80]!r}"
             )
         check_rows(tokens.tolist(), self.embedding_rows, self.tokenizer, f"row {row}")
         return tokens
 
-    def _assemble(
-        self,
-        tokens: list[np.ndarray],
-        indices: list[np.ndarray],
-        tiles: list[list[np.ndarray]],
-        length: int,
-        most: int,
-    ) -> Batch:
-        size = len(tokens)
-        token_rows = np.full((size, length), self.padding_id, np.int32)
-        vision_index = np.full((size, length), TEXT, np.int32)
-        side = self.config.vision.image_size
-        pixels = np.zeros((size, most, side, side, 3), np.float32)
+    def _assemble(self, tokens: list[np.ndarray], encoded: list[list[EncodedImage]], length: int, tiles: int) -> Batch:
+        token_rows = np.full((len(tokens), length), self.padding_id, np.int32)
+        vision_index = np.full((len(tokens), length), TEXT, np.int32)
         for row, ids in enumerate(tokens):
             token_rows[row, : len(ids)] = ids
+            indices, offset = [np.zeros(0, np.int32)], 0
+            for image in encoded[row]:
+                indices.append(np.where(image.index >= 0, image.index + offset, image.index))
+                offset += image.features
             # A slice keeps the padding out: a checkpoint's padding token could be its image token.
-            vision_index[row, : len(ids)][ids == self.config.image_token_id] = indices[row]
-            start = 0
-            for of_image in tiles[row]:
-                pixels[row, start : start + len(of_image)] = self.layout.transform.normalise(of_image)
-                start += len(of_image)
+            vision_index[row, : len(ids)][ids == self.config.image_token_id] = np.concatenate(indices)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
+        pixels = self.layout.normalised(encoded, tiles)
         return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)

@@ -15,8 +15,9 @@ from checkpoint_models import hand_built, make_model, rename
 from safetensors.torch import load_file, save_file
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.weights import WEIGHTS
+from vlcache_jax.models.families.registry import read_config
 from vlcache_jax.models.io.params_reader import load_params
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
@@ -55,7 +56,7 @@ def saved(tmp_path: Path) -> tuple[Path, Any]:
 def test_every_family_loads_exactly(model_type: str, family: str, text: dict, tmp_path: Path) -> None:
     model = make_model(model_type, family, text)
     model.save_pretrained(tmp_path)
-    assert_equal(load_params(tmp_path, abstract(tmp_path)), hand_built(model))
+    assert_equal(load_params(tmp_path, abstract(tmp_path), WEIGHTS), hand_built(model))
 
 
 @pytest.mark.parametrize(("model_type", "level"), [("llava", "text"), ("llava_next", "top"), ("llava", "top")])
@@ -63,7 +64,7 @@ def test_tied_embeddings(model_type: str, level: str, tmp_path: Path) -> None:
     tied = {"tie_word_embeddings": True}
     model = make_model(model_type, "qwen2", text=tied if level == "text" else None, **(tied if level == "top" else {}))
     model.save_pretrained(tmp_path)
-    params = load_params(tmp_path, abstract(tmp_path))
+    params = load_params(tmp_path, abstract(tmp_path), WEIGHTS)
     assert "lm_head" not in params["decoder"]
     assert_equal(params, hand_built(model))
 
@@ -71,11 +72,13 @@ def test_tied_embeddings(model_type: str, level: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_equal(load_params(tmp_path, abstract(tmp_path)) if model_type == "llava" else params, hand_built(model))
+    assert_equal(
+        load_params(tmp_path, abstract(tmp_path), WEIGHTS) if model_type == "llava" else params, hand_built(model)
+    )
     tensors["lm_head.weight"][3, 4] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings.*lm_head\.weight.*differ"):
-        load_params(tmp_path, shapes_of(hand_built(model)))
+        load_params(tmp_path, shapes_of(hand_built(model)), WEIGHTS)
 
 
 def test_llava_next_that_ties_only_in_the_text_config_goes_by_the_weights(tmp_path: Path) -> None:
@@ -108,7 +111,7 @@ def test_both_layouts_of_names(layout: Any, model_type: str, tmp_path: Path) -> 
     probe = "vision_tower.vision_model.pre_layrnorm.weight"
     assert (probe if layout is version_4 else f"model.{probe}") in names
     assert ("lm_head.weight" in names) == (layout is version_5)
-    assert_equal(load_params(tmp_path, abstract(tmp_path)), hand_built(model))
+    assert_equal(load_params(tmp_path, abstract(tmp_path), WEIGHTS), hand_built(model))
 
 
 def test_buffers_that_old_versions_saved_are_ignored(saved: tuple[Path, Any]) -> None:
@@ -118,14 +121,14 @@ def test_buffers_that_old_versions_saved_are_ignored(saved: tuple[Path, Any]) ->
     tensors["language_model.model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     tensors["language_model.model.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, folder / "model.safetensors")
-    assert_equal(load_params(folder, abstract(folder)), hand_built(model))
+    assert_equal(load_params(folder, abstract(folder), WEIGHTS), hand_built(model))
 
 
 def test_shards(tmp_path: Path) -> None:
     model = make_model("llava_next", "qwen2")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert_equal(load_params(tmp_path, abstract(tmp_path)), hand_built(model))
+    assert_equal(load_params(tmp_path, abstract(tmp_path), WEIGHTS), hand_built(model))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -133,7 +136,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_dtypes(stored: torch.dtype, wanted: str, tmp_path: Path) -> None:
     model = make_model("llava", "llama", dtype=stored)
     model.save_pretrained(tmp_path)
-    params = load_params(tmp_path, abstract(tmp_path), dtype=wanted)
+    params = load_params(tmp_path, abstract(tmp_path), WEIGHTS, dtype=wanted)
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {wanted}
     want = jax.tree.map(lambda x: x.astype(jnp.dtype(wanted)).astype(np.float32), hand_built(model))
     assert_equal(params, want)
@@ -143,7 +146,7 @@ def test_dtype_none_keeps_each_leafs_own(saved: tuple[Path, Any]) -> None:
     folder, _ = saved
     shapes = abstract(folder)
     shapes["projector"] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16), shapes["projector"])
-    params = load_params(folder, shapes)
+    params = load_params(folder, shapes, WEIGHTS)
     assert params["projector"]["linear_1"]["kernel"].dtype == jnp.bfloat16
     assert params["decoder"]["final_norm"]["scale"].dtype == jnp.float32
 
@@ -175,7 +178,7 @@ def test_eight_devices_read_only_their_own_parts(saved: tuple[Path, Any], monkey
         return original(shape, sharding, wrapped)
 
     monkeypatch.setattr(jax, "make_array_from_callback", counting)
-    params = load_params(folder, shapes, shardings=shardings)
+    params = load_params(folder, shapes, WEIGHTS, shardings=shardings)
     assert_equal(params, hand_built(model))
     jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(s)), params, shardings)
     kernel = params["decoder"]["layers"]["mlp"]["gate"]["kernel"]
@@ -183,7 +186,7 @@ def test_eight_devices_read_only_their_own_parts(saved: tuple[Path, Any], monkey
     assert asked.count(1) >= 8 * 13  # 13 stacked kernels, of which each device asked for one eighth
 
     replicated = jax.sharding.NamedSharding(mesh, spec())
-    everywhere = load_params(folder, shapes, shardings=replicated)
+    everywhere = load_params(folder, shapes, WEIGHTS, shardings=replicated)
     assert_equal(everywhere, hand_built(model))
     assert len(everywhere["decoder"]["final_norm"]["scale"].sharding.device_set) == 8
 
@@ -191,9 +194,9 @@ def test_eight_devices_read_only_their_own_parts(saved: tuple[Path, Any], monkey
 def test_default_device_is_used(saved: tuple[Path, Any]) -> None:
     folder, _ = saved
     with jax.default_device(jax.devices()[3]):
-        params = load_params(folder, abstract(folder))
+        params = load_params(folder, abstract(folder), WEIGHTS)
     assert {d for x in jax.tree.leaves(params) for d in x.devices()} == {jax.devices()[3]}
-    params = load_params(folder, abstract(folder))
+    params = load_params(folder, abstract(folder), WEIGHTS)
     assert {d for x in jax.tree.leaves(params) for d in x.devices()} == {jax.devices()[0]}
 
 
@@ -212,9 +215,9 @@ def test_the_host_never_holds_a_second_copy(tmp_path: Path) -> None:
     original = jax.make_array_from_callback
     try:
         jax.make_array_from_callback = lambda s, d, cb: original(s, d, cb).copy()
-        load_params(tmp_path, shapes)
+        load_params(tmp_path, shapes, WEIGHTS)
         tracemalloc.start()
-        params = load_params(tmp_path, shapes)
+        params = load_params(tmp_path, shapes, WEIGHTS)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -237,7 +240,7 @@ def test_everything_that_does_not_fit_is_reported_at_once(saved: tuple[Path, Any
     tensors["image_newline"] = torch.ones(32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        load_params(folder, shapes)
+        load_params(folder, shapes, WEIGHTS)
     message = str(caught.value)
     for part in (
         str(folder),
@@ -260,7 +263,7 @@ def test_vocabulary_must_equal_the_configs(saved: tuple[Path, Any]) -> None:
     config["text_config"]["vocab_size"] = 65
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError) as caught:
-        load_params(folder, abstract(folder))
+        load_params(folder, abstract(folder), WEIGHTS)
     assert "embed_tokens.weight: the config gives [65, 32], the file has [64, 32]" in str(caught.value)
     assert "lm_head.weight: the config gives [65, 32], the file has [64, 32]" in str(caught.value)
 
@@ -271,17 +274,17 @@ def test_no_data_are_read_before_the_check(saved: tuple[Path, Any], monkeypatch:
     shapes["projector"]["linear_1"]["kernel"] = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     monkeypatch.setattr(SafetensorsFolder, "view", lambda *_: pytest.fail("data read"))
     with pytest.raises(CheckpointError, match="linear_1"):
-        load_params(folder, shapes)
+        load_params(folder, shapes, WEIGHTS)
 
 
 def test_long_lists_are_cut(saved: tuple[Path, Any]) -> None:
     folder, _ = saved
     save_file({"nothing": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"\.\.\. and \d+ more"):
-        load_params(folder, abstract(folder))
+        load_params(folder, abstract(folder), WEIGHTS)
 
 
 def test_shardings_must_cover_the_tree(saved: tuple[Path, Any]) -> None:
     folder, _ = saved
     with pytest.raises(ValueError, match="shardings lacks"):
-        load_params(folder, abstract(folder), shardings={})
+        load_params(folder, abstract(folder), WEIGHTS, shardings={})

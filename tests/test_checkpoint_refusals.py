@@ -17,7 +17,7 @@ import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.safetensors import read_header
-from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.registry import read_config
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.processor import Processor
 

@@ -12,9 +12,9 @@ import torch
 from checkpoint_models import MODELS, hand_built, make_model
 
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.config_writer import write_config
 from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.weights import WEIGHTS
+from vlcache_jax.models.families.registry import read_config, write_config
 from vlcache_jax.models.io.params_reader import load_params
 from vlcache_jax.models.io.params_writer import save_params
 
@@ -55,7 +55,7 @@ def test_transformers_loads_what_we_save(
     model = make_model(model_type, family, text, **top)
     model.save_pretrained(tmp_path / "theirs")
     config = read_config(tmp_path / "theirs")
-    params = load_params(tmp_path / "theirs", Llava(config).abstract_params())
+    params = load_params(tmp_path / "theirs", Llava(config).abstract_params(), WEIGHTS)
     ours = tmp_path / "ours"
     save_params(params, ours, config, max_shard_bytes)
     write_config(config, ours)
@@ -65,7 +65,7 @@ def test_transformers_loads_what_we_save(
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     np.testing.assert_allclose(logits(again.eval()), logits(model), atol=1e-5)
     back = read_config(ours)
-    assert_equal(load_params(ours, Llava(back).abstract_params()), params)
+    assert_equal(load_params(ours, Llava(back).abstract_params(), WEIGHTS), params)
     if "vision_feature_layer" not in top:  # else equal but for the numbering, which loses its negative form
         assert back.feature_layers == config.feature_layers == (2,)
     assert back.decoder == config.decoder
@@ -77,7 +77,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict, Any]:
     model = make_model("llava", "llama")
     model.save_pretrained(tmp_path / "theirs")
     config = read_config(tmp_path / "theirs")
-    return tmp_path / "ours", load_params(tmp_path / "theirs", Llava(config).abstract_params()), config
+    return tmp_path / "ours", load_params(tmp_path / "theirs", Llava(config).abstract_params(), WEIGHTS), config
 
 
 def test_dtypes_are_kept(saved: tuple[Path, dict, Any]) -> None:
@@ -87,7 +87,7 @@ def test_dtypes_are_kept(saved: tuple[Path, dict, Any]) -> None:
     save_params(params, folder, config)
     write_config(config, folder, "bfloat16")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert_equal(load_params(folder, abstract), params)
+    assert_equal(load_params(folder, abstract, WEIGHTS), params)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     again = MODELS["llava"][1].from_pretrained(folder, dtype="auto")
     assert again.model.multi_modal_projector.linear_1.weight.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def test_sharded_arrays_are_gathered(saved: tuple[Path, dict, Any]) -> None:
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     moved = jax.tree.map(lambda x: jax.device_put(x, spread if x.ndim == 3 else whole), params)
     save_params(moved, folder, config)
-    assert_equal(load_params(folder, Llava(config).abstract_params()), params)
+    assert_equal(load_params(folder, Llava(config).abstract_params(), WEIGHTS), params)
 
 
 def test_saving_again_replaces_weights_and_leaves_nothing_else(saved: tuple[Path, dict, Any]) -> None:
@@ -113,10 +113,10 @@ def test_saving_again_replaces_weights_and_leaves_nothing_else(saved: tuple[Path
     assert not (folder / "model.safetensors").exists()
     zeros = jax.tree.map(jnp.zeros_like, params)
     save_params(zeros, folder, config, max_shard_bytes=40_000)
-    assert_equal(load_params(folder, Llava(config).abstract_params()), zeros)
+    assert_equal(load_params(folder, Llava(config).abstract_params(), WEIGHTS), zeros)
     save_params(params, folder, config)
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "notes.txt"]
-    assert_equal(load_params(folder, Llava(config).abstract_params()), params)
+    assert_equal(load_params(folder, Llava(config).abstract_params(), WEIGHTS), params)
 
 
 def test_a_failed_save_leaves_the_old_weights(saved: tuple[Path, dict, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,4 +165,4 @@ def test_hand_built_numpy_parameters_can_be_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs")
     config = read_config(tmp_path / "theirs")
     save_params(hand_built(model), tmp_path / "ours", config)
-    assert_equal(load_params(tmp_path / "ours", Llava(config).abstract_params()), hand_built(model))
+    assert_equal(load_params(tmp_path / "ours", Llava(config).abstract_params(), WEIGHTS), hand_built(model))

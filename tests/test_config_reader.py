@@ -11,10 +11,9 @@ from checkpoint_models import MODELS, TEXT, make_config
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
+from vlcache_jax.models.decoder.config_reader import TEXT_DEFAULTS
 from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.config_writer import write_config
-from vlcache_jax.models.families.llava.defaults import TEXT_DEFAULTS
+from vlcache_jax.models.families.registry import read_config, write_config
 from vlcache_jax.models.vision.config import VisionConfig
 
 # The form in which transformers 4 wrote LLaVA-1.5-7B: most of the text config is left to the defaults.

@@ -16,7 +16,6 @@ from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.layout import VisionLayout
-from vlcache_jax.models.families.llava.regions import token_regions
 from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.vision.config import VisionConfig
 
@@ -40,19 +39,19 @@ def layout(next: bool = False, select: str = "default", **transform: Any) -> Vis
 
 
 def test_regions_of_a_centre_crop() -> None:
-    regions = token_regions(layout(), height=40, width=80).reshape(4, 4, 4)
+    regions = layout().token_regions([(40, 80)])[0].reshape(4, 4, 4)
     np.testing.assert_allclose(regions[0, 0], [20, 0, 30, 10])
     np.testing.assert_allclose(regions[3, 3], [50, 30, 60, 40])
 
 
 def test_regions_of_a_padded_square() -> None:
-    regions = token_regions(layout(pad_to_square=True), height=40, width=80).reshape(4, 4, 4)
+    regions = layout(pad_to_square=True).token_regions([(40, 80)])[0].reshape(4, 4, 4)
     np.testing.assert_allclose(regions[0, 0], [0, -20, 20, 0])  # all padding
     np.testing.assert_allclose(regions[2, 3], [60, 20, 80, 40])
 
 
 def test_class_token_has_no_place() -> None:
-    regions = token_regions(layout(select="full"), 32, 32)
+    regions = layout(select="full").token_regions([(32, 32)])[0]
     assert len(regions) == 17
     assert np.isnan(regions[0]).all()
     assert np.isfinite(regions[1:]).all()
@@ -64,7 +63,7 @@ def test_regions_are_where_the_tower_sees_them(shape: tuple[int, int], next: boo
     """A bright spot lights the patches whose regions hold it, in every view of the image."""
     height, width = shape
     map_of = layout(next)
-    regions, index = token_regions(map_of, *shape), map_of.feature_index(*shape)
+    regions, index = map_of.token_regions([shape])[0], map_of.feature_index(*shape)
     assert len(regions) == len(index)
     assert (np.isnan(regions[:, 0]) == (index == NEWLINE)).all()
     side = max(6, min(shape) // 6)
@@ -87,7 +86,7 @@ def test_regions_are_where_the_tower_sees_them(shape: tuple[int, int], next: boo
 
 
 def test_fine_regions_cover_the_image() -> None:
-    regions = token_regions(layout(next=True), 61, 67)[16:]
+    regions = layout(next=True).token_regions([(61, 67)])[0][16:]
     regions = regions[np.isfinite(regions[:, 0])]
     slack = 8 * 67 / 64  # a patch
     assert abs(regions[:, 0].min()) < slack
@@ -98,7 +97,7 @@ def test_fine_regions_cover_the_image() -> None:
 
 def test_heat_lies_in_the_region() -> None:
     picture = Image.new("RGB", (400, 400), (200, 200, 200))
-    sheet = _Sheet.arrange([picture, picture], [token_regions(layout(), 400, 400)] * 2)
+    sheet = _Sheet.arrange([picture, picture], [layout().token_regions([(400, 400)])[0]] * 2)
     share = np.zeros(32, np.float32)
     share[16 + 6] = 0.5  # of the second image: row 1, column 2
     y, x = np.nonzero(sheet.heat(share) == 0.5)

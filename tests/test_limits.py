@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import parse_json
 from vlcache_jax.files.limits import Range
-from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.layout import VisionLayout, agree_on_pinpoints
+from vlcache_jax.models.families.registry import read_config
 from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
@@ -271,12 +271,13 @@ def test_many_unknown_tensors_are_told_at_once(tmp_path: Path) -> None:
     import numpy as np
 
     from vlcache_jax.models.families.llava.model import Llava
+    from vlcache_jax.models.families.llava.weights import WEIGHTS
     from vlcache_jax.models.io.params_reader import load_params
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file({f"junk.{i}" * 20: np.zeros(1, np.float32) for i in range(20_000)}, tmp_path / "model.safetensors")
     start = time.process_time()
     with pytest.raises(CheckpointError, match="20000 tensors that belong to no parameter") as caught:
-        load_params(tmp_path, Llava(read_config(tmp_path)).abstract_params())
+        load_params(tmp_path, Llava(read_config(tmp_path)).abstract_params(), WEIGHTS)
     assert time.process_time() - start < 20
     assert len(str(caught.value)) < 20_000

@@ -9,7 +9,7 @@ from tiny_checkpoints import WORDS, make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.registry import read_config
 
 TRAINED = 64  # positions
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

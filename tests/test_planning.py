@@ -14,7 +14,8 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.llava.presets import PRESETS, preset
+from vlcache_jax.models.families.llava.presets import PRESETS
+from vlcache_jax.models.families.registry import preset
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import check_axes, default_axes

@@ -8,7 +8,7 @@ from tpu import mesh_of
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.llava.presets import preset
+from vlcache_jax.models.families.registry import preset
 from vlcache_jax.planning.programs import Programs, Workload
 
 WORK = Workload(batch=8, prompt=8192, new_tokens=256, tiles=5)

@@ -9,7 +9,7 @@ from tpu import mesh_of
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.llava.presets import preset
+from vlcache_jax.models.families.registry import preset
 from vlcache_jax.parallel import ops
 from vlcache_jax.planning.compiling import compile_on
 from vlcache_jax.planning.programs import Programs, Workload

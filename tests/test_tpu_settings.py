@@ -12,7 +12,7 @@ from tpu import compile_for, mesh_of
 import vlcache_jax as vlc
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.llava.presets import preset
+from vlcache_jax.models.families.registry import preset
 from vlcache_jax.planning.programs import Programs, Workload
 
 CHIP, MODEL = "v5e:2x2", "llava-v1.6-mistral-7b"

@@ -26,8 +26,8 @@ import harness
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_writer import write_config
 from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.registry import write_config
 
 SIDES = ("full_cache", "vl_cache", "transformers")
 Run = Callable[[], tuple[float, float]]  # seconds of the prefill, seconds of the decoding

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from vlcache_jax.files.exporting import static_field
 
+
+@static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary positions. `kind` is the `rope_type` of the config: default, linear, dynamic, yarn or llama3.
@@ -39,6 +42,7 @@ class RopeConfig:
         return max_positions
 
 
+@static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP.

@@ -51,12 +51,20 @@ class ImageTransform:
     pad_to_square: bool = False
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageTransform":
+    def from_dict(
+        cls, config: Mapping[str, Any], source: str = "preprocessor_config.json", square: str | None = None
+    ) -> "ImageTransform":
         """Reads the forms that transformers 4 and 5 write; a missing entry takes CLIP's default.
 
         As in transformers, a step whose `do_...` is null is left out, and what a step needs must not be null.
 
-        Raises CheckpointError, naming `source`, for an entry that is malformed or not supported.
+        Args:
+          config: the entries of an image processor's configuration.
+          source: their file, for messages.
+          square: the entry that asks for padding to a square, if one does.
+
+        Raises:
+          CheckpointError: an entry is malformed or not supported.
         """
         values: dict[str, Any] = {
             name: config[name] is not None and _Reader(config, source, name).boolean()
@@ -81,9 +89,8 @@ class ImageTransform:
             values["mean"] = read("image_mean").channels()
         if "image_std" in entries:
             values["std"] = read("image_std").channels(nonzero=True)
-        # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
-        if str(entries.get("image_processor_type", "")).startswith("LlavaImageProcessor") and "do_pad" in entries:
-            values["pad_to_square"] = read("do_pad").boolean()
+        if square is not None and square in entries:
+            values["pad_to_square"] = read(square).boolean()
         transform = cls(**values)
         with np.errstate(all="ignore"):
             if not np.isfinite(transform._levels).all():
@@ -91,6 +98,23 @@ class ImageTransform:
                     f"{source}: rescale_factor, image_mean and image_std make pixels that are not finite: correct them"
                 )
         return transform
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, as transformers 5 writes it; without what asks for padding to a square."""
+        size, crop = self.size, self.crop_size
+        return {
+            "do_convert_rgb": True,
+            "do_resize": self.do_resize,
+            "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
+            "resample": int(self.resample),
+            "do_center_crop": self.do_center_crop,
+            "crop_size": {"height": crop[0], "width": crop[1]},
+            "do_rescale": self.do_rescale,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": self.do_normalize,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after the resizing step."""

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.registry import read_config
 from vlcache_jax.models.io.files import CheckpointFolder, checkpoint_folder
 from vlcache_jax.models.io.unsupported import no_weights
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.family import FamilyModel, ModelConfig
+from vlcache_jax.models.families.registry import family_of, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.models.io.params_reader import load_params
 from vlcache_jax.models.processor import Processor
@@ -24,19 +23,19 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float16": jnp.floa
 
 @dataclasses.dataclass(frozen=True)
 class VLM:
-    """A loaded checkpoint.
+    """A loaded checkpoint, of whatever family.
 
     Attributes:
       model: the Flax module; hashable, holds no arrays.
       params: its parameters, a plain nested dict of arrays with stacked layers.
       processor: images and text to a `Batch`, tokens back to text.
-      config: what the model is made of.
+      config: what the model is made of; its `model_type` says of which family.
     """
 
-    model: Llava
+    model: FamilyModel
     params: Params
     processor: Processor
-    config: LlavaConfig
+    config: ModelConfig
 
 
 def load(
@@ -49,7 +48,7 @@ def load(
     revision: str | None = None,
     allow_links: bool = False,
 ) -> VLM:
-    """Loads a LLaVA-1.5 or LLaVA-NeXT checkpoint with a Llama, Mistral or Qwen2 decoder.
+    """Loads a checkpoint of a supported family: LLaVA-1.5 or LLaVA-NeXT, with a Llama, Mistral or Qwen2 decoder.
 
     Reads `config.json`, safetensors weights and the processor's files as transformers 4 and 5 write them. Weights go
     straight from the files to their place on the mesh, slice by slice, cast on the way. No code of the checkpoint is
@@ -89,13 +88,15 @@ def load(
     folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets)
-    model = Llava(config, dtype)
+    family = family_of(config)
+    model = family.model(config, dtype)
     abstract = model.abstract_params()
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract, mesh)
         warn(replicated(mesh.shape, model.spec))
-    return VLM(model, load_params(folder, abstract, param_dtype, shardings), processor, config)
+    params = load_params(folder, abstract, family.weights, param_dtype, shardings)
+    return VLM(model, params, processor, config)
 
 
 def _dtype(argument: str, dtype: Any) -> Any:

@@ -12,9 +12,8 @@ from flax import traverse_util
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.copying import copy_cast
 from vlcache_jax.files.safetensors import FLOATS
-from vlcache_jax.models.families.llava.weights import BY_NAME, BY_PATH, IGNORED, canonical
 from vlcache_jax.models.io.files import Folder
-from vlcache_jax.models.io.rules import Rule
+from vlcache_jax.models.io.rules import Rule, WeightRules
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
@@ -25,10 +24,11 @@ _COMPARED = 200  # names that are searched for one like another
 def load_params(
     folder: Folder,
     abstract_params: dict[str, Any],
+    weights: WeightRules,
     dtype: Any = None,
     shardings: Any = None,
 ) -> dict[str, Any]:
-    """Reads the parameters of a LLaVA checkpoint that transformers (4 or 5) or `save_params` wrote.
+    """Reads the parameters of a checkpoint that transformers (4 or 5) or `save_params` wrote.
 
     Every tensor is checked before any data is read. Data are read tensor by tensor, straight from the
     mapped files into each device's shard: the host never holds more than one parameter (stacked over
@@ -39,6 +39,7 @@ def load_params(
         `checkpoint_folder` made of one.
       abstract_params: The tree to fill, with `jax.ShapeDtypeStruct` leaves; `jax.eval_shape` of the model's
         `init`.
+      weights: Which tensor is which parameter, `Family.weights`.
       dtype: Of the returned arrays; None takes each leaf's own from `abstract_params`.
       shardings: A tree like `abstract_params` with a `jax.sharding.Sharding` at each leaf, or one for all
         leaves. None puts everything on the default device.
@@ -53,7 +54,7 @@ def load_params(
     reader = SafetensorsFolder(folder)
     warn_of_adapter(reader.folder)
     wanted = traverse_util.flatten_dict(abstract_params)
-    sources = _match(reader, wanted)
+    sources = _match(reader, wanted, weights)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         one = shardings or jax.sharding.SingleDeviceSharding(_default_device())
         placed = dict.fromkeys(wanted, one)
@@ -64,7 +65,7 @@ def load_params(
 
     params = {}
     for path, leaf in wanted.items():
-        read = _callback(reader, BY_PATH[path], sources[path], leaf.shape, np.dtype(dtype or leaf.dtype))
+        read = _callback(reader, weights.by_path[path], sources[path], leaf.shape, np.dtype(dtype or leaf.dtype))
         params[path] = jax.make_array_from_callback(leaf.shape, placed[path], read).block_until_ready()
         # JAX lets go of a transferred host buffer at its next chance, which would come after the next one is
         # filled; a (cheap, youngest-generation) collection is such a chance.
@@ -79,16 +80,16 @@ def _default_device() -> jax.Device:
 
 
 def _match(
-    reader: SafetensorsFolder, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct]
+    reader: SafetensorsFolder, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct], weights: WeightRules
 ) -> dict[tuple[str, ...], list[str]]:
     """The checkpoint's tensor names for each parameter, in layer order; one error for all that is wrong."""
     unknown, misshapen, unreadable, twice = [], [], [], []
     found: dict[tuple[str, ...], dict[int, str]] = {path: {} for path in wanted}
     tied_head = None
     for name, info in sorted(reader.tensors.items()):
-        pattern, layer = canonical(name)
-        rule = BY_NAME.get(pattern)
-        if pattern in IGNORED:
+        pattern, layer = weights.canonical(name)
+        rule = weights.by_name.get(pattern)
+        if pattern in weights.ignored:
             continue
         if rule is not None and rule.path == ("decoder", "lm_head", "kernel") and rule.path not in wanted:
             tied_head = name  # a redundant copy of the embeddings; compared below
@@ -100,7 +101,7 @@ def _match(
         if rule.per_layer:
             assert layer is not None
             if layer >= shape[0]:
-                if rule.path[0] != "vision":  # layers behind the one whose features are used are no part of it
+                if rule.path[0] not in weights.shortened:
                     unknown.append(f"{name} (the config describes {shape[0]} layers)")
                 continue
             shape = shape[1:]
@@ -115,7 +116,7 @@ def _match(
 
     missing = []
     for path, names in found.items():
-        rule = BY_PATH.get(path)
+        rule = weights.by_path.get(path)
         if rule is None:
             raise ValueError(f"no checkpoint rule fills the parameter {'/'.join(path)}")
         layers = range(wanted[path].shape[0]) if rule.per_layer else [0]

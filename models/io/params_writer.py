@@ -13,24 +13,23 @@ from flax import traverse_util
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.safetensors import FLOATS, NAMES, Entry, read_header, to_host, write_tensors
 from vlcache_jax.files.writing import check_target, make_folder, only_writer, remove, replacing, write_text
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.weights import BY_PATH
+from vlcache_jax.models.families.family import ModelConfig
+from vlcache_jax.models.families.registry import family_of
 from vlcache_jax.models.io.files import read_json
-from vlcache_jax.models.io.rules import Rule
+from vlcache_jax.models.io.rules import Rule, WeightRules
 from vlcache_jax.models.io.weights_folder import INDEX_FILE, SINGLE_FILE
 
-_POST_NORM = "vision_tower.vision_model.post_layernorm"
 _MARK = "vlcache_jax"  # in the metadata of shards: whose they are
 _SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 
 def save_params(
-    params: dict[str, Any], folder: str | Path, config: LlavaConfig, max_shard_bytes: int = 5_000_000_000
+    params: dict[str, Any], folder: str | Path, config: ModelConfig, max_shard_bytes: int = 5_000_000_000
 ) -> None:
     """Writes parameters as safetensors under the names of transformers, dtypes kept.
 
     `vlcache_jax.save` writes these and everything else that a checkpoint folder needs. With `write_config` into the
-    same folder, `LlavaForConditionalGeneration.from_pretrained` (or the LLaVA-NeXT one) loads the weights.
+    same folder, transformers loads the weights, by `from_pretrained` of the model's class.
 
     Whenever the writer is killed, the folder holds the whole old weights or the whole new ones: shards get names that
     nothing has, and one rename (of the index or of the single file) or removal (of the single file, which counts before
@@ -47,9 +46,9 @@ def save_params(
       CheckpointError: if the parameters do not fit the config or have a dtype that is not a float.
       InputError: if the files cannot be written, or another program is writing there.
     """
-    leaves = check_params(params, config)
-    entries = [entry for path, leaf in leaves.items() for entry in _entries(path, leaf)]
-    tensors = (tensor for path, leaf in leaves.items() for tensor in _tensors(path, leaf))
+    leaves, weights = check_params(params, config), family_of(config).weights
+    entries = [entry for path, leaf in leaves.items() for entry in _entries(path, leaf, weights)]
+    tensors = (tensor for path, leaf in leaves.items() for tensor in _tensors(path, leaf, weights))
     shards = _split(entries, max_shard_bytes)
     root = make_folder(folder)
     with only_writer(root):
@@ -114,66 +113,52 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def check_params(params: dict[str, Any], config: LlavaConfig) -> dict[tuple[str, ...], Any]:
+def check_params(params: dict[str, Any], config: ModelConfig) -> dict[tuple[str, ...], Any]:
     """The parameters by their paths. Raises CheckpointError, see `save_params`."""
+    family = family_of(config)
     leaves = traverse_util.flatten_dict(params)
-    expected = _expected_paths(config)
-    for path in sorted(leaves.keys() ^ expected):
+    expected = traverse_util.flatten_dict(family.model(config, np.float32).abstract_params())
+    for path in sorted(leaves.keys() ^ expected.keys()):
         state = "is missing" if path in expected else "has no place in a model of this config"
         raise CheckpointError(f"parameter {'/'.join(path)} {state}")
-    layers = {"vision": config.vision.num_layers, "decoder": config.decoder.num_layers}
     for path, leaf in leaves.items():
-        name = "/".join(path)
+        name, shape = "/".join(path), expected[path].shape
         if NAMES.get(np.dtype(leaf.dtype)) not in FLOATS:
             raise CheckpointError(f"parameter {name} has dtype {leaf.dtype}; supported: {', '.join(FLOATS)}")
-        if BY_PATH[path].per_layer and leaf.shape[0] != layers[path[0]]:
+        if family.weights.by_path[path].per_layer and leaf.shape[:1] != shape[:1]:
+            raise CheckpointError(f"parameter {name} is stacked over {leaf.shape[0]} layers, the config has {shape[0]}")
+        if path[-1] == "embedding" and leaf.shape[0] != config.decoder.vocab_size:
             raise CheckpointError(
-                f"parameter {name} is stacked over {leaf.shape[0]} layers, the config has {layers[path[0]]}"
+                f"the embedding has {leaf.shape[0]} rows, the config's vocab_size is {config.decoder.vocab_size}"
             )
-    rows, vocab_size = leaves[("decoder", "embed_tokens", "embedding")].shape[0], config.decoder.vocab_size
-    if rows != vocab_size:
-        raise CheckpointError(f"the embedding has {rows} rows, the config's vocab_size is {vocab_size}")
+        if leaf.shape != shape:
+            raise CheckpointError(f"parameter {name} has the shape {list(leaf.shape)}, the config gives {list(shape)}")
     return leaves
 
 
-def _expected_paths(config: LlavaConfig) -> set[tuple[str, ...]]:
-    decoder = config.decoder
-    attention, mlp = ("decoder", "layers", "attention"), ("decoder", "layers", "mlp")
-    optional: dict[tuple[str, ...], bool] = {
-        ("decoder", "lm_head", "kernel"): not decoder.tie_embeddings,
-        ("image_newline",): bool(config.grid_pinpoints),
-        **{(*attention, name, "bias"): decoder.qkv_bias for name in ("query", "key", "value")},
-        (*attention, "output", "bias"): decoder.output_bias,
-        **{(*mlp, name, "bias"): decoder.mlp_bias for name in ("gate", "up", "down")},
-        **{("projector", name, "bias"): config.projector_bias for name in ("linear_1", "linear_2")},
-    }
-    return {path for path in BY_PATH if optional.get(path, True)}
-
-
-def _entries(path: tuple[str, ...], leaf: Any) -> Iterator[Entry]:
+def _entries(path: tuple[str, ...], leaf: Any, weights: WeightRules) -> Iterator[Entry]:
     """The tensors a parameter becomes. `_tensors` yields their data in the same order."""
-    rule: Rule = BY_PATH[path]
+    rule: Rule = weights.by_path[path]
     dtype = np.dtype(leaf.dtype)
     if rule.per_layer:
         for layer in range(leaf.shape[0]):
             yield Entry(rule.name.format(layer=layer), dtype, rule.theirs(leaf.shape[1:]))
     else:
         yield Entry(rule.name, dtype, rule.theirs(leaf.shape))
-    if path == ("vision", "pre_norm", "bias"):
-        # transformers has this norm though LLaVA never reaches it; without it loading would warn.
-        yield Entry(f"{_POST_NORM}.weight", dtype, leaf.shape)
-        yield Entry(f"{_POST_NORM}.bias", dtype, leaf.shape)
+    for name, like, _ in weights.written:
+        if like == path:
+            yield Entry(name, dtype, leaf.shape)
 
 
-def _tensors(path: tuple[str, ...], leaf: Any) -> Iterator[np.ndarray]:
-    rule: Rule = BY_PATH[path]
+def _tensors(path: tuple[str, ...], leaf: Any, weights: WeightRules) -> Iterator[np.ndarray]:
+    rule: Rule = weights.by_path[path]
     values = to_host("/".join(path), leaf)
     back = None if rule.axes is None else np.argsort(rule.axes)
     for value in values if rule.per_layer else [values]:
         yield value if back is None else value.transpose(back)
-    if path == ("vision", "pre_norm", "bias"):
-        yield np.ones_like(values)
-        yield np.zeros_like(values)
+    for _, like, filling in weights.written:
+        if like == path:
+            yield np.full_like(values, filling)
 
 
 def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.files.writing import check_target, make_folder, write_text
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.config_writer import config_files
-from vlcache_jax.models.families.llava.processor_writer import processor_files
+from vlcache_jax.models.families.family import ModelConfig
+from vlcache_jax.models.families.registry import config_files, read_config
 from vlcache_jax.models.io.files import read_json
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.io.params_writer import check_params, save_params
+from vlcache_jax.models.io.processor_writer import processor_files
 from vlcache_jax.models.io.weights_folder import INDEX_FILE, SINGLE_FILE
 from vlcache_jax.models.processor import Processor
 
@@ -21,8 +20,8 @@ from vlcache_jax.models.processor import Processor
 def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Writes a whole checkpoint: weights, config, generation config, tokenizer, image processor, chat templates.
 
-    `vlcache_jax.load` reads the folder, and so do `AutoProcessor` and `LlavaForConditionalGeneration` (or the
-    LLaVA-NeXT one) of transformers. Parameters keep their dtypes: after training with float32 masters that is float32.
+    `vlcache_jax.load` reads the folder, and so do `AutoProcessor` and `AutoModelForImageTextToText` of transformers.
+    Parameters keep their dtypes: after training with float32 masters that is float32.
 
     The folder may be the one that was loaded, or one of an earlier `save`: files that say the same already are left
     alone, and one rename switches from the old weights to the new ones, so that a crash at any moment leaves the whole
@@ -71,7 +70,7 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
     save_params(vlm.params, root, vlm.config, max_shard_bytes)
 
 
-def _files(config: LlavaConfig, processor: Processor, dtype: str) -> dict[str, str]:
+def _files(config: ModelConfig, processor: Processor, dtype: str) -> dict[str, str]:
     """All but the weights."""
     return config_files(config, dtype) | processor_files(processor)
 

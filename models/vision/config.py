@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from vlcache_jax.files.exporting import static_field
 
+
+@static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A CLIP vision tower. `num_layers` counts the layers that are run: later ones never reach the features."""

@@ -9,8 +9,8 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.files.compilation_cache import use_compilation_cache
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.family import FamilyModel
+from vlcache_jax.models.families.registry import family_of, read_config
 from vlcache_jax.models.io import loading
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
@@ -25,7 +25,7 @@ class OpenedCheckpoint:
     """Everything of a checkpoint but its weights, of which only the headers have been read."""
 
     folder: CheckpointFolder
-    model: Llava
+    model: FamilyModel
     processor: Processor
     dtype: str
 
@@ -63,4 +63,4 @@ def open_checkpoint(
     config = read_config(folder)
     SafetensorsFolder(folder)
     processor = Processor.from_folder(folder)
-    return OpenedCheckpoint(folder, Llava(config, jax.numpy.dtype(dtype)), processor, dtype)
+    return OpenedCheckpoint(folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype)

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     progress.step("opening the checkpoint")
     assets = demo_assets(arguments.assets)
     opened = open_checkpoint(assets / MODEL, None)
-    side = opened.model.config.vision.grid_size
+    side = opened.model.spec.vision_grid
     if side != FULL_GRID:
         raise InputError(
             f"the checkpoint in {assets / MODEL} takes images of {side} patches a side, the study draws {FULL_GRID}: "

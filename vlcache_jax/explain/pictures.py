@@ -10,8 +10,7 @@ from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.families.llava.layout import VisionLayout
-from vlcache_jax.models.families.llava.regions import token_regions
+from vlcache_jax.models.families.family import ImageLayout
 from vlcache_jax.models.images.opening import ImageLike, load_image
 from vlcache_jax.parallel.mesh import check_known
 from vlcache_jax.policies.budget import budget_text
@@ -40,7 +39,7 @@ def explain(
     batch: Batch,
     kept: KVState | Sequence[np.ndarray],
     report: Report,
-    layout: VisionLayout,
+    layout: ImageLayout,
     *,
     row: int = 0,
     question: str = "",
@@ -80,7 +79,7 @@ def explain(
     layers = kept_by_layer(kept, row) if isinstance(kept, KVState) else [np.asarray(layer) for layer in kept]
     pictures = [load_image(image, f"image {number}") for number, image in enumerate(images)]
     shares = _Shares.count(layers, np.asarray(batch.vision_index)[row], int(batch.lengths[row]))
-    regions = [token_regions(layout, picture.height, picture.width) for picture in pictures]
+    regions = layout.token_regions([(picture.height, picture.width) for picture in pictures])
     if sum(map(len, regions)) != shares.visual.shape[1]:
         raise InputError(
             f"the {len(pictures)} images have {sum(map(len, regions))} visual tokens, row {row} of the batch has "

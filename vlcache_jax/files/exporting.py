@@ -4,11 +4,11 @@
     data = jax.export.export(step)(params, batch).serialize()
     logits, state = jax.export.deserialize(data).call(params, batch)  # elsewhere: first from vlcache_jax import Context
 
-What may stand in a static field is listed here. Reading makes objects of these classes alone, from their fields.
+What may stand in a static field is marked by `static_field`. Reading makes objects of these classes alone, from their
+fields.
 """
 
 import dataclasses
-import importlib
 import json
 from typing import Any, TypeVar
 
@@ -20,15 +20,7 @@ from vlcache_jax.errors import InputError
 
 T = TypeVar("T")
 
-_PLACES = {
-    "vlcache_jax.policies.budget": ("Tokens", "Bytes", "Mass"),
-    "vlcache_jax.policies.decoding.rules": ("Append", "RollingWindow", "Evict", "Recompress"),
-    "vlcache_jax.models.vision.config": ("VisionConfig",),
-    "vlcache_jax.models.decoder.config": ("RopeConfig", "DecoderConfig"),
-    "vlcache_jax.models.families.llava.config": ("LlavaConfig",),
-    "vlcache_jax.models.families.llava.model": ("Llava",),
-}
-_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+_CLASSES: dict[str, type] = {}
 _NOT_FIELDS = ("parent", "name")  # of a Flax module
 
 
@@ -40,6 +32,12 @@ def exportable(kind: type[T]) -> type[T]:
         serialize_auxdata=lambda static: _to_bytes(kind, static),
         deserialize_auxdata=lambda data: _from_text(json.loads(data)),
     )
+
+
+def static_field(kind: type[T]) -> type[T]:
+    """A class decorator: objects of this frozen dataclass may stand in static fields of what is exported."""
+    _CLASSES[kind.__name__] = kind
+    return kind
 
 
 def _to_bytes(kind: type, static: Any) -> bytes:
@@ -55,15 +53,16 @@ def _as_text(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list):
         return {"tuple": [_as_text(x) for x in value]}
-    name = type(value).__name__
-    if _MODULES.get(name) == type(value).__module__:
+    kind: type = type(value)
+    name = kind.__name__
+    if _CLASSES.get(name) is kind:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in _NOT_FIELDS}
         return {"class": name, "fields": {key: _as_text(x) for key, x in fields.items()}}
     if isinstance(value, np.dtype):
         return {"dtype": value.name}
     if isinstance(getattr(value, "dtype", None), np.dtype):  # jnp.float32
         return {"scalar": jnp.dtype(value).name}
-    raise TypeError(f"its static {type(value).__module__}.{name} is none of {', '.join(_MODULES)}")
+    raise TypeError(f"its static {type(value).__module__}.{name} is none of {', '.join(_CLASSES)}")
 
 
 def _from_text(value: Any) -> Any:
@@ -75,5 +74,4 @@ def _from_text(value: Any) -> Any:
         return jnp.dtype(value["dtype"])
     if "scalar" in value:
         return {kind.dtype.name: kind for kind in (jnp.float32, jnp.bfloat16, jnp.float16)}[value["scalar"]]
-    kind = getattr(importlib.import_module(_MODULES[value["class"]]), value["class"])
-    return kind(**{key: _from_text(x) for key, x in value["fields"].items()})
+    return _CLASSES[value["class"]](**{key: _from_text(x) for key, x in value["fields"].items()})

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.llava.presets import preset
+from vlcache_jax.models.families.family import ModelConfig
+from vlcache_jax.models.families.registry import family_of, preset, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.parallel.replication import replicated
 from vlcache_jax.planning.chips import CHIPS
@@ -29,7 +27,6 @@ from vlcache_jax.terminal.progress import Progress
 
 _LARGEST_BATCH = 1024
 _PROMPT_STEP = 128
-_TILES_OF_AN_IMAGE = {"llava": 1, "llava_next": 5}  # LLaVA-NeXT: the whole image and a grid of at most four
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +109,7 @@ class Plan:
 
 
 def plan(
-    model: str | os.PathLike[str] | LlavaConfig,
+    model: str | os.PathLike[str] | ModelConfig,
     topology: str,
     *,
     batch: int = 1,
@@ -130,8 +127,7 @@ def plan(
     """Compiles a run for a TPU slice and says what it needs. Neither a TPU nor weights are needed; nothing runs.
 
     Args:
-      model: a preset (`vlcache_jax.models.families.llava.presets.PRESETS`), a folder with a `config.json`, or
-        a configuration.
+      model: a preset (such as "llava-1.5-7b"), a folder with a `config.json`, or a configuration.
       topology: generation and chips, such as "v5e:2x4", "v6e:1x1" or "v5p:2x2x1".
       batch: prompts at once.
       prompt: padded prompt length in tokens, visual ones included.
@@ -167,7 +163,7 @@ def plan(
     devices = tpu_devices(topology)
     kv_heads = config.decoder.num_kv_heads
     axes = check_axes(mesh or default_axes(len(devices), kv_heads), len(devices), kv_heads, batch)
-    programs = Programs(Llava(config, jnp.dtype(dtype)), make_mesh(devices, axes))
+    programs = Programs(family_of(config).model(config, jnp.dtype(dtype)), make_mesh(devices, axes))
     planner = _Planner(programs, work, chip.hbm_bytes_per_second / chip.devices, max_compilations, search, progress)
     policies = [VLCache(budget=0.1) if policy is None else policy, *compare]
     return Plan(
@@ -290,8 +286,8 @@ class _Planner:
         return program
 
 
-def _config(model: str | os.PathLike[str] | LlavaConfig) -> tuple[LlavaConfig, str]:
-    if isinstance(model, LlavaConfig):
+def _config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConfig, str]:
+    if not isinstance(model, str | os.PathLike):
         return model, model.model_type
     name = os.fspath(model)
     if Path(name).is_dir() or os.sep in name or "/" in name:
@@ -299,7 +295,7 @@ def _config(model: str | os.PathLike[str] | LlavaConfig) -> tuple[LlavaConfig, s
     return preset(name), name
 
 
-def _workload(config: LlavaConfig, batch: int, prompt: int, new_tokens: int, images: int) -> Workload:
+def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, images: int) -> Workload:
     for field, value, least in (
         ("batch", batch, 1),
         ("prompt", prompt, 1),
@@ -315,5 +311,5 @@ def _workload(config: LlavaConfig, batch: int, prompt: int, new_tokens: int, ima
             f"{positions}: lower one of them"
         )
     return Workload(
-        batch=batch, prompt=prompt, new_tokens=new_tokens, tiles=images * _TILES_OF_AN_IMAGE[config.model_type]
+        batch=batch, prompt=prompt, new_tokens=new_tokens, tiles=images * family_of(config).image_tiles(config)
     )

@@ -16,7 +16,7 @@ from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.generate import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
 from vlcache_jax.policies.policy import Policy
@@ -79,7 +79,7 @@ class Programs:
       mesh: of described devices, with the axes "data" and "model".
     """
 
-    def __init__(self, model: Llava, mesh: Mesh) -> None:
+    def __init__(self, model: FamilyModel, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
         shapes = model.abstract_params()
         self.params: Params = place_params(jax.tree.map(lambda x: _struct(x.shape, model.dtype), shapes), mesh)
@@ -139,11 +139,7 @@ class Programs:
             return jax.eval_shape(self._prefill(work, policy), self.params, self._batch(work))
 
     def _batch(self, work: Workload) -> Batch:
-        side = self.model.config.vision.image_size
-        tokens = _struct((work.batch, work.prompt), jnp.int32)
-        pixels = _struct((work.batch, work.tiles, side, side, 3), jnp.float32)
-        batch = Batch(tokens, _struct((work.batch,), jnp.int32), tokens, pixels)  # type: ignore[arg-type]
-        return place_batch(batch, self.mesh)
+        return place_batch(self.model.abstract_batch(work.batch, work.prompt, work.tiles), self.mesh)
 
     def _compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
         start = time.monotonic()

@@ -3,8 +3,10 @@
 import dataclasses
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.files.exporting import static_field
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """A number of prompt tokens: as a budget, of one layer on average; as `Policy.recent`, of the window.
@@ -24,6 +26,7 @@ class Tokens:
         return f"{self.count} tokens"
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class Bytes:
     """A budget in bytes: of the buffers of one prompt's compressed context, alignment and positions included.
@@ -46,6 +49,7 @@ class Bytes:
         return f"{self.count} bytes"
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class Mass:
     """A budget in retained attention: every prompt keeps as little as holds a share of the scores, below a cap.

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from vlcache_jax.files.exporting import static_field
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.vision.config import VisionConfig
 
 
+@static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
     """LLaVA-1.5 (`llava`) or LLaVA-NeXT (`llava_next`).

@@ -7,64 +7,33 @@ from vlcache_jax.files.limits import (
     CHANNELS,
     EPSILON,
     FEATURE_LAYERS,
-    HEAD_SIZE,
     HEADS,
     IMAGE_SIDE,
     LAYERS,
     PATCHES_A_SIDE,
     PINPOINTS,
-    POSITIONS,
     TILES,
-    VOCABULARY,
-    Range,
 )
-from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.rope_reader import read_rope
+from vlcache_jax.models.decoder.config_reader import read_decoder, read_token_ids, text_section
 from vlcache_jax.models.families.llava import defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.io.files import CheckpointFolder, Folder, checkpoint_folder, file_inside, read_json
+from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
-from vlcache_jax.models.io.unsupported import no_config, refuse_quantised
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.vision.config import VisionConfig
 
 
-def read_config(folder: Folder) -> LlavaConfig:
-    """What a checkpoint folder's `config.json` (and `generation_config.json`, if any) describes.
+def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
+    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
 
     Raises:
-      CheckpointError: if a file is missing or malformed, or describes a model that is not supported; the
-        message names the key, the value and what is supported.
+      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
+        value and what is supported.
     """
-    root = checkpoint_folder(folder)
-    if not root.has("config.json"):
-        raise no_config(root)
-    path = file_inside(root, "config.json")
-    top = Section(path, "", read_json(path), {})
-    model_type = _model_type(top)
-    refuse_quantised(path, top.values)
-    refuse_quantised(path, top.section("text_config").values)
-    family = top.section("text_config").choice("model_type", "llama", defaults.TEXT_DEFAULTS)
-    text = top.section("text_config", defaults.TEXT_DEFAULTS[family])
+    model_type, text = top.get("model_type"), text_section(top)
     vision, feature_layers = _vision(top)
-    decoder = _decoder(family, text, _is_tied(root, model_type, top, text))
-
-    generation = text
-    if root.has("generation_config.json"):
-        path = file_inside(root, "generation_config.json")
-        generation = Section(path, "", read_json(path), {})
-
-    def token(key: str) -> tuple[int, ...]:
-        for section in (generation, top, text):
-            ids = section.token_ids(key)
-            if ids and key == "eos_token_id" and min(ids) >= decoder.vocab_size:
-                raise section.error(
-                    key, section.get(key), f"an id below the vocab_size {decoder.vocab_size}, or no answer could end"
-                )
-            if ids:
-                return ids
-        return ()
-
+    decoder = read_decoder(text, _is_tied(root, model_type, top, text))
+    tokens = read_token_ids(root, top, text, decoder.vocab_size)
     image_key = "image_token_id" if "image_token_id" in top.values else "image_token_index"
     image_token = top.get(image_key, 32000)
     if type(image_token) is not int or not 0 <= image_token < decoder.vocab_size:
@@ -80,19 +49,8 @@ def read_config(folder: Folder) -> LlavaConfig:
         projector_activation=top.activation("projector_hidden_act", "gelu"),
         projector_bias=top.flag("multimodal_projector_bias", True),
         grid_pinpoints=_pinpoints(top, vision) if model_type == "llava_next" else (),
-        bos_token_id=next(iter(token("bos_token_id")), None),
-        pad_token_id=next(iter(token("pad_token_id")), None),
-        eos_token_ids=token("eos_token_id"),
+        **tokens,
     )
-
-
-def _model_type(top: Section) -> str:
-    original = str(top.get("model_type")).lower() in ("llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2")
-    hint = (
-        "; this is a checkpoint in the form of LLaVA's own code: take the same model in the form of transformers, as "
-        "the llava-hf organisation on the Hugging Face Hub publishes it"
-    )
-    return top.choice("model_type", "", defaults.ARCHITECTURES, hint if original else "")
 
 
 def _vision(top: Section) -> tuple[VisionConfig, tuple[int, ...]]:
@@ -132,74 +90,6 @@ def _vision(top: Section) -> tuple[VisionConfig, tuple[int, ...]]:
     if vision.hidden_size % vision.num_heads:
         raise section.error("hidden_size", vision.hidden_size, f"a multiple of {vision.num_heads} heads")
     return vision, feature_layers
-
-
-def _decoder(family: str, text: Section, tie_embeddings: bool) -> DecoderConfig:
-    hidden, heads = text.integer("hidden_size", CHANNELS), text.integer("num_attention_heads", HEADS)
-    kv_heads = heads if text.get("num_key_value_heads") is None else text.integer("num_key_value_heads", HEADS)
-    if heads % kv_heads:
-        raise text.error("num_key_value_heads", kv_heads, f"a divisor of the {heads} attention heads")
-    if text.get("head_dim") is not None:
-        head_dim = text.integer("head_dim", HEAD_SIZE)
-    elif hidden % heads:
-        raise text.error("hidden_size", hidden, f"a multiple of the {heads} attention heads (or a head_dim)")
-    else:
-        head_dim = hidden // heads
-    if head_dim not in HEAD_SIZE:
-        raise text.error("num_attention_heads", heads, f"heads whose size (hidden_size / heads) is {HEAD_SIZE}")
-    if head_dim % 2:
-        raise text.error("head_dim", head_dim, "an even number: rotary positions turn pairs of channels")
-
-    layers = text.integer("num_hidden_layers", LAYERS)
-    max_positions = text.integer("max_position_embeddings", POSITIONS)
-    rope = read_rope(text, max_positions)
-    if rope.kind == "dynamic" and head_dim == 2:
-        raise text.error("head_dim", head_dim, "more than 2: dynamic rope scaling divides by head_dim - 2")
-    _refuse_sliding_window(family, text, layers, rope.extended(max_positions))
-    attention_bias = family == "llama" and text.flag("attention_bias", False)
-    return DecoderConfig(
-        family=family,
-        vocab_size=text.integer("vocab_size", VOCABULARY),
-        hidden_size=hidden,
-        intermediate_size=text.integer("intermediate_size", CHANNELS),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=text.number("rms_norm_eps", EPSILON, 1e-6),
-        rope=rope,
-        max_positions=max_positions,
-        qkv_bias=family == "qwen2" or attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=family == "llama" and text.flag("mlp_bias", False),
-        tie_embeddings=tie_embeddings,
-        activation=text.activation("hidden_act", "silu"),
-    )
-
-
-def _refuse_sliding_window(family: str, text: Section, layers: int, max_positions: int) -> None:
-    """A window that never reaches its limit is no window; any other is refused."""
-    if family == "llama" or text.get("sliding_window") is None:
-        return
-    if family == "qwen2":
-        if not text.flag("use_sliding_window", False):
-            return
-        kinds = text.get("layer_types")
-        if kinds is not None and not isinstance(kinds, list):
-            raise text.error("layer_types", kinds, "a list with the kind of each layer")
-        windowed = (
-            "sliding_attention" in kinds if kinds else text.integer("max_window_layers", Range(0, 2**31)) < layers
-        )
-        if not windowed:
-            return
-    window = text.integer("sliding_window", Range(1, 2**31))
-    if window < max_positions:
-        raise text.error(
-            "sliding_window",
-            window,
-            f"null, or at least the {max_positions} positions of the model: sliding-window attention is not "
-            "supported. If no prompt will be longer than the window, lower max_position_embeddings to it",
-        )
 
 
 def _is_tied(folder: CheckpointFolder, model_type: str, top: Section, text: Section) -> bool:

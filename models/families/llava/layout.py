@@ -1,6 +1,7 @@
 """How an image becomes tiles, and the tiles' features visual tokens."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,15 @@ from PIL import Image
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import PINPOINTS
+from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.llava import anyres
 from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.regions import token_regions
 from vlcache_jax.models.images.transform import ImageTransform, resize
+
+_PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
+_IMAGE_PROCESSORS = {"llava": "CLIPImageProcessor", "llava_next": "LlavaNextImageProcessor"}
+_OWN = "LlavaImageProcessor"  # of LLaVA's original code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,58 @@ class VisionLayout:
         resolution = anyres.select_resolution(height, width, self.config.grid_pinpoints)
         vision = self.config.vision
         return anyres.feature_index(height, width, resolution, vision.image_size, vision.grid_size)
+
+    def encode(self, images: Sequence[Image.Image], names: Sequence[str], image_token: str) -> list[EncodedImage]:
+        """The images of one prompt; see `ImageLayout`."""
+        encoded = []
+        for image, name in zip(images, names, strict=True):
+            tiles, index = self.tiles(image, name), self.feature_index(image.height, image.width)
+            features = len(tiles) * self.config.features_per_tile
+            encoded.append(EncodedImage(tiles, index, features, image_token * len(index)))
+        return encoded
+
+    def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
+        """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
+        side = self.config.vision.image_size
+        pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
+        for row, images in enumerate(rows):
+            start = 0
+            for image in images:
+                pixels[row, start : start + len(image.pixels)] = self.transform.normalise(image.pixels)
+                start += len(image.pixels)
+        return pixels
+
+    def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Which part of its image each visual token stands for; see `ImageLayout`."""
+        return [token_regions(self.config, self.transform, height, width) for height, width in shapes]
+
+    def files(self, image_token: str) -> dict[str, dict[str, Any]]:
+        """What transformers reads a processor from; see `ImageLayout`."""
+        config = self.config
+        kind = {"processor_class": _PROCESSORS[config.model_type]}
+        values = self.transform.as_dict() | {"image_processor_type": _IMAGE_PROCESSORS[config.model_type]}
+        if self.transform.pad_to_square:
+            values |= {"image_processor_type": _OWN, "do_pad": True}
+        if self._is_anyres:
+            values["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
+        settings = {
+            "image_token": image_token,
+            "num_additional_image_tokens": 1,  # the class token, which the default strategy takes away again
+            "patch_size": config.vision.patch_size,
+            "vision_feature_select_strategy": config.feature_select,
+        }
+        return {"preprocessor_config.json": values | kind, "processor_config.json": settings | kind}
+
+
+def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> VisionLayout:
+    """The layout that the settings of an image processor, found in the file `source`, ask for.
+
+    Raises CheckpointError if they are malformed or do not fit the model.
+    """
+    # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
+    own = str(settings.get("image_processor_type", "")).startswith(_OWN)
+    transform = ImageTransform.from_dict(settings, source, square="do_pad" if own else None)
+    return VisionLayout(agree_on_pinpoints(config, settings.get("image_grid_pinpoints")), transform)
 
 
 def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:

@@ -1,8 +1,5 @@
 """Published configurations, for planning without a checkpoint."""
 
-import difflib
-
-from vlcache_jax.errors import InputError
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.vision.config import VisionConfig
@@ -84,22 +81,3 @@ PRESETS = {
         eos_token_ids=(7,),
     ),
 }
-
-
-def preset(name: str) -> LlavaConfig:
-    """The configuration of a published model.
-
-    Args:
-      name: a key of `PRESETS`.
-
-    Raises:
-      InputError: an unknown name; the message lists the known ones, the nearest first.
-
-    Example:
-      >>> preset("llava-v1.6-mistral-7b").decoder.num_kv_heads
-      8
-    """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS), cutoff=0.0)
-        raise InputError(f"model {name!r} is neither a folder nor a preset: use one of {', '.join(near)}, or a folder")
-    return PRESETS[name]

@@ -3,25 +3,16 @@
 import numpy as np
 
 from vlcache_jax.models.families.llava import anyres
-from vlcache_jax.models.families.llava.layout import VisionLayout
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.images.transform import ImageTransform
 
 
-def token_regions(layout: VisionLayout, height: int, width: int) -> np.ndarray:
-    """The region of every visual token of an image, in the order in which the prompt holds them.
+def token_regions(config: LlavaConfig, transform: ImageTransform, height: int, width: int) -> np.ndarray:
+    """The regions of one image's tokens, f32 [visual tokens, 4]; see `ImageLayout.token_regions`.
 
-    LLaVA-NeXT sees the image twice, as one coarse tile and as fine ones, so its regions overlap. A region may reach
-    beyond the image, where the processor has padded.
-
-    Args:
-      layout: of the checkpoint's processor (`vlm.processor.layout`).
-      height: of the image as `load_image` gives it, in pixels.
-      width: likewise.
-
-    Returns:
-      f32 [visual tokens, 4]: left, top, right, bottom in the image's pixels; NaN for tokens without a place (row
-      breaks, class tokens).
+    LLaVA-NeXT sees the image twice, as one coarse tile and as fine ones, so its regions overlap. Row breaks and class
+    tokens have no place.
     """
-    config, transform = layout.config, layout.transform
     grid, side = config.vision.grid_size, config.vision.image_size
     if config.model_type != "llava_next":
         patches = _grid_regions(np.arange(grid), np.arange(grid), side / grid)

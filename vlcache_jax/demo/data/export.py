@@ -11,6 +11,7 @@ from vlcache_jax.demo.data.samples import FULL_GRID, IMAGE_MEAN, IMAGE_STD, PATC
 from vlcache_jax.demo.data.tokenizer import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, UNKNOWN, build_tokenizer
 from vlcache_jax.files.writing import make_folder, write_picture, write_text
 from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.layout import VisionLayout
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.io.loading import VLM
@@ -35,10 +36,10 @@ def export_demo(params: dict[str, Any], config: LlavaConfig, folder: Path) -> No
     """Writes the whole checkpoint: weights in float32, configs, tokenizer, template."""
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": PAD, "image_token": IMAGE}
     side = FULL_GRID * PATCH
+    transform = ImageTransform(size=side, crop_size=(side, side), mean=(IMAGE_MEAN,) * 3, std=(IMAGE_STD,) * 3)
     processor = Processor(
         tokenizer=Tokenizer(build_tokenizer(), special, config.eos_token_ids),
-        config=config,
-        transform=ImageTransform(size=side, crop_size=(side, side), mean=(IMAGE_MEAN,) * 3, std=(IMAGE_STD,) * 3),
+        layout=VisionLayout(config, transform),
         image_token=IMAGE,
         chat_templates={"default": CHAT_TEMPLATE},
     )

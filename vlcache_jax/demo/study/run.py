@@ -80,7 +80,7 @@ class Study:
     @property
     def grid_side(self) -> int:
         """Patches along a side of an image."""
-        return self.vlm.config.vision.grid_size
+        return self.vlm.model.spec.vision_grid or 0
 
     def prepare(self, batch: Batch, max_new_tokens: int) -> Prompts:
         """Runs a batch of prompts once, and answers it with the full cache."""

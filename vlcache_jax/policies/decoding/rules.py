@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.files.exporting import static_field
 from vlcache_jax.policies.allocate.uniform import Uniform
 from vlcache_jax.policies.budget import Bytes, Tokens
 from vlcache_jax.policies.evicted.rules import Drop, Quantise
@@ -44,6 +45,7 @@ class Generated:
         return self
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class Append(Generated):
     """All of them, at full precision, never evicted: the tail has room for `max_new_tokens`."""
@@ -61,6 +63,7 @@ class Append(Generated):
 APPEND = Append()
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class RollingWindow(Generated):
     """The latest `tokens` of them, in a ring; what was kept of the prompt stays.
@@ -82,6 +85,7 @@ class RollingWindow(Generated):
         return self.tokens
 
 
+@static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evict(Generated):
     """Prompt and generated tokens share one cache of C slots per layer and KV head; the weakest makes room.
@@ -157,6 +161,7 @@ class Evict(Generated):
         return _with_window(self, policy)
 
 
+@static_field
 @dataclasses.dataclass(frozen=True)
 class Recompress(Generated):
     """Every `every` generated tokens, they and what was kept before compete again for the context's slots.

@@ -3,9 +3,7 @@
 from typing import Any
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.layout import agree_on_pinpoints
-from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.families.registry import family_of, read_config
 from vlcache_jax.models.io.files import Folder, checkpoint_folder, optional_json
 from vlcache_jax.models.text.chat_template import read_templates
 from vlcache_jax.models.text.tokenizer import Tokenizer
@@ -30,16 +28,14 @@ def read_parts(path: Folder) -> dict[str, Any]:
         )
     if not isinstance(images, dict):
         raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
-    transform = ImageTransform.from_dict(images, source)
-    config = agree_on_pinpoints(config, images.get("image_grid_pinpoints"))
+    layout = family_of(config).read_layout(config, images, source)
     tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
     image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
     if not isinstance(image_token, str):
         raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
     return {
         "tokenizer": tokenizer,
-        "config": config,
-        "transform": transform,
+        "layout": layout,
         "image_token": image_token,
         "chat_templates": read_templates(folder),
     }

@@ -1,0 +1,137 @@
+"""What a family of models offers to the rest of the library, which knows no family by name."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.inputs import Batch
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.io.files import CheckpointFolder
+from vlcache_jax.models.io.rules import WeightRules
+from vlcache_jax.models.io.section import Section
+from vlcache_jax.typing import Params, VisionLanguageModel
+
+
+class ModelConfig(Protocol):
+    """What a model is made of: a frozen dataclass with at least these fields."""
+
+    @property
+    def model_type(self) -> str:
+        """As in `config.json`; one of its family's `model_types`."""
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The text part."""
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands in the tokens of a prompt for every visual token."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The beginning of a sequence."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Padding."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+
+
+class FamilyModel(VisionLanguageModel, Protocol):
+    """A model of a family: what the core asks of one, and its shapes."""
+
+    @property
+    def config(self) -> Any:
+        """Its `ModelConfig`."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation."""
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
+
+    def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
+        """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens, each with `tiles` tiles of images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """An image of a prompt.
+
+    Attributes:
+      pixels: u8 [tiles, ...], before they are normalised.
+      index: i32 [visual tokens], `Batch.vision_index` of its tokens, features counted from the image's first.
+      features: how many features the vision tower yields for it.
+      text: what stands in the prompt in its place: the image token once for every visual token, and whatever the family
+        writes around and between them.
+    """
+
+    pixels: np.ndarray
+    index: np.ndarray
+    features: int
+    text: str
+
+
+class ImageLayout(Protocol):
+    """How the images of a prompt become pixels and visual tokens. Everything is numpy, on the host."""
+
+    @property
+    def config(self) -> Any:
+        """The `ModelConfig` of the model that it serves."""
+
+    def encode(self, images: Sequence[Image.Image], names: Sequence[str], image_token: str) -> list[EncodedImage]:
+        """All images of one prompt, in RGB. Raises InputError, naming an image that cannot be used."""
+
+    def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
+        """`Batch.pixels`, f32 [rows, tiles, ...], of the images of all prompts, each padded with zeros to `tiles`."""
+
+    def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Which part of its image each visual token stands for, for the images of one prompt.
+
+        Args:
+          shapes: (height, width) of each image as `load_image` gives it, in pixels.
+
+        Returns:
+          For each image f32 [visual tokens, 4]: left, top, right, bottom in its pixels, in the order of the prompt; NaN
+          for tokens without a place. Regions may overlap, and reach beyond the image where it was padded.
+        """
+
+    def files(self, image_token: str) -> dict[str, dict[str, Any]]:
+        """`preprocessor_config.json` and `processor_config.json`, both with a `processor_class`, for transformers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models: how its checkpoints are read and written, and what runs them.
+
+    Another one is a folder that makes such a value, and its name in `registry.py`.
+
+    Attributes:
+      model_types: of the `config.json`s that it reads.
+      read_config: (folder, `config.json`) to the frozen, hashable config; raises CheckpointError.
+      config_values: (config, name of the weights' dtype) to the values of a `config.json`.
+      model: (config, dtype) to the Flax module.
+      weights: which tensor of a checkpoint is which parameter.
+      read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
+        may say more than that of `config.json` alone. Raises CheckpointError.
+      image_tiles: the most tiles that an image becomes.
+      presets: configs of published models, by their names.
+      refused: model types that are taken for one of this family, and what to do about them.
+    """
+
+    model_types: tuple[str, ...]
+    read_config: Callable[[CheckpointFolder, Section], Any]
+    config_values: Callable[[Any, str], dict[str, Any]]
+    model: Callable[[Any, Any], Any]
+    weights: WeightRules
+    read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
+    image_tiles: Callable[[Any], int]
+    presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)

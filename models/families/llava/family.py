@@ -1,0 +1,32 @@
+"""LLaVA-1.5 and LLaVA-NeXT with a Llama, Mistral or Qwen2 decoder."""
+
+from vlcache_jax.models.families.family import Family
+from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava.config_reader import read_config
+from vlcache_jax.models.families.llava.config_writer import config_values
+from vlcache_jax.models.families.llava.layout import read_layout
+from vlcache_jax.models.families.llava.model import Llava
+from vlcache_jax.models.families.llava.presets import PRESETS
+from vlcache_jax.models.families.llava.weights import WEIGHTS
+
+_ORIGINAL = (
+    "this is a checkpoint in the form of LLaVA's own code: take the same model in the form of transformers, as the "
+    "llava-hf organisation on the Hugging Face Hub publishes it"
+)
+
+
+def _image_tiles(config: LlavaConfig) -> int:
+    return 5 if config.grid_pinpoints else 1  # LLaVA-NeXT: the whole image and a grid of at most four
+
+
+LLAVA = Family(
+    model_types=("llava", "llava_next"),
+    read_config=read_config,
+    config_values=config_values,
+    model=Llava,
+    weights=WEIGHTS,
+    read_layout=read_layout,
+    image_tiles=_image_tiles,
+    presets=PRESETS,
+    refused=dict.fromkeys(("llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2"), _ORIGINAL),
+)

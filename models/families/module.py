@@ -1,0 +1,135 @@
+"""What the models of all families have in common: a decoder, and images somewhere before it."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.inputs import Batch
+from vlcache_jax.kernels.attention import Mask
+from vlcache_jax.models.decoder.decoder import Attend
+from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.typing import ModelSpec, Params
+
+_apply = automatic(nn.Module.apply)
+
+
+class FamilyModule(nn.Module):
+    """A model as a Flax Linen module; parameters are a plain nested dict with stacked layers.
+
+    A family's module makes its parts in `setup`, among them `self.decoder`, and has `embed` and `abstract_batch`.
+
+    Attributes:
+      config: what it is made of, a `ModelConfig`.
+      dtype: of the computation.
+      remat: recompute decoder layers in the backward pass (for fine-tuning large models).
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def vision_grid(self) -> int | None:
+        """See `ModelSpec.vision_grid`."""
+        return None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What caching and generation need to know."""
+        c = self.config
+        fillers = (i for i in (c.pad_token_id, *c.eos_token_ids, 0) if i is not None)
+        return ModelSpec(
+            num_layers=c.decoder.num_layers,
+            num_kv_heads=c.decoder.num_kv_heads,
+            head_dim=c.decoder.head_dim,
+            max_positions=c.decoder.extended_positions,
+            dtype=self.dtype,
+            eos_token_ids=c.eos_token_ids,
+            # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.
+            pad_token_id=next(i for i in fillers if 0 <= i < c.decoder.vocab_size),
+            vision_grid=self.vision_grid,
+        )
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
+        batch = self.abstract_batch(1, 1, 1)
+        return jax.eval_shape(lambda batch: self.init(jax.random.key(0), batch), batch)["params"]
+
+    def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
+        """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens and `tiles` tiles of images."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Flax's `apply`, on the mesh of the parameters, whatever the types of its axes (`parallel.mesh`)."""
+        with on_mesh_of(variables, args):
+            return _apply(self, variables, *args, **kwargs)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Logits of every position, f32 [batch, length, vocab]: `forward` of plain prompts."""
+        return self.forward(batch)
+
+    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> jax.Array:
+        """Token and image embeddings in prompt order, [batch, length, decoder hidden]."""
+        raise NotImplementedError
+
+    def decode(
+        self, hidden: jax.Array, positions: jax.Array, attend: Attend, carry: Any = None, xs: Any = None
+    ) -> tuple[jax.Array, Any, Any]:
+        """Runs the decoder layers with `attend`; see `Decoder.__call__`."""
+        return self.decoder(hidden, positions, attend, carry, xs)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings of generated tokens, i32 [batch, length] -> [batch, length, hidden]."""
+        return self.decoder.embed(tokens)
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length]; no parameters."""
+        return self.decoder.rotate(x, positions)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., hidden] -> f32 logits [..., vocab]."""
+        return self.decoder.unembed(hidden)
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """What `unembed` makes logits of, [batch, length, hidden], with full causal attention; see `forward`."""
+        hidden = self.embed(batch, position_ids)
+        if positions is None:
+            index = jax.lax.iota(jnp.int32, batch.length)[None]
+            positions = jnp.minimum(index, jnp.asarray(batch.lengths)[:, None] - 1)
+
+        def attend(query, key, value, carry, xs):
+            mask = Mask(segments=segments)
+            return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0], carry, None
+
+        return self.decoder(hidden, positions, attend)[0]
+
+    def forward(
+        self,
+        batch: Batch,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of every position with full causal attention: training, and the yardstick of every cache.
+
+        Args:
+          batch: prompts, answers included when training.
+          positions: i32 [batch, length] rotary positions; 0, 1, 2, ... by default.
+          segments: i32 [batch, length]; see `kernels.attention`.
+          position_ids: i32 [patches], rows of the tower's position table, for tiles smaller than its full size.
+
+        Returns:
+          f32 [batch, length, vocab].
+        """
+        return self.unembed(self.hidden_states(batch, positions, segments, position_ids))
