@@ -100,12 +100,14 @@ class TestTrainDemo:
             "steps": 3,
             "resume": False,
         }
-        (tmp_path / "new" / "state.safetensors").touch()
+        (tmp_path / "new" / "state").mkdir()
+        (tmp_path / "new" / "state" / "state.safetensors").touch()
         assert main([*arguments, "--resume"]) == 0
         assert calls[1][1]["resume"] is True
 
     def test_refuses(self, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-        (tmp_path / "state.safetensors").touch()
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / "state.safetensors").touch()
         (tmp_path / "file").touch()
         for arguments, message in (
             (["--output", str(tmp_path)], "add --resume"),

@@ -56,18 +56,19 @@ def test_resumed_run_equals_the_uninterrupted_one(training, tmp_path):
     for number, batch in zip(range(10), batches()):
         state, _ = step(state, batch)
         if number == 3:
-            save_state(tmp_path / "run" / "state.safetensors", state, {"step": 4, "note": "é"})
-    resumed, progress = load_state(tmp_path / "run" / "state.safetensors", new())
+            save_state(tmp_path / "run" / "state", state, {"step": 4, "note": "é"})
+    resumed, progress = load_state(tmp_path / "run" / "state", new())
     assert progress == {"step": 4, "note": "é"}
     for _, batch in zip(range(6), batches(progress["step"])):
         resumed, _ = step(resumed, batch)
     assert_same(resumed, state)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.safetensors"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state"]
+    assert {path.name for path in (tmp_path / "run" / "state").iterdir()} == {"arrays-1", "state.safetensors"}
 
 
 def test_a_crash_while_saving_leaves_the_earlier_state(training, tmp_path, monkeypatch):
     _, new = training
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state"
     save_state(path, new(), {"step": 1})
 
     def full_disk(*_, **__):
@@ -77,12 +78,17 @@ def test_a_crash_while_saving_leaves_the_earlier_state(training, tmp_path, monke
     with pytest.raises(InputError, match="no space"):
         save_state(path, new(), {"step": 2})
     assert load_state(path, new())[1] == {"step": 1}
+    monkeypatch.undo()
+    (path / "arrays-7").mkdir()  # of a run that was killed
+    save_state(path, new(), {"step": 2})
+    assert load_state(path, new())[1] == {"step": 2}
+    assert {path.name for path in path.iterdir()} == {"arrays-8", "state.safetensors"}
 
 
 def test_states_that_do_not_fit(training, tmp_path):
     _, new = training
-    path = tmp_path / "state.safetensors"
-    with pytest.raises(CheckpointError, match=r"no train state at .*state.safetensors"):
+    path = tmp_path / "state"
+    with pytest.raises(CheckpointError, match=r"no train state at .*state"):
         load_state(path, new())
     save_state(path, new())
     with pytest.raises(CheckpointError, match="another model or optimizer"):
@@ -90,18 +96,43 @@ def test_states_that_do_not_fit(training, tmp_path):
     wider = new()._replace(params={"w": {"kernel": jnp.zeros((4, 1))}, "b": jnp.zeros(1, jnp.bfloat16)})
     with pytest.raises(CheckpointError, match=r"kernel.*\[3, 1\].*\[4, 1\]"):
         load_state(path, wider)
-    path.write_bytes(path.read_bytes()[:60])
+    file = path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(CheckpointError, match=r"not a valid safetensors file.*delete it to start afresh"):
         load_state(path, new())
 
 
 def test_sharding_is_taken_over(training, tmp_path):
     _, new = training
-    save_state(tmp_path / "s.safetensors", new())
+    save_state(tmp_path / "state", new())
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state, _ = load_state(tmp_path / "s.safetensors", jax.device_put(new(), everywhere))
+    state, _ = load_state(tmp_path / "state", jax.device_put(new(), everywhere))
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
+    assert_same(state, new())
+
+
+def test_any_types_shapes_and_meshes(tmp_path):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "model"))
+    whole = {
+        "w": jnp.arange(64, dtype=jnp.bfloat16).reshape(8, 8),
+        "a/b.c": jnp.float32(0.1),
+        "none": jnp.zeros((0, 3)),
+        "on": jnp.array([True, False]),
+        "bits": jnp.array([0, 2**32 - 1], jnp.uint32),
+        "float8": jnp.ones(3, jnp.float8_e4m3fn),
+        "number": 7,
+    }
+    save_state(tmp_path, whole | {"w": jax.device_put(whole["w"], split)})
+    like = {name: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for name, x in whole.items()}
+    loaded, _ = load_state(tmp_path, like)
+    assert loaded["none"].shape == (0, 3)
+    assert_same(loaded, jax.tree.map(jnp.asarray, whole))
+    turned = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", "data"))
+    loaded, _ = load_state(tmp_path, like | {"w": jax.device_put(whole["w"], turned)})
+    assert loaded["w"].sharding == turned
+    np.testing.assert_array_equal(loaded["w"], whole["w"])
 
 
 def test_progress_is_one_json_object_a_line(tmp_path, capsys):

@@ -1,82 +1,184 @@
-"""Saving and resuming a whole train state in one file: no pickle, written whole or not at all, with checksums."""
+"""Saving and resuming a whole train state, which may lie on the devices of several processes.
 
+    run/state/state.safetensors     what the loop remembers, the arrays' types and shapes, a checksum of every file
+    run/state/arrays-7/...          the arrays, as orbax writes them: each process what lies with it
+
+The first is replaced when the new arrays are complete, and then the old ones are removed: a killed run leaves one state
+or the other. Every bit is checked when a state is read, and nothing in it is ever run.
+"""
+
+import hashlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.reading import open_plain
+from vlcache_jax.files.safetensors import NAMES
 from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
-from vlcache_jax.files.writing import make_folder
-from vlcache_jax.parallel.mesh import is_known, on_every_process
+from vlcache_jax.files.writing import check_target, make_folder
 
-_KIND = Kind("vlcache_jax.train_state", "train state", 1, "delete it to start afresh")
+_KIND = Kind("vlcache_jax.train_state", "train state", 2, "delete it to start afresh")
+_FILE, _ARRAYS = "state.safetensors", re.compile(r"arrays-[0-9]+")
 
 
 def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any] | None = None) -> None:
     """Writes a pytree of arrays and a JSON-able dict of whatever the loop must remember.
 
-    The file appears under its name only when it is complete, so a killed run leaves the previous one. Where parts of
-    the state lie with other processes, all must call it, and the first one writes.
+    A killed run leaves the earlier state, or the new one. Where parts of the state lie with other processes, all must
+    call it, with a folder that all of them see.
+
+    Args:
+      path: of the folder, which is made if need be.
+      state: arrays and numbers.
+      progress: numbers, texts, lists and dicts.
 
     Raises:
-      InputError: the file cannot be written, progress is not JSON-able, or a leaf is of a type that no file holds.
+      InputError: the folder cannot be written, progress is not JSON-able, or a leaf is of a type that is not saved.
+
+    Example:
+      save_state("run/state", state, {"epoch": 1})
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    arrays = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in _named(state).items()}
+    for name, x in arrays.items():
+        if x.dtype not in NAMES:
+            raise InputError(
+                f"{name} has dtype {x.dtype}, which no file holds: convert it first, a PRNG key by jax.random.key_data"
+            )
     try:
-        description = {"progress": json.loads(json.dumps(progress or {}, allow_nan=False))}
+        progress = json.loads(json.dumps(progress or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"progress cannot be written as JSON ({error}): give plain numbers, texts and lists"
         ) from error
-    arrays = {jax.tree_util.keystr(key): x if hasattr(x, "dtype") else np.asarray(x) for key, x in leaves}
-    if not all(is_known(x) for x in arrays.values()):
-        arrays = {name: np.asarray(on_every_process(x)) for name, x in arrays.items()}
-        if jax.process_index():
-            return
-    make_folder(Path(path).parent)
-    write_tensor_file(path, _KIND, description, arrays)
+    folder = make_folder(path).absolute()
+    check_target(folder / _FILE)
+    numbers = (int(old.name.removeprefix("arrays-")) for old in folder.iterdir() if _ARRAYS.fullmatch(old.name))
+    new = folder / f"arrays-{int(_of_first(np.int32(max(numbers, default=0)))) + 1}"
+    try:
+        _write_arrays(new, {name: x for name, x in arrays.items() if x.size})
+        if jax.process_index() == 0:
+            shapes = {name: [NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()}
+            description = {"progress": progress, "arrays": shapes, "folder": new.name, "files": _checksums(new)}
+            write_tensor_file(folder / _FILE, _KIND, description, {})
+            for old in folder.glob("arrays-*"):
+                if old != new:
+                    shutil.rmtree(old)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} cannot be written: {error}; choose another folder") from error
+    _of_first(np.int32(0))  # nobody goes on before the state is complete
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, Any]]:
     """Reads what `save_state` wrote.
 
     Args:
-      path: the file.
+      path: the folder.
       like: a pytree of arrays (or of `jax.ShapeDtypeStruct`) of the structure that was saved. An array's sharding
-        is taken over.
+        is taken over, whatever it was when it was saved.
 
     Returns:
       (state, progress), bit for bit as saved.
 
     Raises:
-      CheckpointError: the file is missing or damaged, or was saved from another structure.
+      CheckpointError: there is no state, it is damaged, or it was saved from another structure.
+
+    Example:
+      state, progress = load_state("run/state", state)
     """
-    if not os.path.lexists(path):
+    if not has_state(path):
         raise CheckpointError(f"there is no train state at {path}; start without resuming")
-    file = TensorFile.open(path, _KIND)
-    progress = file.description.get("progress")
-    if not isinstance(progress, dict):
-        raise file.damaged(f"its progress is {shorten(progress)}, not an object")
-    arrays = file.arrays()
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    names = [jax.tree_util.keystr(key) for key, _ in leaves]
-    if difference := sorted(set(names) ^ set(arrays)):
+    folder = Path(path).absolute()
+    file = TensorFile.open(folder / _FILE, _KIND)
+    described, leaves = file.description, _named(like)
+    shapes, progress, name, saved = (described.get(key) for key in ("arrays", "progress", "folder", "files"))
+    right = all(isinstance(x, dict) for x in (shapes, progress, saved)) and isinstance(name, str)
+    if not right or not _ARRAYS.fullmatch(name):
+        raise file.damaged("its description is of something else")
+    if difference := sorted(leaves.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"{path} was saved from another model or optimizer: {len(difference)} arrays differ, first "
+            f"{folder} was saved from another model or optimizer: {len(difference)} arrays differ, first "
             f"{difference[0]!r}; use the settings it was trained with"
         )
-    loaded = []
-    for name, (_, leaf) in zip(names, leaves, strict=True):
-        array = arrays[name]
-        if array.shape != leaf.shape or array.dtype != leaf.dtype:
+    for key, leaf in leaves.items():
+        if shapes[key] != [NAMES.get(leaf.dtype), list(leaf.shape)]:
             raise CheckpointError(
-                f"{path}: {name} is {array.dtype}{list(array.shape)}, the model has {leaf.dtype}{list(leaf.shape)}; "
-                "use the settings it was trained with"
+                f"{folder}: {key} is {shorten(shapes[key])}, the model has {leaf.dtype} {list(leaf.shape)}; use the "
+                "settings it was trained with"
             )
-        loaded.append(jax.device_put(array, getattr(leaf, "sharding", None)))
-    return jax.tree_util.tree_unflatten(structure, loaded), progress
+    found = _checksums(folder / name)
+    for path in sorted(found.keys() | saved.keys()):
+        if found.get(path) != saved.get(path):
+            raise file.damaged(f"{name}/{path} has not the checksum it was saved with")
+    arrays = _read_arrays(folder / name, {key: leaf for key, leaf in leaves.items() if leaf.size})
+    loaded = [
+        jax.device_put(arrays.get(key, np.zeros(leaf.shape, leaf.dtype)), getattr(leaf, "sharding", None))
+        for key, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), loaded), progress
+
+
+def has_state(path: str | os.PathLike[str]) -> bool:
+    """Whether a state was saved in a folder."""
+    return os.path.lexists(Path(path) / _FILE)
+
+
+def _named(state: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _of_first(x: Any) -> Any:
+    """What the first process has, when all have come here."""
+    return multihost_utils.broadcast_one_to_all(x) if jax.process_count() > 1 else x
+
+
+def _local(x: Any) -> bool:
+    """Of several processes orbax knows arrays that they share, and NumPy's, which are the same everywhere."""
+    return jax.process_count() > 1 and getattr(x, "is_fully_addressable", True)
+
+
+def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    from orbax.checkpoint import Checkpointer, PyTreeCheckpointHandler, args  # a second to import
+
+    with Checkpointer(PyTreeCheckpointHandler()) as checkpointer:
+        arrays = {name: np.asarray(x) if _local(x) else x for name, x in arrays.items()}
+        checkpointer.save(folder, args=args.PyTreeSave(arrays))
+
+
+def _read_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
+    from orbax.checkpoint import ArrayRestoreArgs, Checkpointer, PyTreeCheckpointHandler, RestoreArgs, args
+
+    def how(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None or _local(sharding):
+            return RestoreArgs(restore_type=np.ndarray)
+        return ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    restored = args.PyTreeRestore(like, restore_args={name: how(leaf) for name, leaf in leaves.items()})
+    with Checkpointer(PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder, args=restored)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir():
+            try:
+                with open_plain(path) as stream:
+                    found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return found

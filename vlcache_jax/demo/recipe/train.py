@@ -33,7 +33,7 @@ from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.training.batch import TrainBatch, pack
-from vlcache_jax.training.checkpoint import load_state, save_state
+from vlcache_jax.training.checkpoint import has_state, load_state, save_state
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
 from vlcache_jax.training.state import Loss, Metrics, Params, init_state, make_train_step
@@ -136,10 +136,10 @@ def demo_loss(model: Llava) -> Loss:
 
 def train_vision(recipe: Recipe, directory: Path, log: ProgressLog, progress: Progress) -> Params:
     """Trains tower and projector alone, or returns those an earlier run left in `directory`."""
-    path = directory / "vision.safetensors"
+    path = directory / "vision"
     initial = _init(recipe, recipe.seed)
     params = {name: initial[name] for name in ("vision", "projector")}
-    if path.exists():
+    if has_state(path):
         return load_state(path, params)[0]
     params["head"] = init_head(jax.random.key(recipe.seed + 1), recipe.config.decoder.hidden_size)
     steps = recipe.vision_steps
@@ -271,7 +271,7 @@ def train_demo(
     directory = Path(output_dir)
     progress = Progress() if progress is None else progress
     log = ProgressLog(directory / "log.jsonl", progress)
-    path = directory / "state.safetensors"
+    path = directory / "state"
     model = Llava(recipe.config, jnp.bfloat16, remat=True)  # on two cores more than twice as fast as float32
     optimizer = _optimizer(recipe.rate, 0.05)
     trainable = ("decoder", "projector", "ahead")
@@ -279,7 +279,7 @@ def train_demo(
     progress.step("preparing the decoder")
     state = init_state(initial_params(recipe, tower), optimizer, trainable)
     reached: dict[str, Any] = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
-    if resume and path.exists():
+    if resume and has_state(path):
         begin, (state, reached) = reached, load_state(path, state)
         _check_reached(path, reached, begin, len(recipe.stages))
     step = make_train_step(demo_loss(model), optimizer, trainable=trainable)
