@@ -18,12 +18,18 @@ IMPLEMENTATIONS = [*PLAIN, "splash_tpu"]
 SHAPES = [(2, 1, 2, 1, 4), (2, 8, 2, 2, 4), (1, 9, 4, 2, 4), (2, 24, 4, 2, 8), (1, 70, 6, 2, 4), (1, 43, 3, 3, 4)]
 
 
-def sees(row, column, causal, segments):
+def sees(row, column, causal, segments, blocks=None, window=None):
     """Of one row of the batch: the rule in words of its own."""
-    return (column <= row or not causal) and (segments is None or segments[column] in (0, segments[row]))
+    together = blocks is not None and blocks[row] >= 0 and blocks[row] == blocks[column]
+    near = window is None or row - column < window
+    return (
+        near
+        and (column <= row or not causal or together)
+        and (segments is None or segments[column] in (0, segments[row]))
+    )
 
 
-def expected(query, key, value, segments=None, scale=None, causal=True):
+def expected(query, key, value, segments=None, scale=None, causal=True, blocks=None, window=None):
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -31,7 +37,8 @@ def expected(query, key, value, segments=None, scale=None, causal=True):
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
-                seen = [j for j in range(length) if sees(t, j, causal, None if segments is None else segments[b])]
+                rules = *(None if x is None else x[b] for x in (segments, blocks)), window
+                seen = [j for j in range(length) if sees(t, j, causal, *rules)]
                 logits = k[b, seen, h // group] @ q[b, t, h] * (scale or head_dim**-0.5)
                 lse[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
                 out[b, t, h] = np.exp(logits - lse[b, t, h]) @ v[b, seen, h // group]
@@ -115,10 +122,53 @@ def test_full(shape, implementation):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1, 2, 2, 0], [1, 1, 1, 0, 2, 0, 2]]])
-def test_the_meaning_of_a_mask(causal, segments):
-    array = Mask(causal=causal, segments=None if segments is None else jnp.asarray(segments)).as_array(7)
-    for row, seen in zip(segments or [None], np.asarray(array), strict=True):
-        np.testing.assert_array_equal(seen, [[sees(t, j, causal, row) for j in range(7)] for t in range(7)])
+@pytest.mark.parametrize("blocks", [None, [[-1, 0, 0, 0, -1, 1, 1], [0, 0, 0, -1, -1, -1, -1]]])
+@pytest.mark.parametrize("window", [None, 2, 9])
+def test_the_meaning_of_a_mask(causal, segments, blocks, window):
+    given = {k: None if x is None else jnp.asarray(x) for k, x in (("segments", segments), ("blocks", blocks))}
+    mask = Mask(causal=causal, window=window, **given)
+    array = np.asarray(mask.as_array(7))
+    for row, seen in enumerate(array):
+        rules = *(None if x is None else x[row] for x in (segments, blocks)), window
+        np.testing.assert_array_equal(seen, [[sees(t, j, causal, *rules) for j in range(7)] for t in range(7)])
+    for first, last in ((0, 7), (2, 4), (5, 9)):
+        left, right = mask.span(first, last, 7)
+        assert not array[:, first:last, :left].any()
+        assert not array[:, first:last, right:].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("length", "window"), [(9, 1), (70, 5), (70, 33), (43, 100)])
+def test_window(length, window, implementation):
+    q, k, v = inputs((2, length, 4, 2, 4), seed=3)
+    out, lse = compiled(implementation)(q, k, v, Mask(window=window))
+    wanted, wanted_lse = expected(q, k, v, window=window)
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("window", [None, 4, 30])
+def test_images_that_see_each_other(window, implementation):
+    """Two images in one row, one that begins it in the other, as a prefix does; some longer than the window."""
+    q, k, v = inputs((2, 70, 4, 2, 4), seed=4)
+    blocks = np.full((2, 70), -1, np.int32)
+    blocks[0, 3:20], blocks[0, 20:33], blocks[1, :50] = 0, 1, 0
+    out, lse = compiled(implementation)(q, k, v, Mask(blocks=jnp.asarray(blocks), window=window))
+    wanted, wanted_lse = expected(q, k, v, blocks=blocks, window=window)
+    assert_close(out, wanted, 2e-6, 1e-5)
+    assert_close(lse, wanted_lse, 2e-6, 1e-5)
+    assert np.abs(wanted - expected(q, k, v, window=window)[0]).max() > 0.1
+
+
+def test_long_prompts_with_a_window_on_tpus_need_not_make_every_block():
+    """Splash attention's blocks of a mask: those that are asked for equal the definition, and are one of a few."""
+    shape, window = (512, 512), 200
+    mask, array = splash_tpu._WindowMask(shape, (window - 1, 0), 0), np.asarray(Mask(window=window).as_array(512)[0])
+    for top in range(0, 512, 128):
+        for left in range(0, 512, 64):
+            found = mask[top : top + 128, left : left + 64]
+            np.testing.assert_array_equal(found, array[top : top + 128, left : left + 64])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tpu import compile_for, shape, temporaries
 
-from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.attention import Mask, attention
 from vlcache_jax.kernels.column_statistics.shapes import SHAPES
 
 CHIPS = ["v5e:2x2", *(pytest.param(chip, marks=pytest.mark.thorough) for chip in ("v5p:2x2x1", "v6e:2x2"))]
@@ -47,3 +47,16 @@ def test_backward_kernel():
 
     program = compile_for("v5e:2x2", jax.grad(loss, (0, 1, 2)), *arguments("llava-v1.6-mistral-7b", 1024))
     assert program.as_text().count("tpu_custom_call") >= 3  # forward, and the gradients of queries, and of keys
+
+
+def test_window():
+    """Gemma 3's layers with a window, which the kernel skips to; with images that see each other plain XLA serves."""
+    arrays = [shape(1, 4096, heads, 256) for heads in (8, 4, 4)]
+    program = compile_for("v5e:2x2", lambda *x: attention(*x, Mask(window=1024)), *arrays)
+    assert "tpu_custom_call" in program.as_text()
+    with pytest.raises(NotImplementedError, match="splash_tpu has no blocks that see each other"):
+        attention(
+            *[jnp.zeros(x.shape) for x in arrays],
+            Mask(blocks=jnp.zeros((1, 4096), jnp.int32)),
+            implementation="splash_tpu",
+        )

@@ -12,6 +12,13 @@ _PATHS = {
     **{f"mlp.{x}_proj": ("mlp", x) for x in ("gate", "up", "down")},
 }
 
+_GEMMA = {
+    "self_attn.q_norm": ("attention", "query_norm"),
+    "self_attn.k_norm": ("attention", "key_norm"),
+    "pre_feedforward_layernorm": ("pre_mlp_norm",),
+    "post_feedforward_layernorm": ("post_mlp_norm",),
+}
+
 
 def sharpen(model: torch.nn.Module, size: float = 0.12) -> torch.nn.Module:
     """Weights so large that attention differs from token to token, norms that are not all ones; in eval mode."""
@@ -76,3 +83,57 @@ def qwen2_vl(sections=(2, 1, 1), layers=3):
         qkv_bias=True,
     )
     return reference, head, config, decoder_params(reference, head)
+
+
+def gemma3(layers=7, window=9, **options):
+    """(causal model of transformers, `DecoderConfig`, parameters) of a tiny Gemma 3: every third layer sees all."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
+    reference = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=window,
+            layer_types=kinds,
+            rope_parameters=ropes,
+            max_position_embeddings=256,
+            attn_implementation="eager",
+            **options,
+        )
+    )
+    sharpen(reference)
+    config = DecoderConfig(
+        family="gemma3",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope=RopeConfig(theta=1e5, kind="linear", factor=8.0),
+        window_rope=RopeConfig(theta=1e4),
+        windows=tuple(None if i % 3 == 2 else window for i in range(layers)),
+        max_positions=256,
+        tie_embeddings=True,
+        activation="gelu_pytorch_tanh",
+        qk_norm=True,
+        branch_norms=True,
+        one_plus_norms=True,
+        embedding_scale=32**0.5,
+        query_scale=24**-0.5,
+        logit_cap=options.get("final_logit_softcapping"),
+    )
+    return reference, config, decoder_params(reference.model, None, _PATHS | _GEMMA)

@@ -47,11 +47,13 @@ def attention(
         kernel only without.
       implementation: None takes the first of the platform's order that serves the arguments. A name is tried alone, a
         tuple of names one after the other:
-          "splash_tpu"  JAX's splash attention for TPUs. Causal. Its gradient with lse is that of "xla_wide".
+          "splash_tpu"  JAX's splash attention for TPUs. Causal, with or without a window. Its gradient with lse is
+                        that of "xla_wide".
           "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
-                        capability 8.0 and later. Causal or full, bfloat16 or float16. It is never a default, because a
-                        program that holds it can only be made where JAX finds cuDNN, and whether the card has it shows
-                        only when it is compiled: pass ("cudnn", "xla_wide") where such a card is attached.
+                        capability 8.0 and later. Causal (a window too) or full, bfloat16 or float16. It is never a
+                        default, because a program that holds it can only be made where JAX finds cuDNN, and whether the
+                        card has it shows only when it is compiled: pass ("cudnn", "xla_wide") where such a card is
+                        attached.
           "xla_wide"    for accelerators: all heads at once, query rows in chunks where there are many.
           "xla"         for CPUs: one head at a time, query rows in chunks.
           "reference"   the definition.
@@ -73,6 +75,10 @@ def attention(
         raise ValueError(f"{heads} query heads are not a multiple of {key.shape[2]} KV heads")
     if mask.segments is not None and mask.segments.shape != (batch, length):
         raise ValueError(f"segments {mask.segments.shape} must be [{batch}, {length}]")
+    if mask.blocks is not None and mask.blocks.shape != (batch, length):
+        raise ValueError(f"blocks {mask.blocks.shape} must be [{batch}, {length}]")
+    if mask.window is not None and mask.window < 1:
+        raise ValueError(f"window={mask.window} hides a token from itself: give at least 1")
     if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
     scale = head_dim**-0.5 if scale is None else scale

@@ -21,6 +21,10 @@ def attention(
         raise NotImplementedError("cudnn: JAX rounds its log-sum-exp to half precision: pass with_lse=False")
     if mask.segments is not None:
         raise NotImplementedError("cudnn has no segments: use implementation='xla'")
+    if mask.blocks is not None:
+        raise NotImplementedError("cudnn has no blocks that see each other: use implementation='xla_wide'")
+    if mask.window is not None and not mask.causal:
+        raise NotImplementedError("cudnn takes a window of a causal mask only: use implementation='xla_wide'")
     if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
         raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {query.dtype}: use implementation='xla'")
     try:
@@ -30,6 +34,7 @@ def attention(
             value,
             scale=scale,
             is_causal=mask.causal,
+            local_window_size=None if mask.window is None else (mask.window - 1, 0),
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
             implementation="cudnn",

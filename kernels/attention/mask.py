@@ -19,19 +19,36 @@ class Mask:
       causal: row t sees no column after t.
       segments: i32 [batch, length], or None. Row t sees column j only if j is of segment 0 (a shared prefix) or of row
         t's own segment.
+      blocks: i32 [batch, length], or None. Tokens of the same block, a number from 0 on, see each other whatever their
+        order: an image, or a prefix of the prompt. Others, -1 say, are in none.
+      window: row t sees no column before t - window + 1, not even of its block: so many tokens, itself included.
 
     Example:
       >>> Mask().as_array(3)[0].astype(int).tolist()
       [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+      >>> Mask(window=2, blocks=jnp.asarray([[-1, 0, 0, -1]])).as_array(4)[0].astype(int).tolist()
+      [[1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     """
 
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     segments: jax.Array | None = None
+    blocks: jax.Array | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def full(self) -> bool:
         """Whether every row sees every column."""
-        return not self.causal and self.segments is None
+        return not self.causal and self.segments is None and self.window is None
+
+    @property
+    def triangular(self) -> bool:
+        """Whether no row sees a column after its own."""
+        return self.causal and self.blocks is None
+
+    def span(self, first: int, last: int, length: int) -> tuple[int, int]:
+        """All columns that the rows first .. last - 1 of a sequence see lie between these two, the second excluded."""
+        start = 0 if self.window is None else max(0, first - self.window + 1)
+        return start, min(last, length) if self.triangular else length
 
     def as_array(self, length: int) -> jax.Array:
         """bool [batch or 1, length, length]: whether a row sees a column."""
@@ -45,10 +62,18 @@ class Mask:
         """
         row, column = rows[:, None], columns[None]
         seen = (column <= row if self.causal else jnp.ones((rows.size, columns.size), bool))[None]
+
+        def pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:  # [batch, r, 1] and [batch, 1, c]
+            of_row, of_column = (jnp.take(x, index, axis=1, mode="clip") for index in (rows, columns))
+            return of_row[..., None], of_column[:, None]
+
+        if self.blocks is not None:
+            of_row, of_column = pairs(self.blocks)
+            seen = seen | ((of_row == of_column) & (of_row >= 0))
         if self.segments is not None:
-            of_row, of_column = (jnp.take(self.segments, x, axis=1, mode="clip") for x in (rows, columns))
-            seen = seen & ((of_column == 0)[:, None] | (of_column[:, None] == of_row[..., None]))
-        return seen
+            of_row, of_column = pairs(self.segments)
+            seen = seen & ((of_column == 0) | (of_column == of_row))
+        return seen if self.window is None else seen & (column > row - self.window)[None]
 
 
 CAUSAL = Mask()

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlcache_jax.kernels.attention import xla_wide
-from vlcache_jax.kernels.attention.mask import CAUSAL, Mask
+from vlcache_jax.kernels.attention.mask import Mask
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 _SHORTEST = 128  # the smallest block; shorter prompts are cheap in XLA
@@ -31,6 +31,8 @@ def attention(
     length, head_dim = query.shape[1], query.shape[3]
     if mask.segments is not None:
         raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla_wide'")
+    if mask.blocks is not None:  # a mask that is data: splash takes none under jit
+        raise NotImplementedError("splash_tpu has no blocks that see each other: use implementation='xla_wide'")
     if not mask.causal:
         raise NotImplementedError("splash_tpu is causal here: use implementation='xla_wide'")
     refuse_if_checked("splash_tpu")
@@ -39,8 +41,15 @@ def attention(
     if head_dim > 256:
         raise NotImplementedError(f"splash_tpu serves heads of up to 256, not {head_dim}")
     if with_lse:
-        return _attention(query, key, value, scale, interpret)
-    return _without_lse(query, key, value, scale, interpret), None
+        return _attention(query, key, value, mask.window, scale, interpret)
+    return _without_lse(query, key, value, mask.window, scale, interpret), None
+
+
+def _block(mask: splash.Mask, index: tuple[slice, slice], window: int | None) -> np.ndarray:
+    (top, bottom, _), (left, right, _) = (x.indices(size) for x, size in zip(index, mask.shape, strict=True))
+    height, width = bottom - top, right - left
+    ahead = min(max(left - top, -width - (window or 0)), height)
+    return _causal_block(height, width, ahead, window)
 
 
 class _CausalMask(splash.CausalMask):
@@ -51,26 +60,35 @@ class _CausalMask(splash.CausalMask):
     """
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (x.indices(size) for x, size in zip(index, self.shape, strict=True))
-        height, width = bottom - top, right - left
-        return _causal_block(height, width, min(max(left - top, -width), height))
+        return _block(self, index, None)
+
+
+class _WindowMask(splash.LocalMask):
+    """A causal mask with a window, its blocks like those of `_CausalMask`; blocks out of the window are skipped."""
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return _block(self, index, self.window_size[0] + 1)
 
 
 @cache
-def _causal_block(height: int, width: int, ahead: int) -> np.ndarray:
+def _causal_block(height: int, width: int, ahead: int, window: int | None) -> np.ndarray:
     """bool [height, width]: whether a row sees a column, the first column being `ahead` of the first row."""
-    block = np.arange(height)[:, None] >= np.arange(width) + ahead
+    distance = np.arange(height)[:, None] - (np.arange(width) + ahead)
+    block = (distance >= 0) & (distance < (window or np.inf))
     block.setflags(write=False)
     return block
 
 
-def _forward(query, key, value, scale, interpret, with_lse=True):
+def _forward(query, key, value, window, scale, interpret, with_lse=True):
     length, heads = query.shape[1:3]
     block = 512 if length >= 1024 else 256 if length >= 512 else 128
     padded = -(-length // block) * block
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel has no scale of its own
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
-    mask = splash.MultiHeadMask([_CausalMask((padded, padded))] * heads)
+    shape = padded, padded
+    mask = splash.MultiHeadMask(
+        [_CausalMask(shape) if window is None else _WindowMask(shape, (window - 1, 0), 0)] * heads
+    )
     names: tuple[str, ...] = ("block_q", "block_kv")
     if not with_lse:  # with it there is no backward kernel
         names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
@@ -88,18 +106,18 @@ def _forward(query, key, value, scale, interpret, with_lse=True):
     return by_row(out).astype(value.dtype), by_row(lse)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _without_lse(query, key, value, scale, interpret):
-    return _forward(query, key, value, scale, interpret, with_lse=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _without_lse(query, key, value, window, scale, interpret):
+    return _forward(query, key, value, window, scale, interpret, with_lse=False)[0]
 
 
-def _pull_back(query, key, value, scale, interpret):
+def _pull_back(query, key, value, window, scale, interpret):
     with jax.enable_x64(False):  # JAX's kernel and its gradient fail in 64-bit mode
-        forward = partial(_forward, scale=scale, interpret=interpret, with_lse=False)
+        forward = partial(_forward, window=window, scale=scale, interpret=interpret, with_lse=False)
         return jax.vjp(lambda q, k, v: forward(q, k, v)[0], query, key, value)
 
 
-def _pulled_back(scale, interpret, pull_back, cotangent):
+def _pulled_back(window, scale, interpret, pull_back, cotangent):
     with jax.enable_x64(False):
         return pull_back(cotangent)
 
@@ -107,18 +125,19 @@ def _pulled_back(scale, interpret, pull_back, cotangent):
 _without_lse.defvjp(_pull_back, _pulled_back)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(query, key, value, scale, interpret):
-    return _forward(query, key, value, scale, interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attention(query, key, value, window, scale, interpret):
+    return _forward(query, key, value, window, scale, interpret)
 
 
-def _with_inputs(query, key, value, scale, interpret):
-    return _forward(query, key, value, scale, interpret), (query, key, value)
+def _with_inputs(query, key, value, window, scale, interpret):
+    return _forward(query, key, value, window, scale, interpret), (query, key, value)
 
 
-def _gradient(scale, interpret, inputs, cotangents):
+def _gradient(window, scale, interpret, inputs, cotangents):
     """JAX's kernel has no gradient where it returns the log-sum-exp; the one in plain XLA has."""
-    _, pull_back = jax.vjp(lambda q, k, v: xla_wide.attention(q, k, v, CAUSAL, None, scale=scale), *inputs)
+    mask = Mask(window=window)
+    _, pull_back = jax.vjp(lambda q, k, v: xla_wide.attention(q, k, v, mask, None, scale=scale), *inputs)
     return pull_back(cotangents)
 
 

@@ -1,6 +1,6 @@
 """Attention in plain XLA for CPUs: one (row of the batch, KV head) at a time, which stays in cache.
 
-Its query rows come in chunks, against the keys up to the chunk's end where the mask is causal:
+Its query rows come in chunks, against the keys that the mask lets any of them see:
 
     keys      0 ..................... length
     rows 0    [=======]
@@ -48,12 +48,13 @@ def attention(
         q, k, v, mask = item
         if mask.full and length <= _WHOLE:
             return _whole(q, k, v, scale, with_lse)
-        if not mask.causal:
-            return _rows(q, 0, k, v, mask, scale)
+        if not mask.triangular and mask.window is None:
+            return _rows(q, 0, k, v, 0, mask, scale)
         span = -(-length // (_SPANS * _CHUNK)) * _CHUNK
-        parts = [
-            _rows(q[:, i : i + span], i, k[: i + span], v[: i + span], mask, scale) for i in range(0, length, span)
-        ]
+        parts = []
+        for i in range(0, length, span):
+            left, right = mask.span(i, i + span, length)
+            parts.append(_rows(q[:, i : i + span], i, k[left:right], v[left:right], left, mask, scale))
         return jnp.concatenate([p[0] for p in parts], axis=1), jnp.concatenate([p[1] for p in parts], axis=1)
 
     out, lse = jax.lax.map(one_head, (q, k, v, masks))
@@ -71,26 +72,26 @@ def _whole(q, k, v, scale, with_lse):  # q [group, length, d], k v [length, d]
     return weights @ v, jax.nn.logsumexp(logits, axis=-1) if with_lse else None
 
 
-def _rows(q, first, k, v, mask, scale):  # of one head
+def _rows(q, first, k, v, left, mask, scale):  # of one head; columns from `left` on
     group, rows, head_dim = q.shape
     if rows <= _CHUNK:
-        return _chunk(q, first, k, v, mask, scale)
+        return _chunk(q, first, k, v, left, mask, scale)
     pad = -rows % _CHUNK
     chunks = (rows + pad) // _CHUNK
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
     starts = first + _CHUNK * jax.lax.iota(jnp.int32, chunks)
-    out, lse = jax.lax.map(lambda chunk: _chunk(*chunk, k, v, mask, scale), (q, starts))
+    out, lse = jax.lax.map(lambda chunk: _chunk(*chunk, k, v, left, mask, scale), (q, starts))
     out = out.swapaxes(0, 1).reshape(group, -1, head_dim)
     return out[:, :rows], lse.swapaxes(0, 1).reshape(group, -1)[:, :rows]
 
 
-def _chunk(q, first, k, v, mask, scale):
+def _chunk(q, first, k, v, left, mask, scale):
     @jax.checkpoint  # the backward pass recomputes the logits instead of keeping them for every head
     def attend(q, k, v):
         group, rows, head_dim = q.shape
         logits = jnp.matmul(q.reshape(group * rows, head_dim), k.T, preferred_element_type=jnp.float32)
         logits = (logits * scale).reshape(group, rows, -1)
-        row, column = first + jax.lax.iota(jnp.int32, rows), jax.lax.iota(jnp.int32, k.shape[0])
+        row, column = first + jax.lax.iota(jnp.int32, rows), left + jax.lax.iota(jnp.int32, k.shape[0])
         logits = jnp.where(mask.between(row, column), logits, jnp.finfo(jnp.float32).min)
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - highest)

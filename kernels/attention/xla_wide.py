@@ -1,7 +1,7 @@
 """Plain XLA for accelerators: all rows of the batch and all heads at once, in one fused batch of matrix products.
 
 Where the logits of a whole sequence would take more than `_LOGITS` bytes, query rows come in chunks, against the keys
-up to the chunk's end where the mask is causal:
+that the mask lets any of them see:
 
     keys      0 ..................... length
     span 0    [=======]
@@ -34,14 +34,16 @@ def attention(
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     q = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    spans = min(_SPANS, -(-length // _chunk_rows(batch * heads, length))) if mask.causal else 1
+    spans = min(_SPANS, -(-length // _chunk_rows(batch * heads, length)))
+    if not mask.triangular and mask.window is None:
+        spans = 1
     span = -(-length // (spans * _SUBLANES)) * _SUBLANES
     parts = []
     for first in range(0, length, span):
         last = min(first + span, length)
-        columns = last if mask.causal else length
-        rows = _chunk_rows(batch * heads, columns)
-        parts.append(_rows(q[:, first:last], first, key[:, :columns], value[:, :columns], mask, scale, rows))
+        left, right = mask.span(first, last, length)
+        rows = _chunk_rows(batch * heads, right - left)
+        parts.append(_rows(q[:, first:last], first, key[:, left:right], value[:, left:right], left, mask, scale, rows))
     out, lse = (jnp.concatenate(x, axis=1) if len(parts) > 1 else x[0] for x in zip(*parts))
     return out.reshape(query.shape), lse.reshape(batch, length, heads) if with_lse else None
 
@@ -51,28 +53,30 @@ def _chunk_rows(heads: int, columns: int) -> int:
     return max(_LOGITS // (4 * heads * columns) // _SUBLANES, 1) * _SUBLANES
 
 
-def _rows(q, first, k, v, mask, scale, chunk):  # q [batch, rows, kv_heads, group, d], k v [batch, columns, kv_heads, d]
+def _rows(
+    q, first, k, v, left, mask, scale, chunk
+):  # q [batch, rows, kv_heads, group, d], k v [batch, columns, kv_heads, d]
     rows = q.shape[1]
     if rows <= chunk:
-        return _chunk(q, first, k, v, mask, scale)
+        return _chunk(q, first, k, v, left, mask, scale)
     chunks = -(-rows // chunk)
     chunk = -(-rows // (chunks * _SUBLANES)) * _SUBLANES  # of equal size, so that few rows are computed for nothing
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - rows), *[(0, 0)] * 3))
     # Parts of the loop's input, not slices that it cuts: the backward pass stacks what it made of each.
     parts = jnp.moveaxis(padded.reshape(q.shape[0], chunks, chunk, *q.shape[2:]), 1, 0)
     starts = first + chunk * jax.lax.iota(jnp.int32, chunks)
-    found = jax.lax.map(lambda part: _chunk(part[0], part[1], k, v, mask, scale), (parts, starts))
+    found = jax.lax.map(lambda part: _chunk(part[0], part[1], k, v, left, mask, scale), (parts, starts))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1, *x.shape[3:])[:, :rows] for x in found)
 
 
-def _chunk(q, first, k, v, mask, scale):
+def _chunk(q, first, k, v, left, mask, scale):
     rows, columns = q.shape[1], k.shape[1]
 
     @jax.checkpoint  # the backward pass recomputes the logits instead of keeping them for every layer
     def attend(q, k, v):
         logits = scale * jnp.einsum("btngd,bsnd->bngts", q, k, preferred_element_type=jnp.float32)
         if not mask.full:
-            row, column = first + jax.lax.iota(jnp.int32, rows), jax.lax.iota(jnp.int32, columns)
+            row, column = first + jax.lax.iota(jnp.int32, rows), left + jax.lax.iota(jnp.int32, columns)
             logits = jnp.where(mask.between(row, column)[:, None, None], logits, jnp.finfo(jnp.float32).min)
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
         weights = jnp.exp(logits - highest)

@@ -5,12 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla, xla_blocks
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
-from vlcache_jax.kernels.quantisation import group_size, scales_width
+from vlcache_jax.kernels.quantisation import scales_width
 
 ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
@@ -39,9 +38,7 @@ def decode_attention(
     the segments (on a TPU each, elsewhere the longest), not the size of the store. KV head h lies in lane
     `h * lanes // kv_heads`.
 
-    Segments start at multiples of 16 slots for "pallas_tpu", and in a quantised store always at multiples of
-    `quantisation.group_size(bits)`: 32, 64 or 128 slots of 8, 4 or 2 bits. Other offsets are an error where their
-    values are known, which is outside of `jit`; inside they give wrong results unnoticed.
+    A segment may start at any slot. (Stores align theirs, so that no kernel reads more than it needs.)
 
     Args:
       query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries.
@@ -63,7 +60,7 @@ def decode_attention(
       (out f32 like `query`, lse f32 [batch, heads] or [batch, n, heads]). A query that sees no slot gets 0 and -inf.
 
     Raises:
-      ValueError: shapes that do not fit together, unaligned offsets, or an unknown implementation.
+      ValueError: shapes that do not fit together, or an unknown implementation.
       NotImplementedError: the named implementation cannot serve the arguments.
     """
     single = query.ndim == 3
@@ -73,10 +70,6 @@ def decode_attention(
         query = query[:, None]
     store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths)
     _check(query, store, segments)
-    if store.key_scales is not None:
-        _check_aligned(offsets, group_size(8 // store.packing))
-    elif implementation == "pallas_tpu":
-        _check_aligned(offsets, pallas_tpu.ALIGNMENT)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, causal=causal and query.shape[1] > 1)
     out, lse = dispatch(implementation, implementations, ORDER, query, store, segments)
@@ -113,14 +106,6 @@ def _check(query: jax.Array, store: Store, segments: Segments) -> None:
     if heads % kv_heads or kv_heads % lanes:
         raise ValueError(f"{heads} query heads, {kv_heads} KV heads and {lanes} lanes do not divide one another")
     _check_scales(store)
-
-
-def _check_aligned(offsets: jax.Array, alignment: int) -> None:
-    if isinstance(offsets, jax.core.Tracer):
-        return
-    wrong = np.asarray(offsets)[np.asarray(offsets) % alignment != 0]
-    if wrong.size:
-        raise ValueError(f"offset {wrong[0]} is not a multiple of {alignment}: segments of this store start at such")
 
 
 def _check_scales(store: Store) -> None:

@@ -28,7 +28,7 @@ from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.kernels.varying import refuse_if_checked
 
-ALIGNMENT = 16  # of segments: rows of a TPU tile in bfloat16
+ALIGNMENT = 16  # of what is read: rows of a TPU tile in bfloat16
 _GROUP_ROWS = 32  # byte rows of a quantised group, a TPU tile of bytes
 _LANES = 128  # of a TPU tile
 _BUFFERS = 3  # blocks being copied or computed
@@ -214,7 +214,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
 
     def base(item: Any) -> Any:
         """The slot from which the segment's blocks are counted."""
-        return offsets_ref[item] // plan.alignment * plan.alignment if plan.transposed else offsets_ref[item]
+        return offsets_ref[item] // plan.alignment * plan.alignment
 
     def blocks_of(item: Any) -> Any:
         end = offsets_ref[item] + lengths_ref[item]

@@ -54,12 +54,14 @@ def decode_attention(
         values = dequantise_values(values, cut(store.value_scales, 3, 1), bits)
         return keys.astype(query.dtype), values.astype(query.dtype)
 
+    base = offsets // unit * unit
+
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest, total, out = state
-        wanted = offsets + i * block
+        wanted = base + i * block
         start = jnp.minimum(wanted, store.slots - block)  # the last block of the store is shifted back to fit
         slot = (start[..., None] + jax.lax.iota(jnp.int32, block)[None, None])[:, :, None]  # [batch, items, 1, block]
-        after = slot >= wanted[..., None, None]
+        after = slot >= jnp.maximum(wanted, offsets)[..., None, None]
         inside = after & (slot < ends[..., None, None])
         seen = (after & (slot < last_seen[..., None]))[:, :, None]  # [batch, items, 1, rows or 1, block]
         k, v = load(start)
@@ -74,7 +76,7 @@ def decode_attention(
 
     zeros = jnp.zeros(q.shape, jnp.float32)
     state = (jnp.full(q.shape[:-1], _MASKED, jnp.float32), zeros[..., 0], zeros)
-    blocks = (jnp.max(lengths) + block - 1) // block
+    blocks = (jnp.max(ends - base) + block - 1) // block
     highest, total, out = jax.lax.fori_loop(0, blocks, step, varying(state, query, store, segments))
     empty = total == 0
     out = out / jnp.where(empty, 1, total)[..., None]

@@ -45,12 +45,12 @@ class RopeConfig:
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP.
+    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, gated MLP; or one like Gemma 3's.
 
     `max_positions` is the `max_position_embeddings` of its config; the model can use `extended_positions`.
     """
 
-    family: str  # llama, mistral or qwen2
+    family: str  # llama, mistral, qwen2 or gemma3
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -66,6 +66,18 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     activation: str = "silu"
+    qk_norm: bool = False  # queries and keys are normalised, head by head, before they are rotated
+    branch_norms: bool = False  # what attention and MLP give is normalised before it is added
+    one_plus_norms: bool = False  # norms multiply by 1 + weight, in float32
+    embedding_scale: float | None = None  # of token embeddings, rounded to the dtype of the computation
+    query_scale: float | None = None  # of the attention's logits; head_dim ** -0.5 by default
+    logit_cap: float | None = None  # logits of the output are cap * tanh(logits / cap)
+    windows: tuple[int | None, ...] = ()  # of each layer, see `ModelSpec.windows`; of no layer by default
+    window_rope: RopeConfig | None = None  # rotary positions of layers with a window; `rope` by default
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows do not fit {self.num_layers} layers: give one for each")
 
     @property
     def extended_positions(self) -> int:

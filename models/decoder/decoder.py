@@ -25,17 +25,25 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, 
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics in float32."""
+    """Root-mean-square norm; statistics in float32. `one_plus`: multiplies by 1 + scale, in float32 (Gemma)."""
 
     epsilon: float
     dtype: Any
+    one_plus: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        init = nn.initializers.zeros if self.one_plus else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        if self.one_plus:
+            return (jnp.expand_dims(1 + scale.astype(jnp.float32), range(x.ndim - 1)) * x).astype(self.dtype)
         return jnp.expand_dims(scale.astype(self.dtype), range(x.ndim - 1)) * x.astype(self.dtype)
+
+
+def _norm(config: DecoderConfig, dtype: Any, name: str | None = None) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, dtype, config.one_plus_norms, name=name)
 
 
 def _dense(features: int, bias: bool, dtype: Any, name: str | None = None) -> nn.Dense:
@@ -64,14 +72,18 @@ class SelfAttention(nn.Module):
 
         if self.has_variable("params", "qkv"):  # see `cpu_layout`
             projected = project(c.num_heads + 2 * c.num_kv_heads, "qkv")
-            rotated = rope.rotate(projected[:, :, : -c.num_kv_heads], cos, sin)
-            query, key = jnp.split(rotated, [c.num_heads], axis=2)
-            value = projected[:, :, -c.num_kv_heads :]
+            query, key, value = jnp.split(projected, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         else:
-            query = rope.rotate(project(c.num_heads, "query"), cos, sin)
-            key = rope.rotate(project(c.num_kv_heads, "key"), cos, sin)
-            value = project(c.num_kv_heads, "value")
-        out, carry, ys = attend(query, key, value, carry, xs)
+            query, key, value = (
+                project(heads, name)
+                for heads, name in ((c.num_heads, "query"), (c.num_kv_heads, "key"), (c.num_kv_heads, "value"))
+            )
+        if c.qk_norm:
+            query, key = _norm(c, self.dtype, "query_norm")(query), _norm(c, self.dtype, "key_norm")(key)
+        # Whoever attends divides by the root of head_dim; a scale of the model's own is made up for in float32.
+        own = 1.0 if c.query_scale is None else c.query_scale * c.head_dim**0.5
+        query = rope.rotate(query, cos, sin) if own == 1 else rope.rotate(query, cos * own, sin * own)
+        out, carry, ys = attend(query, rope.rotate(key, cos, sin), value, carry, xs)
         out = out.astype(self.dtype).reshape(batch, length, c.num_heads * c.head_dim)
         return _dense(c.hidden_size, c.output_bias, self.dtype, "output")(out), carry, ys
 
@@ -94,20 +106,25 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection."""
+    """Pre-norm attention and MLP, each with a residual connection; `branch_norms`: with a norm before it, too."""
 
     config: DecoderConfig
     dtype: Any
 
     def setup(self) -> None:
         c = self.config
-        self.input_norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.input_norm = _norm(c, self.dtype)
         self.attention = SelfAttention(c, self.dtype)
-        self.post_attention_norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.post_attention_norm = _norm(c, self.dtype)
         self.mlp = GatedMLP(c, self.dtype)
+        if c.branch_norms:
+            self.pre_mlp_norm, self.post_mlp_norm = _norm(c, self.dtype), _norm(c, self.dtype)
 
     def __call__(self, x, rotation, attend: Attend, carry, xs):
         out, carry, ys = self.attention(self.input_norm(x), rotation, attend, carry, xs)
+        if self.config.branch_norms:  # here the norm after attention is one of its output, as its name says
+            x = x + self.post_attention_norm(out)
+            return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), carry, ys
         x = x + out
         return x + self.mlp(self.post_attention_norm(x)), carry, ys
 
@@ -131,7 +148,7 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
         self.layers = DecoderLayer(c, self.dtype)
-        self.final_norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.final_norm = _norm(c, self.dtype)
         if not c.tie_embeddings or self.has_variable("params", "lm_head"):  # see `cpu_layout`
             self.lm_head = nn.Dense(
                 c.vocab_size,
@@ -143,7 +160,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32 [batch, length] -> [batch, length, hidden]."""
-        return self.embed_tokens(tokens)
+        embedded, scale = self.embed_tokens(tokens), self.config.embedding_scale
+        return embedded if scale is None else embedded * jnp.asarray(scale, self.dtype)
 
     def __call__(
         self, hidden: jax.Array, positions: jax.Array, attend: Attend, carry: Any = None, xs: Any = None
@@ -162,35 +180,51 @@ class Decoder(nn.Module):
           (hidden after the final norm, last layer's carry, ys stacked over layers).
         """
         c = self.config
-        rotation = rope.rotation(positions, c.rope, c.head_dim, c.max_positions)
+        rotations = self._rotations(positions)
+        mixed = len(rotations) > 1
+        # Layers of every kind are in one scan, which compiles one layer: what differs is data, or a branch in `attend`.
+        table = jax.tree.map(lambda *x: jnp.stack(x), *rotations) if mixed else rotations[0]
+        windowed = jnp.asarray([w is not None for w in c.windows], jnp.int32) if mixed else None
 
-        def body(layer: DecoderLayer, state, xs):
-            x, carry = state
+        def body(layer: DecoderLayer, state, item):
+            (x, carry), (xs, kind) = state, item
+            rotation = jax.tree.map(lambda t: t[kind], table) if mixed else table
             x, carry, ys = layer(x, rotation, attend, carry, xs)
             return (x, carry), ys
 
         layers = None if self.is_initializing() else self.get_variable("params", "layers")
         if isinstance(layers, tuple):  # see `cpu_layout`
-            layer, outputs = DecoderLayer(c, self.dtype, parent=None), []
+            layer, outputs, state = DecoderLayer(c, self.dtype, parent=None), [], (hidden, carry)
             for i, params in enumerate(layers):
-                item = jax.tree.map(lambda x: x[i], xs)  # noqa: B023
-                hidden, carry, ys = layer.apply({"params": params}, hidden, rotation, attend, carry, item)
+                item = jax.tree.map(lambda x: x[i], (xs, windowed))  # noqa: B023
+                state, ys = body(partial(layer.apply, {"params": params}), state, item)  # type: ignore[arg-type]
                 outputs.append(ys)
-            return self.final_norm(hidden), carry, jax.tree.map(lambda *y: jnp.stack(y), *outputs)
+            return self.final_norm(state[0]), state[1], jax.tree.map(lambda *y: jnp.stack(y), *outputs)
         if self.remat:
             body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
         scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        (hidden, carry), ys = scan(self.layers, (hidden, carry), xs)
+        (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed))
         return self.final_norm(hidden), carry, ys
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """The rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length], any sign."""
+    def _rotations(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """cos and sin of the layers without a window, and, where those with one have their own, theirs."""
         c = self.config
-        return rope.rotate(x, *rope.rotation(positions, c.rope, c.head_dim, c.max_positions))
+        ropes = [c.rope] if c.window_rope is None else [c.rope, c.window_rope]
+        return [rope.rotation(positions, kind, c.head_dim, c.max_positions) for kind in ropes]
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The rotary embedding of x [batch, length, heads, head_dim] at positions i32 [batch, length], any sign.
+
+        That of layers without a window.
+        """
+        return rope.rotate(x, *self._rotations(positions)[0])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""
         if self.config.tie_embeddings and not self.has_variable("params", "lm_head"):
             table = self.embed_tokens.embedding.astype(self.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden)
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden)
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

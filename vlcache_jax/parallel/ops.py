@@ -8,10 +8,12 @@ is no collective in any of them.
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
@@ -61,6 +63,25 @@ class Kernels:
                     near = difflib.get_close_matches(str(name), choices, 1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
                     raise InputError(f"Kernels({op}={name!r}): use one of {', '.join(choices)}, or None{hint}")
+
+
+def of_layer(kinds: Sequence[Any], layer: jax.Array | int, run: Callable[..., Any], *args: Any) -> Any:
+    """`run(kinds[layer], *args)` in a scan over layers: a branch for each kind that there is, none if all are alike.
+
+    So layers that differ in what is static, the window of a mask say, are in one scan, their weights stacked, and only
+    what differs is compiled more than once. Of the branches a device runs the one of its layer.
+
+    Args:
+      kinds: hashable, of every layer.
+      layer: i32 [], traced.
+      run: what it gives has the same shapes for every kind.
+      *args: arrays.
+    """
+    different = tuple(dict.fromkeys(kinds))
+    if len(different) == 1:
+        return run(different[0], *args)
+    index = jnp.asarray([different.index(kind) for kind in kinds], jnp.int32)
+    return jax.lax.switch(index[layer], [partial(run, kind) for kind in different], *args)
 
 
 def attention(
