@@ -59,6 +59,36 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy):
             assert [sorted(x) for x in mine[0]] == [sorted(x) for x in ours[row]]
 
 
+@pytest.mark.bits
+@pytest.mark.parametrize("policy", [vlc.VLCache(0.4), *RULES.values()], ids=["append", *RULES], scope="module")
+def test_rows_of_different_numbers_of_tokens_give_what_they_give_alone(llava, policy):
+    """Row 1 goes on from where it is after four steps, row 0 from its prompt and row 2 after seven."""
+    model, params = llava
+    batch, ahead = ragged_batch(rows=3), np.array([0, 4, 7])
+    step = jax.jit(lambda tokens, state: advance(model, params, tokens, state, vlc.Kernels()))
+
+    def greedy(logits, state, steps):
+        tokens = [jnp.argmax(logits, axis=-1).astype(jnp.int32)]
+        for _ in range(steps):
+            logits, state = step(tokens[-1], state)
+            tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        return np.stack(tokens, axis=1), logits, state
+
+    start = vlc.prefill(model, params, batch, policy, 48)
+    everything, _, _ = greedy(*start, 24)
+    parts = [greedy(*start, n)[1:] for n in ahead]
+
+    def of_rows(*leaves):  # row i of the i-th
+        return jnp.stack([leaf[i] for i, leaf in enumerate(leaves)])
+
+    logits, uneven = jax.tree.map(of_rows, *parts)
+    assert len(set(uneven.next_position.tolist())) == 3
+    tokens, _, last = greedy(logits, uneven, 16)
+    for row, n in enumerate(ahead):
+        np.testing.assert_array_equal(tokens[row], everything[row, n : n + 17])
+    assert last.finite.all()
+
+
 @pytest.mark.parametrize(
     ("policy", "equal"),
     [
@@ -116,7 +146,8 @@ def test_an_answer_longer_than_its_room(llava, policy):
 def test_recompression_of_heads_that_share_a_lane():
     batch = ragged(seed=8)
     _, _, state = program(RULES["recompress"], 6)(scripted_params(batch, 6, 8), batch)
-    context, parts = state.context, (state.tail, state.observed, state.next_position)
+    full = jnp.ones(batch.size, bool)
+    context, parts = state.context, (state.tail, state.observed, state.next_position, full)
     rows, lanes, slots, _ = context.keys.shape
     shared = dataclasses.replace(
         context,
@@ -148,7 +179,8 @@ def test_recompression_keeps_the_older_of_equals():
         before.append(np.sort(positions[row, lane, inside]))
     alike = jax.tree.map(jnp.zeros_like, state.observed)
     context = dataclasses.replace(context, positions=jnp.asarray(positions))
-    after = np.asarray(jax.jit(partial(recompress, rule))(context, state.tail, alike, state.next_position)[2])
+    full = jnp.ones(batch.size, bool)
+    after = np.asarray(jax.jit(partial(recompress, rule))(context, state.tail, alike, state.next_position, full)[2])
     for (row, lane, inside, count), old in zip(segments, before):
         latest, _ = forced(int(count), rule.recent, rule.sinks)
         end = int(state.next_position[row])

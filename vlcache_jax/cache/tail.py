@@ -26,8 +26,8 @@ class TailStore:
       keys: [batch, kv_heads, slots, head_dim], rotated; slots is layers * capacity, or a little more
         (`regular_slots`).
       values: like `keys`.
-      length: i32 [batch]. Tokens appended so far, or since the context last took them in. All rows append at the same
-        slot, so all must have the same length.
+      length: i32 [batch]. Tokens of each row appended so far, or since the context last took them in: a row appends at
+        a slot of its own.
       capacity: slots of a layer (static).
     """
 

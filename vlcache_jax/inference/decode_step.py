@@ -18,7 +18,7 @@ from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.decoding.evict import evicting
-from vlcache_jax.policies.decoding.recompress import RecentQueries, make_room
+from vlcache_jax.policies.decoding.recompress import make_room
 from vlcache_jax.policies.decoding.rules import Evict, Recompress, RollingWindow
 from vlcache_jax.typing import Params, VisionLanguageModel
 
@@ -48,8 +48,8 @@ def decode_step(
       (logits f32 [batch, vocab], new state). A row whose logits are not finite has `finite` False in the new state.
 
     Raises:
-      InputError: the tail is full, where it is never evicted from, or rows have different numbers of generated tokens.
-        Inside `jit`, where neither is known, such a row's logits are NaN.
+      InputError: the tail of a row is full, where it is never evicted from. Inside `jit`, where that is not known, such
+        a row's logits are NaN.
     """
     check_room(state, 1)
     tokens = placed(tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32), params)
@@ -61,21 +61,16 @@ def check_room(state: KVState, tokens: int) -> None:
     """Raises if `tokens` more cannot be appended; waits for the state, unless it is traced.
 
     Raises:
-      InputError: the tail is too full, or rows have different numbers of generated tokens.
+      InputError: the tail of a row is too full.
     """
     tail = state.tail
-    if isinstance(state.decoding, Evict) or isinstance(tail.length, jax.core.Tracer):
+    if state.decoding.unlimited or isinstance(tail.length, jax.core.Tracer):
         return
-    lengths = jax.device_get(on_every_process(tail.length))
-    if lengths.min(initial=lengths.max()) < lengths.max():
-        raise InputError(
-            f"the rows of the state have {lengths.tolist()} generated tokens, but all rows append at the same slot: "
-            "decode rows of different numbers apart, or join states before anything is generated"
-        )
-    if not state.decoding.unlimited and lengths.max() + tokens > tail.capacity:
+    taken = jax.device_get(on_every_process(tail.length)).max()
+    if taken + tokens > tail.capacity:
         raise InputError(
             f"the state has no room for {'another token' if tokens == 1 else f'{tokens} tokens'} (capacity "
-            f"{tail.capacity}, of which {lengths.max()} are taken): prefill with a larger max_new_tokens, or choose "
+            f"{tail.capacity}, of which {taken} are taken): prefill with a larger max_new_tokens, or choose "
             "another rule for generated tokens (Policy.generated)"
         )
 
@@ -111,41 +106,26 @@ def advance(
 
 
 def _fits(state: KVState) -> jax.Array:
-    """bool [batch]: whether a row can be appended to, where all do so: what `check_room` asks, as data."""
-    tail = state.tail
-    if isinstance(state.decoding, Evict):
-        return jnp.ones(tail.length.shape, bool)
-    slot = jnp.max(tail.length)
-    room = True if state.decoding.unlimited else slot < tail.capacity
-    return (tail.length == slot) & room
+    """bool [batch]: whether a row can be appended to, as data."""
+    return state.decoding.unlimited | (state.tail.length < state.tail.capacity)
 
 
 def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
     """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
     tail, observed, rule = state.tail, state.observed, state.decoding
     rows = rule.scoring_rows if isinstance(rule, Recompress) else 0
-    slot, count = jnp.max(tail.length), tail.length[:, None] + 1
+    slot, count = jnp.minimum(tail.length, tail.capacity - 1), tail.length[:, None] + 1  # one that is full stays so
     if isinstance(rule, RollingWindow):
-        slot, count = slot % rule.tokens, jnp.minimum(count, rule.tokens)
+        slot, count = tail.length % rule.tokens, jnp.minimum(count, rule.tokens)
 
     def attend(query, key, value, carry, layer):
         pools, noted = carry
-        start = layer * tail.capacity + slot
-        pools = tuple(
-            jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2)
-            for pool, x in zip(pools, (key, value))
-        )
+        pools = ops.append(kernels, pools, (key[:, 0], value[:, 0]), layer * tail.capacity + slot)
         new = Segments(jnp.full_like(count, layer * tail.capacity), count)
         parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if noted is not None:
-            at = layer * rows + slot % rows
-            noted = RecentQueries(
-                jax.lax.dynamic_update_slice_in_dim(
-                    noted.queries, query.swapaxes(1, 2).astype(noted.queries.dtype), at, axis=2
-                ),
-                jax.lax.dynamic_update_slice_in_dim(noted.lse, lse[..., None], at, axis=2),
-            )
+            noted = noted.note(kernels, query[:, 0], lse, layer, slot % rows)
         return out[:, None], (pools, noted), None
 
     def close(carry: Any) -> KVState:

@@ -150,9 +150,8 @@ def decode(
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
 
     Raises:
-      InputError: seeds that do not fit, max_new_tokens beyond the state's room or the model's positions, or rows with
-        different numbers of generated tokens. What depends on the values of a state that is still being computed is
-        checked when all has run.
+      InputError: seeds that do not fit, or max_new_tokens beyond the state's room or the model's positions. What
+        depends on the values of a state that is still being computed is checked when all has run.
       NonFiniteError: as in `generate`. Inside `jit` nothing tells: use `generate`, or `decode_step` and `state.finite`.
     """
     _check_count(state, max_new_tokens)

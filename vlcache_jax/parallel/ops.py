@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.kernels import append as append_op
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
@@ -30,6 +31,7 @@ _OPS = {
     "attention": attention_op,
     "column_statistics": column_statistics_op,
     "decode_attention": decode_attention_op,
+    "append": append_op,
 }
 
 
@@ -42,6 +44,7 @@ class Kernels:
         that serves.
       column_statistics: "pallas_tpu", "xla", "xla_columns" or "reference".
       decode_attention: "pallas_tpu", "pallas_gpu", "xla", "xla_wide" or "reference".
+      append: of a token's keys and values to those of the answer: "pallas_tpu", "xla" or "reference".
 
     Raises:
       InputError: a name that does not exist.
@@ -53,6 +56,7 @@ class Kernels:
     attention: str | tuple[str, ...] | None = None
     column_statistics: str | None = None
     decode_attention: str | None = None
+    append: str | None = None
 
     def __post_init__(self) -> None:
         for op, module in _OPS.items():
@@ -172,3 +176,16 @@ def union_attention(
     everywhere = [part for part in parts if not any(part is other for other in here)]
     results = [attend(some, axes) for some, axes in ((here, rows), (everywhere, None)) if some]
     return merge(results) if len(results) > 1 else results[0]
+
+
+def append(
+    kernels: Kernels, buffers: Sequence[jax.Array], new: Sequence[jax.Array], slots: jax.Array
+) -> tuple[jax.Array, ...]:
+    """`kernels.append.append`; every buffer is split over its own heads."""
+
+    def run(buffers, new, slots):
+        return append_op.append(buffers, new, slots, implementation=kernels.append)
+
+    places = tuple(PartitionSpec(*split_axes(*buffer.shape[:2])) for buffer in buffers)
+    rows = PartitionSpec(split_axes(slots.shape[0])[0])
+    return local(run, (places, places, rows), places)(tuple(buffers), tuple(new), slots)

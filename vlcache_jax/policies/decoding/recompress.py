@@ -23,6 +23,7 @@ from vlcache_jax.cache.state import KVState
 from vlcache_jax.cache.store import PackedStore, lanes_spec, split
 from vlcache_jax.cache.tail import TailStore
 from vlcache_jax.files.exporting import exportable
+from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import local
 from vlcache_jax.policies.decoding.rules import Recompress
 from vlcache_jax.policies.window import forced
@@ -43,39 +44,54 @@ class RecentQueries:
     Attributes:
       queries: [batch, heads, layers * rows, head_dim], rotated.
       lse: f32 [batch, heads, layers * rows]. The log-sum-exp of their scaled logits over all that they saw.
+      rows: of the ring (static).
     """
 
     queries: jax.Array
     lse: jax.Array
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    def note(
+        self, kernels: ops.Kernels, query: jax.Array, lse: jax.Array, layer: jax.Array, slot: jax.Array
+    ) -> "RecentQueries":
+        """With a step's queries [batch, heads, head_dim] and lse [batch, heads] in slots i32 [batch] of a layer."""
+        rows = self.rows
+        (queries,) = ops.append(kernels, (self.queries,), (query,), layer * rows + slot)
+        here = jax.lax.iota(jnp.int32, rows)[None, None] == slot[:, None, None]
+        old = jax.lax.dynamic_slice_in_dim(self.lse, layer * rows, rows, axis=2)
+        new = jnp.where(here, lse[..., None], old)
+        return RecentQueries(queries, jax.lax.dynamic_update_slice_in_dim(self.lse, new, layer * rows, axis=2), rows)
 
     def partition_specs(self) -> "RecentQueries":
         """See `PackedStore.partition_specs`."""
         spec = lanes_spec(*self.queries.shape[:2])
-        return RecentQueries(spec, spec)  # type: ignore[arg-type]
+        return RecentQueries(spec, spec, self.rows)  # type: ignore[arg-type]
 
 
 def no_queries(queries: jax.Array) -> RecentQueries:
     """An empty ring, from zeros [layers, batch, heads, rows, head_dim]."""
     layers, batch, heads, rows, head_dim = queries.shape
     empty = queries.transpose(1, 2, 0, 3, 4).reshape(batch, heads, layers * rows, head_dim)
-    return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)))
+    return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)), rows)
 
 
 def make_room(state: KVState) -> KVState:
-    """Recompresses if the tail is full; to be called before a step. `Recompress.check` refused quantised stores."""
+    """Recompresses the rows whose tail is full; to be called before a step."""
     context, tail, observed = state.context, state.tail, state.observed
     rule = state.decoding
     assert isinstance(rule, Recompress)
-    full = jnp.max(tail.length) >= rule.every
+    full = tail.length >= rule.every
 
     def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
-        return recompress(rule, store, tail, observed, state.next_position)
+        return recompress(rule, store, tail, observed, state.next_position, full)
 
     def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
         return buffers
 
-    keys, values, positions = jax.lax.cond(full, rewritten, same, context.keys, context.values, context.positions)
+    keys, values, positions = jax.lax.cond(
+        jnp.any(full), rewritten, same, context.keys, context.values, context.positions
+    )
     return dataclasses.replace(
         state,
         context=dataclasses.replace(context, keys=keys, values=values, positions=positions),
@@ -84,18 +100,28 @@ def make_room(state: KVState) -> KVState:
 
 
 def recompress(
-    rule: Recompress, context: PackedStore, tail: TailStore, observed: RecentQueries, next_position: jax.Array
+    rule: Recompress,
+    context: PackedStore,
+    tail: TailStore,
+    observed: RecentQueries,
+    next_position: jax.Array,
+    full: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The context's keys, values and positions after it has taken in a full tail."""
+    """The context's keys, values and positions after it has taken in the tails that are full, bool [batch]."""
     spec: Any = lanes_spec(*context.keys.shape[:2])  # heads that share a lane stay together
     row: Any = PartitionSpec(spec[0])
     of_tail = dataclasses.replace(tail, keys=spec, values=spec, length=row)
-    inputs = (context.partition_specs(), of_tail, RecentQueries(spec, spec), row)
-    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_position)
+    inputs = (context.partition_specs(), of_tail, RecentQueries(spec, spec, observed.rows), row, row)
+    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_position, full)
 
 
 def _recompress(
-    rule: Recompress, context: PackedStore, tail: TailStore, observed: RecentQueries, next_position: jax.Array
+    rule: Recompress,
+    context: PackedStore,
+    tail: TailStore,
+    observed: RecentQueries,
+    next_position: jax.Array,
+    full: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`recompress` on one device, for its rows and lanes.
 
@@ -143,7 +169,7 @@ def _recompress(
     new_positions = jnp.broadcast_to((end - every + jax.lax.iota(jnp.int32, every)[None, None])[:, :, None], new.shape)
     stays, enters = _keep((old, new), (context.positions, new_positions), used, known, offsets, lengths, end, rule)
 
-    leaves = used & ~stays
+    leaves = used & ~stays & full[:, None, None]
     before = jnp.cumsum(leaves, axis=2, dtype=jnp.int32) - leaves.astype(jnp.int32)  # in the lane
     first = jnp.take_along_axis(before, jnp.take_along_axis(offsets, segment, axis=2), axis=2)
     entering = _flat(indices(enters, every))  # their slots in the tail, then `every`
