@@ -15,8 +15,7 @@ from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.packing import value_channels
-from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.data.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
 from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values

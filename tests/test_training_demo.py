@@ -10,7 +10,6 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlcache_jax as vlc
-from vlcache_jax.demo.data.evaluate import evaluate_demo
 from vlcache_jax.demo.data.export import EXAMPLES
 from vlcache_jax.demo.data.samples import make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
@@ -84,9 +83,3 @@ def test_examples_are_small_and_answerable(run):
             with Image.open(folder / name) as image:
                 assert image.size == (512, 512)
     assert max(len(entry["images"]) for entry in entries) == 2
-
-
-def test_evaluation_scores_every_sample(vlm):
-    score = evaluate_demo(vlm, "documents", vlc.FullCache(), samples=3, batch_size=2, max_new_tokens=4)
-    assert score.samples == 3
-    assert 0.0 <= score.exact_match <= score.anls <= 1.0

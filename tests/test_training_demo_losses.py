@@ -8,7 +8,7 @@ from vlcache_jax.demo.recipe import eviction as demo_eviction
 from vlcache_jax.demo.recipe.alignment import alignment
 from vlcache_jax.demo.recipe.recipe import FULL, Shape
 from vlcache_jax.demo.recipe.train import demo_batch
-from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.attention import Mask, attention
 
 BATCH = demo_batch(FULL, Shape(("documents", "scenes"), 4, 1, 2, 192), 0, 1)
 LENGTH, COLUMNS = 192, 24
@@ -35,7 +35,7 @@ def test_look_ahead_targets_are_the_rest_of_the_answers():
 def test_eviction_of_nothing_is_full_attention(monkeypatch):
     query, key, value = arrays()
     segments = jnp.asarray(BATCH.train.segments)
-    full, _ = attention(query, key, value, segments=segments)
+    full, _ = attention(query, key, value, Mask(segments=segments))
     monkeypatch.setattr(demo_eviction, "_KEPT", (10_000,))
     new = demo_eviction.evicted_attention(jnp.zeros_like(full), query, key, value, segments, COLUMNS, BATCH.ahead)
     changed = np.asarray(jnp.any(new != 0, axis=(2, 3)))

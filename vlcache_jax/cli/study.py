@@ -3,23 +3,19 @@
 import argparse
 import datetime
 import warnings
-import zlib
-from pathlib import Path
 
 from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
 from vlcache_jax.cli.options import output_folder
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
-from vlcache_jax.demo.assets import MODEL, demo_assets
-from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.data.samples import FULL_GRID, TASKS
-from vlcache_jax.demo.study.methods import BUDGETS, choose, choose_methods
+from vlcache_jax.demo.assets import MODEL, checksum, demo_assets
+from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, TASKS
+from vlcache_jax.demo.study.methods import choose, choose_budgets, choose_methods
 from vlcache_jax.demo.study.pages import write_pages
 from vlcache_jax.demo.study.results import ResultFile
 from vlcache_jax.demo.study.run import MODES, run_study
 from vlcache_jax.demo.study.tasks import DEFAULT_TASKS
-from vlcache_jax.errors import CheckpointError, InputError, PolicyWarning
-from vlcache_jax.files.reading import read_plain
+from vlcache_jax.errors import InputError, PolicyWarning
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -28,7 +24,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     methods = choose_methods(arguments.methods)
     tasks = choose("tasks", arguments.tasks or DEFAULT_TASKS, TASKS)
     modes = choose("modes", arguments.modes, MODES)
-    budgets = _budgets(arguments.budgets)
+    budgets = choose_budgets(arguments.budgets)
     progress.step("opening the checkpoint")
     assets = demo_assets(arguments.assets)
     opened = open_checkpoint(assets / MODEL, None)
@@ -40,7 +36,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         )
     study = {
         "model": opened.model.config.model_type,
-        "checkpoint": _checksum(assets / MODEL),
+        "checkpoint": checksum(assets / MODEL),
         "dtype": opened.dtype,
         "samples": arguments.samples,
         "seed": HELD_OUT_SEED,
@@ -67,25 +63,3 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     for path in paths:
         emit(str(path))
     remark(f"{len(file.results)} results in {file.path}")
-
-
-def _budgets(wanted: list[float] | None) -> list[float]:
-    """Raises InputError for budgets that are no fractions, or named twice."""
-    budgets = sorted(wanted or BUDGETS)
-    for budget in budgets:
-        if not 1e-4 <= budget <= 1:
-            raise InputError(f"--budgets: {budget:g} is out of range: give fractions in (0, 1], and not below 0.0001")
-        if budgets.count(budget) > 1:
-            raise InputError(f"--budgets: {budget:g} is named twice: name it once")
-    return budgets
-
-
-def _checksum(folder: Path) -> str:
-    """Of the weights: results of different checkpoints must not be mixed."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            total = zlib.crc32(read_plain(path), total)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return f"{total:08x}"

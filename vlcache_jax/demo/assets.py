@@ -1,6 +1,7 @@
 """The checkpoint and the questions that ship with the package."""
 
 import dataclasses
+import zlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,14 @@ def make_batch(processor: Processor, questions: list[Question]) -> Batch:
             for question in questions
         ]
     )
+
+
+def checksum(folder: Path) -> str:
+    """Of the weights: results of different checkpoints must not be mixed."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            total = zlib.crc32(read_plain(path), total)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return f"{total:08x}"

@@ -17,6 +17,9 @@ FULL_GRID = 16
 IMAGE_MEAN, IMAGE_STD = 0.85, 0.25
 """Of all channels, for pixels in [0, 1]: pages are mostly paper, so this centres them."""
 
+HELD_OUT_SEED = 1_000_003
+"""Of the samples that evaluation draws; training never uses it."""
+
 TASKS = ("documents", "document_pairs", "prices", "scenes", "counts", "places")
 
 

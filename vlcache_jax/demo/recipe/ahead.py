@@ -19,6 +19,8 @@ import optax
 
 from vlcache_jax.training.batch import TrainBatch
 
+QUESTION = 24  # columns before an answer that can be of its question
+
 
 class Ahead(NamedTuple):
     """Where the questions of a packed batch end, and what their last rows shall predict.
@@ -31,6 +33,12 @@ class Ahead(NamedTuple):
 
     rows: jax.Array | np.ndarray
     targets: jax.Array | np.ndarray
+
+
+def take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows [batch, questions, n] of x [batch, length, ...]."""
+    index = rows.reshape(rows.shape[0], -1, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1).reshape(*rows.shape, *x.shape[2:])
 
 
 def ahead_targets(batch: TrainBatch, questions: int, depth: int, tokens: int) -> Ahead:
@@ -54,9 +62,7 @@ def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
 
 def ahead_loss(heads: jax.Array, hidden: jax.Array, ahead: Ahead) -> tuple[jax.Array, jax.Array]:
     """(mean cross entropy, accuracy) of the heads on hidden states [batch, length, width]."""
-    batch, questions, depth = ahead.rows.shape
-    rows = jnp.take_along_axis(hidden, jnp.asarray(ahead.rows).reshape(batch, -1, 1), axis=1)
-    rows = rows.reshape(batch, questions, depth, -1)
+    rows = take(hidden, jnp.asarray(ahead.rows))
     logits = jnp.einsum("bqdw,twv->bqdtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
     targets = jnp.broadcast_to(jnp.asarray(ahead.targets)[:, :, None], logits.shape[:-1])
     wanted, targets = targets >= 0, jnp.maximum(targets, 0)

@@ -12,9 +12,7 @@ for every question, layer and KV head, over the columns of the images and of the
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.demo.recipe.ahead import Ahead
-
-_QUESTION = 24  # columns before the answer that can be of its question
+from vlcache_jax.demo.recipe.ahead import QUESTION, Ahead, take
 
 
 def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: int, ahead: Ahead) -> jax.Array:
@@ -27,16 +25,12 @@ def alignment(query: jax.Array, key: jax.Array, segments: jax.Array, columns: in
       columns: the first so many of the prompt hold the images.
       ahead: where questions end and answers begin.
     """
-    batch, length, kv_heads, head_dim = key.shape
+    _, length, kv_heads, head_dim = key.shape
     last, written = jnp.asarray(ahead.rows), jnp.asarray(ahead.targets) >= 0
     # The row before an answer writes its first token; the rows after that one write the others.
     writing = jnp.minimum(last[:, :, :1] + 1 + jax.lax.iota(jnp.int32, written.shape[2])[None, None], length - 1)
     asked = last[:, :, 0] > 0
-    text = jnp.maximum(last[:, :, :1] - jax.lax.iota(jnp.int32, _QUESTION)[None, None], 0)  # [batch, questions, text]
-
-    def take(x: jax.Array, rows: jax.Array) -> jax.Array:  # x [batch, length, ...], rows [batch, questions, n]
-        index = rows.reshape(batch, -1, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1).reshape(*rows.shape, *x.shape[2:])
+    text = jnp.maximum(last[:, :, :1] - jax.lax.iota(jnp.int32, QUESTION)[None, None], 0)  # [batch, questions, text]
 
     segments = jnp.asarray(segments)
     own = (take(segments, text) == take(segments, last[:, :, :1])) & asked[..., None]

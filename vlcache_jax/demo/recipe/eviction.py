@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.selection import largest
-from vlcache_jax.demo.recipe.ahead import Ahead
+from vlcache_jax.demo.recipe.ahead import QUESTION, Ahead, take
 
-_QUESTION = 24  # columns before the answer that can be of its question
 _KEPT = (12, 20, 28, 48, 100_000)  # columns kept, in turn
 
 
@@ -36,14 +35,10 @@ def evicted_attention(
         last + 1 + jax.lax.iota(jnp.int32, written.shape[2])[None, None], length - 1
     )  # [batch, questions, answer]
     near = (
-        last + jnp.arange(1 - _QUESTION, 1 + written.shape[2], dtype=jnp.int32)[None, None]
+        last + jnp.arange(1 - QUESTION, 1 + written.shape[2], dtype=jnp.int32)[None, None]
     )  # of the question and the answer
     exists = (near >= 0) & (near < length)
     near = jnp.clip(near, 0, length - 1)
-
-    def take(x: jax.Array, index: jax.Array) -> jax.Array:  # [batch, length, ...] -> [batch, questions, n, ...]
-        flat = index.reshape(batch, -1, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, flat, axis=1).reshape(*index.shape, *x.shape[2:])
 
     own = exists & (take(segments, near) == take(segments, last)) & (take(segments, last) > 0)
     q = take(query, rows).reshape(*rows.shape, kv_heads, -1, head_dim)

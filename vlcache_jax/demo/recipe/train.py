@@ -17,9 +17,8 @@ import numpy as np
 import optax
 
 from vlcache_jax.demo.data.conversations import conversation, patch_hints
-from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
 from vlcache_jax.demo.data.export import export_demo, write_examples
-from vlcache_jax.demo.data.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.recipe import init as demo_init
 from vlcache_jax.demo.recipe.ahead import Ahead, ahead_loss, ahead_targets, init_ahead
 from vlcache_jax.demo.recipe.alignment import alignment
@@ -29,7 +28,7 @@ from vlcache_jax.demo.recipe.vision import init_head, normalise, patch_batches, 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.inputs import Batch
-from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.attention import Mask, attention
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.training.batch import TrainBatch, pack
@@ -82,7 +81,7 @@ def _run(model: Llava, params: Params, batch: DemoBatch, *, evict: bool) -> tupl
     columns = train.batch.pixels.shape[1] * batch.patch_ids.shape[0] + _PREFIX
 
     def attend(query, key, value, carry, xs):
-        out, _ = attention(query, key, value, segments=train.segments, with_lse=False)
+        out, _ = attention(query, key, value, Mask(segments=train.segments), with_lse=False)
         if evict:
             out = evicted_attention(out, query, key, value, train.segments, columns, batch.ahead)
         return out, carry, alignment(query, key, train.segments, columns, batch.ahead)

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.data.samples import FULL_GRID, make_sample
+from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.study.drawing import GREY, Sheet, text_width
 from vlcache_jax.demo.study.methods import Method
 from vlcache_jax.errors import InputError

@@ -114,3 +114,14 @@ def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> lis
         if list(wanted or ()).count(name) > 1:
             raise InputError(f"--{kind}: {name!r} is named twice: name it once")
     return list(wanted or known)
+
+
+def choose_budgets(wanted: list[float] | None) -> list[float]:
+    """The budgets, ascending, or all. Raises InputError for those that are no fractions, or named twice."""
+    budgets = sorted(wanted or BUDGETS)
+    for budget in budgets:
+        if not 1e-4 <= budget <= 1:
+            raise InputError(f"--budgets: {budget:g} is out of range: give fractions in (0, 1], and not below 0.0001")
+        if budgets.count(budget) > 1:
+            raise InputError(f"--budgets: {budget:g} is named twice: name it once")
+    return budgets

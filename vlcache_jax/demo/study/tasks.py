@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vlcache_jax.demo.data.evaluate import HELD_OUT_SEED
-from vlcache_jax.demo.data.samples import make_sample
+from vlcache_jax.demo.data.samples import HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
 from vlcache_jax.evaluation.metrics import anls, cider_d, exact_match
 from vlcache_jax.inputs import TEXT, Batch
