@@ -71,6 +71,12 @@ def test_the_hall_holds_the_public_namespace_only():
     assert folders == set(ROOMS)
 
 
+def test_files_are_short():
+    for folder in ("vlcache_jax", "models", "tests", "benchmarks"):  # kernels apart
+        for path in (ROOT / folder).rglob("*.py"):
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+
+
 def test_no_circle_of_imports():
     """Between modules, names that are imported inside functions included."""
     graph = {name: {other for other in imports(path) if other in MODULES} for name, path in MODULES.items()}
