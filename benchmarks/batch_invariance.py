@@ -156,7 +156,7 @@ def alone(batch: vlc.Batch, row: int, length: int) -> vlc.Batch:
 @functools.partial(jax.jit, static_argnames=("model", "policy"))
 def kept_positions(model: Replay, policy: vlc.Policy, recording: Recording, batch: vlc.Batch) -> list[jax.Array]:
     """i32 [batch, kv_heads, n] for each layer, ascending, -1 where there are fewer."""
-    _, state = vlc.prefill(model, {"model": {}, "recording": recording}, batch, policy, 4)
+    _, state = vlc.prefill(model, {"model": {}, "recording": recording}, batch, policy).start(4)
     return [state.kept_positions(layer) for layer in range(model.spec.num_layers)]
 
 

@@ -28,7 +28,7 @@ from vlcache_jax.models.io.params_reader import load_params
 
 def ours(model: Llava, params: Any, batch: vlc.Batch, policy: vlc.Policy, steps: int) -> Callable[[], np.ndarray]:
     """A function that decodes `steps` tokens after the prompts' first one: the program that `vlc.generate` runs."""
-    logits, state = jax.block_until_ready(vlc.prefill(model, params, batch, policy, steps + 1))
+    logits, state = jax.block_until_ready(vlc.prefill(model, params, batch, policy).start(steps + 1))
     return lambda: jax.block_until_ready(vlc.decode(model, params, logits, state, steps + 1, eos_token_ids=())[0])
 
 

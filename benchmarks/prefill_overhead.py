@@ -33,7 +33,7 @@ def main() -> None:
         "VL-Cache": vlc.VLCache(budget=args.budget),
     }
     sides = {
-        name: lambda policy=policy: harness.timed(lambda: vlc.prefill(model, params, batch, policy, 16))
+        name: lambda policy=policy: harness.timed(lambda: vlc.prefill(model, params, batch, policy).start(16))
         for name, policy in policies.items()
     }
     timings = harness.alternate(sides, args.repeats)

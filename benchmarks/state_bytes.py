@@ -19,7 +19,7 @@ def context_bytes(shape: str, length: int, policy: vlc.Policy) -> int:
     size = config.vision.image_size
     pixels = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32)
     batch = vlc.Batch(integers, jax.ShapeDtypeStruct((1,), jnp.int32), integers, pixels)
-    _, state = jax.eval_shape(lambda p, b: vlc.prefill(model, p, b, policy, 64), model.abstract_params(), batch)
+    _, state = jax.eval_shape(lambda p, b: vlc.prefill(model, p, b, policy).start(64), model.abstract_params(), batch)
     return state.context.nbytes
 
 

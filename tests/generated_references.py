@@ -66,7 +66,7 @@ def program(policy, steps):
 
     @jax.jit
     def run(params, batch, poison=False):
-        _, first = vlc.prefill(model, params, batch, policy, steps)
+        _, first = vlc.prefill(model, params, batch, policy).start(steps)
         bad = jnp.where(poison, jnp.nan, 0)
         free = (first.context.positions < 0)[..., None]
         context = {x: jnp.where(free, bad, getattr(first.context, x)) for x in ("keys", "values")}

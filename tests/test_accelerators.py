@@ -33,7 +33,7 @@ def forward(params, batch):
 
 
 def full_prefill(params, batch):
-    return vlc.prefill(model(), params, batch, vlc.FullCache(), 8)
+    return vlc.prefill(model(), params, batch, vlc.FullCache()).start(8)
 
 
 @pytest.mark.parametrize("run", [forward, full_prefill])

@@ -87,7 +87,7 @@ def test_a_conversation_is_one_long_prompt(llava, batch, full):
         assert len(ctx.stores) == 2, "turns share a store"
         whole = followed_by(batch, *history)
         np.testing.assert_array_equal(ctx.next_position, whole.lengths)
-        logits, state = vlc.prefill(*llava, whole, vlc.FullCache(), NEW)
+        logits, state = vlc.prefill(*llava, whole, vlc.FullCache()).start(NEW)
         np.testing.assert_allclose(ctx.logits, logits, atol=1e-5)
         if ctx is not last:
             answer, (tokens, lengths) = out if ctx is asked else more, vlc.decode(*llava, logits, state, NEW)
@@ -128,6 +128,29 @@ def test_samples_are_branches_with_seeds_of_their_own(ctx):
         one = vlc.answer(asked, None, NEW, seeds=7 + sample, **options)
         np.testing.assert_array_equal(out.tokens[:, sample], one.tokens)
     assert not np.array_equal(out.tokens[:, 0], out.tokens[:, 1])
+
+
+@pytest.mark.parametrize("decoding", ["window:4", "recompress:4", "evict"])
+def test_every_rule_for_generated_tokens(llava, batch, decoding, tmp_path):
+    """Answers work on a copy of what a rule rewrites, every branch on its own."""
+    ctx = vlc.compress(*llava, batch, vlc.H2O(budget=0.4, decoding=decoding))
+    options = {"sampling": vlc.Sampling(temperature=4.0), **FREE}
+    drawn = vlc.answer(ctx, None, NEW, samples=2, seeds=7, **options)
+    for i in range(2):
+        alone = vlc.generate(*llava, batch, vlc.H2O(budget=0.4, decoding=decoding), NEW, seeds=7 + i, **options)
+        np.testing.assert_array_equal(drawn.tokens[:, i], alone.tokens)
+    np.testing.assert_array_equal(vlc.answer(ctx, None, NEW, seeds=8, **options).tokens, drawn.tokens[:, 1])
+    path = tmp_path / "context.safetensors"
+    if decoding != "window:4":
+        with pytest.raises(vlc.PolicyError, match=r"'h2o' has the rule generated=.* nothing can be appended"):
+            vlc.answer(ctx, questions())
+        with pytest.raises(vlc.InputError, match=r"rewrites what was kept: a file holds"):
+            vlc.save_context(ctx, path)
+        return
+    vlc.save_context(ctx, path)
+    again = vlc.load_context(path, *llava)
+    assert again.decoding == vlc.RollingWindow(4)
+    np.testing.assert_array_equal(vlc.answer(again, None, NEW, seeds=8, **options).tokens, drawn.tokens[:, 1])
 
 
 def test_pure_and_compiled_once(ctx, answers):
@@ -171,7 +194,7 @@ def test_bfloat16(batch):
     asked = questions()
     ctx = vlc.extend(vlc.compress(model, params, batch), asked)
     assert {store.keys.dtype for store in ctx.stores} == {jnp.dtype("bfloat16")}
-    plain, _ = vlc.prefill(model, params, followed_by(batch, asked), vlc.FullCache(), 1)
+    plain, _ = vlc.prefill(model, params, followed_by(batch, asked), vlc.FullCache()).start(1)
     np.testing.assert_allclose(ctx.logits, plain, atol=0.05 * float(jnp.std(plain)))
 
 

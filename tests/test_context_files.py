@@ -192,6 +192,12 @@ TAMPERED = {
     "kept": (replace("report.kept", lambda x: x[:, :1]), "'report.kept' is int32"),
     "strange": (lambda _, arrays: arrays.update(x=np.zeros(1, np.int64)), r"\['x'\] have no place"),
     "extra": (lambda _, arrays: arrays.update(x=np.zeros(1, np.int32)), r"\['x'\] have no place"),
+    "rule": (describe(decoding={"kind": "Evict"}), "its rule for generated tokens is .*Evict"),
+    "window": (
+        describe(decoding={"kind": "RollingWindow", "tokens": 2**40}),
+        "its rule for generated tokens is Rolling",
+    ),
+    "empty window": (describe(decoding={"kind": "RollingWindow", "tokens": 0}), "its rule .* out of range"),
     "lacking": (lambda _, arrays: arrays.pop("report.exact"), "'report.exact' is missing"),
 }
 
@@ -205,8 +211,10 @@ def test_untrusted_files(ctx, saved, name):
 
 
 def test_versions(ctx, saved):
-    tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=1))
-    with pytest.raises(vlc.CheckpointError, match=r"format version 1, this library reads version 2.*checksums.*again"):
+    tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=2))
+    with pytest.raises(
+        vlc.CheckpointError, match=r"format version 2, this library reads version 3.*rule for generated tokens.*again"
+    ):
         vlc.load_context(saved, ctx.model, ctx.params)
 
 

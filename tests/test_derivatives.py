@@ -62,7 +62,7 @@ def expected(tiny):
 
 def check_prefill(tiny, expected, policy):
     model, params, batch, weights = tiny
-    objective = lambda params: jnp.sum(vlc.prefill(model, params, batch, policy, 4)[0] * weights)  # noqa: E731
+    objective = lambda params: jnp.sum(vlc.prefill(model, params, batch, policy).start(4)[0] * weights)  # noqa: E731
     found = jax.jit(jax.grad(objective))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), found, expected)
 
@@ -80,7 +80,7 @@ def test_gradients_of_a_prefill_under_every_other_policy(tiny, expected, policy)
 
 def test_forward_mode_and_plain_calls(tiny, expected):
     model, params, batch, weights = tiny
-    objective = lambda params: jnp.sum(vlc.prefill(model, params, batch, POLICIES["vl_cache"], 4)[0] * weights)  # noqa: E731
+    objective = lambda params: jnp.sum(vlc.prefill(model, params, batch, POLICIES["vl_cache"]).start(4)[0] * weights)  # noqa: E731
     direction = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     _, along = jax.jit(lambda params: jax.jvp(objective, (params,), (direction,)))(params)
     total = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(direction)))
@@ -94,7 +94,7 @@ def test_kept_keys_and_values_have_derivatives(tiny):
     model, params, batch, _ = tiny
 
     def kept(params, policy):
-        _, state = vlc.prefill(model, params, batch, policy, 4)
+        _, state = vlc.prefill(model, params, batch, policy).start(4)
         used = (state.context.positions >= 0)[..., None]
         return jnp.sum(jnp.where(used, state.context.values, 0))
 
@@ -110,7 +110,7 @@ def test_a_decode_step_is_differentiable(tiny, policy):
     policy = dataclasses.replace(policy, budget=1.0) if policy.keeps_all else policy
 
     def two_steps(params):
-        _, state = vlc.prefill(model, params, batch, policy, 4)
+        _, state = vlc.prefill(model, params, batch, policy).start(4)
         return jnp.sum(vlc.decode_step(model, params, jnp.full((ROWS,), 9), state)[0] * weights)
 
     found = jax.jit(jax.grad(two_steps))(params)

@@ -170,12 +170,13 @@ def test_state_of_a_ragged_batch(tmp_path: Path, next: bool) -> None:
     images = [Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)) for _ in range(2)]
     batch = vlm.processor(images=[[], images], text=["w1 w2 w3 w4", "<image> w1 <image> w2 w3"])
     policy = vlc.VLCache(0.3)
-    _, state = vlc.prefill(vlm.model, vlm.params, batch, policy, 4)
+    ctx = vlc.compress(vlm.model, vlm.params, batch, policy)
+    _, state = ctx.start(4)
     out = vlc.generate(vlm.model, vlm.params, batch, policy, 4)
-    by_layer = kept_by_layer(state, 1)
+    by_layer = kept_by_layer(ctx, 1)
     for layer, kept in enumerate(by_layer):
         theirs = np.asarray(state.kept_positions(layer)[1])
         assert [set(a[a >= 0]) for a in kept] == [set(a[a >= 0]) for a in theirs]
-    drawn = explain(images, batch, state, out.report, vlm.processor.layout, row=1)
+    drawn = explain(images, batch, ctx, out.report, vlm.processor.layout, row=1)
     again = explain(images, batch, by_layer, out.report, vlm.processor.layout, row=1)
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(again))

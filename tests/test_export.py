@@ -40,7 +40,7 @@ def test_prefill_and_a_step():
     of_step = jax.tree.map(lambda x: x[:, :, -1:], params)
 
     def prefill(params, batch):
-        return vlc.prefill(model, params, batch, POLICY, 4)
+        return vlc.prefill(model, params, batch, POLICY).start(4)
 
     def step(params, tokens, state):
         return vlc.decode_step(model, params, tokens, state)

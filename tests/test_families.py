@@ -172,9 +172,9 @@ def test_what_is_saved_is_loaded_and_answers(vlm, tmp_path):
     )
     policy = vlc.VLCache(budget=0.5)
     out = vlc.generate(again.model, again.params, batch, policy, max_new_tokens=5)
-    _, state = vlc.prefill(again.model, again.params, batch, policy, 5)
+    ctx = vlc.compress(again.model, again.params, batch, policy)
     assert again.processor.decode(out) == vlm.processor.decode(vlc.generate(vlm.model, vlm.params, batch, policy, 5))
-    drawn = explain([picture()] * 2, batch, state, out.report, again.processor.layout)
+    drawn = explain([picture()] * 2, batch, ctx, out.report, again.processor.layout)
     assert drawn.width == 1600
 
 

@@ -54,7 +54,9 @@ def ways(model, params, batch, policy):
     return {
         "generate": lambda: vlc.generate(model, params, batch, policy, NEW, **OPTIONS),
         "stream": lambda: list(vlc.stream(model, params, batch, policy, NEW, **OPTIONS)),
-        "decode": lambda: vlc.decode(model, params, *vlc.prefill(model, params, batch, policy, NEW), NEW, **OPTIONS),
+        "decode": lambda: vlc.decode(
+            model, params, *vlc.prefill(model, params, batch, policy).start(NEW), NEW, **OPTIONS
+        ),
         "compress": lambda: vlc.compress(model, params, batch, policy),
         "answer": answered,
         "extend": extended,
@@ -130,7 +132,7 @@ def test_a_step_of_the_answer_counts_until_the_row_has_ended(llava, batch):
         model, bad, batch, FULL, NEW, **(options | {"eos_token_ids": [token]})
     )  # what follows is no answer
     assert int(ended.lengths[2]) == 2
-    logits, state = vlc.prefill(model, bad, batch, FULL, NEW)
+    logits, state = vlc.prefill(model, bad, batch, FULL).start(NEW)
     assert state.finite.tolist() == [True] * 3
     for step in range(2):
         logits, state = vlc.decode_step(model, bad, good[:, step], state)
@@ -140,7 +142,7 @@ def test_a_step_of_the_answer_counts_until_the_row_has_ended(llava, batch):
 
 def test_logits_that_a_caller_masks_are_usable(llava, batch):
     model, params = llava
-    logits, state = vlc.prefill(model, params, batch, FULL, NEW)
+    logits, state = vlc.prefill(model, params, batch, FULL).start(NEW)
     tokens, _ = vlc.decode(model, params, logits.at[:, :40].set(-jnp.inf), state, NEW, **OPTIONS)
     assert int(tokens[:, 0].min()) >= 40
     with pytest.raises(vlc.NonFiniteError, match="row 1"):
@@ -157,8 +159,8 @@ def test_nothing_is_read_between_prefill_and_decoding(llava, batch, policy, monk
     def forbidden(*_, **__):
         raise AssertionError("an array was read on the host")
 
-    def prefill(*args, **kwargs):
-        out = vlc.prefill(*args, **kwargs)
+    def run_prompts(*args):
+        out = prompts(*args)
         for name in (
             "__array__",
             "__bool__",
@@ -178,8 +180,8 @@ def test_nothing_is_read_between_prefill_and_decoding(llava, batch, policy, monk
         monkeypatch.undo()
         return out
 
-    real = generation.decode_all
-    monkeypatch.setattr(generation, "prefill", prefill)
+    real, prompts = generation.decode_all, generation.run_prompts
+    monkeypatch.setattr(generation, "run_prompts", run_prompts)
     monkeypatch.setattr(generation, "decode_all", decode_all)
     vlc.generate(model, params, batch, policy, NEW)
     assert inside

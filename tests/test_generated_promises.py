@@ -15,7 +15,6 @@ from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.inference.decode_step import advance
-from vlcache_jax.inference.report import make_report
 from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.policies import AccumulatedAttention, policy_by_name
 from vlcache_jax.policies.decoding.recompress import recompress
@@ -74,7 +73,7 @@ def test_rows_of_different_numbers_of_tokens_give_what_they_give_alone(llava, po
             tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         return np.stack(tokens, axis=1), logits, state
 
-    start = vlc.prefill(model, params, batch, policy, 48)
+    start = vlc.prefill(model, params, batch, policy).start(48)
     everything, _, _ = greedy(*start, 24)
     parts = [greedy(*start, n)[1:] for n in ahead]
 
@@ -111,7 +110,7 @@ def test_a_budget_of_one_evicts_nothing(llava):
     batch = ragged_batch(rows=2)
     for generated in (vlc.Evict(), vlc.Recompress(2)):
         policy = dataclasses.replace(vlc.H2O(1.0), generated=generated)
-        _, state = vlc.prefill(model, params, batch, policy, 4)
+        _, state = vlc.prefill(model, params, batch, policy).start(4)
         assert state.decoding == vlc.Append()
 
 
@@ -130,12 +129,13 @@ def test_an_answer_longer_than_its_room(llava, policy):
     jitted = run(params, batch)
     run(params, ragged_batch(rows=4, seed=1))
     assert len(traces) == 1
-    logits, state = vlc.prefill(model, params, batch, policy, NEW)
+    ctx = vlc.prefill(model, params, batch, policy)
+    logits, state = ctx.start(NEW)
     before = jax.tree.map(np.asarray, state)
     streamed = list(vlc.stream_decode(model, params, logits, state, NEW, eos_token_ids=[]))
     np.testing.assert_array_equal(np.stack(streamed, axis=1), jitted)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, state)))
-    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
+    report = ctx.report.of_answers(state)
     rest = (state.next_position, state.allocation, state.finite)
     assert report.state_bytes + report.tail_bytes == sum(x.nbytes for x in jax.tree.leaves(state)) - sum(
         x.nbytes for x in jax.tree.leaves(rest)
@@ -191,7 +191,7 @@ def test_recompression_keeps_the_older_of_equals():
 
 def test_rows_end_on_their_own(llava):
     model, params = llava
-    logits, state = vlc.prefill(model, params, ragged_batch(rows=4), RULES["h2o"], NEW)
+    logits, state = vlc.prefill(model, params, ragged_batch(rows=4), RULES["h2o"]).start(NEW)
     tokens = np.asarray(vlc.decode(model, params, logits, state, NEW, eos_token_ids=[])[0])
     stop = int(tokens[0, 20])
     out, lengths = vlc.decode(model, params, logits, state, NEW, eos_token_ids=[stop])
@@ -216,7 +216,7 @@ def test_mesh_gives_the_same_tokens(llava, name):
 def test_a_step_updates_the_state_in_place(llava, policy):
     model, params = llava
     policy = dataclasses.replace(policy, budget=200)
-    _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy, 4)
+    _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy).start(4)
     step = jax.jit(lambda p, t, s: advance(model, p, t, s, vlc.Kernels()), donate_argnums=2)
     memory = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile().memory_analysis()
     buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail, state.observed)))
@@ -281,7 +281,7 @@ def test_rules_by_name():
 
 def test_an_answer_must_fit_the_models_positions(llava):
     model, params = llava
-    logits, state = vlc.prefill(model, params, ragged_batch(rows=1), RULES["window"], 4)
+    logits, state = vlc.prefill(model, params, ragged_batch(rows=1), RULES["window"]).start(4)
     with pytest.raises(vlc.InputError, match="at least 1"):
         vlc.decode(model, params, logits, state, 0)
     with pytest.raises(vlc.InputError, match="the model has 256"):

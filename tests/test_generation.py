@@ -48,7 +48,7 @@ def test_one_new_token(llava):
     model, params = llava
     batch = ragged_batch(rows=2)
     out = vlc.generate(model, params, batch, POLICY, 1)
-    logits, _ = vlc.prefill(model, params, batch, POLICY, 1)
+    logits, _ = vlc.prefill(model, params, batch, POLICY).start(1)
     np.testing.assert_array_equal(out.tokens[:, 0], jnp.argmax(logits, axis=-1))
     assert out.lengths.tolist() == [1, 1]
 
@@ -102,7 +102,7 @@ def test_one_program_for_every_temperature_stop_id_and_length(llava):
 def test_two_branches_of_one_state(llava):
     model, params = llava
     batch = ragged_batch(rows=2)
-    _, state = vlc.prefill(model, params, batch, POLICY, NEW)
+    _, state = vlc.prefill(model, params, batch, POLICY).start(NEW)
     a, left = vlc.decode_step(model, params, jnp.array([7, 8]), state)
     b, right = vlc.decode_step(model, params, jnp.array([9, 10]), state)
     again, _ = vlc.decode_step(model, params, jnp.array([7, 8]), state)
@@ -149,7 +149,7 @@ def test_seeds_and_policy(llava):
 
 def test_a_full_tail(llava):
     model, params = llava
-    _, state = vlc.prefill(model, params, ragged_batch(rows=2), POLICY, 1)
+    _, state = vlc.prefill(model, params, ragged_batch(rows=2), POLICY).start(1)
     token = jnp.array([7, 7])
     for _ in range(state.tail.capacity):
         _, state = vlc.decode_step(model, params, token, state)
@@ -170,7 +170,7 @@ def test_nnx_code_can_wrap_the_module(llava):
 def test_several_answers_from_one_prefill(llava):
     model, params = llava
     batch = ragged_batch(rows=2)
-    logits, state = vlc.prefill(model, params, batch, POLICY, NEW)
+    logits, state = vlc.prefill(model, params, batch, POLICY).start(NEW)
     options = {"sampling": vlc.Sampling(temperature=4.0), "eos_token_ids": []}
     for seeds in ([1, 2], [3, 4]):
         streamed = list(vlc.stream_decode(model, params, logits, state, NEW, seeds=seeds, **options))

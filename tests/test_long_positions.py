@@ -71,7 +71,7 @@ def test_a_long_prompt_equals_transformers(case, checkpoints):
     vlm = vlc.load(folder, dtype="float32")
     batch = vlm.processor(text=[PROMPT, "user: w1"], pad_to=128)
     assert int(batch.lengths[0]) == 100 > TRAINED
-    logits, state = vlc.prefill(vlm.model, vlm.params, batch, vlc.FullCache(), max_new_tokens=6)
+    logits, state = vlc.prefill(vlm.model, vlm.params, batch, vlc.FullCache()).start(6)
     answers, _ = vlc.decode(vlm.model, vlm.params, logits, state, 6, eos_token_ids=[])
     for row, length in enumerate(batch.lengths):
         ids = torch.tensor(np.asarray(batch.tokens)[row : row + 1, :length], dtype=torch.long)
@@ -90,4 +90,4 @@ def test_beyond_the_extended_limit_a_prompt_is_refused(checkpoints):
     vlm = vlc.load(folder, dtype="float32")
     batch = vlm.processor(text=[PROMPT])
     with pytest.raises(InputError, match=r"needs 161 positions .* but the model has 160"):
-        vlc.prefill(vlm.model, vlm.params, batch, vlc.FullCache(), max_new_tokens=61)
+        vlc.compress(vlm.model, vlm.params, batch, vlc.FullCache()).start(61)

@@ -78,7 +78,7 @@ def check_steps(llava, batch, expected, kinds):
     _, params, rows = placed(llava, batch, kinds)
     stream = vlc.stream(model, params, rows, POLICY, NEW, eos_token_ids=[])
     np.testing.assert_array_equal(np.stack(list(stream), axis=1), expected[0])
-    logits, state = vlc.prefill(model, params, rows, POLICY, NEW)
+    logits, state = vlc.prefill(model, params, rows, POLICY).start(NEW)
     assert state.context.keys.sharding.shard_shape(state.context.keys.shape)[:2] == (ROWS // 2, 1)
     assert state.kept_positions(0).shape[:2] == (ROWS, 2)
     tokens = [jnp.argmax(logits, axis=-1)]
@@ -229,7 +229,7 @@ def test_gradients_inside_a_shard_map(llava, batch):
 
     def loss(params, batch):
         logits = model.apply({"params": params}, batch, method="forward")
-        return jnp.sum(logits**2) + jnp.sum(vlc.prefill(model, params, batch, POLICY, NEW)[0] ** 2)
+        return jnp.sum(logits**2) + jnp.sum(vlc.prefill(model, params, batch, POLICY).start(NEW)[0] ** 2)
 
     found = mapped(jax.grad(loss), PARAMS_AND_ROWS, outputs=PartitionSpec())(params, batch)
     single = jax.jit(jax.grad(loss))(params, batch)

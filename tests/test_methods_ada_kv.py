@@ -17,7 +17,6 @@ import vlcache_jax as vlc
 from vlcache_jax.cache.geometry import capacity
 from vlcache_jax.cache.packing import pack
 from vlcache_jax.explain.pictures import kept_by_layer
-from vlcache_jax.inference.report import make_report
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.models.sharding import param_shardings
@@ -56,15 +55,15 @@ def test_slots_of_heads_equal_the_definition(floor, lanes, slots, seed, ties):
 def test_what_is_reported_and_drawn():
     policy = vlc.AdaKV(0.4, window=4)
     batch = stub_batch(seed=1)
-    _, state = vlc.prefill(StubModel(), stub_params(batch, 1), batch, policy, 4)
-    report = make_report(StubModel().spec, policy, state, batch.lengths, batch.length)
+    ctx = vlc.prefill(StubModel(), stub_params(batch, 1), batch, policy)
+    report, (_, state) = ctx.report, ctx.start(4)
     kept = kept_sets(state)
     for layer in range(LAYERS):
         positions = np.asarray(state.kept_positions(layer))
         for row in range(batch.size):
             sizes = [len(head) for head in kept[layer][row]]
             assert report.kept[row, layer] == max(sizes)
-            drawn = kept_by_layer(state, row)[layer]
+            drawn = kept_by_layer(ctx, row)[layer]
             for head in range(KV_HEADS):
                 for found in (positions[row, head], drawn[head]):
                     assert found[found >= 0].tolist() == kept[layer][row][head]
@@ -78,7 +77,7 @@ def context_bytes(policy, length, model):
     batch = Batch(rows, np.array([100, 100], np.int32), rows - 1, np.zeros((2, 0, 4, 4, 3), np.float32))
     params = {"query": 4, "key": 2, "value": 2}
     params = {name: jax.ShapeDtypeStruct((3, 2, length, heads, 8), np.float32) for name, heads in params.items()}
-    return jax.eval_shape(lambda p: vlc.prefill(model, p, batch, policy, 4)[1], params).context.nbytes
+    return jax.eval_shape(lambda p: vlc.prefill(model, p, batch, policy).start(4)[1], params).context.nbytes
 
 
 @pytest.mark.parametrize("length", [1024, 1536, 4096])
@@ -121,7 +120,7 @@ def test_options_out_of_range(build, message):
 def test_lanes_that_do_not_divide_the_heads():
     batch = stub_batch()
     with pytest.raises(vlc.PolicyError, match="policy 'ada_kv': lanes=3 do not divide the model's 2 KV heads"):
-        vlc.prefill(StubModel(), stub_params(batch), batch, vlc.AdaKV(window=4, lanes=3), 4)
+        vlc.prefill(StubModel(), stub_params(batch), batch, vlc.AdaKV(window=4, lanes=3)).start(4)
 
 
 def on_mesh(shape):
@@ -169,7 +168,7 @@ def test_mesh_gives_the_same_tokens():
     rows = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), batch)
 
     def run(params, batch):
-        logits, state = vlc.prefill(model, params, batch, policy, 8)
+        logits, state = vlc.prefill(model, params, batch, policy).start(8)
         return vlc.decode(model, params, logits, state, 8, eos_token_ids=[]), state
 
     (out, state), (plain, alone) = run(placed, rows), run(params, batch)

@@ -80,7 +80,7 @@ def kept(llava, policy):
     tokens = np.stack([np.pad(p, (0, length - len(p))) for p in prompts])
     lengths = np.array([len(p) for p in prompts], np.int32)
     batch = Batch(tokens, lengths, np.full_like(tokens, -1), np.zeros((len(prompts), 0, 16, 16, 3), np.float32))
-    layers = kept_sets(vlc.prefill(*llava, batch, policy, 4)[1])
+    layers = kept_sets(vlc.prefill(*llava, batch, policy).start(4)[1])
     return [[layer[row] for layer in layers] for row in range(len(prompts))]
 
 

@@ -34,7 +34,7 @@ def test_what_is_kept_holds_the_share(name):
     for seed in range(4):
         batch = stub_batch(seed=seed)
         params = stub_params(batch, seed)
-        state = vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+        state = vlc.prefill(StubModel(), params, batch, policy).start(4)[1]
         kept = kept_sets(state)
         for row, n in enumerate(batch.lengths):
             _, rows = policy.rows.span(batch.lengths, batch.vision_mask)
@@ -61,7 +61,7 @@ def test_the_method_s_own_layer_budgets_take_no_part():
 
 def test_air_cache_keeps_its_text_and_the_share_of_the_visual_scores():
     batch = stub_batch()
-    state = vlc.prefill(StubModel(), stub_params(batch), batch, METHODS["air_cache"], 4)[1]
+    state = vlc.prefill(StubModel(), stub_params(batch), batch, METHODS["air_cache"]).start(4)[1]
     kept = kept_sets(state)
     for layer in range(LAYERS):
         for row in (0, 1, 3):

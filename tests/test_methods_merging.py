@@ -81,7 +81,7 @@ def test_merging_does_not_change_what_is_kept():
 def test_bfloat16_is_rounded_once():
     batch = stub_batch()
     params = stub_params(batch, dtype=jnp.bfloat16)
-    _, state = vlc.prefill(StubModel("bfloat16"), params, batch, policy_with("pivotal"), 4)
+    _, state = vlc.prefill(StubModel("bfloat16"), params, batch, policy_with("pivotal")).start(4)
     assert state.context.keys.dtype == jnp.bfloat16
     check(state, batch, params, "pivotal", 2**-8)  # half a step of 8 bits, and float32's own error
 

@@ -29,7 +29,7 @@ def test_the_page(monkeypatch):
     assert Method("value_aware").label == "Attention times value"
     batch = stub_batch()
     params = stub_params(batch)
-    _, state = vlc.prefill(StubModel(), params, batch, policy, 4)
+    _, state = vlc.prefill(StubModel(), params, batch, policy).start(4)
     kept = kept_sets(state)
     for row, n in enumerate(batch.lengths):
         cut = {name: np.asarray(x[:, row, :n], np.float64) for name, x in params.items()}

@@ -19,7 +19,7 @@ BITS = ("vl_cache", "snap_kv", "key_norm", "key_difference", "mix_kv", "expected
 
 
 def prefill(policy, batch, params):
-    return vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+    return vlc.prefill(StubModel(), params, batch, policy).start(4)[1]
 
 
 def told(policy, batch, params):
@@ -99,7 +99,7 @@ def test_another_grid_than_the_models_is_refused_before_anything_runs():
     for policy in (vlc.SnapKV(0.3, pool=3, grid_side=6), vlc.LookM(0.3)):
         wrapped = dataclasses.replace(policy, score=MaskVisualSinks(GridPooled(policy.score, 3, "mean", 6)))
         with pytest.raises(vlc.PolicyError, match=r"grid_side=6, but this model has 4 patches .* use grid_side=4"):
-            vlc.prefill(StubModel(), {}, batch, wrapped, 4)
+            vlc.prefill(StubModel(), {}, batch, wrapped).start(4)
     with pytest.raises(vlc.PolicyError, match="the visual tokens of this model are no grid"):
         check_prefill(
             dataclasses.replace(StubModel().spec, vision_grid=0), batch, vlc.VLCache(0.3, pool=3, grid_side=4), 4

@@ -181,7 +181,7 @@ def total_of(policy, n):
 def check(policy, method, window, sinks, text_first, seed):
     batch = stub_batch(seed=seed)
     params = stub_params(batch, seed)
-    _, state = vlc.prefill(StubModel(), params, batch, policy, 4)
+    _, state = vlc.prefill(StubModel(), params, batch, policy).start(4)
     kept = kept_sets(state)
     window = Fraction(str(window)) if isinstance(window, float) else window
     budgets = []
@@ -230,7 +230,7 @@ def test_sinks_take_no_part_in_expected_attention(mass):
         params["key"][layer, row, :sinks, head] = small * mean / np.linalg.norm(mean)
     params = {name: x.astype(np.float32) for name, x in params.items()}
     policy = vlc.ExpectedAttention(0.5, future=future)
-    kept, differ = kept_sets(vlc.prefill(StubModel(), params, batch, policy, 4)[1]), 0
+    kept, differ = kept_sets(vlc.prefill(StubModel(), params, batch, policy).start(4)[1]), 0
     for row in range(batch.size):
         prompt = prompt_of(batch, params, row)
         slots, scores = reference.expected_attention(prompt, total_of(policy, prompt.n), rotation, sinks, future)
@@ -248,7 +248,7 @@ def test_vl_cache_by_the_rule_of_effivlm_bench(budget):
     for seed in range(3):
         batch = stub_batch(seed=seed)
         params = stub_params(batch, seed)
-        state = vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+        state = vlc.prefill(StubModel(), params, batch, policy).start(4)[1]
         kept = kept_sets(state)
         for row in range(batch.size):
             prompt = prompt_of(batch, params, row)

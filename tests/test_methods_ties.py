@@ -18,7 +18,7 @@ from vlcache_jax.policies.scores.rounding import without_rounding
 
 
 def prefill(policy, batch, params):
-    return vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+    return vlc.prefill(StubModel(), params, batch, policy).start(4)[1]
 
 
 @jax.jit
@@ -72,9 +72,9 @@ def test_a_prompt_of_one_token_keeps_its_first_and_last_ones():
     tokens = np.where(np.arange(batch.length) < batch.lengths[:, None], 9, 0).astype(np.int32)
     batch = dataclasses.replace(batch, tokens=tokens, vision_index=np.full_like(batch.vision_index, -1))
     policy = vlc.KeyNorm(0.4)
-    together = kept_sets(vlc.prefill(model, params, batch, policy, 4)[1])
+    together = kept_sets(vlc.prefill(model, params, batch, policy).start(4)[1])
     for row, n in enumerate(batch.lengths):
-        alone = kept_sets(vlc.prefill(model, params, one_row(batch, row), policy, 4)[1])
+        alone = kept_sets(vlc.prefill(model, params, one_row(batch, row), policy).start(4)[1])
         for layer in range(3):
             assert together[layer][row] == alone[layer][0]
             for head in together[layer][row]:

@@ -55,7 +55,7 @@ def test_methods_differ_at_a_tenth_of_270_tokens():
     found = {}
     for name, method in OBSERVED.items():
         with pytest.warns(vlc.PolicyWarning, match=f"{name}: at a budget of 10 % .* fewer than 64 slots"):
-            state = vlc.prefill(StubModel(), params, batch, method(0.1), 4)[1]
+            state = vlc.prefill(StubModel(), params, batch, method(0.1)).start(4)[1]
         found[name] = kept_sets(state)
         assert sum(len(head) for layer in found[name] for head in layer[0]) == KV_HEADS * LAYERS * 27
         for layer in found[name]:
@@ -71,7 +71,9 @@ def test_from_twice_the_window_on_it_is_the_authors():
     params = stub_params(batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        states = [vlc.prefill(StubModel(), params, batch, vlc.SnapKV(0.5, **o), 4)[1] for o in ({}, {"window": 32})]
+        states = [
+            vlc.prefill(StubModel(), params, batch, vlc.SnapKV(0.5, **o)).start(4)[1] for o in ({}, {"window": 32})
+        ]
     assert kept_sets(states[0]) == kept_sets(states[1])
 
 
@@ -160,5 +162,5 @@ def test_windows_that_are_none(build, message):
 def test_window_is_a_part_for_any_policy():
     policy = vlc.Policy(name="mine", budget=0.2, recent=vlc.Window(8), allocate=Uniform())
     batch = prompts(60)  # 12 slots: 4 for the window
-    kept = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy, 4)[1])
+    kept = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy).start(4)[1])
     assert all(head[-4:] == [56, 57, 58, 59] and len(head) == 12 for layer in kept for head in layer[0])

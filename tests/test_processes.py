@@ -39,7 +39,7 @@ def run(model, params, batch, whole, report):
     report("answer", np.asarray(answers.tokens).tolist())
     longer = vlc.extend(context, QUESTIONS, answers)
     report("turn", np.asarray(vlc.answer(longer, None, NEW, samples=2, sampling=vlc.Sampling()).tokens).tolist())
-    logits, state = vlc.prefill(model, params, batch, POLICY, NEW)
+    logits, state = vlc.prefill(model, params, batch, POLICY).start(NEW)
     logits, state = vlc.decode_step(model, params, np.full((ROWS,), 9, np.int32), state)
     report("step", np.argmax(whole(logits), axis=-1).tolist())
     positions = whole(state.kept_positions(0))

@@ -45,7 +45,7 @@ def test_a_padding_token_without_a_row_changes_nothing(unresized, vlm):
     assert batch.lengths[0] != batch.lengths[1]
     for policy in (vlc.FullCache(), vlc.VLCache(budget=0.5, rows=vlc.LastRows(2))):
         out = vlc.generate(vlm.model, vlm.params, batch, policy=policy, max_new_tokens=4, eos_token_ids=[])
-        logits, _ = vlc.prefill(vlm.model, vlm.params, batch, policy, max_new_tokens=4)
+        logits, _ = vlc.prefill(vlm.model, vlm.params, batch, policy).start(4)
         for row, length in enumerate(batch.lengths):
             ids = torch.tensor(np.asarray(batch.tokens)[row : row + 1, :length], dtype=torch.long)
             with torch.no_grad():

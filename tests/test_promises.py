@@ -14,7 +14,6 @@ from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.inference.decode_step import advance
-from vlcache_jax.inference.report import make_report
 from vlcache_jax.models.sharding import param_shardings
 
 NEW = 8
@@ -96,8 +95,9 @@ def compiled(policy):
     @jax.jit
     def run(params, batch):
         traces.append(1)
-        _, state = vlc.prefill(model, params, batch, policy, NEW)
-        return state, make_report(model.spec, policy, state, batch.lengths, batch.length)
+        ctx = vlc.prefill(model, params, batch, policy)
+        _, state = ctx.start(NEW)
+        return state, ctx.report.of_answers(state)
 
     return run, traces
 
@@ -188,7 +188,7 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each."""
     model, params = llava = tiny_llava(dtype)
     batch = ragged_batch(rows=4, seed=3)
-    _, state = vlc.prefill(model, params, batch, policy, NEW)
+    _, state = vlc.prefill(model, params, batch, policy).start(NEW)
     together = generate(llava, batch, policy)
     lengths = [None] if own_length else [batch.length, 64]
     if policy.candidate_fraction < 1:  # a fraction of the padded length: compared at the same padding
@@ -203,7 +203,7 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
                     tokens=np.pad(alone_batch.tokens, ((0, 0), (0, pad)), constant_values=9),
                     vision_index=np.pad(alone_batch.vision_index, ((0, 0), (0, pad)), constant_values=-1),
                 )
-            _, alone = vlc.prefill(model, params, alone_batch, policy, NEW)
+            _, alone = vlc.prefill(model, params, alone_batch, policy).start(NEW)
             for layer in range(3):
                 expected = np.asarray(alone.kept_positions(layer)[0])
                 found = np.asarray(state.kept_positions(layer)[row])[:, : expected.shape[1]]
@@ -237,7 +237,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4)
     whole = dataclasses.replace(policy, budget=1.0, candidate_fraction=1.0)
-    one, full = (vlc.prefill(model, params, batch, p, NEW) for p in (whole, vlc.FullCache()))
+    one, full = (vlc.prefill(model, params, batch, p).start(NEW) for p in (whole, vlc.FullCache()))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), one, full))
     np.testing.assert_array_equal(generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens)
 
@@ -246,7 +246,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
 def test_free_slots_are_never_read(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4, seed=2)
-    logits, state = vlc.prefill(model, params, batch, policy, NEW)
+    logits, state = vlc.prefill(model, params, batch, policy).start(NEW)
     token = jnp.argmax(logits, axis=-1)
     free = (state.context.positions < 0)[..., None]
     assert bool(jnp.any(free))
@@ -285,7 +285,7 @@ def test_step_by_step_gives_the_same_tokens_and_keeps_old_states(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4)
     whole = np.asarray(generate(llava, batch, policy).tokens)
-    logits, state = vlc.prefill(model, params, batch, policy, NEW)
+    logits, state = vlc.prefill(model, params, batch, policy).start(NEW)
     first = state
     tokens = [jnp.argmax(logits, axis=-1)]
     for _ in range(NEW - 1):
@@ -342,7 +342,7 @@ def test_mesh_gives_the_same_tokens(llava, policy, shape):
         assert len(placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.device_set) == 4
         assert not placed["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding.is_fully_replicated
     out = vlc.generate(model, placed, rows, policy, NEW, eos_token_ids=[])
-    _, state = vlc.prefill(model, placed, rows, policy, NEW)
+    _, state = vlc.prefill(model, placed, rows, policy).start(NEW)
     split = NamedSharding(mesh, PartitionSpec("data", "model"))
     for buffers in (state.context.keys, state.context.values, state.tail.keys, state.tail.values):
         assert buffers.sharding.is_equivalent_to(split, buffers.ndim), buffers.sharding
@@ -354,7 +354,7 @@ def test_mesh_gives_the_same_tokens(llava, policy, shape):
 @few_methods
 def test_a_step_updates_the_state_in_place(llava, policy):
     model, params = llava
-    _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy, 128)
+    _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy).start(128)
     step = jax.jit(lambda p, t, s: advance(model, p, t, s, vlc.Kernels()), donate_argnums=2)
     compiled = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile()
     memory = compiled.memory_analysis()

@@ -34,7 +34,7 @@ cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES, scope="modu
 
 
 def prefill(policy, batch, params):
-    return vlc.prefill(StubModel(), params, batch, policy, 4)[1]
+    return vlc.prefill(StubModel(), params, batch, policy).start(4)[1]
 
 
 # What a store holds, in numpy
@@ -154,7 +154,7 @@ def pool_bytes(slots, bits):
 @cases
 def test_bytes_are_those_of_the_buffers(policy):
     batch = stub_batch()
-    state = jax.eval_shape(lambda p: vlc.prefill(StubModel(), p, batch, policy, 4)[1], stub_params(batch))
+    state = jax.eval_shape(lambda p: vlc.prefill(StubModel(), p, batch, policy).start(4)[1], stub_params(batch))
     for store in state.stores:
         if store.bits is None:
             continue
@@ -177,7 +177,7 @@ def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
         count = groups * KV_HEADS * pool_bytes(group, bits) + fixed
         policy = vlc.VLCache(vlc.Bytes(count + 7), bits=bits)
         state = jax.eval_shape(
-            lambda p, policy=policy: vlc.prefill(StubModel(), p, batch, policy, 4)[1], stub_params(batch)
+            lambda p, policy=policy: vlc.prefill(StubModel(), p, batch, policy).start(4)[1], stub_params(batch)
         )
         assert state.context.nbytes == count * batch.size
     least = count - KV_HEADS * pool_bytes(group, bits)
@@ -223,7 +223,7 @@ def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     assert len(traces) == 1
     assert not np.array_equal(out.report.kept, others.report.kept)
 
-    state = jax.eval_shape(lambda p: vlc.prefill(model, p, batch, MIXED, NEW)[1], params)
+    state = jax.eval_shape(lambda p: vlc.prefill(model, p, batch, MIXED).start(NEW)[1], params)
     assert out.report.state_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.stores))
     total = [max(3, int(3 * n) * 3 // 10) for n in batch.lengths]
     np.testing.assert_array_equal(np.asarray(out.report.kept).sum(axis=1), total)
@@ -236,7 +236,7 @@ def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
     rows = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), batch)
     split = vlc.generate(model, placed, rows, MIXED, NEW, eos_token_ids=[])
     np.testing.assert_array_equal(split.tokens, out.tokens)
-    _, state = vlc.prefill(model, placed, rows, MIXED, NEW)
+    _, state = vlc.prefill(model, placed, rows, MIXED).start(NEW)
     for store in state.stores:
         for x in (store.keys, store.values, store.key_scales, store.value_scales):
             assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "model")), x.ndim)
@@ -244,7 +244,7 @@ def test_answers_in_a_batch_in_one_program_and_on_a_mesh():
 
 def test_a_step_updates_the_state_in_place():
     model, params = tiny_llava()
-    _, state = vlc.prefill(model, params, ragged_batch(rows=4), vlc.FullCache(bits=8), 128)
+    _, state = vlc.prefill(model, params, ragged_batch(rows=4), vlc.FullCache(bits=8)).start(128)
     step = jax.jit(lambda p, t, s: advance(model, p, t, s, vlc.Kernels()), donate_argnums=2)
     memory = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile().memory_analysis()
     buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail)))

@@ -46,9 +46,9 @@ def test_a_draw_depends_on_no_setting_and_no_other_row(setting):
 @settings
 def test_random_eviction_depends_on_no_setting(setting):
     batch, policy = stub_batch(), vlc.RandomEviction(0.3, seed=2**33 + 1)
-    expected = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy, 1)[1])
+    expected = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy).start(1)[1])
     with setting():
-        assert kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy, 1)[1]) == expected
+        assert kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, policy).start(1)[1]) == expected
 
 
 def test_draws_are_those_of_jax_by_default():
@@ -131,7 +131,7 @@ def test_everything_that_samples_takes_keys_and_large_integers():
         tokens = np.asarray(vlc.generate(model, params, batch, policy, 4, seeds=seeds, **options).tokens)
         streamed = list(vlc.stream(model, params, batch, policy, 4, seeds=seeds, **options))
         np.testing.assert_array_equal(np.stack(streamed, axis=1), tokens)
-        logits, state = vlc.prefill(model, params, batch, policy, 4)
+        logits, state = vlc.prefill(model, params, batch, policy).start(4)
         np.testing.assert_array_equal(vlc.decode(model, params, logits, state, 4, seeds=seeds, **options)[0], tokens)
         out = vlc.answer(vlc.compress(model, params, batch, policy), max_new_tokens=4, seeds=seeds, **options)
         np.testing.assert_array_equal(out.tokens, tokens)

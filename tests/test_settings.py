@@ -84,9 +84,9 @@ def test_streams_contexts_and_steps_in_64_bit_mode(llava):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_the_same_in_64_bit_mode(name):
     batch = stub_batch()
-    kept = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, METHODS[name], 4)[1])
+    kept = kept_sets(vlc.prefill(StubModel(), stub_params(batch), batch, METHODS[name]).start(4)[1])
     with jax.enable_x64(True):
-        state = vlc.prefill(StubModel(), stub_params(batch), batch, METHODS[name], 4)[1]
+        state = vlc.prefill(StubModel(), stub_params(batch), batch, METHODS[name]).start(4)[1]
         assert kept_sets(state) == kept
         assert all(x.dtype.itemsize < 8 for x in jax.tree.leaves(state))
 
@@ -158,7 +158,7 @@ def test_nothing_is_transferred_unasked(llava, name):
         for where in (batch, jax.device_put(batch)):
             out = vlc.generate(model, params, where, policy, 4, eos_token_ids=[])
             streamed = list(vlc.stream(model, params, where, policy, 4, eos_token_ids=[]))
-            logits, state = vlc.prefill(model, params, where, policy, 4)
+            logits, state = vlc.prefill(model, params, where, policy).start(4)
             decoded = vlc.decode(model, params, logits, state, 4, eos_token_ids=[])
             for tokens in (np.array([7, 8, 9]), [7, 8, 9], jax.device_put(np.array([7, 8, 9], np.int32))):
                 logits, state = vlc.decode_step(model, params, tokens, state)
@@ -196,7 +196,7 @@ def test_nothing_is_transferred_unasked_on_a_mesh(llava):
 def test_a_row_without_room(llava):
     """Refused where it is known, and NaN, not a wrong number, where it is not; the other rows go on."""
     model, params = llava
-    logits, state = vlc.prefill(model, params, ragged_batch(rows=2), vlc.VLCache(0.3), NEW)
+    logits, state = vlc.prefill(model, params, ragged_batch(rows=2), vlc.VLCache(0.3)).start(NEW)
     expected, _ = vlc.decode_step(model, params, [7, 8], state)
     length = jnp.array([state.tail.capacity, 0], jnp.int32)
     full = dataclasses.replace(state, tail=dataclasses.replace(state.tail, length=length))

@@ -42,7 +42,7 @@ def compressed(setting, policy, recording=None):
     model, params, batch, own, *_ = setting
     params = {"model": params, "recording": own if recording is None else recording}
     small = dataclasses.replace(batch, pixels=batch.pixels[:, :0])
-    return vlc.prefill(Replay(model), params, small, policy, NEW)
+    return vlc.prefill(Replay(model), params, small, policy).start(NEW)
 
 
 def replayed(setting, policy, recording=None):

@@ -31,7 +31,7 @@ def test_types_of_parameters_and_of_the_computation(folder):
     assert {x.dtype.name for x in jax.tree.leaves(vlm.params)} == {"float32"}
     assert vlm.model.spec.dtype == vlm.model.dtype == jnp.bfloat16
     batch = vlm.processor(images=[IMAGE], text=["<image> w1 w2"])
-    _, state = jax.eval_shape(lambda p: vlc.prefill(vlm.model, p, batch, vlc.FullCache(), max_new_tokens=2), vlm.params)
+    _, state = jax.eval_shape(lambda p: vlc.prefill(vlm.model, p, batch, vlc.FullCache()).start(2), vlm.params)
     assert state.context.keys.dtype == jnp.bfloat16
     hidden = jax.eval_shape(lambda p: vlm.model.apply({"params": p}, batch, method="embed"), vlm.params)
     assert hidden.dtype == jnp.bfloat16

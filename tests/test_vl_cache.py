@@ -74,7 +74,7 @@ def test_kept_sets_equal_the_definition(heads, budget, seed, candidate_fraction)
     model, params = tiny_llava(heads=4, kv_heads=2)
     batch = ragged_batch(rows=4, length=64, seed=seed)
     policy = vlc.VLCache(budget=budget, heads=heads, candidate_fraction=candidate_fraction)
-    _, state = vlc.prefill(model, params, batch, policy, 4)
+    _, state = vlc.prefill(model, params, batch, policy).start(4)
     maps = attention_maps(model, params, batch)
     for row in range(4):
         n = int(batch.lengths[row])
@@ -102,7 +102,7 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(budg
     model, params = tiny_llava()
     batch = ragged_batch(rows=4, length=64, seed=7)
     steps = 6
-    logits, state = vlc.prefill(model, params, batch, vlc.VLCache(budget=budget), steps)
+    logits, state = vlc.prefill(model, params, batch, vlc.VLCache(budget=budget)).start(steps)
     first = state
     tokens, found = [jnp.argmax(logits, axis=-1)], []
     for _ in range(steps):
@@ -148,7 +148,7 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(budg
 def test_the_uncompressed_cache_equals_the_full_forward():
     model, params = tiny_llava()
     batch = ragged_batch(rows=4)
-    logits, _ = vlc.prefill(model, params, batch, vlc.FullCache(), 4)
+    logits, _ = vlc.prefill(model, params, batch, vlc.FullCache()).start(4)
     whole = model.apply({"params": params}, batch, method="forward")
     last = np.asarray(whole)[np.arange(4), np.asarray(batch.lengths) - 1]
     np.testing.assert_allclose(logits, last, atol=1e-5)

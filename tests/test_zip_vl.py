@@ -40,7 +40,7 @@ def test_kept_sets_equal_the_definition(mass, budget, binds, seed):
     policy = vlc.ZipVL(budget, mass=mass, window=7)
     batch = stub_batch(seed=seed)
     params = stub_params(batch, seed)
-    _, state = vlc.prefill(StubModel(), params, batch, policy, 4)
+    _, state = vlc.prefill(StubModel(), params, batch, policy).start(4)
     kept, bound = kept_sets(state), []
     for row in range(batch.size):
         prompt = prompt_of(batch, params, row)
@@ -58,7 +58,7 @@ def test_both_versions_keep_the_same_and_one_keeps_the_rest_too():
     batch = stub_batch()
     params = stub_params(batch)
     first, second = (
-        vlc.prefill(StubModel(), params, batch, vlc.ZipVL(0.5, mass=0.8, evicted=kind), 4)[1]
+        vlc.prefill(StubModel(), params, batch, vlc.ZipVL(0.5, mass=0.8, evicted=kind)).start(4)[1]
         for kind in ("quantise", "drop")
     )
     assert kept_sets(first) == kept_sets(second)

@@ -13,11 +13,13 @@ from vlcache_jax.errors import (
     VLCacheError,
 )
 from vlcache_jax.files.compilation_cache import use_compilation_cache
-from vlcache_jax.inference.context import Context, answer, compress, extend
+from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.context_files import load_context, save_context
+from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.decode_step import decode_step
-from vlcache_jax.inference.generate import Generation, decode, generate, stream, stream_decode
-from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.extend import extend
+from vlcache_jax.inference.generate import Generation, answer, generate, stream
+from vlcache_jax.inference.prefill import compress, prefill
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch, Continuation

@@ -60,7 +60,7 @@ def main() -> None:
         batch, length = (int(n) for n in size.split("x"))
         prompts = harness.random_batch(model.config, batch, length, question=args.scored)
         for policy in (vlc.FullCache(), vlc.VLCache(budget=args.budget)):
-            logits, state = vlc.prefill(model, params, prompts, policy, args.steps + 1)
+            logits, state = vlc.prefill(model, params, prompts, policy).start(args.steps + 1)
             for name in args.decode_attention:
                 kernels = vlc.Kernels(decode_attention=name)
 

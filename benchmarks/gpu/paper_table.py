@@ -47,7 +47,7 @@ def ours(config: LlavaConfig, batch: int, length: int, policy: vlc.Policy, steps
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()
-        logits, state = jax.block_until_ready(vlc.prefill(model, params, prompts, policy, steps))
+        logits, state = jax.block_until_ready(vlc.prefill(model, params, prompts, policy).start(steps))
         middle = time.perf_counter()
         jax.block_until_ready(vlc.decode(model, params, logits, state, steps, eos_token_ids=()))
         return middle - start, time.perf_counter() - middle

@@ -9,9 +9,9 @@ import numpy as np
 
 from vlcache_jax.evaluation.stopwatch import Stopwatch
 from vlcache_jax.explain.pictures import Kept, kept_by_layer
-from vlcache_jax.inference.generate import decode, stream_decode
+from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.prefill import prefill
-from vlcache_jax.inference.report import Report, make_report
+from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.io.loading import VLM
@@ -77,9 +77,10 @@ def answer(
     prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
     progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
-        logits, state = jax.block_until_ready(prefill(model, params, batch, policy, max_new_tokens))
-    report = make_report(model.spec, policy, state, batch.lengths, batch.length)
-    kept = [kept_by_layer(state, row) for row in range(batch.size)]
+        ctx = prefill(model, params, batch, policy)
+        logits, state = jax.block_until_ready(ctx.start(max_new_tokens))
+    report = ctx.report.of_answers(state)
+    kept = [kept_by_layer(ctx, row) for row in range(batch.size)]
     progress.step(f"{name}: answering")
     if on_token is not None:
         progress.close()  # tokens are printed as they come

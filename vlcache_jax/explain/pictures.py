@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
+from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.families.family import ImageLayout
@@ -27,17 +27,17 @@ _SHEET_COLUMN = 520  # width of its column, at least
 _MAX_TILES = 12
 
 
-def kept_by_layer(state: KVState, row: int) -> Kept:
-    """What a row of a state kept, copied to the host."""
-    check_known(state.context.positions, "the state's positions")
-    layers = range(state.context.lengths.shape[1])
-    return [np.asarray(state.kept_positions(layer)[row]) for layer in layers]
+def kept_by_layer(ctx: Context, row: int) -> Kept:
+    """What a row of a context kept, copied to the host."""
+    store = ctx.stores[0]
+    check_known(store.positions, "the context's positions")
+    return [np.asarray(store.kept_positions(layer)[row]) for layer in range(store.lengths.shape[1])]
 
 
 def explain(
     images: Sequence[ImageLike],
     batch: Batch,
-    kept: KVState | Sequence[np.ndarray],
+    kept: Context | Sequence[np.ndarray],
     report: Report,
     layout: ImageLayout,
     *,
@@ -54,8 +54,8 @@ def explain(
     Args:
       images: of the row, in the order of the prompt.
       batch: the prompts, of which `row` is drawn.
-      kept: the state as `prefill` returned it; or, for each layer, the row's kept positions i32 [kv_heads, n], -1
-        beyond them (`state.kept_positions(layer)[row]`).
+      kept: the context as `compress` returned it; or, for each layer, the row's kept positions i32 [kv_heads, n], -1
+        beyond them (`ctx.kept_positions(layer)[row]`).
       report: of the same run.
       layout: of the processor that made the batch, `vlm.processor.layout`.
       row: which row of the batch.
@@ -69,14 +69,13 @@ def explain(
       InputError: no such row, or images that are not those of the row.
 
     Example:
-      logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy, max_new_tokens=64)
-      out = vlc.generate(vlm.model, vlm.params, batch, policy, max_new_tokens=64)
-      explain([img], batch, state, out.report, vlm.processor.layout, question="What ...?").save("kept.png")
+      ctx = vlc.compress(vlm.model, vlm.params, batch, policy)
+      explain([img], batch, ctx, ctx.report, vlm.processor.layout, question="What ...?").save("kept.png")
     """
     if not 0 <= row < batch.size:
         raise InputError(f"row={row} does not exist: the batch has rows 0 to {batch.size - 1}")
     check_known(batch.vision_index, "the batch's arrays")
-    layers = kept_by_layer(kept, row) if isinstance(kept, KVState) else [np.asarray(layer) for layer in kept]
+    layers = kept_by_layer(kept, row) if isinstance(kept, Context) else [np.asarray(layer) for layer in kept]
     pictures = [load_image(image, f"image {number}") for number, image in enumerate(images)]
     shares = _Shares.count(layers, np.asarray(batch.vision_index)[row], int(batch.lengths[row]))
     regions = layout.token_regions([(picture.height, picture.width) for picture in pictures])

@@ -1,6 +1,6 @@
 """Our pytrees through `jax.export`: their static fields as JSON, without pickle.
 
-    step = jax.jit(lambda params, batch: vlc.prefill(model, params, batch, policy, 64))
+    step = jax.jit(lambda params, batch: vlc.prefill(model, params, batch, policy).start(64))
     data = jax.export.export(step)(params, batch).serialize()
     logits, state = jax.export.deserialize(data).call(params, batch)  # elsewhere: first from vlcache_jax import Context
 

@@ -41,12 +41,14 @@ class Kind:
       title: in messages, such as "context".
       version: that is written and read.
       remedy: what to do about a file that cannot be read, such as "save it again".
+      has: what files of earlier versions lack.
     """
 
     name: str
     title: str
     version: int
     remedy: str
+    has: str = "checksums"
 
 
 def write_tensor_file(
@@ -136,7 +138,7 @@ class TensorFile:
         if version != kind.version:
             raise CheckpointError(
                 f"{path} is a {kind.title} of format version {shorten(version)}, this library reads version "
-                f"{kind.version} (which has checksums): {kind.remedy}, or use the release of vlcache_jax that saved it"
+                f"{kind.version} (which has {kind.has}): {kind.remedy}, or use the release of vlcache_jax that saved it"
             )
         if metadata.get(f"{kind.name}.checksum") != hashlib.sha256(text.encode()).hexdigest():
             raise _damaged(path, kind, "its description has not the checksum it was saved with")

@@ -17,13 +17,13 @@ import numpy as np
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
 from vlcache_jax.inference.context import Context
-from vlcache_jax.inference.context_reader import COUNTS, FIELDS, REPORT, ContextReader
+from vlcache_jax.inference.context_reader import COUNTS, FIELDS, REPORT, SAVED_RULES, ContextReader
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.parallel.mesh import check_known, on_mesh_of
-from vlcache_jax.policies.budget import Budget
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 
-KIND = Kind("vlcache_jax.inference.context", "context", 2, "compress the prompt and save it again")
+_SINCE = "the rule for generated tokens"
+KIND = Kind("vlcache_jax.inference.context", "context", 3, "compress the prompt and save it again", _SINCE)
 _SAMPLES = 64  # numbers of each parameter that the fingerprint reads
 
 
@@ -38,12 +38,18 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
       path: of the file; its folder must exist. A file that is there is replaced, but no link, folder or device.
 
     Raises:
-      InputError: the file cannot be written, or parts of the context lie with other processes.
+      InputError: the file cannot be written, the rule for generated tokens rewrites the context, or parts of it lie
+        with other processes.
       NonFiniteError: the context's logits or scores are not finite.
 
     Example:
       vlc.save_context(ctx, "manual.safetensors")
     """
+    if not isinstance(ctx.decoding, SAVED_RULES):
+        raise InputError(
+            f"policy {ctx.report.policy!r} has the rule generated={ctx.decoding}, which rewrites what was kept: a file "
+            "holds contexts of Append() and RollingWindow() alone"
+        )
     require_finite(ctx.report.finite, ctx, dtype=ctx.model.spec.dtype, density=ctx.report.density)
     arrays = {f"stores.{i}.{name}": getattr(s, name) for i, s in enumerate(ctx.stores) for name in FIELDS}
     arrays |= {"next_position": ctx.next_position, "logits": ctx.logits}
@@ -55,7 +61,8 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
         "stores": len(ctx.stores),
         "room": ctx.room,
         "policy": ctx.report.policy,
-        "budget": _budget_to_json(ctx.report.budget),
+        "budget": _to_json(ctx.report.budget),
+        "decoding": _to_json(ctx.decoding),
         **{name: getattr(ctx.report, name) for name in COUNTS},
     }
     write_tensor_file(path, KIND, description, {name: x for name, x in arrays.items() if x is not None})
@@ -130,7 +137,7 @@ def _sampled(leaves: list[jax.Array]) -> list[jax.Array]:
     return [sample(x) for x in leaves]
 
 
-def _budget_to_json(budget: Budget) -> Any:
-    if dataclasses.is_dataclass(budget):
-        return {"kind": type(budget).__name__, **dataclasses.asdict(budget)}
-    return budget
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **dataclasses.asdict(value)}
+    return value

@@ -1,6 +1,7 @@
 """Takes a context out of a file that anybody may have written: everything is checked before it is used."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.geometry import ALIGNMENT
+from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.files.json_text import shorten
@@ -17,6 +19,7 @@ from vlcache_jax.inference.report import Report
 from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.parallel.mesh import automatic, free_axes, on_mesh_of, specs_of
 from vlcache_jax.policies.budget import Budget
+from vlcache_jax.policies.decoding.rules import Append, RollingWindow
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 FIELDS = [field.name for field in dataclasses.fields(PackedStore)]
@@ -28,11 +31,14 @@ REPORT = (
     "kept_fraction",
 )
 """Arrays of a report; the rest of it is in the description."""
-COUNTS = ("state_bytes", "full_bytes", "tail_bytes")
+COUNTS = ("state_bytes", "full_bytes")
 """Whole numbers of a report."""
+SAVED_RULES = (Append, RollingWindow)
+"""Rules for generated tokens that a file can hold: those that leave the context as it is."""
 
 _MOST_BYTES = 2**60
 _LONGEST_NAME = 200
+_LONGEST_WINDOW = 2**24
 
 
 class ContextReader:
@@ -60,7 +66,17 @@ class ContextReader:
         self.require(not self.arrays, f"tensors {sorted(self.arrays)[:4]} have no place in a context")
         with on_mesh_of(self.params):
             stores = _place(stores)
-        return Context(self.model, self.params, stores, jnp.array(next_position), jnp.array(logits), report, room=room)
+        return Context(
+            model=self.model,
+            params=self.params,
+            stores=stores,
+            next_position=jnp.array(next_position),
+            logits=jnp.array(logits),
+            allocation=Allocation(requested=report.kept, density=report.density),
+            report=report,
+            room=room,
+            decoding=self.decoding(),
+        )
 
     def store(self, number: int, next_position: np.ndarray) -> PackedStore:
         def take(name: str, dtype: str, *shape: int | None) -> np.ndarray:
@@ -156,6 +172,11 @@ class ContextReader:
         )
         self.require(fits, f"its last store does not have room for {room} appended tokens a layer")
 
+    def decoding(self) -> Any:
+        rule = self.one_of("rule for generated tokens", self.described.get("decoding"), SAVED_RULES)
+        self.require(getattr(rule, "tokens", 0) <= _LONGEST_WINDOW, f"its rule for generated tokens is {rule}")
+        return rule
+
     def report(self, rows: int) -> Report:
         kept = self.take("report.kept", "int32", (None, self.spec.num_layers))
         size = len(kept)
@@ -176,19 +197,23 @@ class ContextReader:
         arrays: dict[str, Any] = dict(
             zip(REPORT, map(jnp.array, (kept, lengths, density, exact, fraction)), strict=True)
         )
-        return Report(**arrays, policy=policy, budget=budget, **counts, finite=jnp.ones((rows,), bool))
+        return Report(**arrays, policy=policy, budget=budget, **counts, tail_bytes=0, finite=jnp.ones((rows,), bool))
 
     def budget(self, value: Any) -> Budget:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
             return value
         known: Any = [kind for kind in get_args(Budget) if dataclasses.is_dataclass(kind)]
+        return self.one_of("budget", value, known)
+
+    def one_of(self, what: str, value: Any, known: Sequence[type]) -> Any:
+        """An object of a known class, from its fields."""
         kinds = {kind.__name__: kind for kind in known}
         if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] in kinds:
             try:
                 return kinds[value["kind"]](**{name: x for name, x in value.items() if name != "kind"})
             except (TypeError, PolicyError) as error:
-                self.fail(f"its budget is {shorten(value)} ({error})")
-        self.fail(f"its budget is {shorten(value)}")
+                self.fail(f"its {what} is {shorten(value)} ({error})")
+        self.fail(f"its {what} is {shorten(value)}")
 
     def take(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """Removes a tensor from those left; None in `shape` stands for any size."""

@@ -1,4 +1,4 @@
-"""Generating answers: prefill, then a loop on the device; or the same step, streamed."""
+"""Answers: to prompts, and to questions about a context; at once, or token by token."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,21 +6,18 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from vlcache_jax.cache.geometry import answer_room
-from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
-from vlcache_jax.inference.decode_step import check_room
-from vlcache_jax.inference.finiteness import is_ready, require_finite
-from vlcache_jax.inference.loop import DecodingState, begin, chunk
-from vlcache_jax.inference.prefill import prefill
-from vlcache_jax.inference.report import Report, make_report
+from vlcache_jax.inference.context import Context, check_count, check_positions, started
+from vlcache_jax.inference.decode import decode_all, stream_decode
+from vlcache_jax.inference.extend import extended
+from vlcache_jax.inference.finiteness import require_finite
+from vlcache_jax.inference.prefill import run_prompts
+from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.row_options import RowOptions, Samplings, StopIds, row_options
-from vlcache_jax.inputs import Batch
-from vlcache_jax.parallel.mesh import on_every_process, on_mesh_of
+from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.parallel.placing import placed
-from vlcache_jax.parallel.seeds import Seeds
+from vlcache_jax.parallel.seeds import Seeds, seed_words
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.typing import Params, VisionLanguageModel
@@ -57,8 +54,8 @@ def generate(
 ) -> Generation:
     """Answers a batch of prompts with a compressed cache.
 
-    Pure: works under `jax.jit`, `jax.pmap` and on a mesh. Called plainly it runs two compiled programs, prefill and
-    decoding (a `lax.while_loop` that ends when every row has).
+    Pure: works under `jax.jit`, `jax.pmap` and on a mesh. Called plainly it runs two large programs, prefill
+    and decoding (a `lax.while_loop` that ends when every row has). It is `answer` of what `prefill` returns.
 
     Args:
       model: a Flax module such as `vlm.model`.
@@ -87,15 +84,9 @@ def generate(
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
       texts = vlm.processor.decode(out)
     """
-    policy = FullCache() if policy is None else policy
     options = row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)
-    logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
-    report = make_report(model.spec, policy, state, state.next_position, batch.length)
-    tokens, lengths, finite = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
-    out = Generation(tokens, lengths, dataclasses.replace(report, finite=finite))
-    density = state.allocation.density
-    require_finite(finite, out, dtype=model.spec.dtype, before=state.finite, density=density, policy=policy)
-    return out
+    ctx = run_prompts(model, params, batch, policy, max_new_tokens, kernels)
+    return _answers(ctx, (batch.size,), max_new_tokens, options, kernels, policy or FullCache())
 
 
 def stream(
@@ -118,133 +109,80 @@ def stream(
       i32 [batch], one token per row and step; the pad id for rows that have ended. Stops when all rows have. A step
       in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
-    policy = FullCache() if policy is None else policy
     row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)  # before anything is compiled
-    logits, state = prefill(model, params, batch, policy, max_new_tokens, kernels=kernels)
+    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, kernels).start(max_new_tokens)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
 
 
-def decode(
-    model: VisionLanguageModel,
-    params: Params,
-    logits: jax.Array,
-    state: KVState,
-    max_new_tokens: int,
+def answer(
+    ctx: Context,
+    questions: Continuation | None = None,
+    max_new_tokens: int = 64,
     *,
+    samples: int | None = None,
     sampling: Samplings = None,
     seeds: Seeds = 0,
     eos_token_ids: StopIds = None,
     kernels: Kernels | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The second half of `generate`: answers from what `prefill` returned.
+) -> Generation:
+    """Answers questions to a context, all at once; the context is neither copied nor repeated. Pure, like `generate`.
 
     Args:
-      model, params, sampling, seeds, eos_token_ids, kernels: as in `generate`.
-      logits: of the first token, f32 [batch, vocab].
-      state: as `prefill` returned it. It stays valid: several answers may be drawn from one. (A rule that rewrites the
-        context works on a copy of it.)
-      max_new_tokens: at most what the state was made for, unless the policy's rule lets answers grow longer.
+      ctx: from `compress`, `extend` or `load_context`.
+      questions: from `vlm.processor.continuation`: one or several for each row of the context. None: the prompt itself
+        ends in the question.
+      max_new_tokens: answers are cut at this length.
+      samples: answers to each question; None for one, without an axis of its own.
+      sampling: None for greedy decoding.
+      seeds: one, or an array of the answers' leading axes, or broadcast to them; integers or keys, as in `generate`.
+        With a single one sample i draws with seed + i. A draw depends on its own seed, never on the others.
+      eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty list never stops.
+      kernels: as in `compress`.
 
     Returns:
-      (tokens i32 [batch, max_new_tokens], lengths i32 [batch]), as in `Generation`.
+      tokens i32 [..., max_new_tokens] and lengths i32 [...]; the leading axes are those of the questions, [rows]
+      without questions, and one more, of the samples, with samples. The report is the context's, with the bytes of
+      the answers' tail.
 
     Raises:
-      InputError: seeds that do not fit, or max_new_tokens beyond the state's room or the model's positions. What
-        depends on the values of a state that is still being computed is checked when all has run.
-      NonFiniteError: as in `generate`. Inside `jit` nothing tells: use `generate`, or `decode_step` and `state.finite`.
+      InputError: see `extend`; max_new_tokens below 1, more positions than the model has, seeds that do not fit, or
+        samples below 1, or above 1 without sampling.
+      NonFiniteError: logits that are not finite; see `generate`.
+
+    Example:
+      questions = vlm.processor.continuation([["What is it?", "What colour is it?"]])
+      out = vlc.answer(ctx, questions, max_new_tokens=32)
+      [[first, second]] = vlm.processor.decode(out)
     """
-    _check_count(state, max_new_tokens)
-    if is_ready(state.next_position):
-        _check_values(model, state, max_new_tokens)
-    options = row_options(model.spec, logits.shape[0], max_new_tokens, sampling, seeds, eos_token_ids)
-    tokens, lengths, finite = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
-    _check_values(model, state, max_new_tokens)
-    density = state.allocation.density
-    require_finite(finite, (tokens, lengths), dtype=model.spec.dtype, before=state.finite, density=density)
-    return tokens, lengths
+    check_count("max_new_tokens", max_new_tokens)
+    if samples is not None:
+        check_count("samples", samples)
+        if samples > 1 and sampling is None:
+            raise InputError(f"samples={samples} greedy answers would all be the same: give sampling=Sampling(...)")
+    lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
+    shape = lead if samples is None else (*lead, samples)
+    seeds = seed_words(seeds, shape, samples, f"answers {shape}").reshape(-1, 2)
+    options = row_options(ctx.model.spec, len(seeds), max_new_tokens, sampling, seeds, eos_token_ids)
+    if questions is None:
+        check_positions(ctx, np.zeros(ctx.rows, np.int32), max_new_tokens)
+    asked = ctx if questions is None else extended(ctx, (questions,), kernels, max_new_tokens)
+    return _answers(asked, shape, max_new_tokens, options, kernels)
 
 
-def decode_all(
-    model: VisionLanguageModel,
-    params: Params,
-    logits: jax.Array,
-    state: KVState,
+def _answers(
+    ctx: Context,
+    shape: tuple[int, ...],
     max_new_tokens: int,
     options: RowOptions,
     kernels: Kernels | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`decode` without checks of the state: tokens, lengths, and bool [batch], whether all was finite."""
-    room = answer_room(max_new_tokens)
-    options, steps = placed((options, np.int32(room)), params)
-    with on_mesh_of(params, logits, state):
-        loop, stores = begin(model, logits, state, options, room)
-        loop = chunk(model, params, stores, loop, steps, kernels or Kernels())
-        tokens = jax.lax.slice_in_dim(loop.tokens, 0, max_new_tokens, axis=1)
-    return on_every_process((tokens, loop.step, loop.kv.finite))
-
-
-def stream_decode(
-    model: VisionLanguageModel,
-    params: Params,
-    logits: jax.Array,
-    state: KVState,
-    max_new_tokens: int,
-    *,
-    sampling: Samplings = None,
-    seeds: Seeds = 0,
-    eos_token_ids: StopIds = None,
-    kernels: Kernels | None = None,
-) -> Iterator[np.ndarray]:
-    """The second half of `stream`; arguments as in `decode`, errors as in `decode` and `stream`."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, logits, state))):
-        raise InputError("a stream hands its tokens to Python, which a traced program cannot: use generate or decode")
-    _check_count(state, max_new_tokens)
-    if is_ready(state.next_position):
-        _check_values(model, state, max_new_tokens)
-    options = row_options(model.spec, logits.shape[0], max_new_tokens, sampling, seeds, eos_token_ids)
-    options, one = placed((options, np.int32(1)), params)
-
-    def read(loop: DecodingState) -> tuple[np.ndarray, bool]:
-        token, done, finite = on_every_process((loop.token, loop.done, loop.kv.finite))
-        token, done = jax.device_get((token, done))
-        density = state.allocation.density
-        require_finite(finite, token, dtype=model.spec.dtype, before=state.finite, density=density)
-        return token, bool(done.all())
-
-    def tokens() -> Iterator[np.ndarray]:
-        with on_mesh_of(params, logits, state):
-            loop, stores = begin(model, logits, state, options, answer_room(max_new_tokens))
-        _check_values(model, state, max_new_tokens)
-        token, ended = read(loop)
-        yield token
-        while not ended:
-            with on_mesh_of(params, loop):
-                loop = chunk(model, params, stores, loop, one, kernels or Kernels())
-            token, ended = read(loop)
-            yield token
-
-    return tokens()
-
-
-def _check_count(state: KVState, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
-    if not state.decoding.unlimited and max_new_tokens > state.tail.capacity:
-        raise InputError(
-            f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
-            "state: prefill with a larger max_new_tokens, or with another Policy.generated"
-        )
-
-
-def _check_values(model: VisionLanguageModel, state: KVState, max_new_tokens: int) -> None:
-    """What depends on the values of the state; waits for it."""
-    check_room(state, max_new_tokens - 1)  # the last token is not appended
-    if isinstance(state.next_position, jax.core.Tracer):
-        return
-    needed = int(jax.device_get(on_every_process(state.next_position)).max()) + max_new_tokens
-    if needed > model.spec.max_positions:
-        raise InputError(
-            f"max_new_tokens={max_new_tokens} needs {needed} positions but the model has {model.spec.max_positions}: "
-            "lower it"
-        )
+    policy: Policy | None = None,
+) -> Generation:
+    """One answer for each of `shape`; `policy`, where it is known, is for the message of an error."""
+    logits, state = started(ctx, max_new_tokens, len(options.temperature))
+    tokens, lengths, finite = decode_all(ctx.model, ctx.params, logits, state, max_new_tokens, options, kernels)
+    report = ctx.report.of_answers(state, finite.reshape(shape))
+    out = Generation(tokens.reshape(*shape, max_new_tokens), lengths.reshape(shape), report)
+    before, density = state.finite.reshape(shape), report.density
+    require_finite(report.finite, out, dtype=ctx.model.spec.dtype, before=before, density=density, policy=policy)
+    return out

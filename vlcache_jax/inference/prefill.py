@@ -1,4 +1,4 @@
-"""Prefill: one program from a batch of prompts to the next token's logits and the compressed state.
+"""Prefill: one program from a batch of prompts to a context, the next token's logits and the compressed cache.
 
 embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
 """
@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import align, answer_room, capacity, regular_slots, segment_alignment
+from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
 from vlcache_jax.cache.merging import merge_evicted
 from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select, unselected
-from vlcache_jax.cache.state import Allocation, KVState
+from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
-from vlcache_jax.cache.tail import TailStore
-from vlcache_jax.inference.finiteness import finite_rows
+from vlcache_jax.inference.context import Context
+from vlcache_jax.inference.finiteness import finite_rows, require_finite
+from vlcache_jax.inference.report import make_report
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.varying import varying
@@ -29,6 +30,7 @@ from vlcache_jax.policies.decoding.evict import SlotWeights, layer_room, slot_we
 from vlcache_jax.policies.decoding.recompress import RecentQueries, no_queries
 from vlcache_jax.policies.decoding.rules import Evict, Recompress
 from vlcache_jax.policies.evicted.rules import Merge, Quantise
+from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.policies.shares import slot_budget
@@ -40,12 +42,13 @@ def prefill(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy,
-    max_new_tokens: int,
+    policy: Policy | None = None,
     *,
     kernels: Kernels | None = None,
-) -> tuple[jax.Array, KVState]:
-    """Runs the prompts and compresses their cache. Pure, and compiled once per (shapes, policy, max_new_tokens).
+) -> Context:
+    """`compress` that waits for nothing and raises nothing about numbers: `report.finite` tells.
+
+    Pure, and compiled once per (shapes, policy).
 
     Differentiable: the logits are those of the model's `forward`, and so are their derivatives. Kept keys and values
     have theirs where they are stored as they were computed; which tokens are kept, quantised and merged stores, and all
@@ -55,34 +58,97 @@ def prefill(
       model: a Flax module such as `vlm.model`.
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
-      policy: what to keep.
-      max_new_tokens: room in the tail for generated tokens, where the policy's rule keeps them all; elsewhere answers
-        may grow longer.
+      policy: what to keep; `FullCache()` by default.
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
-      (logits of the next token f32 [batch, vocab], state). Nothing waits for the device: that scores or logits are not
-      finite shows in `state.finite`, and `Allocation.density` is NaN in a layer whose scores are not, or, where evicted
-      tokens are merged, whose keys or values are not.
+      The context, of as many rows as the batch. Scores or logits that are not finite show in `report.finite`, and
+      `report.density` is NaN in a layer whose scores are not, or, where evicted tokens are merged, whose keys or values
+      are not.
 
     Raises:
-      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has (lengths are checked
-        only outside `jit`, where they are known).
+      InputError: a malformed batch, or more positions than the model has (lengths are checked only outside `jit`, where
+        they are known).
       PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
+
+    Example:
+      logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy).start(max_new_tokens=64)
     """
+    return run_prompts(model, params, batch, policy, 1, kernels)
+
+
+def compress(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy | None = None,
+    *,
+    kernels: Kernels | None = None,
+) -> Context:
+    """Runs prompts and keeps of their cache what the policy says, without room for answers. Pure, like `prefill`.
+
+    A prompt may end anywhere. Where it ends before the question, choose a policy that needs none (docs/contexts.md).
+
+    Args:
+      model: a Flax module such as `vlm.model`.
+      params: its parameters.
+      batch: prompts, from `vlm.processor`.
+      policy: what to keep; `FullCache()` by default.
+      kernels: which implementation of each op to use; the platform's best by default.
+
+    Returns:
+      The context, of as many rows as the batch.
+
+    Raises:
+      InputError, PolicyError: see `prefill`.
+      NonFiniteError: scores or logits that are not finite, once all has run; see `generate`.
+
+    Example:
+      ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
+    """
+    ctx = run_prompts(model, params, batch, policy, 1, kernels)
+    finite, density = ctx.report.finite, ctx.report.density
+    require_finite(finite, ctx, dtype=model.spec.dtype, before=finite, density=density, policy=policy or FullCache())
+    return ctx
+
+
+def run_prompts(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy | None,
+    max_new_tokens: int,
+    kernels: Kernels | None,
+) -> Context:
+    """`prefill`, if `max_new_tokens` have their place, too."""
+    policy = FullCache() if policy is None else policy
     check_prefill(model.spec, batch, policy, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
-        return _prefill(model, params, batch, policy, answer_room(max_new_tokens), kernels or Kernels())
+        ran = _prefill(model, params, batch, policy, kernels or Kernels())
+    logits, stores, lengths, allocation, finite, observed = ran
+    report = make_report(model.spec, policy, stores, allocation, lengths, batch.length, finite)
+    return Context(
+        model=model,
+        params=params,
+        stores=stores,
+        next_position=lengths,
+        logits=logits,
+        allocation=allocation,
+        report=report,
+        decoding=policy.rule,
+        observed=observed,
+    )
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "kernels"))
+@partial(jax.jit, static_argnames=("model", "policy", "kernels"))
 @automatic
 def _prefill(
-    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, max_new_tokens: int, kernels: Kernels
-) -> tuple[jax.Array, KVState]:
+    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, kernels: Kernels
+) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, Allocation, jax.Array, Any]:
+    """(logits, stores, lengths, allocation, whether all was finite, what the rule of generated tokens remembers)."""
     variables = {"params": params}
     hidden = model.apply(variables, batch, method="embed")
     lengths = varying(jnp.asarray(batch.lengths), params, batch)
@@ -90,12 +156,11 @@ def _prefill(
     run = partial(model.apply, variables, hidden, positions, method="decode")
     fill = _keep_all if policy.keeps_all else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    hidden, (context, *more), allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    hidden, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply(variables, last, method="unembed")
-    tail = TailStore.empty(model.spec, batch.size, policy.rule.tail_tokens(max_new_tokens))
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
-    return logits, KVState(context, tail, lengths, allocation, finite, policy.rule, tuple(more), observed)
+    return logits, tuple(stores), lengths, allocation, finite, observed
 
 
 def _evicts(policy: Policy) -> bool:

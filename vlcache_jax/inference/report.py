@@ -1,12 +1,14 @@
 """What a run kept and what it cost, counted from the real buffers."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.geometry import align
-from vlcache_jax.cache.state import KVState
+from vlcache_jax.cache.state import Allocation, KVState
+from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inputs import Array
 from vlcache_jax.parallel.mesh import automatic, free_axes, on_every_process, on_mesh_of
@@ -60,26 +62,39 @@ class Report:
         """Bytes of all buffers that an answer needs: `state_bytes` and `tail_bytes`."""
         return self.state_bytes + self.tail_bytes
 
+    def of_answers(self, state: KVState, finite: jax.Array | None = None) -> "Report":
+        """The report of a context's answers, which began with `state`."""
+        tail_bytes = sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed)))
+        return dataclasses.replace(self, tail_bytes=tail_bytes, finite=state.finite if finite is None else finite)
 
-def make_report(spec: ModelSpec, policy: Policy, state: KVState, prompt_lengths: Array, padded: int) -> Report:
-    """The report of a state as prefill returned it, for prompts padded to `padded` tokens."""
-    with on_mesh_of(state):
-        kept, exact, kept_fraction = _counted(state.context.lengths, state.allocation.requested, prompt_lengths)
+
+def make_report(
+    spec: ModelSpec,
+    policy: Policy,
+    stores: Sequence[PackedStore],
+    allocation: Allocation,
+    prompt_lengths: Array,
+    padded: int,
+    finite: jax.Array,
+) -> Report:
+    """The report of what was kept of prompts padded to `padded` tokens, without answers."""
+    with on_mesh_of(stores):
+        kept, exact, kept_fraction = _counted(stores[0].lengths, allocation.requested, prompt_lengths)
         whole = replicated(free_axes(), spec, rows=kept.shape[0], lanes=policy.shared_lanes, policy=policy.name)
     warn(whole)
     report = Report(
         kept=kept,
         prompt_lengths=jnp.asarray(prompt_lengths),
-        density=state.allocation.density,
+        density=allocation.density,
         exact=exact,
         kept_fraction=kept_fraction,
         policy=policy.name,
         budget=policy.budget,
-        state_bytes=sum(store.nbytes for store in state.stores),
+        state_bytes=sum(store.nbytes for store in stores),
         full_bytes=full_cache_bytes(spec, kept.shape[0], padded),
-        tail_bytes=sum(x.nbytes for x in jax.tree.leaves((state.tail, state.observed))),
+        tail_bytes=0,
         replicated=whole,
-        finite=state.finite,
+        finite=finite,
     )
     return on_every_process(report)
 

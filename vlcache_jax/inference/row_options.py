@@ -11,7 +11,6 @@ import numpy as np
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.sampling import Sampling
-from vlcache_jax.inputs import Array
 from vlcache_jax.parallel.seeds import Seeds, seed_words
 from vlcache_jax.typing import ModelSpec
 
@@ -40,12 +39,12 @@ class RowOptions:
       max_new_tokens: i32 [rows].
     """
 
-    seeds: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    stop_ids: Array
-    max_new_tokens: Array
+    seeds: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    stop_ids: jax.Array
+    max_new_tokens: jax.Array
 
     def stops(self, token: jax.Array) -> jax.Array:
         """bool [rows]: whether a row ends with its token, i32 [rows]."""
@@ -72,14 +71,15 @@ def row_options(
             raise InputError(f"sampling={one!r} is no vlc.Sampling: give one, one for each row, or None")
     if len(each) != rows:
         raise InputError(f"{len(each)} samplings do not fit {rows} rows: give one, or one for each")
-    return RowOptions(
-        seeds=seed_words(seeds, (rows,)),
-        temperature=np.array([s.temperature if s else 0 for s in each], np.float32),
-        top_k=np.array([min(_ALL, s.top_k) if s and s.top_k else _ALL for s in each], np.int32),
-        top_p=np.array([s.top_p if s and s.top_p else 1 for s in each], np.float32),
-        stop_ids=_stop_ids(rows, spec.eos_token_ids if eos_token_ids is None else eos_token_ids),
-        max_new_tokens=np.full(rows, max_new_tokens, np.int32),
-    )
+    arrays: Any = {
+        "seeds": seed_words(seeds, (rows,)),
+        "temperature": np.array([s.temperature if s else 0 for s in each], np.float32),
+        "top_k": np.array([min(_ALL, s.top_k) if s and s.top_k else _ALL for s in each], np.int32),
+        "top_p": np.array([s.top_p if s and s.top_p else 1 for s in each], np.float32),
+        "stop_ids": _stop_ids(rows, spec.eos_token_ids if eos_token_ids is None else eos_token_ids),
+        "max_new_tokens": np.full(rows, max_new_tokens, np.int32),
+    }
+    return RowOptions(**arrays)
 
 
 def _sequence(sampling: Any) -> Sequence[Any]:

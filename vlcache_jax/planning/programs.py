@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlcache_jax.cache.state import KVState
+from vlcache_jax.inference.decode import decode
 from vlcache_jax.inference.decode_step import decode_step
-from vlcache_jax.inference.generate import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.family import FamilyModel
@@ -85,7 +85,7 @@ class Programs:
         self.params: Params = place_params(jax.tree.map(lambda x: _struct(x.shape, model.dtype), shapes), mesh)
 
     def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
-        """`prefill`, its state split over devices; (what the compiler says, the compiled program)."""
+        """`prefill` and room for answers, the state split over devices; with the compiled program."""
         run = self._prefill(work, policy)
         state = self.state(work, policy)
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))
@@ -132,7 +132,7 @@ class Programs:
         return _bytes(*[group for group in found.groups() if group is not None])
 
     def _prefill(self, work: Workload, policy: Policy) -> Callable[..., Any]:
-        return lambda params, batch: prefill(self.model, params, batch, policy, work.new_tokens)
+        return lambda params, batch: prefill(self.model, params, batch, policy).start(work.new_tokens)
 
     def _outputs(self, work: Workload, policy: Policy) -> tuple[jax.ShapeDtypeStruct, KVState]:
         with jax.set_mesh(self.mesh):

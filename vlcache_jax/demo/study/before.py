@@ -66,7 +66,8 @@ def answer_before(
       (tokens i32 [batch, max_new_tokens], lengths i32 [batch], the stores of the compressed context, density f32
       [batch, layers]).
     """
-    from vlcache_jax.inference.context import answer, compress
+    from vlcache_jax.inference.generate import answer
+    from vlcache_jax.inference.prefill import compress
 
     first, question = split(batch)
     recorded = first_columns(recording, first.length)

@@ -21,7 +21,7 @@ from vlcache_jax.demo.study.recording import Recording, Replay, record
 from vlcache_jax.demo.study.results import Key, Result, ResultFile
 from vlcache_jax.demo.study.tasks import EXACT, TaskData, load_task, score
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.inference.generate import decode
+from vlcache_jax.inference.decode import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.decoder.cpu_layout import cpu_layout
@@ -37,7 +37,6 @@ PICTURED = 0.1
 
 _WORKERS = 2  # configurations at once: compiling one keeps a single core busy, and running one hardly two
 _GROUP = 16  # configurations after which compiled programs may be dropped
-_TAIL = 32  # room for answers, the same for all tasks, so that they share the programs of the prefill
 _MAPS = Path("/proc/self/maps")
 _MOST_MAPS = 30_000  # every compiled program takes memory mappings, of which Linux allows a process 65,530
 
@@ -102,7 +101,7 @@ class Study:
           [batch, layers]); the tokens are those of `generate`.
         """
         params = {"model": self.params, "recording": recording}
-        logits, state = prefill(self.model, params, batch, policy, max(_TAIL, max_new_tokens))
+        logits, state = prefill(self.model, params, batch, policy).start(max_new_tokens)
         tokens, lengths = decode(self.model, params, logits, state, max_new_tokens)
         return tokens, lengths, state.stores, state.allocation.density
 
