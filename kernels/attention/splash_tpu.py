@@ -67,7 +67,9 @@ class _WindowMask(splash.LocalMask):
     """A causal mask with a window, its blocks like those of `_CausalMask`; blocks out of the window are skipped."""
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        return _block(self, index, self.window_size[0] + 1)
+        left = self.window_size[0]
+        assert left is not None
+        return _block(self, index, left + 1)
 
 
 @cache

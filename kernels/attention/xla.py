@@ -80,7 +80,7 @@ def _rows(q, first, k, v, left, mask, scale):  # of one head; columns from `left
     chunks = (rows + pad) // _CHUNK
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
     starts = first + _CHUNK * jax.lax.iota(jnp.int32, chunks)
-    out, lse = jax.lax.map(lambda chunk: _chunk(*chunk, k, v, left, mask, scale), (q, starts))
+    out, lse = jax.lax.map(lambda chunk: _chunk(chunk[0], chunk[1], k, v, left, mask, scale), (q, starts))
     out = out.swapaxes(0, 1).reshape(group, -1, head_dim)
     return out[:, :rows], lse.swapaxes(0, 1).reshape(group, -1)[:, :rows]
 

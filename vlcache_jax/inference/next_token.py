@@ -59,16 +59,17 @@ def next_token(logits: jax.Array, options: RowOptions, step: jax.Array) -> jax.A
     Returns:
       i32 [rows].
     """
-    samples = options.temperature > 0
+    seeds, temperature = jnp.asarray(options.seeds), jnp.asarray(options.temperature)
+    top_k, top_p = jnp.asarray(options.top_k), jnp.asarray(options.top_p)
+    samples = temperature > 0
 
     def draw(words: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:  # as jax.random.categorical by default
         number = jnp.maximum(uniform(random_bits(words, (step,), row.shape[0])), jnp.finfo(jnp.float32).tiny)
         return jnp.argmax(row - jnp.log(-jnp.log(number))).astype(jnp.int32)
 
     def drawn(greedy: jax.Array) -> jax.Array:
-        temperature = jnp.where(samples, options.temperature, 1)
-        filtered = filtered_logits(logits, temperature, options.top_k, options.top_p)
-        return jnp.where(samples, jax.vmap(draw)(options.seeds, step, filtered), greedy)
+        filtered = filtered_logits(logits, jnp.where(samples, temperature, 1), top_k, top_p)
+        return jnp.where(samples, jax.vmap(draw)(seeds, step, filtered), greedy)
 
     return _where_any(samples, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 

@@ -101,8 +101,9 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
         raise CheckpointError(f"there is no train state at {path}; start without resuming")
     folder = Path(path).absolute()
     file = TensorFile.open(folder / _FILE, _KIND)
-    described, leaves = file.description, _named(like)
-    shapes, progress, name, saved = (described.get(key) for key in ("arrays", "progress", "folder", "files"))
+    leaves = _named(like)
+    described: list[Any] = [file.description.get(key) for key in ("arrays", "progress", "folder", "files")]
+    shapes, progress, name, saved = described
     right = all(isinstance(x, dict) for x in (shapes, progress, saved)) and isinstance(name, str)
     if not right or not _ARRAYS.fullmatch(name):
         raise file.damaged("its description is of something else")
@@ -118,9 +119,9 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
                 "settings it was trained with"
             )
     found = _checksums(folder / name)
-    for path in sorted(found.keys() | saved.keys()):
-        if found.get(path) != saved.get(path):
-            raise file.damaged(f"{name}/{path} has not the checksum it was saved with")
+    for part in sorted(found.keys() | saved.keys()):
+        if found.get(part) != saved.get(part):
+            raise file.damaged(f"{name}/{part} has not the checksum it was saved with")
     arrays = _read_arrays(folder / name, {key: leaf for key, leaf in leaves.items() if leaf.size})
     loaded = [
         jax.device_put(arrays.get(key, np.zeros(leaf.shape, leaf.dtype)), getattr(leaf, "sharding", None))
@@ -178,7 +179,8 @@ def _checksums(folder: Path) -> dict[str, str]:
         if not path.is_dir():
             try:
                 with open_plain(path) as stream:
-                    found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+                    digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]
+                found[path.relative_to(folder).as_posix()] = digest.hexdigest()
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
     return found
