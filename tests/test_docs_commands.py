@@ -50,6 +50,14 @@ def test_it_parses_and_its_files_exist(arguments: list[str]) -> None:
     assert here or arguments[0] == "plan" or model.startswith("llava-hf/")  # on the Hugging Face Hub
 
 
+def test_the_files_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:vlcache_jax|models|kernels|tests|benchmarks)/[\w./-]+)`", (ROOT / page).read_text()
+        ):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
 def test_the_readme_can_be_pasted_from_its_start() -> None:
     """A shell that knows only python3: the environment is made, then activated, then its programs are called."""
     known, made = {"python3", "."}, False

@@ -31,7 +31,6 @@ def vlm(run):
     return vlc.load(run[0] / "demo_model", dtype="float32")
 
 
-@pytest.mark.thorough
 def test_a_second_call_resumes(run):
     entries = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
     assert sum(entry.get("stage") == "vision" for entry in entries) == 1  # the tower was not trained again

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel import ops
@@ -101,8 +100,3 @@ def first_columns(recording: Recording, length: int) -> Recording:
     """The recording of the prompts' first `length` tokens, which is what they are without the rest; no logits."""
     query, key, value = (x[:, :, :length] for x in (recording.query, recording.key, recording.value))
     return Recording(query, key, value, jnp.zeros_like(recording.logits))
-
-
-def nbytes(recording: Recording) -> int:
-    """Bytes of its arrays."""
-    return sum(np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(recording))

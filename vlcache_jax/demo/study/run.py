@@ -107,31 +107,22 @@ class Study:
 
     def measure(
         self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
-    ) -> "Measured":
-        """Answers of all samples under a method.
+    ) -> tuple["Measured", Stores]:
+        """Answers of all samples under a method, and the stores of the first batch.
 
         Raises:
           PolicyError: the method does not know such a budget.
         """
         policy = method.policy(budget, self.grid_side)
-        parts = [self._part(some, method, policy, mode, data.max_new_tokens) for some in prompts]
-        n = data.samples
-
-        def joined(arrays: list[Any]) -> np.ndarray:
-            return np.concatenate([np.asarray(x) for x in arrays])[:n]
-
-        texts = [text for part in parts for text in self.vlm.processor.decode(part)]
-        return Measured(
-            texts=texts[:n],
-            agrees=joined([part.agrees for part in parts]),
-            held=jax.tree.map(lambda *x: joined(list(x)), *(part.held for part in parts)),
-            compressed=joined([part.compressed for part in parts]),
-            density=joined([part.density for part in parts]),
-            bytes=store_bytes(parts[0].stores) // prompts[0].batch.size,
-            first=parts[0].stores,
+        parts = [self._of_batch(some, method, policy, mode, data.max_new_tokens) for some in prompts]
+        joined = jax.tree.map(
+            lambda *x: np.concatenate(list(map(np.asarray, x)))[: data.samples], *(p for p, _ in parts)
         )
+        return joined, parts[0][1]
 
-    def _part(self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int) -> "_Part":
+    def _of_batch(
+        self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int
+    ) -> tuple["Measured", Stores]:
         batch, recording, attention = some.batch, some.recording, some.attention
         if mode == BEFORE:
             end = before.images_end(batch)
@@ -145,43 +136,29 @@ class Study:
             tokens, lengths, stores, density = self.answer_known(batch, recording, policy, max_new_tokens)
             compressed = np.asarray(batch.lengths)
         agrees = jnp.all(tokens == some.tokens, axis=1)
-        return _Part(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density, stores)
+        return Measured(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density), stores
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Answers of a batch: tokens i32 [batch, n], lengths i32 [batch]; and what `Measured` joins."""
-
-    tokens: jax.Array
-    lengths: jax.Array
-    agrees: jax.Array
-    held: Held
-    compressed: np.ndarray
-    density: jax.Array
-    stores: Stores
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of all samples of a task under one method; arrays [samples].
+    """Of some samples under one method; a pytree of arrays, NumPy's when they are joined.
 
     Attributes:
-      texts: the answers.
-      agrees: bool.
-      held: see `measure.Held`, as NumPy arrays.
-      compressed: tokens of each prompt that were compressed.
+      tokens: i32 [samples, n], the answers.
+      lengths: i32 [samples].
+      agrees: bool [samples].
+      held: see `measure.Held`.
+      compressed: i32 [samples], tokens of each prompt that were compressed.
       density: f32 [samples, layers].
-      bytes: of the stores, for one prompt.
-      first: the stores of the first batch.
     """
 
-    texts: list[str]
-    agrees: np.ndarray
+    tokens: Any
+    lengths: Any
+    agrees: Any
     held: Held
-    compressed: np.ndarray
-    density: np.ndarray
-    bytes: int
-    first: Stores
+    compressed: Any
+    density: Any
 
 
 def run_study(
@@ -264,38 +241,37 @@ def _measured(
     method, budget, mode = item
     begun = time.monotonic()
     try:
-        measured = study.measure(data, prompts, method, budget, mode)
+        measured, stores = study.measure(data, prompts, method, budget, mode)
     except PolicyError as error:
         return error
-    kept = measured.held.kept / measured.compressed[:, None]
+    kept, texts = measured.held.kept / measured.compressed[:, None], study.vlm.processor.decode(measured)
     result = Result(
         key=Key(data.name, method.name, budget, mode),
-        exact=EXACT(measured.texts, data.answers),
-        score=score(data.name, measured.texts, data.answers),
+        exact=EXACT(texts, data.answers),
+        score=score(data.name, texts, data.answers),
         agrees=measured.agrees.astype(np.float64),
         mass=np.asarray(measured.held.mass),
         hits=np.asarray(measured.held.hits),
         kept=np.asarray(kept.mean(axis=1)),
         layers=np.asarray(kept.mean(axis=0)),
         density=measured.density.mean(axis=0),
-        state_bytes=measured.bytes,
+        state_bytes=store_bytes(stores) // prompts[0].batch.size,
         full_bytes=prompts[0].full_bytes,
         seconds=time.monotonic() - begun,
     )
-    return result, _first_kept(measured, prompts[0])
+    return result, _first_kept(stores, prompts[0]) | {"answer": texts[0]}
 
 
-def _first_kept(measured: Measured, prompts: Prompts) -> dict[str, Any]:
+def _first_kept(stores: Stores, prompts: Prompts) -> dict[str, Any]:
     """Which visual tokens the first sample kept: for each layer a digit for every one of them, 9 where all KV heads
-    kept it and 0 where none did; the number of text tokens; and its answer."""
+    kept it and 0 where none did; and the number of text tokens."""
     _, _, kv_heads, length = prompts.attention.shape
-    kept = np.asarray(kept_tokens(measured.first, length, kv_heads))[:, 0]  # [layers, kv_heads, length]
+    kept = np.asarray(kept_tokens(stores, length, kv_heads))[:, 0]  # [layers, kv_heads, length]
     visual = np.asarray(prompts.batch.vision_index)[0] != TEXT
     digits = np.round(9 * kept[..., visual].mean(axis=1)).astype(int)
     return {
         "layers": ["".join(map(str, layer)) for layer in digits],
         "text": [round(float(x), 2) for x in kept[..., ~visual].sum(axis=2).mean(axis=1)],
-        "answer": measured.texts[0],
     }
 
 
