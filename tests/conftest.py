@@ -41,8 +41,16 @@ _NEEDS_TPU_COMPILER = re.compile(r"^(import|from) tpu\b", re.MULTILINE)
 _HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  # where libtpu is published
 
 
-# These take minutes in the TPU's compiler. Started first, they leave no worker behind at the end.
-_LONGEST = ("test_tpu_programs.py", "test_tpu_generated.py")
+# These compile whole models for TPUs, for minutes.
+_WHOLE_MODELS = ("test_tpu_programs.py", "test_tpu_generated.py")
+# The files that take longest, both tiers together: started first, they leave no worker alone at the end.
+_FIRST = [
+    f"test_{name}.py"
+    for name in (
+        "tpu_forward", "settings", "promises", "tpu_settings", "tpu_decode_attention", "tpu_programs", "benchmarks",
+        "study", "tpu_generated", "mesh_types", "tpu_attention", "demo_model", "docs_examples", "processes", "planning",
+    )
+]  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -65,7 +73,7 @@ def pytest_ignore_collect(collection_path: Path, config):
     if collection_path.suffix != ".py":
         return None
     text = collection_path.read_text(encoding="utf-8")
-    if config.getoption("--core") and (collection_path.name in _LONGEST or _NEEDS_REFERENCE.search(text)):
+    if config.getoption("--core") and (collection_path.name in _WHOLE_MODELS or _NEEDS_REFERENCE.search(text)):
         return True
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
 
@@ -83,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in left_out if item.nodeid.partition("[")[0] not in alone]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
 
 
 @pytest.hookimpl(optionalhook=True)
