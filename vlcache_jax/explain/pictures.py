@@ -15,6 +15,7 @@ from vlcache_jax.models.images.opening import ImageLike, load_image
 from vlcache_jax.parallel.mesh import check_known
 from vlcache_jax.policies.budget import budget_text
 from vlcache_jax.policies.methods.method import title_of
+from vlcache_jax.terminal.table import megabytes, percent
 
 Kept = list[np.ndarray]
 """For each layer the kept prompt positions, i32 [kv_heads, n], ascending, -1 beyond the kept ones."""
@@ -228,9 +229,9 @@ def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares
     rows = len(report.prompt_lengths)
     of_batch = f"of all {rows} rows, " if rows > 1 else ""
     figures = [
-        (_percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
+        (percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
         (f"{shares.length:,}", f"prompt tokens: {visual:,} visual, {shares.length - visual:,} text"),
-        (_megabytes(report.state_bytes), f"prompt's cache {of_batch}instead of {_megabytes(report.full_bytes)}"),
+        (megabytes(report.state_bytes), f"prompt's cache {of_batch}instead of {megabytes(report.full_bytes)}"),
     ]
     y += 62
     column = (_WIDTH - 2 * _MARGIN) // len(figures)
@@ -257,8 +258,8 @@ def _overlay(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, sheet: _She
     x = _MARGIN + round(_font(20).getlength("0 %")) + 10
     draw.text((_MARGIN, y + 14), "0 %", _GREY, _font(20), anchor="ls")
     canvas.paste(scale, (x, y))
-    draw.text((x + width + 10, y + 14), _percent(most), _GREY, _font(20), anchor="ls")
-    x += width + 10 + round(_font(20).getlength(_percent(most))) + 24
+    draw.text((x + width + 10, y + 14), percent(most), _GREY, _font(20), anchor="ls")
+    x += width + 10 + round(_font(20).getlength(percent(most))) + 24
     end = _MARGIN + max(sheet.image.width, _SHEET_COLUMN)
     if x + _font(20).getlength(caption) > end:
         x, y = _MARGIN, y + 30
@@ -361,15 +362,6 @@ def _cut(text: str, size: int, width: int) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
-
-
-def _megabytes(count: int) -> str:
-    value = count / 1e6
-    return f"{value:,.0f} MB" if value >= 100 else f"{value:.1f} MB" if value >= 10 else f"{value:.2f} MB"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -11,7 +11,7 @@ import vlcache_jax.policies.methods  # noqa: F401  (the methods make themselves 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
 from vlcache_jax.policies.decoding.rules import as_generated
-from vlcache_jax.policies.methods.method import METHODS, nearest, options_of
+from vlcache_jax.policies.methods.method import METHODS, options_of
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import AllRows, LastRows, PostVision, Rows
 from vlcache_jax.terminal import words
@@ -53,13 +53,13 @@ def policy_by_name(text: str, **options: Any) -> Policy:
 
 def _build(name: str, options: dict[str, Any]) -> Policy:
     if name not in METHODS:
-        raise PolicyError(f"policy {words.shown(name)} does not exist{nearest(name, list(METHODS))}")
+        raise PolicyError(f"policy {words.shown(name)} does not exist{words.nearest(name, list(METHODS))}")
     make = METHODS[name].make
     known, given = options_of(make), ", ".join(f"{key}={value!r}" for key, value in options.items())
     rule = None if "decoding" in known or "decoding" not in options else as_generated(options.pop("decoding"))
     for option in options:
         if option not in known:
-            raise PolicyError(f"policy {name!r} has no option {words.shown(option)}{nearest(option, known)}")
+            raise PolicyError(f"policy {name!r} has no option {words.shown(option)}{words.nearest(option, known)}")
     try:
         policy = make(**options)
     except TypeError as error:  # a word where a number belongs

@@ -1,10 +1,11 @@
 """What a typed word means. Everything here refuses as argparse wants it, and imports nothing heavy."""
 
 import argparse
+import difflib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 LARGEST = 2**31 - 1  # of any whole number: what an int32 holds
 WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -59,3 +60,10 @@ def words(text: str) -> str:
 def shown(text: str) -> str:
     """A word as messages show it: escaped, and cut if it is long."""
     return ascii(text) if len(text) <= 60 else f"{text[:60]!a}..."
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The end of a message about a word that is not known."""
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.4)
+    did_you_mean = f": did you mean {close[0]!r}?" if close else ":"
+    return f"{did_you_mean} Known: {', '.join(known)}"

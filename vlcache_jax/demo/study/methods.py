@@ -1,13 +1,13 @@
 """The grid: every method that is known by name, variants of some of them, and the yardsticks."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 
 from vlcache_jax.demo.study.oracle import oracle, oracle_by_mass
 from vlcache_jax.errors import InputError
 from vlcache_jax.policies import METHODS, Policy, policy_by_name
 from vlcache_jax.policies.allocate.uniform import Uniform
+from vlcache_jax.terminal.words import nearest
 
 FULL = "full_cache"
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
@@ -108,9 +108,7 @@ def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> lis
     """
     for name in wanted or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f": did you mean {near[0]!r}?" if near else ":"
-            raise InputError(f"--{kind}: {name!r} does not exist{hint} Known: {', '.join(known)}")
+            raise InputError(f"--{kind}: {name!r} does not exist{nearest(name, known)}")
         if list(wanted or ()).count(name) > 1:
             raise InputError(f"--{kind}: {name!r} is named twice: name it once")
     return list(wanted or known)

@@ -1,7 +1,6 @@
 """What methods have in common: they are known by name, and options that they do not take are refused by name."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any, ParamSpec, get_args
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.terminal.words import nearest
 
 Arguments = ParamSpec("Arguments")
 
@@ -90,13 +90,6 @@ def options_of(function: Callable[..., Policy]) -> list[str]:
     if "options" in parameters:
         known += get_args(parameters["options"].annotation)[0].__annotations__
     return known
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """The end of a message about a word that is not known."""
-    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.4)
-    did_you_mean = f": did you mean {close[0]!r}?" if close else ":"
-    return f"{did_you_mean} Known: {', '.join(known)}"
 
 
 def _refusal(name: str, option: str, value: Any, known: list[str]) -> str:
