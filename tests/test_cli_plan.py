@@ -78,7 +78,7 @@ def test_page(folder, capsys):
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_json(folder, capsys):
-    status = main(["plan", "--model", folder, *SMALL, "--compare", "full_cache", "--compare", "vl_cache:0.3", "--json"])
+    status = main(["plan", "--model", folder, *SMALL, "--compare", "full_cache", "--compare", "snap_kv:48", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert status == 0
     assert set(found) == {
@@ -87,7 +87,7 @@ def test_json(folder, capsys):
         "versions",
     }  # fmt: skip
     assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
-        ("vl_cache", 0.1), ("full_cache", 1.0), ("vl_cache", 0.3),
+        ("vl_cache", 0.1), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),
     ]  # fmt: skip
     for policy in found["policies"]:
         assert set(policy) == {

@@ -22,7 +22,7 @@ from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
-from vlcache_jax.policies.budget import Budget, budget_text
+from vlcache_jax.policies.budget import Budget, budget_text, budget_value
 from vlcache_jax.terminal.progress import Progress
 
 _LARGEST_BATCH = 1024
@@ -104,8 +104,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, for JSON."""
-        found = dataclasses.asdict(self)
-        return found | {"policies": list(found["policies"])}
+        policies = [dataclasses.asdict(p) | {"budget": budget_value(p.budget)} for p in self.policies]
+        return dataclasses.asdict(self) | {"policies": policies}
 
 
 def plan(

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,30 +205,21 @@ def initial_params(recipe: Recipe, trained: Params) -> Params:
 
 def evaluate_tasks(model: Llava, params: Params, recipe: Recipe, grid: int, samples: int) -> dict[str, float]:
     """Exact match per task under teacher forcing on held-out samples, all questions of each."""
-    run = _eval_step(model)
     scores = {}
     for task in ("documents", "prices", "scenes", "counts", *(("places",) if grid == FULL_GRID else ())):
         shape = Shape((task,), grid, 1, 16, 512 if grid > 10 else 288)
         right = asked = 0
         for number in range(-(-samples // shape.rows)):
             batch = demo_batch(recipe, shape, HELD_OUT_SEED, number, blur=False)
-            counts = run(params, batch)
+            counts = _answers_right(model, params, batch)
             right, asked = right + int(counts[0].sum()), asked + int(counts[1].sum())
         scores[task] = right / asked
     return scores
 
 
-_EVAL_STEPS: dict[Llava, Any] = {}
-
-
-def _eval_step(model: Llava) -> Any:
-    if model not in _EVAL_STEPS:
-        _EVAL_STEPS[model] = jax.jit(
-            lambda params, batch: answers_right(
-                _logits(model, params, _run(model, params, batch, evict=False)[0]), batch.train
-            )
-        )
-    return _EVAL_STEPS[model]
+@partial(jax.jit, static_argnames="model")
+def _answers_right(model: Llava, params: Params, batch: DemoBatch) -> tuple[jax.Array, jax.Array]:
+    return answers_right(_logits(model, params, _run(model, params, batch, evict=False)[0]), batch.train)
 
 
 class _Clock:
