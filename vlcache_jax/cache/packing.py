@@ -95,11 +95,12 @@ def _pack(
     sizes = align(counts, segment_alignment(bits)) if room is None else jnp.full_like(counts, room)
     ends = jnp.cumsum(sizes, axis=2, dtype=jnp.int32)
     offsets = ends - sizes
-    slot = jax.lax.iota(jnp.int32, pool)
-    segment = jax.vmap(jax.vmap(lambda e: jnp.searchsorted(e, slot, side="right")))(ends)  # [batch, lanes or 1, pool]
-    segment = jnp.minimum(segment, layers * group - 1)
-    index = slot[None, None] - jnp.take_along_axis(offsets, segment, axis=2)
-    used = index < jnp.take_along_axis(counts, segment, axis=2)
+    slot = jax.lax.iota(jnp.int32, pool)[None, None, None]
+    # [batch, lanes or 1, segments, pool]: compared with every segment, as a TPU gathers number by number, slowly.
+    start, end, filled = (x[..., None] for x in (offsets, ends, offsets + counts))
+    after, used = slot >= end, jnp.any((slot >= start) & (slot < filled), axis=2)
+    segment = jnp.minimum(jnp.sum(after, axis=2, dtype=jnp.int32), layers * group - 1)
+    index = slot[:, :, 0] - jnp.max(jnp.where(after, end, 0), axis=2)
 
     row = jax.lax.iota(jnp.int32, batch)[:, None, None]
     lane = jax.lax.iota(jnp.int32, kv_heads // group)[None, :, None]

@@ -13,7 +13,7 @@ from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
 from vlcache_jax.cache.merging import merge_evicted
 from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
-from vlcache_jax.cache.selection import candidates, protected_first, select, unselected
+from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
 from vlcache_jax.inference.context import Context
@@ -23,7 +23,7 @@ from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel import ops
-from vlcache_jax.parallel.mesh import automatic, on_mesh_of, refuse_partly_checked
+from vlcache_jax.parallel.mesh import automatic, by_row, on_mesh_of, refuse_partly_checked
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.decoding.evict import SlotWeights, layer_room, slot_weights
@@ -255,10 +255,12 @@ def _compress(
             rotate=rotate,
         )
         scores, ties = policy.score(inputs), policy.score.ties(inputs)
-        finite = jnp.all(jnp.isfinite(scores) | ~inputs.valid[:, None], axis=(1, 2))
+        finite = jnp.all(
+            jnp.isfinite(scores) | ~inputs.valid[:, None], axis=2
+        )  # of each head: those are apart on a mesh
         if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
-            sound = jnp.isfinite(key).all(axis=(2, 3)) & jnp.isfinite(value).all(axis=(2, 3))
-            finite &= jnp.all(sound | ~inputs.valid, axis=1)
+            sound = jnp.isfinite(key).all(axis=3) & jnp.isfinite(value).all(axis=3)
+            finite &= jnp.all(sound | ~inputs.valid[..., None], axis=1)
         measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
@@ -272,21 +274,24 @@ def _compress(
             ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
-        density = jnp.where(finite, density, jnp.nan)
         room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
-        return out, carry, (key, value, scores, ties, positions, channels, density, measured, room)
+        return out, carry, (key, value, scores, ties, positions, channels, (density, finite), measured, room)
 
     hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
-    keys, values, scores, ties, positions, channels, density, measured, queries = layer_outputs
+    keys, values, scores, ties, positions, channels, (density, finite), measured, queries = layer_outputs
+    density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
     measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
-    requested = allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+
+    def share(measured, lengths):
+        return allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
+
+    requested = (share if lanes else by_row(share, batch.size))(measured, lengths)
     most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
     slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
 
-    def choose(scores, positions, slots, ties):
-        return select(scores, positions, lengths, slots, *forced(slots, recent, policy.sinks), ties)
-
-    order = jax.vmap(choose)(scores, positions, slots, ties)
+    latest, earliest = jax.vmap(lambda slots: forced(slots, recent, policy.sinks))(slots)
+    splits = isinstance(policy.evicted, Quantise)
+    order, others = select_layers(scores, positions, lengths, slots, latest, earliest, ties, rest=splits)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
         keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
@@ -312,8 +317,8 @@ def _compress(
     pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
     stores = [store(order, slots, pool, policy.bits)]
     if isinstance(policy.evicted, Quantise):
+        assert others is not None
         bits = policy.evicted.bits
-        others = jax.vmap(unselected, (0, None))(order, lengths)
         # A prompt may keep next to nothing, so that there is room for all of it.
         pool = regular_slots(group * layers, int(align(length, segment_alignment(bits))))
         stores.append(store(others, jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots, pool, bits))

@@ -102,6 +102,12 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
     return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(_free(mesh)), check_vma=False)
 
 
+def by_row(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """`function` on each device's rows; of all its arguments and results, pytrees of arrays, the first axis is rows."""
+    place = PartitionSpec(split_axes(rows)[0])
+    return local(function, place, place)
+
+
 def refuse_partly_checked() -> None:
     """Raises InputError inside a checked `jax.shard_map` over some axes of a mesh only: JAX cannot search there."""
     if is_checked() and free_axes():

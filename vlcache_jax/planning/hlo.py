@@ -10,7 +10,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _PLACE = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=(%[\w.\-]+), body=(%[\w.\-]+)")
 _COLLECTIVE = re.compile(
-    r"= (\S+|\([^)]*\)) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
+    r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|"
     r"collective-broadcast)(?:-start)?\("
 )
 

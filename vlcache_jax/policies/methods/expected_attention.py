@@ -1,13 +1,16 @@
 """Expected attention (NVIDIA/kvpress: what coming queries will attend to, without seeing them)."""
 
 import dataclasses
+from functools import partial
 from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.varying import varying
+from vlcache_jax.parallel.mesh import local, split_axes
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
@@ -45,7 +48,6 @@ class ExpectedScore(Score):
         """See `Score.__call__`."""
         assert inputs.rotate is not None
         rows, length, _, head_dim = inputs.query.shape
-        kv_heads = inputs.key.shape[2]
         ahead = self._future_rotation(inputs, head_dim)  # [batch, d, d]: row i is the rotated i-th unit vector
         # Undone by turning back. YaRN stretches as it turns, twice by now.
         stretch = inputs.rotate(jnp.ones((1, 1, 1, head_dim), jnp.float32), jnp.zeros((1, 1), jnp.int32))[0, 0, 0, 0]
@@ -63,8 +65,8 @@ class ExpectedScore(Score):
             covariance = jnp.einsum("thd,the->hde", away, away, precision="highest") / count
             mean = jnp.einsum("hd,de->he", mean, ahead, precision="highest")
             covariance = jnp.einsum("hij,id,je->hde", covariance, ahead, ahead, precision="highest")
-            mean = mean.reshape(kv_heads, -1, head_dim)
-            covariance = covariance.reshape(kv_heads, -1, head_dim, head_dim)
+            mean = mean.reshape(len(key), -1, head_dim)
+            covariance = covariance.reshape(len(key), -1, head_dim, head_dim)
             z = jnp.einsum("kgd,ksd->kgs", mean, key, precision="highest") * head_dim**-0.5
             spread = jnp.einsum("kgde,ksd->kgse", covariance, key, precision="highest")
             z = z + jnp.einsum("kgse,kse->kgs", spread, key, precision="highest") / (2 * head_dim)
@@ -73,7 +75,10 @@ class ExpectedScore(Score):
             attention = jnp.where(scored, attention, 0 * z)  # so that a sink that is not finite is noticed
             return jnp.mean(attention, axis=1) * jnp.linalg.norm(value, axis=-1)
 
-        return jax.lax.map(one_row, (query, inputs.key, inputs.value, inputs.lengths, ahead))
+        over, heads = split_axes(rows, inputs.key.shape[2])
+        split, row = PartitionSpec(over, None, heads), PartitionSpec(over)
+        own = local(partial(jax.lax.map, one_row), ((split, split, split, row, row),), PartitionSpec(over, heads))
+        return own((query, inputs.key, inputs.value, inputs.lengths, ahead))
 
     def _future_rotation(self, inputs: LayerInputs, head_dim: int) -> jax.Array:
         """The mean rotation of the next positions, f32 [batch, d, d], applied to row vectors from the right."""
