@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.mesh import automatic, by_row, on_mesh_of
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.state import Loss, Metrics, Params
 
@@ -47,12 +47,16 @@ def answers_right(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.
     Returns:
       (right, asked): bool [batch, length]; column s is the question of segment s.
     """
-    rows = jax.lax.iota(jnp.int32, batch.segments.shape[0])[:, None]
+
+    def some(marks: jax.Array, segments: jax.Array) -> jax.Array:
+        rows = jax.lax.iota(jnp.int32, segments.shape[0])[:, None]
+        return jnp.zeros(segments.shape, jnp.int32).at[rows, segments].add(marks.astype(jnp.int32)) > 0
+
     wanted = batch.weights > 0
-    wrong = wanted & (jnp.argmax(logits, -1) != batch.targets)
-    zeros = jnp.zeros(batch.segments.shape, jnp.int32)
-    asked = zeros.at[rows, batch.segments].add(wanted.astype(jnp.int32)) > 0
-    return asked & (zeros.at[rows, batch.segments].add(wrong.astype(jnp.int32)) == 0), asked
+    of_segments = by_row(some, batch.segments.shape[0])
+    wrong = of_segments(wanted & (jnp.argmax(logits, -1) != batch.targets), batch.segments)
+    asked = of_segments(wanted, batch.segments)
+    return asked & ~wrong, asked
 
 
 def make_eval_step(model: nn.Module) -> Callable[[Params, TrainBatch], tuple[jax.Array, jax.Array]]:
