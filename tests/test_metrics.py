@@ -45,6 +45,7 @@ def test_edit_distance_is_its_recursion(a, b):
         ("12", ["12345"], 0.0),  # below it
         ("", ["a"], 0.0),
         ("", [""], 1.0),
+        ("kitten", "sitting", 4 / 7),
     ],
 )
 def test_anls_by_hand(prediction, answers, expected):

@@ -1,4 +1,4 @@
-"""Saving, resuming bit for bit, and refusing what does not fit; progress; prefetching; scores."""
+"""Saving, resuming bit for bit, and refusing what does not fit; progress; prefetching."""
 
 import json
 import threading
@@ -12,8 +12,6 @@ import pytest
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.training import (
     ProgressLog,
-    anls,
-    exact_match,
     init_state,
     load_state,
     make_train_step,
@@ -166,25 +164,3 @@ def test_prefetch_keeps_order_passes_errors_on_and_stops_its_thread():
     endless.close()
     own.join(timeout=10)
     assert not own.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "score"),
-    [
-        ("4821", "4821", 1.0),
-        (" Red  Circle", "red circle", 1.0),
-        ("4821", "4921", 0.75),
-        ("4821", ["1111", "4822"], 0.75),
-        ("4821", "4999", 0.0),  # below the threshold
-        ("", "4821", 0.0),
-        ("", "", 1.0),
-        ("kitten", "sitting", 4 / 7),
-    ],
-)
-def test_anls(prediction, answers, score):
-    assert anls(prediction, answers) == pytest.approx(score)
-
-
-def test_exact_match():
-    assert exact_match("Red circle,  blue square ", "red circle, blue square") == 1.0
-    assert exact_match("4821", "482") == 0.0

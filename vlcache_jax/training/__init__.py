@@ -11,7 +11,6 @@ Fine-tuning a loaded model:
         state, metrics = step(state, batch)
 """
 
-from vlcache_jax.evaluation.metrics import anls, exact_match
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
 from vlcache_jax.training.checkpoint import load_state, save_state
 from vlcache_jax.training.loop import ProgressLog, prefetch
@@ -23,9 +22,7 @@ __all__ = [
     "ProgressLog",
     "TrainBatch",
     "TrainState",
-    "anls",
     "answer_loss",
-    "exact_match",
     "init_state",
     "load_state",
     "make_eval_step",

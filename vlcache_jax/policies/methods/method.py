@@ -15,14 +15,13 @@ Arguments = ParamSpec("Arguments")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method that is known by name.
+    """A method that is known by name, as `method` was told.
 
     Attributes:
-      name: on the command line, in files and reports: `Policy.name` of what it makes.
+      name: of the policies that it makes.
       title: for people.
       make: from options to the policy. The default of its `budget` is the method's.
-      query_agnostic: whether what it keeps hardly depends on the question, so that images may be compressed before
-        there is one.
+      query_agnostic: see `method`.
     """
 
     name: str
@@ -43,9 +42,11 @@ def method(
     An option that the function does not have, or settles itself, is a PolicyError.
 
     Args:
-      name: see `Method`; another method of that name is replaced.
-      title: see `Method`; the name by default.
-      query_agnostic: see `Method`.
+      name: on the command line, in files and reports: `Policy.name` of what the function makes. Another method of that
+        name is replaced.
+      title: for people; the name by default.
+      query_agnostic: whether what it keeps hardly depends on the question, so that images may be compressed before
+        there is one.
 
     Example:
       >>> @method("latest", title="Latest tokens")
