@@ -11,6 +11,8 @@ from PIL import Image
 
 import vlcache_jax as vlc
 from vlcache_jax.demo.data.tokenizer import build_tokenizer
+from vlcache_jax.demo.study.methods import Method
+from vlcache_jax.demo.study.run import Study
 from vlcache_jax.demo.study.tasks import EXACT, load_task
 
 ASSETS = Path(vlc.__file__).parent / "assets"
@@ -94,14 +96,15 @@ def test_a_tenth_of_the_cache(vlm, questions):
 @pytest.mark.parametrize("task", ["documents", "prices", "places"])
 def test_what_it_reads_and_what_a_tenth_of_the_cache_keeps(vlm, task):
     """Floors below the measured figures (docs/demo_model.md), by more than the noise of 64 samples."""
-    policies = (vlc.FullCache(), vlc.VLCache(budget=0.1), vlc.RandomEviction(budget=0.1))
+    study = Study(vlm)  # the prompts run through the model once; answers are those of `generate` (test_study.py)
     data = load_task(vlm, task, samples=64, batch_size=32)
+    prompts = [study.prepare(batch, data.max_new_tokens) for batch in data.batches]
 
-    def right(policy):
-        outs = [vlc.generate(vlm.model, vlm.params, batch, policy, 16) for batch in data.batches]
-        return EXACT([text for out in outs for text in vlm.processor.decode(out)], data.answers).mean()
+    def right(name, budget):
+        answers, _ = study.measure(data, prompts, Method(name), budget)
+        return EXACT(vlm.processor.decode(answers), data.answers).mean()
 
-    full, kept, random = map(right, policies)
+    full, kept, random = right("full_cache", 1.0), right("vl_cache", 0.1), right("random", 0.1)
     assert full >= 0.9
     assert kept >= 0.85 * full
     assert random <= full - 0.2
