@@ -18,6 +18,9 @@ class ModelSpec:
       pad_token_id: fills the output after a row has ended.
       vision_grid: patches along one side of a tile, whose features `Batch.vision_index` counts row by row; 0 if the
         features of a tile are no such square; None if it is not known.
+      windows: of each layer. None: attention sees all that came before, and the layer has keys to evict. A number: it
+        sees so many of the latest tokens, its own included, and stores no others; budgets are shared among the rest of
+        the layers. Empty: no layer has a window.
     """
 
     num_layers: int
@@ -28,6 +31,17 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
     vision_grid: int | None = None
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """`windows`, filled in."""
+        return self.windows or (None,) * self.num_layers
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers without a window: those with something to evict."""
+        return tuple(i for i, window in enumerate(self.layer_windows) if window is None)
 
 
 class VisionLanguageModel(Protocol):

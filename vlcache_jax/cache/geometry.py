@@ -1,5 +1,7 @@
 """Where segments may start and how many slots a pool has."""
 
+from collections.abc import Sequence
+
 import jax
 
 from vlcache_jax.kernels.quantisation import group_size
@@ -35,6 +37,16 @@ def whole_tiles(slots: int) -> int:
 def regular_slots(layers: int, room: int) -> int:
     """Pool size of a store with `room` slots for each of its layers."""
     return whole_tiles(layers * room)
+
+
+def window_rooms(windows: Sequence[int | None], length: int, alignment: int = ALIGNMENT) -> tuple[int, ...]:
+    """Slots of each layer in a store of prompts of `length` tokens: its window (`ModelSpec.windows`), or all of them.
+
+    Example:
+      >>> window_rooms((20, None, 1024), length=100)
+      (32, 112, 112)
+    """
+    return tuple(int(align(length if window is None else min(window, length), alignment)) for window in windows)
 
 
 def capacity(slots: int, layers: int, alignment: int = ALIGNMENT) -> int:

@@ -20,6 +20,7 @@ Stores are made by `packing.pack`, or, where every layer has the same room, by `
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import regular_slots
+from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.parallel.mesh import automatic, is_known, split_axes
@@ -105,11 +107,68 @@ class PackedStore:
             **scales,
         )
 
-    def layer(self, layer: jax.Array | int) -> tuple[Store, Segments]:
-        """What the attention of a layer reads."""
+    @classmethod
+    def latest(
+        cls,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        tokens: Sequence[int],
+        rooms: Sequence[int],
+        slots: int,
+        **scales: jax.Array | None,
+    ) -> "PackedStore":
+        """Segments of `rooms[layer]` slots, one after another, with the last `tokens[layer]` tokens of each row.
+
+        Args:
+          keys: [batch, kv_heads, slots, head_dim], or codes. A row of fewer tokens fills its segments from the front.
+          values: like `keys`.
+          lengths: i32 [batch], tokens of a row.
+          tokens: of every layer, at most its room.
+          rooms: of every layer.
+          slots: of the pool, at least the sum of the rooms.
+          **scales: of a quantised store.
+        """
+        batch, heads = keys.shape[:2]
+        ends, slot = np.cumsum(rooms), np.arange(slots)
+        of_layer = np.minimum(np.searchsorted(ends, slot, side="right"), len(rooms) - 1)
+        starts = (ends - np.asarray(rooms)).astype(np.int32)
+        index = (slot - starts[of_layer]).astype(np.int32)[None]
+        held = jnp.minimum(lengths[:, None], jnp.asarray(tokens, jnp.int32)[None])  # [batch, layers]
+        positions = jnp.where(index < held[:, of_layer], (lengths[:, None] - held)[:, of_layer] + index, -1)[:, None]
+        return cls(
+            keys=keys,
+            values=values,
+            positions=jnp.broadcast_to(positions, (batch, heads, slots)),
+            offsets=jnp.broadcast_to(starts[:, None], (batch, len(rooms), 1)),
+            lengths=held[..., None],
+            **scales,
+        )
+
+    def layer(self, layer: jax.Array | int, since: jax.Array | None = None) -> tuple[Store, Segments]:
+        """What the attention of a layer reads.
+
+        Args:
+          layer: index.
+          since: i32 [batch], the first token that is seen, by its index in prompt and answer, of a layer with a window:
+            its segments hold consecutive tokens. None: all are.
+        """
         channels = None if self.value_channels is None else self.value_channels[:, layer]
         store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
-        return store, Segments(self.offsets[:, layer], self.lengths[:, layer])
+        offsets, lengths = self.offsets[:, layer], self.lengths[:, layer]
+        if since is None:
+            return store, Segments(offsets, lengths)
+        (batch, lanes, slots), segments = self.positions.shape, offsets.shape[1]
+        if since.shape[0] != batch:
+            raise InputError(
+                f"a context of {batch} rows cannot be shared by {since.shape[0]} where layers have windows, which move "
+                "on with each answer: compress each prompt as often as it is asked"
+            )
+        lane = jax.lax.iota(jnp.int32, segments) * lanes // segments
+        row = jax.lax.iota(jnp.int32, batch)[:, None]
+        first = self.positions[row, lane[None], jnp.minimum(offsets, slots - 1)]
+        before = jnp.clip(since[:, None] - first, 0, lengths)
+        return store, Segments(offsets + before, lengths - before)
 
     def kept_positions(self, layer: jax.Array | int) -> jax.Array:
         """i32 [batch, kv_heads, n]: positions that a layer keeps, ascending, -1 beyond the kept ones.

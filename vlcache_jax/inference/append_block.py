@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.store import PackedStore, regular_pool
+from vlcache_jax.errors import InputError
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic
@@ -50,6 +51,8 @@ def append_block(
     """
     rows, length = tokens.shape
     spec = model.spec
+    if spec.windows:
+        raise InputError("text cannot be appended to a context of a model whose layers have windows: compress it whole")
     first = jnp.repeat(next_position, rows // next_position.shape[0], total_repeat_length=rows)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, carry: Any, layer: jax.Array) -> Any:

@@ -20,7 +20,7 @@ from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.decoding.evict import evicting
 from vlcache_jax.policies.decoding.recompress import make_room
 from vlcache_jax.policies.decoding.rules import Evict, Recompress, RollingWindow
-from vlcache_jax.typing import Params, VisionLanguageModel
+from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 
 
 def decode_step(
@@ -90,7 +90,9 @@ def advance(
     fits = _fits(state)
     if isinstance(state.decoding, Recompress):
         state = make_room(state)
-    attend, carry, close = evicting(state) if isinstance(state.decoding, Evict) else _appending(state, kernels)
+    attend, carry, close = (
+        evicting(state) if isinstance(state.decoding, Evict) else _appending(state, kernels, model.spec)
+    )
     variables = {"params": params}
     hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
     positions = state.next_position[:, None]
@@ -110,7 +112,9 @@ def _fits(state: KVState) -> jax.Array:
     return state.decoding.unlimited | (state.tail.length < state.tail.capacity)
 
 
-def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
+def _appending(
+    state: KVState, kernels: Kernels, spec: ModelSpec
+) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
     """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
     tail, observed, rule = state.tail, state.observed, state.decoding
     rows = rule.scoring_rows if isinstance(rule, Recompress) else 0
@@ -121,8 +125,13 @@ def _appending(state: KVState, kernels: Kernels) -> tuple[Callable[..., Any], An
     def attend(query, key, value, carry, layer):
         pools, noted = carry
         pools = ops.append(kernels, pools, (key[:, 0], value[:, 0]), layer * tail.capacity + slot)
-        new = Segments(jnp.full_like(count, layer * tail.capacity), count)
-        parts = [*(store.layer(layer) for store in state.stores), (Store(*pools), new)]
+        since, passed = None, jnp.zeros_like(count)
+        if spec.windows:  # a layer with a window sees nothing before `since`, be it of the prompt or of the answer
+            window = jnp.asarray([w or spec.max_positions for w in spec.windows], jnp.int32)[layer]
+            since = state.next_position + 1 - window
+            passed = jnp.clip(count - window, 0, None)
+        new = Segments(layer * tail.capacity + passed, count - passed)
+        parts = [*(store.layer(layer, since) for store in state.stores), (Store(*pools), new)]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if noted is not None:
             noted = noted.note(kernels, query[:, 0], lse, layer, slot % rows)

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
+from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment, whole_tiles, window_rooms
 from vlcache_jax.cache.merging import merge_evicted
 from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
@@ -21,6 +22,7 @@ from vlcache_jax.inference.finiteness import finite_rows, require_finite
 from vlcache_jax.inference.report import make_report
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
+from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, by_row, on_mesh_of, refuse_partly_checked
@@ -154,7 +156,7 @@ def _prefill(
     lengths = varying(jnp.asarray(batch.lengths), params, batch)
     positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
     run = partial(model.apply, variables, hidden, positions, method="decode")
-    fill = _keep_all if policy.keeps_all else _compress
+    fill = _keep_all if policy.keeps_all or not model.spec.full_layers else _compress
     rotate = partial(model.apply, {}, method="rotate")
     hidden, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
@@ -170,81 +172,104 @@ def _evicts(policy: Policy) -> bool:
 def _keep_all(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
 ) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
-    """All tokens: each layer writes its segment of the pool in place."""
-    layers, bits = spec.num_layers, policy.bits
+    """All tokens that layers ever look back at: each layer writes its segment of the pool in place.
+
+    A layer with a window writes its latest tokens first, and behind them whatever fills up `room` slots: the next layer
+    overwrites it.
+    """
+    layers, bits, windows = spec.num_layers, policy.bits, spec.layer_windows
     room = int(align(batch.length, segment_alignment(bits)))
+    rooms = window_rooms(windows, batch.length, segment_alignment(bits))
+    starts, tokens = np.cumsum((0, *rooms[:-1])), [min(w or batch.length, batch.length) for w in windows]
 
     def attend(query, key, value, pools, layer):
-        out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
+        def run(window, *qkv):
+            return ops.attention(kernels, *qkv, lengths, mask=Mask(window=window), with_lse=False)[0]
+
+        out = ops.of_layer(windows, layer, run, query, key, value)
+        held, start = lengths, layer * room
+        if spec.windows:
+            held = jnp.minimum(lengths, jnp.asarray(tokens, jnp.int32)[layer])
+            start = jnp.asarray(starts, jnp.int32)[layer]
+            index = jnp.minimum(
+                (lengths - held)[:, None] + jax.lax.iota(jnp.int32, batch.length)[None], batch.length - 1
+            )
+            key, value = (jnp.take_along_axis(x, index[..., None, None], axis=1) for x in (key, value))
         if bits is not None:
             key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
-            channels = value_channels(value, lengths)
-            return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], layer), channels
+            channels = value_channels(value, held)
+            return out, write(pools, key, value.astype(jnp.float32) / channels[:, None], held, start), channels
         pools = tuple(
-            split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), layer * room, axis=2))
+            split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2))
             for pool, x in zip(pools, (key, value))
         )
         return out, pools, None
 
-    def write(pools, key, value, layer):
+    def write(pools, key, value, held, start):
         assert bits is not None
         pad = [(0, 0), (0, 0), (0, room - batch.length), (0, 0)]
         key, value = (jnp.pad(x.swapaxes(1, 2), pad) for x in (key, value))
-        valid = (jax.lax.iota(jnp.int32, room)[None] < lengths[:, None])[:, None]
+        valid = (jax.lax.iota(jnp.int32, room)[None] < held[:, None])[:, None]
 
         def read(start, size):
             return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
 
-        return tuple(split(x) for x in quantise_into(pools, read, layer * room, room, bits))
+        return tuple(split(x) for x in quantise_into(pools, read, start, room, bits))
 
-    shape = (batch.size, spec.num_kv_heads, regular_slots(layers, room), spec.head_dim)
+    slots = whole_tiles(int(starts[-1]) + room)
+    shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
     pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
     pools = varying(tuple(split(x) for x in pools), lengths)
     hidden, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
     of_codes = dict(zip(("key_scales", "value_scales"), scales))
     if channels is not None:
         of_codes["value_channels"] = channels.swapaxes(0, 1)
-    context = PackedStore.regular(keys, values, lengths, layers, room, **of_codes)
-    kept = jnp.broadcast_to(lengths[:, None], (batch.size, layers))
+    if spec.windows:
+        context = PackedStore.latest(keys, values, lengths, tokens, rooms, slots, **of_codes)
+    else:
+        context = PackedStore.regular(keys, values, lengths, layers, room, **of_codes)
+    kept = jnp.broadcast_to(context.lengths[..., 0], (batch.size, layers))
     return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
 
 
 def _compress(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
 ) -> tuple[jax.Array, list[PackedStore], Allocation, SlotWeights | RecentQueries | None]:
-    """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once."""
-    layers, length = spec.num_layers, batch.length
+    """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once.
+
+    Layers with a window take no part in the budget: nothing scores them, and what they keep is their window.
+    """
+    layers, length, windows = spec.num_layers, batch.length, spec.layer_windows
     allocate = policy.sharing
     lanes = policy.lanes if allocate.per_head else None
     budget = slot_budget(policy.budget, spec, lanes, policy.bits)
-    count = max(1, floor_fraction(length, policy.candidate_fraction))
+    windowed = jnp.asarray([window is not None for window in windows])
+    held = [min(window or 0, length) for window in windows]  # tokens of the layers with a window
+    count = max(1, floor_fraction(length, policy.candidate_fraction), *held)
     threshold = allocate.threshold
     quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     rule = policy.rule
     noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
-    mean = jnp.asarray(budget.total(lengths)) // layers
+    mean = jnp.asarray(budget.total(lengths)) // budget.layers
     recent = settled(policy.recent, mean)
     window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
     number = rows.astype(jnp.float32)
     pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)  # (q, j), j <= q, q in first .. first + rows - 1
 
-    def attend(query, key, value, carry, layer):
-        out, lse = ops.attention(kernels, query, key, value, lengths, with_lse=measure and threshold is None)
-        seen = tuple(jax.lax.stop_gradient(x) for x in (query, key, value))  # what is kept has no derivative
+    def judge(layer, query, key, value, lse):
+        """(scores, ties, (density, whether heads are finite), what the allocation measures) of a layer."""
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
             bounds = {"threshold": threshold, "max_rows": policy.rows.most}
-            statistics = ops.column_statistics(
-                kernels, seen[0], seen[1], first, rows, jax.lax.stop_gradient(lse), **bounds
-            )
+            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **bounds)
             if statistics.counts is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
         inputs = LayerInputs(
-            query=seen[0],
-            key=seen[1],
-            value=seen[2],
+            query=query,
+            key=key,
+            value=value,
             lengths=lengths,
             vision_index=jnp.asarray(batch.vision_index),
             layer=layer,
@@ -265,37 +290,72 @@ def _compress(
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
             ties = None  # the ranks have none
+        return scores, ties, (density, finite), measured
+
+    def judged(evicts, *inputs):
+        if evicts:
+            return judge(*inputs)
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(judge, *inputs))
+
+    def forced_tokens(slots, windowed):
+        latest, sinks = forced(slots, recent, policy.sinks)
+        if not spec.windows:
+            return latest, sinks
+        return jnp.where(windowed, slots, latest), jnp.where(windowed, 0, sinks)
+
+    def attend(query, key, value, carry, layer):
+        def run(window, *qkv):
+            mask = Mask(window=window)
+            return ops.attention(kernels, *qkv, lengths, mask=mask, with_lse=measure and threshold is None)
+
+        out, lse = ops.of_layer(windows, layer, run, query, key, value)
+        seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
+        evicts = [window is None for window in windows]
+        scores, ties, judgement, measured = ops.of_layer(evicts, layer, judged, layer, *seen)
         positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, length), (batch.size, 1, length))
         channels = value_channels(value, lengths) if quantised else None
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
             wanted = jnp.full_like(lengths, count)
-            positions = candidates(scores, lengths, count, *forced(wanted, recent, policy.sinks), ties)
+            positions = candidates(scores, lengths, count, *forced_tokens(wanted, windowed[layer]), ties)
             ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
-        return out, carry, (key, value, scores, ties, positions, channels, (density, finite), measured, room)
+        return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, room)
 
     hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
     keys, values, scores, ties, positions, channels, (density, finite), measured, queries = layer_outputs
     density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
+    if spec.windows:
+        measured = jax.tree.map(lambda x: x[jnp.asarray(spec.full_layers)], measured)
     measured = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), measured)
 
     def share(measured, lengths):
         return allocate.slots(measured, lengths, budget)  # [batch, layers], or [batch, layers, kv_heads]
 
     requested = (share if lanes else by_row(share, batch.size))(measured, lengths)
+    if spec.windows:
+        own = jnp.minimum(lengths[:, None], jnp.asarray(held, jnp.int32)[None])
+        own = jnp.broadcast_to(
+            own.reshape(*own.shape, *(1,) * (requested.ndim - 2)), (*own.shape, *requested.shape[2:])
+        )
+        requested = own.at[:, jnp.asarray(spec.full_layers)].set(requested)
     most = jnp.expand_dims(jnp.minimum(count, lengths), range(1, requested.ndim))
     slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
 
-    latest, earliest = jax.vmap(lambda slots: forced(slots, recent, policy.sinks))(slots)
+    latest, earliest = jax.vmap(forced_tokens)(slots, windowed)
     splits = isinstance(policy.evicted, Quantise)
     order, others = select_layers(scores, positions, lengths, slots, latest, earliest, ties, rest=splits)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
     if isinstance(policy.evicted, Merge):
         keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
-        keys, values = merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        merged = merge_evicted(keys, values, order, lengths, policy.evicted.kind)
+        if spec.windows:  # what a window has left behind goes nowhere
+            entry = jnp.minimum(order, length - 1)[..., None]
+            plain = (jnp.take_along_axis(x, entry, axis=3) for x in (keys, values))
+            merged = tuple(jnp.where(windowed[:, None, None, None, None], *pair) for pair in zip(plain, merged))
+        keys, values = merged
         positions, order = (
             order,
             jnp.broadcast_to(jax.lax.iota(jnp.int32, length), order.shape),
@@ -314,12 +374,15 @@ def _compress(
         constant = jax.lax.stop_gradient((keys, values))  # integers have no derivative
         return pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
 
-    pool = capacity(group * allocate.capacity(length, budget), group * layers, segment_alignment(policy.bits))
+    most_slots = allocate.capacity(length, budget) + sum(held)
+    pool = capacity(group * most_slots, group * layers, segment_alignment(policy.bits))
     stores = [store(order, slots, pool, policy.bits)]
     if isinstance(policy.evicted, Quantise):
         assert others is not None
         bits = policy.evicted.bits
         # A prompt may keep next to nothing, so that there is room for all of it.
-        pool = regular_slots(group * layers, int(align(length, segment_alignment(bits))))
-        stores.append(store(others, jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots, pool, bits))
+        pool = regular_slots(group * budget.layers, int(align(length, segment_alignment(bits))))
+        left = jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots
+        left = jnp.where(jnp.expand_dims(windowed, range(1, left.ndim)), 0, left)
+        stores.append(store(others, left, pool, bits))
     return hidden, stores, allocation, no_queries(queries) if noted else None

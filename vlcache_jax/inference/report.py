@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.geometry import align
+from vlcache_jax.cache.geometry import window_rooms
 from vlcache_jax.cache.state import Allocation, KVState
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.files.exporting import exportable
@@ -31,7 +32,8 @@ class Report:
       density: f32 [batch, layers]. Share of attention entries above the threshold; 1 where it was not measured, NaN
         where the scores are not finite.
       exact: bool [batch]. False where a layer got more slots than it had handed on candidates.
-      kept_fraction: f32 [batch]. Kept slots of all layers and KV heads / (layers * KV heads * prompt length).
+      kept_fraction: f32 [batch]. Kept slots of all layers and KV heads / (layers * KV heads * prompt length); layers
+        with a window (`ModelSpec.windows`), which hold nothing to evict, are left out.
       policy: the policy's name (static).
       budget: the policy's budget (static).
       state_bytes: bytes of the buffers of the context and of what is kept at a lower precision (static).
@@ -79,7 +81,7 @@ def make_report(
 ) -> Report:
     """The report of what was kept of prompts padded to `padded` tokens, without answers."""
     with on_mesh_of(stores):
-        kept, exact, kept_fraction = _counted(stores[0].lengths, allocation.requested, prompt_lengths)
+        kept, exact, kept_fraction = _counted(stores[0].lengths, allocation.requested, prompt_lengths, spec.full_layers)
         whole = replicated(free_axes(), spec, rows=kept.shape[0], lanes=policy.shared_lanes, policy=policy.name)
     warn(whole)
     report = Report(
@@ -99,18 +101,23 @@ def make_report(
     return on_every_process(report)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="full_layers")
 @automatic
-def _counted(slots: jax.Array, requested: jax.Array, prompt_lengths: jax.Array) -> tuple[jax.Array, ...]:
+def _counted(
+    slots: jax.Array, requested: jax.Array, prompt_lengths: jax.Array, full_layers: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
     """(kept, exact, kept_fraction) from slots [batch, layers, kv_heads or 1], requested and there."""
     requested = requested.reshape(*requested.shape[:2], -1)
     exact = jnp.all(slots >= requested, axis=(1, 2))
+    kept = jnp.max(slots, axis=2)
+    if 0 < len(full_layers) < slots.shape[1]:
+        slots = slots[:, jnp.asarray(full_layers)]
     of_all = (slots[0].size * prompt_lengths).astype(jnp.float32)
-    return jnp.max(slots, axis=2), exact, jnp.sum(slots, axis=(1, 2)).astype(jnp.float32) / of_all
+    return kept, exact, jnp.sum(slots, axis=(1, 2)).astype(jnp.float32) / of_all
 
 
 def full_cache_bytes(spec: ModelSpec, batch: int, padded: int) -> int:
     """Bytes of the context's buffers without compression, for prompts padded to `padded` tokens."""
-    slots = batch * spec.num_kv_heads * spec.num_layers * int(align(padded))
+    slots = batch * spec.num_kv_heads * sum(window_rooms(spec.layer_windows, padded))
     slot_bytes = 2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4  # key and value, position
     return slots * slot_bytes + 2 * 4 * batch * spec.num_layers  # offsets, lengths

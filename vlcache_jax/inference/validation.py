@@ -10,7 +10,7 @@ from vlcache_jax.errors import InputError, PolicyError, PolicyWarning
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import is_known
 from vlcache_jax.policies.budget import budget_text
-from vlcache_jax.policies.decoding.rules import Evict, Recompress
+from vlcache_jax.policies.decoding.rules import Append, Evict, Recompress
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import Recency, Score
 from vlcache_jax.policies.scores.pooling import GridPooled
@@ -30,6 +30,11 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
     _check_grid(spec, policy)
+    if spec.windows and not isinstance(policy.rule, Append):
+        raise PolicyError(
+            f"policy {policy.name!r}: {type(policy.rule).__name__} does not know how to move the windows on that some "
+            "layers of this model have: use generated=vlc.Append() (decoding='append')"
+        )
     if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
         raise PolicyError(
             f"policy {policy.name!r}: lanes={policy.lanes} do not divide the model's {spec.num_kv_heads} KV heads: "
@@ -56,7 +61,7 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
             f"{max_new_tokens} new ones) but the model has {spec.max_positions}: shorten the prompt, use fewer or "
             "smaller images, or lower max_new_tokens"
         )
-    if not policy.keeps_all and not isinstance(policy.score, Recency):
+    if spec.full_layers and not policy.keeps_all and not isinstance(policy.score, Recency):
         _warn_of_forced_tokens(spec, policy, lengths)
 
 

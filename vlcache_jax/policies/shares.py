@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import segment_alignment, whole_tiles
+from vlcache_jax.cache.geometry import segment_alignment, whole_tiles, window_rooms
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.kernels.varying import varying
@@ -22,10 +22,10 @@ _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.
 
 @dataclasses.dataclass(frozen=True)
 class SlotBudget:
-    """A budget for a model with `layers` layers; build it with `slot_budget`.
+    """A budget for a model with `layers` layers that share it; build it with `slot_budget`.
 
     Attributes:
-      layers: of the model.
+      layers: of the model, those with a window left out: they store it whatever the budget is.
       fraction: of the prompt's full cache; None if the budget is not a fraction.
       per_layer: slots of a layer on average, or None.
       slots: slots of all layers together, or None.
@@ -73,7 +73,7 @@ def slot_budget(
     Raises:
       PolicyError: bytes that hold less than one token a layer.
     """
-    layers, lanes = spec.num_layers, shared_lanes or 1
+    layers, lanes = len(spec.full_layers), shared_lanes or 1
     if isinstance(budget, Tokens):
         return SlotBudget(layers, per_layer=budget.count, lanes=lanes)
     if isinstance(budget, Mass):
@@ -82,19 +82,20 @@ def slot_budget(
         return SlotBudget(layers, fraction=budget, lanes=lanes)
     group = spec.num_kv_heads // lanes if shared_lanes else 1  # KV heads of a lane
     alignment = segment_alignment(bits)
-    fixed = 2 * 4 * layers * (spec.num_kv_heads if shared_lanes else 1)  # offsets, lengths
+    fixed = 2 * 4 * spec.num_layers * (spec.num_kv_heads if shared_lanes else 1)  # offsets, lengths
     if bits is None:
         unit = alignment * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
     else:  # codes; steps and zeros of a group of keys, and of each value; positions
         unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * scales_width(spec.head_dim) + alignment * (2 * 4 + 4)
-        fixed += 4 * layers * spec.num_kv_heads * spec.head_dim  # channels of the values
+        fixed += 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # channels of the values
     unit *= spec.num_kv_heads // group
     pool = (budget.count - fixed) // unit * alignment
     if whole_tiles(pool) > pool:
         pool = pool // 128 * 128
-    slots = (pool - group * layers * (alignment - 1)) // group
+    windows = sum(window_rooms([w for w in spec.windows if w], max(spec.max_positions, 1), alignment))
+    slots = (pool - group * spec.num_layers * (alignment - 1)) // group - windows
     if slots < layers:
-        least = fixed + unit * group * layers
+        least = fixed + unit * group * (layers + windows // alignment)
         raise PolicyError(
             f"budget={budget.count} bytes cannot hold one token for each of the {layers} layers: give at least {least}"
         )

@@ -1,0 +1,169 @@
+"""Models of which some layers have a window: they store it, budgets go to the others, decoding moves it on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from text_decoders import TextModel, gemma3, text_batch
+
+import vlcache_jax as vlc
+
+WINDOW, LENGTH, NEW = 9, 48, 12
+LENGTHS = [40, 5, 48, 27]  # one shorter than the window
+FULL, WINDOWED = [2, 5], [0, 1, 3, 4, 6]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    reference, config, params = gemma3(window=WINDOW)
+    return reference, TextModel(config), {"decoder": params}
+
+
+def windows_of(state, lengths):
+    """Asserts that every layer with a window holds it, and nothing else."""
+    for layer in WINDOWED:
+        for n, kept in zip(lengths, np.asarray(state.kept_positions(layer))):
+            for head in kept:
+                assert head[head >= 0].tolist() == list(range(max(0, n - WINDOW), n))
+
+
+def test_uncompressed_answers_are_those_of_transformers(tiny):
+    """Answers are longer than the window, so that at last no layer with one sees the prompt."""
+    reference, model, params = tiny
+    batch = text_batch(LENGTHS, LENGTH)
+    out = vlc.generate(model, params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
+    for row, n in enumerate(LENGTHS):
+        with torch.no_grad():
+            prompt = torch.from_numpy(np.asarray(batch.tokens[row : row + 1, :n])).long()
+            answer = reference.generate(prompt, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)[0, n:]
+        np.testing.assert_array_equal(out.tokens[row], answer)
+    assert NEW > WINDOW
+    np.testing.assert_array_equal(
+        np.asarray(out.report.kept)[:, WINDOWED], np.minimum(LENGTHS, WINDOW)[:, None] + [0] * 5
+    )
+    np.testing.assert_array_equal(np.asarray(out.report.kept)[:, FULL], np.asarray(LENGTHS)[:, None] + [0, 0])
+    np.testing.assert_array_equal(out.report.kept_fraction, 1)
+    # Two layers of 48 slots and five of 16, and behind the last one room for what a write does not keep.
+    slots, slot_bytes = 2 * 48 + 5 * 16 + (48 - 16), 2 * 16 * 4 + 4
+    assert out.report.state_bytes == 4 * (2 * slots * slot_bytes + 2 * 4 * 7)
+    assert out.report.full_bytes == 4 * (2 * (2 * 48 + 5 * 16) * slot_bytes + 2 * 4 * 7)
+
+
+def dense(model, params, batch, row, new, kept):
+    """Logits of the new tokens by the definition: all keys, those hidden that are not kept or beyond the window."""
+    n = int(batch.lengths[row])
+    whole = n + len(new)
+    tokens = jnp.concatenate([jnp.asarray(batch.tokens[row, :n]), jnp.asarray(new)])[None]
+    query, key = np.indices((whole, whole))
+    layers = []
+    for layer in range(7):
+        seen = np.tile(key <= query, (2, 1, 1))
+        if layer in WINDOWED:
+            seen &= query - key < WINDOW
+        else:
+            for head in range(2):
+                mine = np.isin(np.arange(whole), kept[layer][head]) | (np.arange(whole) >= n)
+                seen[head] &= (query < n) | mine[None]
+        layers.append(seen)
+
+    def attend(query, key, value, carry, seen):
+        key, value, seen = (jnp.repeat(x, 2, axis=a) for x, a in ((key, 2), (value, 2), (seen, 0)))
+        logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") / jnp.sqrt(16.0)
+        weights = jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, value, precision="highest"), carry, None
+
+    variables = {"params": params}
+    hidden = model.apply(variables, tokens, method="embed_tokens")
+    positions = jnp.arange(whole)[None]
+    hidden = model.apply(variables, hidden, positions, attend, None, jnp.asarray(np.stack(layers)), method="decode")[0]
+    return np.asarray(model.apply(variables, hidden[0, n:], method="unembed"))
+
+
+@pytest.mark.parametrize("heads", ["each", "shared"])
+def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(tiny, heads):
+    _, model, params = tiny
+    batch = text_batch(LENGTHS, LENGTH)
+    policy = vlc.VLCache(budget=0.3, heads=heads)
+    logits, state = vlc.prefill(model, params, batch, policy).start(NEW)
+    windows_of(state, LENGTHS)
+    requested = np.asarray(state.allocation.requested)
+    np.testing.assert_array_equal(requested[:, FULL].sum(axis=1), [max(2, int(0.3 * 2 * n)) for n in LENGTHS])
+    np.testing.assert_array_equal(requested[:, WINDOWED], np.minimum(LENGTHS, WINDOW)[:, None] + [0] * 5)
+    tokens, found, first = [jnp.argmax(logits, axis=-1)], [], state
+    for _ in range(NEW - 1):
+        logits, state = vlc.decode_step(model, params, tokens[-1], state)
+        tokens.append(jnp.argmax(logits, axis=-1))
+        found.append(np.asarray(logits))
+    for row in range(4):
+        kept = {layer: np.asarray(first.kept_positions(layer)[row]) for layer in FULL}
+        expected = dense(model, params, batch, row, np.asarray(tokens[:-1])[:, row], kept)
+        np.testing.assert_allclose(np.stack(found)[:, row], expected, atol=1e-4, rtol=0)
+
+
+def alone(batch, row):
+    return jax.tree.map(lambda x: np.asarray(x)[row : row + 1], batch)
+
+
+POLICIES = {
+    "VL-Cache, fewer candidates": vlc.VLCache(budget=0.3, candidate_fraction=0.4),
+    "slots by head": vlc.AdaKV(budget=0.4),
+    "merging": vlc.LookM(budget=0.4),
+    "8 bits": vlc.SnapKV(budget=0.4, bits=8),
+    "others at 2 bits": vlc.SnapKV(budget=0.4, evicted=vlc.Quantise(2)),
+    "bytes": vlc.SnapKV(budget=vlc.Bytes(2 * (16 * 3 + 16 * 5 + 8 * 16) * (2 * 16 * 4 + 4))),
+    "mass": vlc.VLCache(budget=vlc.Mass(0.8, cap=0.5)),
+    "8 bits, all": vlc.FullCache(bits=8),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies(tiny, name):
+    """A row keeps and says what it does alone; layers with a window keep it under every policy."""
+    _, model, params = tiny
+    batch, policy = text_batch(LENGTHS, LENGTH, seed=1), POLICIES[name]
+    _, state = vlc.prefill(model, params, batch, policy).start(NEW)
+    windows_of(state, LENGTHS)
+    out = vlc.generate(model, params, batch, policy, NEW, eos_token_ids=[])
+    assert np.asarray(out.report.finite).all()
+    assert out.report.state_bytes == sum(store.nbytes for store in state.stores)
+    if isinstance(policy.budget, vlc.Bytes):
+        assert out.report.state_bytes <= 4 * policy.budget.count
+    for row in (1, 3):
+        single = vlc.generate(model, params, alone(batch, row), policy, NEW, eos_token_ids=[])
+        np.testing.assert_array_equal(single.tokens[0], out.tokens[row])
+        np.testing.assert_array_equal(single.report.kept[0], out.report.kept[row])
+
+
+def test_free_slots_are_never_read(tiny):
+    _, model, params = tiny
+    batch = text_batch(LENGTHS, LENGTH)
+    logits, state = vlc.prefill(model, params, batch, vlc.FullCache()).start(NEW)
+    context = state.context
+    free = (np.asarray(context.positions) < 0)[..., None]
+    spoilt = {name: jnp.where(free, jnp.nan, getattr(context, name)) for name in ("keys", "values")}
+    other = dataclasses.replace(state, context=dataclasses.replace(context, **spoilt))
+    for _ in range(3):
+        token = jnp.argmax(logits, axis=-1)
+        (logits, state), (found, other) = (vlc.decode_step(model, params, token, x) for x in (state, other))
+        np.testing.assert_array_equal(logits, found)
+
+
+def test_a_model_of_windows_alone_has_nothing_to_evict():
+    _, config, params = gemma3(window=WINDOW, layers=2)
+    model, params = TextModel(config), {"decoder": params}
+    assert model.spec.full_layers == ()
+    batch = text_batch(LENGTHS, LENGTH)
+    full, small = (vlc.generate(model, params, batch, p, 4) for p in (vlc.FullCache(), vlc.VLCache(budget=0.1)))
+    np.testing.assert_array_equal(full.tokens, small.tokens)
+
+
+def test_what_does_not_know_windows_says_so(tiny):
+    _, model, params = tiny
+    batch = text_batch(LENGTHS, LENGTH)
+    with pytest.raises(vlc.PolicyError, match="Evict does not know how to move the windows on"):
+        vlc.prefill(model, params, batch, vlc.H2O(budget=0.5, decoding="evict"))
+    with pytest.raises(vlc.PolicyError, match="RollingWindow does not know"):
+        vlc.prefill(model, params, batch, vlc.SnapKV(budget=0.5, generated=vlc.RollingWindow(4)))
