@@ -25,7 +25,13 @@ GROUPS = {
         "Generation",
         ["generate stream Generation Sampling Report prefill decode decode_step stream_decode KVState Kernels"],
     ),
-    "contexts": ("Contexts", ["compress answer extend Context save_context load_context"]),
+    "contexts": (
+        "Contexts",
+        [
+            "compress answer extend Context save_context load_context",
+            "empty_rows insert decode_chunk DecodingState RowOptions",
+        ],
+    ),
     "policies": (
         "Policies",
         [

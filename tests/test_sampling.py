@@ -140,11 +140,11 @@ def test_every_row_its_own_way_in_one_program():
 
 
 def test_stop_ids_of_rows():
-    assert row_options(SPEC, 2, 1, None, 0, None).stop_ids.tolist() == [[2, -1, -1, -1]] * 2
-    assert row_options(SPEC, 2, 1, None, 0, []).stop_ids.tolist() == [[-1] * 4] * 2
+    assert row_options(SPEC, 2, 1, None, 0, None).stop_ids.tolist() == [[2, *[-1] * 7]] * 2
+    assert row_options(SPEC, 2, 1, None, 0, []).stop_ids.tolist() == [[-1] * 8] * 2
     rows = row_options(SPEC, 3, 1, None, 0, [[7, 3], [], [5]])
     assert rows.stops(jnp.array([3, 3, 5])).tolist() == [True, False, True]
-    assert row_options(SPEC, 1, 1, None, 0, range(5)).stop_ids.shape == (1, 8)
+    assert row_options(SPEC, 1, 1, None, 0, range(9)).stop_ids.shape == (1, 16)
     for wrong in ([[1]] * 2, [[1]] * 4):
         with pytest.raises(InputError, match=r"eos_token_ids of . rows do not fit 3"):
             row_options(SPEC, 3, 1, None, 0, wrong)

@@ -1,8 +1,10 @@
 """The programs of llava-v1.6-mistral-7b, compiled for TPUs: copies, memory and collectives."""
 
+import dataclasses
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tpu import mesh_of
@@ -11,7 +13,9 @@ import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.registry import preset
 from vlcache_jax.parallel import ops
-from vlcache_jax.planning.compiling import compile_on
+from vlcache_jax.parallel.mesh import specs_of
+from vlcache_jax.planning.compiling import abstract, compile_on
+from vlcache_jax.planning.placement import place_batch
 from vlcache_jax.planning.programs import Programs, Workload
 
 WORK = Workload(batch=8, prompt=8192, new_tokens=256, tiles=0)
@@ -62,6 +66,38 @@ def test_heads_on_eight_chips_reduce_twice_a_layer():
         assert " all-reduce" in line
         assert re.search(rf'op_name="[^"]*/while/body/[^"]*/layers/{place}', line)
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # one writes the tail; one reads each store
+
+
+@pytest.mark.parametrize(
+    ("topology", "axes"),
+    [("v5e:1x1", {}), pytest.param("v5e:2x4", {"data": 2, "model": 4}, marks=pytest.mark.thorough)],
+)
+def test_rows_are_filled_and_go_on_in_place(topology, axes):
+    """A row of a running state, whose number is data, and the loop over all rows: no copy of any pool."""
+    programs = _programs(topology, **axes)
+    mesh, model = programs.mesh, programs.model
+    batch = place_batch(model.abstract_batch(2, WORK.prompt, 0), mesh)
+    with jax.set_mesh(mesh):
+        ctx = jax.eval_shape(lambda p, b: vlc.prefill(model, p, b, POLICY), programs.params, batch)
+        ctx = dataclasses.replace(ctx, params={})  # no part of either program
+        ctx = abstract(ctx, mesh, specs_of(ctx))
+        state = jax.eval_shape(lambda c: vlc.empty_rows(c, WORK.batch, WORK.new_tokens), ctx)
+        state = abstract(state, mesh, specs_of(state))
+    row = abstract(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+    pools = programs.bytes_of((state.kv.context, state.kv.tail))
+
+    def filled(state, ctx, row):
+        return vlc.insert(state, row, ctx, 200, sampling=vlc.Sampling(temperature=0.7, top_p=0.9))
+
+    def run(params, state):
+        return vlc.decode_chunk(model, params, state, 16, leave_after=1)
+
+    places = jax.tree.map(lambda x: x.sharding, state)
+    for function, arguments, donated in ((filled, (state, ctx, row), 0), (run, (programs.params, state), 1)):
+        program = compile_on(mesh, function, *arguments, donate=(donated,), out_shardings=places)
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= pools
+        assert memory.temp_size_in_bytes < 0.02 * pools
 
 
 @pytest.mark.thorough

@@ -19,8 +19,11 @@ from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.extend import extend
 from vlcache_jax.inference.generate import Generation, answer, generate, stream
+from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.prefill import compress, prefill
 from vlcache_jax.inference.report import Report
+from vlcache_jax.inference.row_options import RowOptions
+from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.models.io.loading import VLM, load
@@ -75,6 +78,7 @@ __all__ = [
     "CheckpointError",
     "Context",
     "Continuation",
+    "DecodingState",
     "Drop",
     "Evict",
     "ExpectedAttention",
@@ -103,6 +107,7 @@ __all__ = [
     "Recompress",
     "Report",
     "RollingWindow",
+    "RowOptions",
     "Sampling",
     "SnapKV",
     "StreamingLLM",
@@ -114,9 +119,12 @@ __all__ = [
     "answer",
     "compress",
     "decode",
+    "decode_chunk",
     "decode_step",
+    "empty_rows",
     "extend",
     "generate",
+    "insert",
     "layer_budgets",
     "load",
     "load_context",

@@ -70,10 +70,10 @@ def decode_all(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`decode` without checks of the state: tokens, lengths, and bool [batch], whether all was finite."""
     room = answer_room(max_new_tokens)
-    options, steps = placed((options, np.int32(room)), params)
+    options, most = placed((options, np.int32(max(room, logits.shape[0]))), params)
     with on_mesh_of(params, logits, state):
         loop, stores = begin(model, logits, state, options, room)
-        loop = chunk(model, params, stores, loop, steps, kernels or Kernels())
+        loop = chunk(model, params, stores, loop, most, most, kernels or Kernels())
         tokens = jax.lax.slice_in_dim(loop.tokens, 0, max_new_tokens, axis=1)
     return on_every_process((tokens, loop.step, loop.kv.finite))
 
@@ -114,7 +114,7 @@ def stream_decode(
         yield token
         while not ended:
             with on_mesh_of(params, loop):
-                loop = chunk(model, params, stores, loop, one, kernels or Kernels())
+                loop = chunk(model, params, stores, loop, one, one, kernels or Kernels())
             token, ended = read(loop)
             yield token
 

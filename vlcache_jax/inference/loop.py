@@ -29,14 +29,14 @@ from vlcache_jax.typing import Params, VisionLanguageModel
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodingState:
-    """Rows that are being answered.
+    """Rows that are being answered, each at a step of its own. A pytree of fixed shapes; see `empty_rows`.
 
     Attributes:
-      kv: their caches.
-      options: what is asked of each row.
+      kv: their caches. `kv.finite`, bool [rows], is False where an answer means nothing.
+      options: what is asked of each row: seed, temperature, top-k, top-p, stop ids and length, as arrays.
       token: i32 [rows]. The last token of each, which its cache has not seen yet; the pad id once the row has ended.
       step: i32 [rows]. Tokens of its answer so far.
-      done: bool [rows]. Whether it has ended.
+      done: bool [rows]. Whether it has ended, or never was filled.
       tokens: i32 [rows, room]. The answers, filled with the pad id.
     """
 
@@ -71,6 +71,11 @@ def begin(
 @automatic
 def _begin(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int) -> DecodingState:
     logits, kv, options = jax.tree.map(jnp.copy, without_derivative((logits, kv, options)))
+    return begun(model, logits, kv, options, room)
+
+
+def begun(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int) -> DecodingState:
+    """`begin`, to be traced inside other programs; results may be arguments."""
     token = next_token(logits, options, jnp.zeros(logits.shape[:1], jnp.int32))
     tokens = jnp.full((len(token), room), model.spec.pad_token_id, jnp.int32).at[:, 0].set(token)
     done = options.stops(token) | (options.max_new_tokens <= 1)
@@ -86,13 +91,19 @@ def chunk(
     stores: tuple[PackedStore, ...],
     state: DecodingState,
     steps: jax.Array,
+    enough: jax.Array,
     kernels: Kernels,
 ) -> DecodingState:
-    """Runs steps until all rows have ended, but no more than `steps`, i32 []; `state`, from `begin`, is donated."""
+    """Runs at most `steps` steps, i32 [], until all rows have ended, or `enough` of them, i32 [], in this chunk.
+
+    `state`, without its read-only stores, is donated.
+    """
+    before = state.done
 
     def unfinished(carry: tuple[jax.Array, DecodingState]) -> jax.Array:
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done)
+        ended = jnp.sum(state.done & ~before, dtype=jnp.int32)
+        return (count < steps) & ~jnp.all(state.done) & (ended < enough)
 
     def body(carry: tuple[jax.Array, DecodingState]) -> tuple[jax.Array, DecodingState]:
         count, state = carry
@@ -108,7 +119,12 @@ def _step(
 ) -> DecodingState:
     logits, kv = advance(model, params, state.token, with_stores(state.kv, stores), kernels)
     done, step = state.done, state.step
-    kv = dataclasses.replace(kv, finite=jnp.where(done, state.kv.finite, kv.finite))
+    kv = dataclasses.replace(
+        kv,
+        finite=jnp.where(done, state.kv.finite, kv.finite),
+        next_position=jnp.where(done, state.kv.next_position, kv.next_position),
+        tail=dataclasses.replace(kv.tail, length=jnp.where(done, 0, kv.tail.length)),  # never full, and soon read
+    )
     token = jnp.where(done, model.spec.pad_token_id, next_token(logits, state.options, step))
     here = (jax.lax.iota(jnp.int32, state.tokens.shape[1])[None] == step[:, None]) & ~done[:, None]
     step = jnp.where(done, step, step + 1)

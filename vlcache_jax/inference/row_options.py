@@ -21,7 +21,7 @@ StopIds = Sequence[int] | Sequence[Sequence[int]] | None
 """Ids that end a row: for all rows, or a list for each; None for the checkpoint's."""
 
 _ALL = np.iinfo(np.int32).max
-_FEWEST_STOP_IDS = 4
+_FEWEST_STOP_IDS = 8
 
 
 @exportable
@@ -52,7 +52,13 @@ class RowOptions:
 
 
 def row_options(
-    spec: ModelSpec, rows: int, max_new_tokens: int, sampling: Samplings, seeds: Seeds, eos_token_ids: StopIds
+    spec: ModelSpec,
+    rows: int,
+    max_new_tokens: int,
+    sampling: Samplings = None,
+    seeds: Seeds = 0,
+    eos_token_ids: StopIds = None,
+    most_stop_ids: int | None = None,
 ) -> RowOptions:
     """The arrays that a user's words mean; in numpy, but for seeds that are JAX's.
 
@@ -61,6 +67,7 @@ def row_options(
       rows: how many.
       max_new_tokens: of every row.
       sampling, seeds, eos_token_ids: as in `generate`.
+      most_stop_ids: for how many there is room; as many as are needed by default.
 
     Raises:
       InputError: seeds, sampling or stop ids that are none, or other than rows in number.
@@ -76,7 +83,7 @@ def row_options(
         "temperature": np.array([s.temperature if s else 0 for s in each], np.float32),
         "top_k": np.array([min(_ALL, s.top_k) if s and s.top_k else _ALL for s in each], np.int32),
         "top_p": np.array([s.top_p if s and s.top_p else 1 for s in each], np.float32),
-        "stop_ids": _stop_ids(rows, spec.eos_token_ids if eos_token_ids is None else eos_token_ids),
+        "stop_ids": _stop_ids(rows, spec.eos_token_ids if eos_token_ids is None else eos_token_ids, most_stop_ids),
         "max_new_tokens": np.full(rows, max_new_tokens, np.int32),
     }
     return RowOptions(**arrays)
@@ -88,13 +95,16 @@ def _sequence(sampling: Any) -> Sequence[Any]:
     return sampling
 
 
-def _stop_ids(rows: int, ids: Any) -> np.ndarray:
+def _stop_ids(rows: int, ids: Any, room: int | None) -> np.ndarray:
     ids = list(ids)
     of_rows = ids if ids and all(np.ndim(x) == 1 for x in ids) else [ids] * rows
     if len(of_rows) != rows:
         raise InputError(f"eos_token_ids of {len(of_rows)} rows do not fit {rows}: give one list, or one for each row")
     most = max((len(x) for x in of_rows), default=0)
-    padded = np.full((rows, max(_FEWEST_STOP_IDS, 1 << max(0, most - 1).bit_length())), -1, np.int32)
+    room = max(_FEWEST_STOP_IDS, 1 << max(0, most - 1).bit_length()) if room is None else room
+    if most > room:
+        raise InputError(f"{most} stop ids are more than the {room} that the state has room for")
+    padded = np.full((rows, room), -1, np.int32)
     for row, own in enumerate(of_rows):
         padded[row, : len(own)] = [int(i) for i in own]
     return padded
