@@ -142,7 +142,7 @@ def test_every_rule_for_generated_tokens(llava, batch, decoding, tmp_path):
     np.testing.assert_array_equal(vlc.answer(ctx, None, NEW, seeds=8, **options).tokens, drawn.tokens[:, 1])
     path = tmp_path / "context.safetensors"
     if decoding != "window:4":
-        with pytest.raises(vlc.PolicyError, match=r"'h2o' has the rule generated=.* nothing can be appended"):
+        with pytest.raises(vlc.PolicyError, match=r"'h2o' has the rule decoding=.* nothing can be appended"):
             vlc.answer(ctx, questions())
         with pytest.raises(vlc.InputError, match=r"rewrites what was kept: a file holds"):
             vlc.save_context(ctx, path)

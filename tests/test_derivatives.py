@@ -23,7 +23,7 @@ POLICIES = {
 }
 MORE = {
     "vl_cache_candidates": vlc.VLCache(budget=0.3, candidate_fraction=0.5),
-    "snap_kv_recompresses": vlc.SnapKV(budget=0.3, window=4, generated=vlc.Recompress(4)),
+    "snap_kv_recompresses": vlc.SnapKV(budget=0.3, window=4, decoding=vlc.Recompress(4)),
     "snap_kv_quantises": vlc.SnapKV(budget=0.3, window=4, evicted=vlc.Quantise(4)),
     "ada_kv": vlc.AdaKV(budget=0.3, window=4),
     "pyramid_kv": vlc.PyramidKV(budget=0.3, window=4),

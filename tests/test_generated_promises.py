@@ -24,7 +24,7 @@ RULES = {
     "window": vlc.StreamingLLM(0.4, decoding="window:5"),
     "h2o": vlc.H2O(0.4, decoding="evict"),
     "tova": vlc.TOVA(12, decoding="evict"),
-    "recompress": dataclasses.replace(vlc.VLCache(0.4), generated=vlc.Recompress(6, rows=4)),
+    "recompress": dataclasses.replace(vlc.VLCache(0.4), decoding=vlc.Recompress(6, rows=4)),
 }
 rules = pytest.mark.parametrize("policy", RULES.values(), ids=RULES, scope="module")
 NEW = 30
@@ -92,7 +92,7 @@ def test_rows_of_different_numbers_of_tokens_give_what_they_give_alone(llava, po
     ("policy", "equal"),
     [
         (vlc.StreamingLLM(0.4, decoding="window:40"), vlc.StreamingLLM(0.4)),
-        (dataclasses.replace(vlc.VLCache(0.4), generated=vlc.Recompress(40)), vlc.VLCache(0.4)),
+        (dataclasses.replace(vlc.VLCache(0.4), decoding=vlc.Recompress(40)), vlc.VLCache(0.4)),
         (vlc.H2O(90, decoding="evict"), vlc.FullCache()),
         (vlc.TOVA(90, decoding="evict"), vlc.FullCache()),
     ],
@@ -108,8 +108,8 @@ def test_a_large_room_is_no_rule(policy, equal):
 def test_a_budget_of_one_evicts_nothing(llava):
     model, params = llava
     batch = ragged_batch(rows=2)
-    for generated in (vlc.Evict(), vlc.Recompress(2)):
-        policy = dataclasses.replace(vlc.H2O(1.0), generated=generated)
+    for decoding in (vlc.Evict(), vlc.Recompress(2)):
+        policy = dataclasses.replace(vlc.H2O(1.0), decoding=decoding)
         _, state = vlc.prefill(model, params, batch, policy).start(4)
         assert state.decoding == vlc.Append()
 
@@ -221,7 +221,7 @@ def test_a_step_updates_the_state_in_place(llava, policy):
     memory = step.lower(params, jnp.zeros((4,), jnp.int32), state).compile().memory_analysis()
     buffers = sum(x.nbytes for x in jax.tree.leaves((state.context, state.tail, state.observed)))
     assert memory.alias_size_in_bytes >= buffers
-    if isinstance(policy.generated, vlc.RollingWindow):  # of the others, test_tpu_generated.py says what is copied
+    if isinstance(policy.decoding, vlc.RollingWindow):  # of the others, test_tpu_generated.py says what is copied
         assert memory.temp_size_in_bytes < 0.7 * buffers  # a step of this tiny model, not a copy of its state
 
 
@@ -236,24 +236,24 @@ def test_a_step_updates_the_state_in_place(llava, policy):
         (lambda: vlc.Evict(weigh="max"), r"weigh='max'.* 'sum' or 'last'"),
         (lambda: vlc.Evict(heads="all"), r"heads='all'"),
         (lambda: vlc.Evict(sinks=-1), r"sinks=-1"),
-        (lambda: dataclasses.replace(vlc.VLCache(0.2), generated=vlc.Evict()), r"same number of slots .*Recompress"),
+        (lambda: dataclasses.replace(vlc.VLCache(0.2), decoding=vlc.Evict()), r"same number of slots .*Recompress"),
         (
-            lambda: dataclasses.replace(vlc.LookM(0.2), generated=vlc.Evict()),
+            lambda: dataclasses.replace(vlc.LookM(0.2), decoding=vlc.Evict()),
             r"evicted=Merge.*use bits=None and evicted=Drop",
         ),
-        (lambda: vlc.VLCache(0.2, bits=8, generated=vlc.Recompress()), r"bits=8 .*use bits=None"),
-        (lambda: vlc.Policy(name="own", budget=0.2, protect="text", generated=vlc.Evict()), r"protect='text'"),
-        (lambda: dataclasses.replace(vlc.KeyNorm(0.2), generated=vlc.Evict()), r"weigh='last'"),
-        (lambda: dataclasses.replace(vlc.H2O(0.2), generated=vlc.Evict(heads="shared")), r"one ranking"),
-        (lambda: dataclasses.replace(vlc.H2O(0.2), generated="evict"), r"generated='evict' is not a rule"),
+        (lambda: vlc.VLCache(0.2, bits=8, decoding=vlc.Recompress()), r"bits=8 .*use bits=None"),
+        (lambda: vlc.Policy(name="own", budget=0.2, protect="text", decoding=vlc.Evict()), r"protect='text'"),
+        (lambda: dataclasses.replace(vlc.KeyNorm(0.2), decoding=vlc.Evict()), r"weigh='last'"),
+        (lambda: dataclasses.replace(vlc.H2O(0.2), decoding=vlc.Evict(heads="shared")), r"one ranking"),
+        (lambda: dataclasses.replace(vlc.H2O(0.2), decoding="evict"), r"'evict' is a part of h2o"),
         (lambda: vlc.H2O(0.2, normalised=True, decoding="evict"), r"normalised=False"),
         (lambda: vlc.H2O(vlc.Bytes(10**6), decoding="evict"), r"cannot count budget=1000000 bytes"),
-        (lambda: dataclasses.replace(vlc.H2O(8), generated=vlc.Evict(recent=vlc.Tokens(9))), r"do not fit into"),
-        (lambda: vlc.H2O(0.2, generated=vlc.Evict()), r"H2O\(generated=Evict.*the option is called decoding here"),
-        (lambda: vlc.TOVA(0.2, generated="evict"), r"TOVA\(generated='evict'\): .*decoding"),
-        (lambda: vlc.StreamingLLM(0.2, generated=vlc.Append()), r"StreamingLLM\(generated=Append.*decoding"),
-        (lambda: vlc.ZipVL(0.2, generated=vlc.Append()), r"ZipVL settles generated itself: use dataclasses.replace"),
-        (lambda: vlc.FullCache(generated=vlc.Append()), r"FullCache settles generated itself"),
+        (lambda: dataclasses.replace(vlc.H2O(8), decoding=vlc.Evict(recent=vlc.Tokens(9))), r"do not fit into"),
+        (lambda: vlc.H2O(0.2, decodng="evict"), r"H2O has no option 'decodng': did you mean 'decoding'"),
+        (lambda: vlc.TOVA(0.2, decoding="evict:3"), r"decoding='evict:3' is not known: use one of append, .*evict$"),
+        (lambda: vlc.StreamingLLM(0.2, decoding="append:3"), r"decoding='append:3' is not known"),
+        (lambda: vlc.ZipVL(0.2, decoding=vlc.Append()), r"ZipVL settles decoding itself: use dataclasses.replace"),
+        (lambda: vlc.FullCache(decoding=vlc.Append()), r"FullCache settles decoding itself"),
         (lambda: vlc.LookM(0.2, evicted=vlc.Drop()), r"LookM\(evicted=Drop\(\)\): the option is called merge here"),
         (lambda: vlc.SnapKV(0.2, score=AccumulatedAttention()), r"SnapKV settles score itself"),
         (lambda: vlc.StreamingLLM(0.2, recent=0.5), r"StreamingLLM settles recent itself"),
@@ -272,10 +272,10 @@ def test_what_cannot_work_is_refused_when_it_is_made(make, message):
 
 def test_rules_by_name():
     assert policy_by_name("h2o", budget=0.2, decoding="evict").rule == vlc.Evict(recent=0.5, sinks=0)
-    assert policy_by_name("vl_cache", decoding="recompress:64").generated == vlc.Recompress(64)
-    assert policy_by_name("full_cache", decoding="window:9").generated == vlc.RollingWindow(9)
-    assert policy_by_name("streaming_llm", decoding="window").generated == vlc.RollingWindow(256)
-    assert vlc.TOVA(0.2).generated == vlc.Append()
+    assert policy_by_name("vl_cache", decoding="recompress:64").decoding == vlc.Recompress(64)
+    assert policy_by_name("full_cache", decoding="window:9").decoding == vlc.RollingWindow(9)
+    assert policy_by_name("streaming_llm", decoding="window").decoding == vlc.RollingWindow(256)
+    assert vlc.TOVA(0.2).decoding == vlc.Append()
     assert vlc.TOVA(0.2).score == AccumulatedAttention("shared")
 
 

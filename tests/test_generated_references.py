@@ -120,7 +120,7 @@ def test_recompression_of_segments_that_differ_in_length(every, rows):
     params = scripted_params(batch, STEPS, 5)
     policy = vlc.VLCache(0.3, recent=0.25)
     policy = vlc.Policy(**{f: getattr(policy, f) for f in policy.__dataclass_fields__} | {
-        "sinks": 2, "generated": vlc.Recompress(every, rows)})  # fmt: skip
+        "sinks": 2, "decoding": vlc.Recompress(every, rows)})  # fmt: skip
     out, first, last = run(policy, batch, params)
     kept, held = kept_sets(first), kept_sets(last)
     np.testing.assert_array_equal(first.context.lengths, last.context.lengths)

@@ -152,7 +152,7 @@ METHODS = {
     "zip_vl": vlc.ZipVL(budget=0.4),
     "ada_kv": vlc.AdaKV(budget=0.4, window=4, lanes=2),
     "h2o_evicts": vlc.H2O(budget=0.4, decoding="evict"),
-    "snap_kv_recompresses": vlc.SnapKV(budget=0.4, window=4, generated=vlc.Recompress(2)),
+    "snap_kv_recompresses": vlc.SnapKV(budget=0.4, window=4, decoding=vlc.Recompress(2)),
     "snap_kv_quantises": vlc.SnapKV(budget=0.4, window=4, evicted=vlc.Quantise(4)),
     "expected_attention": vlc.ExpectedAttention(budget=0.4, future=16),
     "air_cache": vlc.AirCache(budget=0.4),

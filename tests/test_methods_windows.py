@@ -103,7 +103,7 @@ def warned(policy, *lengths):
             vlc.H2O(0.1, decoding=vlc.Evict(recent=vlc.Tokens(40))),
             "h2o: .* recent=40 tokens and sinks=0 take all slots",
         ),
-        (vlc.VLCache(0.1, generated=vlc.Recompress(8, sinks=90)), "sinks=90 take all slots"),
+        (vlc.VLCache(0.1, decoding=vlc.Recompress(8, sinks=90)), "sinks=90 take all slots"),
     ],
     ids=lambda x: getattr(x, "name", None),
 )

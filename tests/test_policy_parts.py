@@ -159,7 +159,7 @@ def test_by_name():
         ("vl_cache, heads=shared, candidate-fraction=0.3", VLCache(heads="shared", candidate_fraction=0.3)),
         ("vl_cache,rows=last:50,mask_visual_sinks=true", VLCache(rows=LastRows(50), mask_visual_sinks=True)),
         ("look_m,merge=none,budget=64", LookM(64, merge=None)),
-        ("full_cache,decoding=window:9", dataclasses.replace(FullCache(), generated=RollingWindow(9))),
+        ("full_cache,decoding=window:9", dataclasses.replace(FullCache(), decoding=RollingWindow(9))),
     ],
 )
 def test_as_typed(text, policy):

@@ -30,9 +30,9 @@ POLICIES = {
     "full_cache": vlc.FullCache(),
     "ada_kv": vlc.AdaKV(budget=0.4, window=4),
     "quantised": vlc.ZipVL(budget=0.4),
-    "window": vlc.SnapKV(budget=0.4, window=4, generated=vlc.RollingWindow(4)),
+    "window": vlc.SnapKV(budget=0.4, window=4, decoding=vlc.RollingWindow(4)),
     "evict": vlc.H2O(budget=0.4, decoding="evict"),
-    "recompress": vlc.SnapKV(budget=0.4, window=4, generated=vlc.Recompress(4)),
+    "recompress": vlc.SnapKV(budget=0.4, window=4, decoding=vlc.Recompress(4)),
 }
 policies = pytest.mark.parametrize("name", ["vl_cache", *later(*[name for name in POLICIES if name != "vl_cache"])])
 

@@ -19,7 +19,7 @@ WORK = Workload(batch=8, prompt=8192, new_tokens=256, tiles=5)
     [
         (vlc.H2O(0.1, decoding="evict"), 0.01),
         pytest.param(
-            dataclasses.replace(vlc.VLCache(0.1), generated=vlc.Recompress(128)), 0.12, marks=pytest.mark.thorough
+            dataclasses.replace(vlc.VLCache(0.1), decoding=vlc.Recompress(128)), 0.12, marks=pytest.mark.thorough
         ),
     ],
     ids=["h2o", "recompress"],

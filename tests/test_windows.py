@@ -166,4 +166,4 @@ def test_what_does_not_know_windows_says_so(tiny):
     with pytest.raises(vlc.PolicyError, match="Evict does not know how to move the windows on"):
         vlc.prefill(model, params, batch, vlc.H2O(budget=0.5, decoding="evict"))
     with pytest.raises(vlc.PolicyError, match="RollingWindow does not know"):
-        vlc.prefill(model, params, batch, vlc.SnapKV(budget=0.5, generated=vlc.RollingWindow(4)))
+        vlc.prefill(model, params, batch, vlc.SnapKV(budget=0.5, decoding=vlc.RollingWindow(4)))

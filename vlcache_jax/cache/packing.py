@@ -1,5 +1,6 @@
 """Building the packed store at the end of prefill."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +204,38 @@ def value_channels(values: jax.Array, lengths: jax.Array) -> jax.Array:
     valid = (jax.lax.iota(jnp.int32, values.shape[1])[None] < lengths[:, None])[..., None, None]
     largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=1, initial=0.0, where=valid)
     return jnp.where(largest > 0, jnp.sqrt(largest), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """What layers have chosen from what they handed on; how it is stored comes next.
+
+    Attributes:
+      keys, values, positions, order, slots, lanes, channels: as in `pack`.
+      lengths: i32 [batch], of the prompts.
+      others: like `order`, the tokens of the prompt that were not chosen; None where nobody wants them.
+      windowed: bool [layers], which have a window: what that has left behind is never seen again. None if none has.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    order: jax.Array
+    slots: jax.Array
+    lengths: jax.Array
+    lanes: int | None = None
+    channels: jax.Array | None = None
+    others: jax.Array | None = None
+    windowed: jax.Array | None = None
+
+    @property
+    def group(self) -> int:
+        """KV heads of a lane."""
+        return self.keys.shape[2] // self.lanes if self.lanes else 1
+
+    def pack(self, pool: int, bits: int | None = None, room: int | None = None) -> PackedStore:
+        """See `pack`; what is quantised has no derivative."""
+        keys, values, channels = self.keys, self.values, None
+        if bits is not None:
+            keys, values, channels = jax.lax.stop_gradient((keys, values, self.channels))
+        return pack(keys, values, self.positions, self.order, self.slots, pool, self.lanes, bits, channels, room)

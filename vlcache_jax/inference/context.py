@@ -25,7 +25,7 @@ from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.finiteness import is_ready
 from vlcache_jax.inference.report import Report
 from vlcache_jax.parallel.mesh import automatic, is_known, on_mesh_of
-from vlcache_jax.policies.decoding.rules import APPEND
+from vlcache_jax.policies.decoding.append import APPEND
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
 from vlcache_jax.inference.context import Context
-from vlcache_jax.inference.context_reader import COUNTS, FIELDS, REPORT, SAVED_RULES, ContextReader
+from vlcache_jax.inference.context_reader import COUNTS, FIELDS, REPORT, ContextReader, can_be_saved
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.parallel.mesh import check_known, on_mesh_of
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
@@ -45,9 +45,9 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
     Example:
       vlc.save_context(ctx, "manual.safetensors")
     """
-    if not isinstance(ctx.decoding, SAVED_RULES):
+    if not can_be_saved(ctx.decoding):
         raise InputError(
-            f"policy {ctx.report.policy!r} has the rule generated={ctx.decoding}, which rewrites what was kept: a file "
+            f"policy {ctx.report.policy!r} has the rule decoding={ctx.decoding}, which rewrites what was kept: a file "
             "holds contexts of Append() and RollingWindow() alone"
         )
     require_finite(ctx.report.finite, ctx, dtype=ctx.model.spec.dtype, density=ctx.report.density)

@@ -19,7 +19,7 @@ from vlcache_jax.inference.report import Report
 from vlcache_jax.kernels.quantisation import scales_width
 from vlcache_jax.parallel.mesh import automatic, free_axes, on_mesh_of, specs_of
 from vlcache_jax.policies.budget import Budget
-from vlcache_jax.policies.decoding.rules import Append, RollingWindow
+from vlcache_jax.policies.decoding.rule import RULES, DecodingRule
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 FIELDS = [field.name for field in dataclasses.fields(PackedStore)]
@@ -33,12 +33,15 @@ REPORT = (
 """Arrays of a report; the rest of it is in the description."""
 COUNTS = ("state_bytes", "full_bytes")
 """Whole numbers of a report."""
-SAVED_RULES = (Append, RollingWindow)
-"""Rules for generated tokens that a file can hold: those that leave the context as it is."""
 
 _MOST_BYTES = 2**60
 _LONGEST_NAME = 200
 _LONGEST_WINDOW = 2**24
+
+
+def can_be_saved(rule: DecodingRule) -> bool:
+    """Whether a file can hold contexts of a rule: of one that is known by name and leaves them as they are."""
+    return not rule.rewrites_context and any(type(rule) is named.rule for named in RULES.values())
 
 
 class ContextReader:
@@ -173,8 +176,10 @@ class ContextReader:
         self.require(fits, f"its last store does not have room for {room} appended tokens a layer")
 
     def decoding(self) -> Any:
-        rule = self.one_of("rule for generated tokens", self.described.get("decoding"), SAVED_RULES)
-        self.require(getattr(rule, "tokens", 0) <= _LONGEST_WINDOW, f"its rule for generated tokens is {rule}")
+        rules = tuple(named.rule for named in RULES.values())
+        rule = self.one_of("rule for generated tokens", self.described.get("decoding"), rules)
+        small = getattr(rule, "tokens", 0) <= _LONGEST_WINDOW
+        self.require(can_be_saved(rule) and small, f"its rule for generated tokens is {rule}")
         return rule
 
     def report(self, rows: int) -> Report:

@@ -127,7 +127,7 @@ def _check_count(state: KVState, max_new_tokens: int) -> None:
     if not state.decoding.unlimited and max_new_tokens > state.tail.capacity:
         raise InputError(
             f"max_new_tokens={max_new_tokens} must lie between 1 and {state.tail.capacity}, the room of this "
-            "state: prefill with a larger max_new_tokens, or with another Policy.generated"
+            "state: prefill with a larger max_new_tokens, or with another Policy.decoding"
         )
 
 

@@ -1,9 +1,7 @@
 """One decode step: the same function under a Python loop, a stream or `lax.while_loop`."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +10,10 @@ import numpy as np
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inference.finiteness import finite_rows
-from vlcache_jax.kernels.decode_attention import Segments, Store
-from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.policies.decoding.evict import evicting
-from vlcache_jax.policies.decoding.recompress import make_room
-from vlcache_jax.policies.decoding.rules import Evict, Recompress, RollingWindow
-from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
+from vlcache_jax.typing import Params, VisionLanguageModel
 
 
 def decode_step(
@@ -71,7 +64,7 @@ def check_room(state: KVState, tokens: int) -> None:
         raise InputError(
             f"the state has no room for {'another token' if tokens == 1 else f'{tokens} tokens'} (capacity "
             f"{tail.capacity}, of which {taken} are taken): prefill with a larger max_new_tokens, or choose "
-            "another rule for generated tokens (Policy.generated)"
+            "another rule for generated tokens (Policy.decoding)"
         )
 
 
@@ -88,11 +81,8 @@ def advance(
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
     fits = _fits(state)
-    if isinstance(state.decoding, Recompress):
-        state = make_room(state)
-    attend, carry, close = (
-        evicting(state) if isinstance(state.decoding, Evict) else _appending(state, kernels, model.spec)
-    )
+    state = state.decoding.make_room(state)
+    attend, carry, close = state.decoding.attend(state, kernels, model.spec)
     variables = {"params": params}
     hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
     positions = state.next_position[:, None]
@@ -110,35 +100,3 @@ def advance(
 def _fits(state: KVState) -> jax.Array:
     """bool [batch]: whether a row can be appended to, as data."""
     return state.decoding.unlimited | (state.tail.length < state.tail.capacity)
-
-
-def _appending(
-    state: KVState, kernels: Kernels, spec: ModelSpec
-) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
-    """The attention of a step, the first layer's carry, and the new state from the last layer's carry."""
-    tail, observed, rule = state.tail, state.observed, state.decoding
-    rows = rule.scoring_rows if isinstance(rule, Recompress) else 0
-    slot, count = jnp.minimum(tail.length, tail.capacity - 1), tail.length[:, None] + 1  # one that is full stays so
-    if isinstance(rule, RollingWindow):
-        slot, count = tail.length % rule.tokens, jnp.minimum(count, rule.tokens)
-
-    def attend(query, key, value, carry, layer):
-        pools, noted = carry
-        pools = ops.append(kernels, pools, (key[:, 0], value[:, 0]), layer * tail.capacity + slot)
-        since, passed = None, jnp.zeros_like(count)
-        if spec.windows:  # a layer with a window sees nothing before `since`, be it of the prompt or of the answer
-            window = jnp.asarray([w or spec.max_positions for w in spec.windows], jnp.int32)[layer]
-            since = state.next_position + 1 - window
-            passed = jnp.clip(count - window, 0, None)
-        new = Segments(layer * tail.capacity + passed, count - passed)
-        parts = [*(store.layer(layer, since) for store in state.stores), (Store(*pools), new)]
-        out, lse = ops.union_attention(kernels, query[:, 0], parts)
-        if noted is not None:
-            noted = noted.note(kernels, query[:, 0], lse, layer, slot % rows)
-        return out[:, None], (pools, noted), None
-
-    def close(carry: Any) -> KVState:
-        (keys, values), noted = carry
-        return dataclasses.replace(state, tail=dataclasses.replace(tail, keys=keys, values=values), observed=noted)
-
-    return attend, ((tail.keys, tail.values), observed), close

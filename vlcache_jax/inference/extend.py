@@ -52,8 +52,8 @@ def extended(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_t
     """`extend`, if `new_tokens` more have their place, too."""
     if ctx.decoding.rewrites_context:
         raise PolicyError(
-            f"policy {ctx.report.policy!r} has the rule generated={ctx.decoding} for answers, which rewrites what was "
-            "kept: nothing can be appended to its context; answer the prompt itself, or use generated=Append()"
+            f"policy {ctx.report.policy!r} has the rule decoding={ctx.decoding} for answers, which rewrites what was "
+            "kept: nothing can be appended to its context; answer the prompt itself, or use decoding=Append()"
         )
     tokens, lengths = _joined(placed([_flat(block, ctx.rows) for block in blocks], ctx.params))
     rows, length = tokens.shape

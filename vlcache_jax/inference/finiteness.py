@@ -12,7 +12,6 @@ import numpy as np
 
 from vlcache_jax.errors import NonFiniteError
 from vlcache_jax.parallel.mesh import is_known
-from vlcache_jax.policies.evicted.rules import Merge
 from vlcache_jax.policies.policy import Policy
 
 
@@ -69,7 +68,7 @@ def require_finite(
     )
     if len(broken):
         row, layer = (int(x) for x in broken[0])
-        merged = policy is not None and isinstance(policy.evicted, Merge)
+        merged = policy is not None and policy.evicted.mixes
         what = "scores, keys or values" if merged else "scores"
         raise NonFiniteError(
             f"{name}layer {layer} has {what} that are not finite for row {row} of the batch, so no token can be told "

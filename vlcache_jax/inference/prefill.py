@@ -12,8 +12,7 @@ import numpy as np
 
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment, whole_tiles, window_rooms
-from vlcache_jax.cache.merging import merge_evicted
-from vlcache_jax.cache.packing import empty_codes, pack, quantise_into, value_channels
+from vlcache_jax.cache.packing import Selected, empty_codes, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
@@ -28,10 +27,7 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, by_row, on_mesh_of, refuse_partly_checked
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.policies.decoding.evict import SlotWeights, layer_room, slot_weights
-from vlcache_jax.policies.decoding.recompress import RecentQueries, no_queries
-from vlcache_jax.policies.decoding.rules import Evict, Recompress
-from vlcache_jax.policies.evicted.rules import Merge, Quantise
+from vlcache_jax.policies.decoding.rule import Prompt
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import LayerInputs
@@ -165,10 +161,6 @@ def _prefill(
     return logits, tuple(stores), lengths, allocation, finite, observed
 
 
-def _evicts(policy: Policy) -> bool:
-    return isinstance(policy.rule, Evict)
-
-
 def _keep_all(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
 ) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
@@ -234,7 +226,7 @@ def _keep_all(
 
 def _compress(
     run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[PackedStore], Allocation, SlotWeights | RecentQueries | None]:
+) -> tuple[jax.Array, list[PackedStore], Allocation, Any]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once.
 
     Layers with a window take no part in the budget: nothing scores them, and what they keep is their window.
@@ -247,11 +239,10 @@ def _compress(
     held = [min(window or 0, length) for window in windows]  # tokens of the layers with a window
     count = max(1, floor_fraction(length, policy.candidate_fraction), *held)
     threshold = allocate.threshold
-    quantised = policy.bits is not None or isinstance(policy.evicted, Quantise)
+    quantised = policy.bits is not None or policy.evicted.bits is not None
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
     rule = policy.rule
-    noted = rule.scoring_rows if isinstance(rule, Recompress) else 0
     mean = jnp.asarray(budget.total(lengths)) // budget.layers
     recent = settled(policy.recent, mean)
     window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
@@ -259,7 +250,7 @@ def _compress(
     pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)  # (q, j), j <= q, q in first .. first + rows - 1
 
     def judge(layer, query, key, value, lse):
-        """(scores, ties, (density, whether heads are finite), what the allocation measures) of a layer."""
+        """(scores, ties, (density, whether heads are finite), what allocation and decoding rule want) of a layer."""
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
             bounds = {"threshold": threshold, "max_rows": policy.rows.most}
@@ -283,14 +274,14 @@ def _compress(
         finite = jnp.all(
             jnp.isfinite(scores) | ~inputs.valid[:, None], axis=2
         )  # of each head: those are apart on a mesh
-        if isinstance(policy.evicted, Merge):  # a token that is not a number would spoil all those it is merged with
+        if policy.evicted.mixes:  # a token that is not a number would spoil all those it is merged with
             sound = jnp.isfinite(key).all(axis=3) & jnp.isfinite(value).all(axis=3)
             finite &= jnp.all(sound | ~inputs.valid[..., None], axis=1)
         measured = allocate.measure(inputs, scores)
         if policy.protect is not None:
             scores = protected_first(scores, lengths, inputs.vision_mask == (policy.protect == "vision"), ties)
             ties = None  # the ranks have none
-        return scores, ties, (density, finite), measured
+        return scores, ties, (density, finite), measured, rule.note(inputs)
 
     def judged(evicts, *inputs):
         if evicts:
@@ -311,7 +302,7 @@ def _compress(
         out, lse = ops.of_layer(windows, layer, run, query, key, value)
         seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
         evicts = [window is None for window in windows]
-        scores, ties, judgement, measured = ops.of_layer(evicts, layer, judged, layer, *seen)
+        scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
         positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, length), (batch.size, 1, length))
         channels = value_channels(value, lengths) if quantised else None
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -321,11 +312,10 @@ def _compress(
             ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
-        room = jnp.zeros((batch.size, query.shape[2], noted, spec.head_dim), spec.dtype)  # for generated queries
-        return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, room)
+        return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted)
 
     hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
-    keys, values, scores, ties, positions, channels, (density, finite), measured, queries = layer_outputs
+    keys, values, scores, ties, positions, channels, (density, finite), measured, noted = layer_outputs
     density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
     if spec.windows:
         measured = jax.tree.map(lambda x: x[jnp.asarray(spec.full_layers)], measured)
@@ -345,44 +335,20 @@ def _compress(
     slots = jnp.swapaxes(jnp.minimum(requested, most), 0, 1)
 
     latest, earliest = jax.vmap(forced_tokens)(slots, windowed)
-    splits = isinstance(policy.evicted, Quantise)
-    order, others = select_layers(scores, positions, lengths, slots, latest, earliest, ties, rest=splits)
+    rest = policy.evicted.keeps_others
+    order, others = select_layers(scores, positions, lengths, slots, latest, earliest, ties, rest=rest)
     keys, values = keys.astype(spec.dtype), values.astype(spec.dtype)
-    if isinstance(policy.evicted, Merge):
-        keys, values = jax.lax.stop_gradient((keys, values))  # which token goes where is a search of its own
-        merged = merge_evicted(keys, values, order, lengths, policy.evicted.kind)
-        if spec.windows:  # what a window has left behind goes nowhere
-            entry = jnp.minimum(order, length - 1)[..., None]
-            plain = (jnp.take_along_axis(x, entry, axis=3) for x in (keys, values))
-            merged = tuple(jnp.where(windowed[:, None, None, None, None], *pair) for pair in zip(plain, merged))
-        keys, values = merged
-        positions, order = (
-            order,
-            jnp.broadcast_to(jax.lax.iota(jnp.int32, length), order.shape),
-        )  # in this order already
-    group = spec.num_kv_heads // lanes if lanes else 1  # KV heads of a lane
-
+    selected = Selected(
+        keys, values, positions, order, slots, lengths, lanes, channels, others, windowed if spec.windows else None
+    )
+    selected = policy.evicted.applied(selected)
+    room, group = rule.layer_room(policy, budget, length), selected.group
+    if room is None:
+        most_slots = allocate.capacity(length, budget) + sum(held)
+        pool = capacity(group * most_slots, group * layers, segment_alignment(policy.bits))
+    else:
+        pool = regular_slots(layers, room)
+    context = selected.pack(pool, policy.bits, room)
+    observed = rule.remember(policy, Prompt(scores, order, requested, context, room, noted))
     allocation = Allocation(requested=requested, density=density.T)
-    if _evicts(policy):
-        room = layer_room(policy, budget, length)
-        context = pack(keys, values, positions, order, slots, regular_slots(layers, room), room=room)
-        return hidden, [context], allocation, slot_weights(policy, scores, order, requested, context, room)
-
-    def store(order: jax.Array, slots: jax.Array, pool: int, bits: int | None) -> PackedStore:
-        if bits is None:
-            return pack(keys, values, positions, order, slots, pool, lanes)
-        constant = jax.lax.stop_gradient((keys, values))  # integers have no derivative
-        return pack(*constant, positions, order, slots, pool, lanes, bits, jax.lax.stop_gradient(channels))
-
-    most_slots = allocate.capacity(length, budget) + sum(held)
-    pool = capacity(group * most_slots, group * layers, segment_alignment(policy.bits))
-    stores = [store(order, slots, pool, policy.bits)]
-    if isinstance(policy.evicted, Quantise):
-        assert others is not None
-        bits = policy.evicted.bits
-        # A prompt may keep next to nothing, so that there is room for all of it.
-        pool = regular_slots(group * budget.layers, int(align(length, segment_alignment(bits))))
-        left = jnp.expand_dims(lengths, (0, *range(2, slots.ndim))) - slots
-        left = jnp.where(jnp.expand_dims(windowed, range(1, left.ndim)), 0, left)
-        stores.append(store(others, left, pool, bits))
-    return hidden, stores, allocation, no_queries(queries) if noted else None
+    return hidden, [context, *policy.evicted.stores(selected, budget.layers)], allocation, observed

@@ -10,7 +10,6 @@ from vlcache_jax.errors import InputError, PolicyError, PolicyWarning
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import is_known
 from vlcache_jax.policies.budget import budget_text
-from vlcache_jax.policies.decoding.rules import Append, Evict, Recompress
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import Recency, Score
 from vlcache_jax.policies.scores.pooling import GridPooled
@@ -30,10 +29,10 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
     _check_grid(spec, policy)
-    if spec.windows and not isinstance(policy.rule, Append):
+    if spec.windows and not policy.rule.moves_windows:
         raise PolicyError(
             f"policy {policy.name!r}: {type(policy.rule).__name__} does not know how to move the windows on that some "
-            "layers of this model have: use generated=vlc.Append() (decoding='append')"
+            "layers of this model have: use decoding=vlc.Append()"
         )
     if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
         raise PolicyError(
@@ -74,12 +73,7 @@ def _warn_of_forced_tokens(spec: ModelSpec, policy: Policy, lengths: np.ndarray)
     means = [budget.total(int(n)) // budget.layers for n in lengths]  # slots of a layer on average
     means = [mean for mean, n in zip(means, lengths) if 1 < mean < n]
     start = f"{policy.name}: at a budget of {budget_text(policy.budget)} and prompts of this length"
-    rule = policy.rule
-    forced_tokens = {(policy.recent, policy.sinks)}
-    if isinstance(rule, Evict | Recompress):
-        assert rule.recent is not None
-        assert rule.sinks is not None
-        forced_tokens.add((rule.recent, rule.sinks))
+    forced_tokens = {(policy.recent, policy.sinks), policy.rule.forced or (policy.recent, policy.sinks)}
     for recent, sinks in forced_tokens:
         if isinstance(recent, Window):
             if any(recent.of(mean) < recent.count for mean in means):

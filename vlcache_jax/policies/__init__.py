@@ -2,8 +2,15 @@
 
 from vlcache_jax.policies.allocate.equal_mass import EqualMass, RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, SparsityAware, Uniform
-from vlcache_jax.policies.decoding.rules import Append, Evict, Generated, Recompress, RollingWindow
-from vlcache_jax.policies.evicted.rules import Drop, Evicted, Merge, Quantise
+from vlcache_jax.policies.decoding.append import Append
+from vlcache_jax.policies.decoding.evict import Evict
+from vlcache_jax.policies.decoding.recompress import Recompress
+from vlcache_jax.policies.decoding.rolling_window import RollingWindow
+from vlcache_jax.policies.decoding.rule import DecodingRule
+from vlcache_jax.policies.evicted.drop import Drop
+from vlcache_jax.policies.evicted.merge import Merge
+from vlcache_jax.policies.evicted.quantise import Quantise
+from vlcache_jax.policies.evicted.rule import Evicted
 from vlcache_jax.policies.grammar import policy_by_name
 from vlcache_jax.policies.methods.ada_kv import AdaKV, AdaptiveHeads
 from vlcache_jax.policies.methods.air_cache import AirCache, EliteAttention, StrengthAndSkewness
@@ -40,6 +47,7 @@ __all__ = [
     "AllRows",
     "Allocate",
     "Append",
+    "DecodingRule",
     "DiversityMixed",
     "Drop",
     "EliteAttention",
@@ -50,7 +58,6 @@ __all__ = [
     "ExpectedAttention",
     "ExpectedScore",
     "FullCache",
-    "Generated",
     "GridPooled",
     "KeyDifference",
     "KeyDifferenceScore",

@@ -10,7 +10,6 @@ from typing import Any
 import vlcache_jax.policies.methods  # noqa: F401  (the methods make themselves known)
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
-from vlcache_jax.policies.decoding.rules import as_generated
 from vlcache_jax.policies.methods.method import METHODS, options_of
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import AllRows, LastRows, PostVision, Rows
@@ -31,7 +30,7 @@ def policy_by_name(text: str, **options: Any) -> Policy:
         cache, `256` tokens a layer, `64MiB` a prompt, or `mass:0.98:0.4`: `Mass(0.98, cap=0.4)`. Options are arguments
         of the method's function; `rows` takes post_vision, last:COUNT or all.
       **options: more of them, as Python values. Every method takes `decoding`, too, here and in the text: "append",
-        "window:256" or "recompress:128" (h2o, tova and streaming_llm also "evict"), see `Policy.generated`.
+        "window:256" or "recompress:128" (h2o, tova and streaming_llm also "evict"), see `Policy.decoding`.
 
     Returns:
       The policy.
@@ -56,7 +55,7 @@ def _build(name: str, options: dict[str, Any]) -> Policy:
         raise PolicyError(f"policy {words.shown(name)} does not exist{words.nearest(name, list(METHODS))}")
     make = METHODS[name].make
     known, given = options_of(make), ", ".join(f"{key}={value!r}" for key, value in options.items())
-    rule = None if "decoding" in known or "decoding" not in options else as_generated(options.pop("decoding"))
+    rule = None if "decoding" in known else options.pop("decoding", None)
     for option in options:
         if option not in known:
             raise PolicyError(f"policy {name!r} has no option {words.shown(option)}{words.nearest(option, known)}")
@@ -66,7 +65,7 @@ def _build(name: str, options: dict[str, Any]) -> Policy:
         raise PolicyError(
             f"policy {name!r} cannot be built with {given} ({error}): check the options' types"
         ) from error
-    return policy if rule is None else dataclasses.replace(policy, generated=rule)
+    return policy if rule is None else dataclasses.replace(policy, decoding=rule)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

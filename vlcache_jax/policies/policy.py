@@ -8,8 +8,11 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.equal_mass import RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
 from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
-from vlcache_jax.policies.decoding.rules import Append, Generated
-from vlcache_jax.policies.evicted.rules import Drop, Evicted, Merge, check_bits
+from vlcache_jax.policies.decoding.append import APPEND, Append
+from vlcache_jax.policies.decoding.rule import DecodingRule, rule_by_name
+from vlcache_jax.policies.evicted.drop import Drop
+from vlcache_jax.policies.evicted.rule import Evicted
+from vlcache_jax.policies.precision import check_bits
 from vlcache_jax.policies.rows.spans import PostVision, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, Score
 from vlcache_jax.policies.window import AverageShare, Recent, Window
@@ -26,11 +29,11 @@ class Options(StoreOptions, total=False):
     """And what those take that do not settle it themselves.
 
     Example:
-      vlc.SnapKV(256, bits=8, generated=vlc.RollingWindow(64))
+      vlc.SnapKV(256, bits=8, decoding=vlc.RollingWindow(64))
     """
 
     evicted: Evicted
-    generated: Generated
+    decoding: DecodingRule | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,9 @@ class Policy:
       lanes: groups into which the KV heads of a layer fall, if `allocate` gives heads different numbers of slots: the
         heads of a group share a lane of the store, so the sum over them is what is fixed. Must divide the KV heads;
         on a mesh that splits heads a multiple of the axis' size splits the store, too, and 1 replicates it.
-      generated: what becomes of the generated tokens: `Append` (none is ever evicted), `RollingWindow`, `Evict` or
-        `Recompress`. Under a budget of 1, which leaves nothing to evict, the last two are `Append`.
+      decoding: what becomes of the generated tokens: `Append` (none is ever evicted), `RollingWindow`, `Evict` or
+        `Recompress`; or the name of such a rule, "window:256" or "recompress:128". Under a budget of 1, which leaves
+        nothing to evict, the last two are `Append`.
 
     Raises:
       PolicyError: a value out of range, or a combination that cannot work.
@@ -84,7 +88,7 @@ class Policy:
     candidate_fraction: float = 1.0
     bits: int | None = None
     lanes: int = 1
-    generated: Generated = dataclasses.field(default_factory=Append)
+    decoding: DecodingRule | str = dataclasses.field(default_factory=Append)
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget > 1:
@@ -115,14 +119,11 @@ class Policy:
             check_bits("bits", self.bits)
         if not isinstance(self.evicted, Evicted):
             raise PolicyError(f"evicted={self.evicted!r} is not known: use Drop(), Merge(kind) or Quantise(bits)")
-        if not isinstance(self.generated, Generated):
-            raise PolicyError(
-                f"generated={self.generated!r} is not a rule: use Append(), RollingWindow(), Evict() or Recompress()"
-            )
+        object.__setattr__(self, "decoding", rule_by_name(self.decoding))
         self._check_combination()
         self._check_evicted()
         if not self.keeps_all:
-            self.generated.check(self)
+            rule_by_name(self.decoding).check(self)
 
     def _check_combination(self) -> None:
         budget = self.budget
@@ -155,31 +156,12 @@ class Policy:
         return self.allocate.with_layers(RetainedMass(self.recent, self.sinks, self.protect))
 
     def _check_evicted(self) -> None:
-        if isinstance(self.evicted, Drop):
-            return
-        if as_fraction(self.candidate_fraction) < 1:
+        if self.evicted.saves and as_fraction(self.candidate_fraction) < 1:
             raise PolicyError(
                 f"{self.name}: with candidate_fraction={self.candidate_fraction} a layer loses tokens before "
                 f"evicted={self.evicted} could save them: use candidate_fraction=1, or Drop() (LookM: merge=None)"
             )
-        if isinstance(self.evicted, Merge):
-            if self.bits is not None:
-                raise PolicyError(
-                    f"{self.name}: bits={self.bits} with evicted={self.evicted}: merged keys and values are averages, "
-                    "whose rounding no published method accounts for; use bits=None, or evicted=Drop()"
-                )
-            return
-        kept, others = self.bits, self.evicted.bits
-        if kept is not None and others >= kept:
-            raise PolicyError(
-                f"{self.name}: evicted=Quantise({others}) is not below bits={kept} of the kept tokens: give fewer "
-                "bits to the others, or more to the kept ones"
-            )
-        if isinstance(self.budget, Bytes):
-            raise PolicyError(
-                f"{self.name}: budget={self.budget} cannot be promised with evicted=Quantise({others}), which keeps "
-                "all of a prompt of any length: give a fraction or tokens, or use Drop()"
-            )
+        self.evicted.check(self)
 
     @property
     def keeps_all(self) -> bool:
@@ -192,6 +174,7 @@ class Policy:
         return self.lanes if self.sharing.per_head and not self.keeps_all else None
 
     @property
-    def rule(self) -> Generated:
-        """`generated` as it is carried out, with everything filled in that it takes from the policy."""
-        return Append() if self.keeps_all and self.generated.rewrites_context else self.generated.of(self)
+    def rule(self) -> DecodingRule:
+        """`decoding` as it is carried out, with everything filled in that it takes from the policy."""
+        rule = rule_by_name(self.decoding)
+        return APPEND if self.keeps_all and rule.rewrites_context else rule.of(self)

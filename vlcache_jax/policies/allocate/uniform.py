@@ -22,9 +22,11 @@ class Allocate:
     Attributes:
       threshold: relative threshold of the density it needs (`LayerInputs.density`), or None if it needs none.
       per_head: whether the KV heads of a layer get different numbers of slots. Heads then share lanes (`Policy.lanes`).
+      even: whether all layers and heads get the same, up to one slot.
     """
 
     per_head: bool = False
+    even: bool = False
 
     @property
     def threshold(self) -> float | None:
@@ -126,6 +128,8 @@ class Uniform(Allocate):
       >>> Uniform().slots(jnp.ones((1, 4)), jnp.array([10]), SlotBudget(layers=4, fraction=0.29)).tolist()
       [[3, 3, 3, 2]]
     """
+
+    even = True
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         """See `Allocate.slots`."""

@@ -8,7 +8,6 @@ overwritten by the next: it lies in the store until then, and nothing reads it.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +16,16 @@ from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align
 from vlcache_jax.cache.state import KVState
-from vlcache_jax.cache.store import PackedStore, lanes_spec, split
+from vlcache_jax.cache.store import lanes_spec, split
+from vlcache_jax.errors import PolicyError
 from vlcache_jax.files.exporting import exportable
-from vlcache_jax.policies.budget import Tokens
-from vlcache_jax.policies.decoding.rules import Evict
-from vlcache_jax.policies.policy import Policy
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.policies.budget import Bytes, Tokens
+from vlcache_jax.policies.decoding.rule import Prompt, Step, WeighingRule, named
+from vlcache_jax.policies.parts import Parts
 from vlcache_jax.policies.shares import SlotBudget
 from vlcache_jax.policies.window import forced
+from vlcache_jax.typing import ModelSpec
 
 
 @exportable
@@ -48,96 +50,153 @@ class SlotWeights:
         return SlotWeights(spec, PartitionSpec(spec[0]), self.room)  # type: ignore[arg-type]
 
 
-def layer_room(policy: Policy, budget: SlotBudget, length: int) -> int:
-    """Slots of a layer's segment, for prompts of up to `length` tokens: C, one more, and alignment."""
-    most = policy.budget.count if isinstance(policy.budget, Tokens) else -(-budget.total(length) // budget.layers)
-    return int(align(most + 1))
+@named("evict", methods="h2o, tova and streaming_llm")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evict(WeighingRule):
+    """Prompt and generated tokens share one cache of C slots per layer and KV head; the weakest makes room.
 
+    C is the layer's share of the budget: for a fraction, of the row's own prompt; for `Tokens`, that many, and a
+    shorter prompt leaves slots free. A step appends its token, attends to all tokens held, C and its own, weighs
+    them, and then C stay: the latest ones, the sinks, and the best weights; what is gone is gone.
 
-def slot_weights(
-    policy: Policy, scores: jax.Array, order: jax.Array, requested: jax.Array, context: PackedStore, room: int
-) -> SlotWeights:
-    """The weights of what was kept of the prompt, which the prefill's scores are.
+    Attributes:
+      weigh: "sum": attention from all rows so far, the prompt's included (H2O); "last": from the latest row (TOVA).
+      heads: "each" averages a weight over the query heads of a KV head; "shared" over all of the layer, so that all
+        KV heads hold the same tokens.
+      recent: the window of latest tokens, as in `Policy`, of C slots; None for the policy's. At least the newest.
+      sinks: the prompt's first tokens; None for the policy's.
 
-    Args:
-      policy: with `Evict` as its rule.
-      scores: f32 [layers, batch, heads or 1, entries], of the candidates.
-      order: i32 [layers, batch, heads or 1, entries], from `selection.select`.
-      requested: i32 [batch, layers], slots that the allocator gave.
-      context: the packed store.
-      room: slots of a layer.
+    Raises:
+      PolicyError: a value that is not known; as a policy's rule also: an allocation that is not `Uniform`, a budget in
+        bytes, a quantised store, evicted tokens that are not dropped, a protected kind, a score that is not attention
+        ("sum"), or not one for all heads ("shared").
     """
-    layers, batch, heads, entries = scores.shape
-    _, lanes, slots = context.positions.shape
-    kept = jnp.take_along_axis(scores, jnp.minimum(order[..., :room], entries - 1), axis=3)
-    kept = jnp.pad(kept, [(0, 0)] * 3 + [(0, room - kept.shape[3])])
-    kept = kept.transpose(1, 2, 0, 3).reshape(batch, heads, layers * room)
-    kept = jnp.pad(kept, [(0, 0)] * 2 + [(0, slots - layers * room)])
-    sizes = jnp.full_like(requested, policy.budget.count) if isinstance(policy.budget, Tokens) else requested
-    return SlotWeights(split(jnp.broadcast_to(kept, (batch, lanes, slots)).astype(jnp.float32)), sizes, room)
 
+    weigh: str = "sum"
+    heads: str = "each"
 
-def evicting(state: KVState) -> tuple[Callable[..., Any], Any, Callable[[Any], KVState]]:
-    """The attention of a step, the first layer's carry, and the new state from the last layer's carry.
+    def __post_init__(self) -> None:
+        if self.weigh not in ("sum", "last"):
+            raise PolicyError(f"Evict(weigh={self.weigh!r}) is not known: use 'sum' or 'last'")
+        if self.heads not in ("each", "shared"):
+            raise PolicyError(f"Evict(heads={self.heads!r}) is not known: use 'each' or 'shared'")
+        super().__post_init__()
 
-    A layer's slice of the store is read, changed and written back: the store is rewritten once a step, in place. Writes
-    at a slot of its own for every row and KV head would make the compiler copy all of it.
-    """
-    context, weights, rule = state.context, state.observed, state.decoding
-    assert isinstance(weights, SlotWeights)
-    room = weights.room
-    assert isinstance(rule, Evict)
-    assert rule.recent is not None
-    assert rule.sinks is not None
-    recent, sinks = rule.recent, rule.sinks
-    held = jnp.minimum(context.lengths[..., 0] + 1, weights.sizes + 1)  # within the step
-    here = state.next_position[:, None, None]
+    def layer_room(self, policy: Parts, budget: SlotBudget, length: int) -> int:
+        """See `DecodingRule.layer_room`: C, one more, and alignment."""
+        most = policy.budget.count if isinstance(policy.budget, Tokens) else -(-budget.total(length) // budget.layers)
+        return int(align(most + 1))
 
-    def attend(query, key, value, carry, layer):
-        keys, values, positions, scores = (
-            jax.lax.dynamic_slice_in_dim(x, layer * room, room, axis=2) for x in carry
-        )  # [batch, kv_heads, room, ...]
-        batch, kv_heads, _, head_dim = keys.shape
-        length, size, count = (x[:, layer, None, None] for x in (context.lengths[..., 0], weights.sizes, held))
+    def remember(self, policy: Parts, prompt: Prompt) -> SlotWeights:
+        """See `DecodingRule.remember`: the weights of what was kept of the prompt, which the prefill's scores are."""
+        assert prompt.room is not None
+        layers, batch, heads, entries = prompt.scores.shape
+        _, lanes, slots = prompt.context.positions.shape
+        order = jnp.minimum(prompt.order[..., : prompt.room], entries - 1)
+        kept = jnp.take_along_axis(prompt.scores, order, axis=3)
+        kept = jnp.pad(kept, [(0, 0)] * 3 + [(0, prompt.room - kept.shape[3])])
+        kept = kept.transpose(1, 2, 0, 3).reshape(batch, heads, layers * prompt.room)
+        kept = jnp.pad(kept, [(0, 0)] * 2 + [(0, slots - layers * prompt.room)])
+        kept = split(jnp.broadcast_to(kept, (batch, lanes, slots)).astype(jnp.float32))
+        sizes = prompt.requested
+        if isinstance(policy.budget, Tokens):
+            sizes = jnp.full_like(sizes, policy.budget.count)
+        return SlotWeights(kept, sizes, prompt.room)
 
-        latest, first = forced(size, recent, sinks)
-        weak = (jax.lax.iota(jnp.int32, room)[None, None] < length) & (positions < here - latest) & (positions >= first)
-        lowest = jnp.min(jnp.where(weak, scores, jnp.inf), axis=2, keepdims=True)
-        weakest = jnp.where(weak & (scores <= lowest), positions, -1)
-        last_of_lowest = jnp.argmax(weakest, axis=2, keepdims=True).astype(jnp.int32)
-        slot = jnp.where(length <= size, length, last_of_lowest)  # [batch, kv_heads, 1]
-        new = jax.lax.iota(jnp.int32, room)[None, None] == slot
-        keys = jnp.where(new[..., None], key.swapaxes(1, 2).astype(keys.dtype), keys)
-        values = jnp.where(new[..., None], value.swapaxes(1, 2).astype(values.dtype), values)
-        positions = jnp.where(new, here, positions)
+    def tail_tokens(self, max_new_tokens: int) -> int:
+        """See `DecodingRule.tail_tokens`."""
+        return 0
 
-        inside = jax.lax.iota(jnp.int32, room)[None, None] < count
-        q = query[:, 0].reshape(batch, kv_heads, -1, head_dim)
-        logits = head_dim**-0.5 * jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
-        probabilities = jax.nn.softmax(jnp.where(inside[:, :, None], logits, -jnp.inf), axis=-1)
-        visible = jnp.where(inside[..., None], values, 0)  # 0 * NaN would be NaN
-        out = jnp.einsum(
-            "bhgs,bhsd->bhgd", probabilities.astype(values.dtype), visible, preferred_element_type=jnp.float32
-        )
-        received = jnp.mean(probabilities, axis=2)
-        if rule.heads == "shared":
-            received = jnp.broadcast_to(jnp.mean(received, axis=1, keepdims=True), received.shape)
-        old = jnp.where(new, 0, scores) if rule.weigh == "sum" else 0
-        scores = jnp.where(inside, old + received, 0)
+    def check(self, policy: Parts) -> None:
+        """See `DecodingRule.check`."""
+        name = f"{policy.name}: Evict"
+        if not policy.allocate.even:
+            raise PolicyError(
+                f"{name} needs the same number of slots in every layer and head, but allocate={policy.allocate}: use "
+                "Uniform(), or Recompress(), which works with every allocation"
+            )
+        if policy.bits is not None or policy.evicted.saves:
+            raise PolicyError(
+                f"{name} rewrites single slots, but bits={policy.bits} and evicted={policy.evicted}: use bits=None and "
+                "evicted=Drop()"
+            )
+        if isinstance(policy.budget, Bytes):
+            raise PolicyError(f"{name} cannot count budget={policy.budget}: give a fraction, or tokens a layer")
+        if policy.protect is not None:
+            raise PolicyError(f"{name} weighs by attention alone, but protect={policy.protect!r}: use protect=None")
+        if self.weigh == "sum" and not policy.score.needs_attention:
+            raise PolicyError(f"{name}(weigh='sum') starts from attention, but score={policy.score}: use weigh='last'")
+        if getattr(policy.score, "normalised", False):
+            raise PolicyError(f"{name} adds up attention, but the score is normalised: use normalised=False")
+        if self.heads == "shared" and getattr(policy.score, "heads", None) != "shared":
+            raise PolicyError(
+                f"{name}(heads='shared') needs one ranking of the prompt for all heads, but score={policy.score}: use "
+                "AccumulatedAttention('shared')"
+            )
+        super().check(policy)
 
-        carry = tuple(
-            split(jax.lax.dynamic_update_slice_in_dim(x, part, layer * room, axis=2))
-            for x, part in zip(carry, (keys, values, positions, scores))
-        )
-        return out.reshape(batch, 1, -1, head_dim), carry, None
+    def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
+        """See `DecodingRule.attend`.
 
-    def close(carry: Any) -> KVState:
-        keys, values, positions, scores = carry
-        new = {"keys": keys, "values": values, "positions": positions, "lengths": held[..., None]}
-        return dataclasses.replace(
-            state,
-            context=dataclasses.replace(context, **new),
-            observed=dataclasses.replace(weights, scores=scores),
-        )
+        A layer's slice of the store is read, changed and written back: the store is rewritten once a step, in place.
+        Writes at a slot of its own for every row and KV head would make the compiler copy all of it.
+        """
+        context, weights = state.context, state.observed
+        assert isinstance(weights, SlotWeights)
+        room = weights.room
+        recent, sinks = self.forced
+        held = jnp.minimum(context.lengths[..., 0] + 1, weights.sizes + 1)  # within the step
+        here = state.next_position[:, None, None]
 
-    return attend, (context.keys, context.values, context.positions, weights.scores), close
+        def attend(query, key, value, carry, layer):
+            keys, values, positions, scores = (
+                jax.lax.dynamic_slice_in_dim(x, layer * room, room, axis=2) for x in carry
+            )  # [batch, kv_heads, room, ...]
+            batch, kv_heads, _, head_dim = keys.shape
+            length, size, count = (x[:, layer, None, None] for x in (context.lengths[..., 0], weights.sizes, held))
+
+            latest, first = forced(size, recent, sinks)
+            weak = (
+                (jax.lax.iota(jnp.int32, room)[None, None] < length)
+                & (positions < here - latest)
+                & (positions >= first)
+            )
+            lowest = jnp.min(jnp.where(weak, scores, jnp.inf), axis=2, keepdims=True)
+            weakest = jnp.where(weak & (scores <= lowest), positions, -1)
+            last_of_lowest = jnp.argmax(weakest, axis=2, keepdims=True).astype(jnp.int32)
+            slot = jnp.where(length <= size, length, last_of_lowest)  # [batch, kv_heads, 1]
+            new = jax.lax.iota(jnp.int32, room)[None, None] == slot
+            keys = jnp.where(new[..., None], key.swapaxes(1, 2).astype(keys.dtype), keys)
+            values = jnp.where(new[..., None], value.swapaxes(1, 2).astype(values.dtype), values)
+            positions = jnp.where(new, here, positions)
+
+            inside = jax.lax.iota(jnp.int32, room)[None, None] < count
+            q = query[:, 0].reshape(batch, kv_heads, -1, head_dim)
+            logits = head_dim**-0.5 * jnp.einsum("bhgd,bhsd->bhgs", q, keys, preferred_element_type=jnp.float32)
+            probabilities = jax.nn.softmax(jnp.where(inside[:, :, None], logits, -jnp.inf), axis=-1)
+            visible = jnp.where(inside[..., None], values, 0)  # 0 * NaN would be NaN
+            out = jnp.einsum(
+                "bhgs,bhsd->bhgd", probabilities.astype(values.dtype), visible, preferred_element_type=jnp.float32
+            )
+            received = jnp.mean(probabilities, axis=2)
+            if self.heads == "shared":
+                received = jnp.broadcast_to(jnp.mean(received, axis=1, keepdims=True), received.shape)
+            old = jnp.where(new, 0, scores) if self.weigh == "sum" else 0
+            scores = jnp.where(inside, old + received, 0)
+
+            carry = tuple(
+                split(jax.lax.dynamic_update_slice_in_dim(x, part, layer * room, axis=2))
+                for x, part in zip(carry, (keys, values, positions, scores))
+            )
+            return out.reshape(batch, 1, -1, head_dim), carry, None
+
+        def close(carry: Any) -> KVState:
+            keys, values, positions, scores = carry
+            new = {"keys": keys, "values": values, "positions": positions, "lengths": held[..., None]}
+            return dataclasses.replace(
+                state,
+                context=dataclasses.replace(context, **new),
+                observed=dataclasses.replace(weights, scores=scores),
+            )
+
+        return Step(attend, (context.keys, context.values, context.positions, weights.scores), close)

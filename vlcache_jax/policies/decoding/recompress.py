@@ -22,11 +22,17 @@ from vlcache_jax.cache.selection import as_unsigned, highest, indices
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.cache.store import PackedStore, lanes_spec, split
 from vlcache_jax.cache.tail import TailStore
+from vlcache_jax.errors import PolicyError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import local
-from vlcache_jax.policies.decoding.rules import Recompress
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.policies.decoding.append import appending
+from vlcache_jax.policies.decoding.rule import Prompt, Step, WeighingRule, check_count, named
+from vlcache_jax.policies.parts import Parts
+from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.policies.window import forced
+from vlcache_jax.typing import ModelSpec
 
 _SCORED, _MOVED = 128, 1024  # slots of a lane at once
 _LAST = jnp.iinfo(jnp.int32).max
@@ -52,7 +58,7 @@ class RecentQueries:
     rows: int = dataclasses.field(metadata={"static": True})
 
     def note(
-        self, kernels: ops.Kernels, query: jax.Array, lse: jax.Array, layer: jax.Array, slot: jax.Array
+        self, kernels: Kernels, query: jax.Array, lse: jax.Array, layer: jax.Array, slot: jax.Array
     ) -> "RecentQueries":
         """With a step's queries [batch, heads, head_dim] and lse [batch, heads] in slots i32 [batch] of a layer."""
         rows = self.rows
@@ -68,35 +74,97 @@ class RecentQueries:
         return RecentQueries(spec, spec, self.rows)  # type: ignore[arg-type]
 
 
-def no_queries(queries: jax.Array) -> RecentQueries:
-    """An empty ring, from zeros [layers, batch, heads, rows, head_dim]."""
-    layers, batch, heads, rows, head_dim = queries.shape
-    empty = queries.transpose(1, 2, 0, 3, 4).reshape(batch, heads, layers * rows, head_dim)
-    return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)), rows)
+@named("recompress", count="TOKENS")
+@dataclasses.dataclass(frozen=True)
+class Recompress(WeighingRule):
+    """Every `every` generated tokens, they and what was kept before compete again for the context's slots.
 
+    After ZipCache, which compresses every 100 tokens. Between two compressions the tail holds the new tokens. Then, in
+    each layer and KV head, as many tokens stay as were kept of the prompt: the latest ones, the sinks, and the best by
 
-def make_room(state: KVState) -> KVState:
-    """Recompresses the rows whose tail is full; to be called before a step."""
-    context, tail, observed = state.context, state.tail, state.observed
-    rule = state.decoding
-    assert isinstance(rule, Recompress)
-    full = tail.length >= rule.every
+        score_j = sum over the last `rows` generated tokens q of A[q, j], averaged over the query heads of a KV head
 
-    def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
-        store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
-        return recompress(rule, store, tail, observed, state.next_position, full)
+    whatever scored the prompt; `Policy.protect` no longer counts. Steps in between cost nothing more: they note their
+    queries and the log-sum-exp of their logits, and the scores are worked out from those when they are needed.
 
-    def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
-        return buffers
+    Attributes:
+      every: tokens between two compressions, and the tail's room.
+      rows: generated tokens that score, at most `every`. None: min(every, 32).
+      recent: as in `Policy`; None for the policy's.
+      sinks: as in `Policy`; None for the policy's.
 
-    keys, values, positions = jax.lax.cond(
-        jnp.any(full), rewritten, same, context.keys, context.values, context.positions
-    )
-    return dataclasses.replace(
-        state,
-        context=dataclasses.replace(context, keys=keys, values=values, positions=positions),
-        tail=dataclasses.replace(tail, length=jnp.where(full, 0, tail.length)),
-    )
+    Raises:
+      PolicyError: a number out of range.
+    """
+
+    every: int = 128
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Recompress", "every", self.every)
+        check_count("Recompress", "rows", self.scoring_rows)
+        if self.scoring_rows > self.every:
+            raise PolicyError(f"Recompress(every={self.every}, rows={self.rows}): at most {self.every} rows can score")
+        super().__post_init__()
+
+    @property
+    def scoring_rows(self) -> int:
+        """`rows`, filled in."""
+        return min(self.every, 32) if self.rows is None else self.rows
+
+    def tail_tokens(self, max_new_tokens: int) -> int:
+        """See `DecodingRule.tail_tokens`."""
+        return self.every
+
+    def check(self, policy: Parts) -> None:
+        """See `DecodingRule.check`."""
+        if policy.bits is not None or policy.evicted.bits is not None:
+            raise PolicyError(
+                f"{policy.name}: Recompress rewrites slots, but bits={policy.bits} and evicted={policy.evicted}: "
+                "use bits=None and Drop() or Merge(), or Append() or RollingWindow() as decoding"
+            )
+        super().check(policy)
+
+    def note(self, inputs: LayerInputs) -> jax.Array:
+        """See `DecodingRule.note`: zeros, for the queries of generated tokens."""
+        batch, _, heads, head_dim = inputs.query.shape
+        return jnp.zeros((batch, heads, self.scoring_rows, head_dim), inputs.query.dtype)
+
+    def remember(self, policy: Parts, prompt: Prompt) -> RecentQueries:
+        """See `DecodingRule.remember`: an empty ring."""
+        layers, batch, heads, rows, head_dim = prompt.noted.shape
+        empty = prompt.noted.transpose(1, 2, 0, 3, 4).reshape(batch, heads, layers * rows, head_dim)
+        empty = empty.astype(prompt.context.keys.dtype)
+        return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)), rows)
+
+    def make_room(self, state: KVState) -> KVState:
+        """See `DecodingRule.make_room`: recompresses the rows whose tail is full."""
+        context, tail, observed = state.context, state.tail, state.observed
+        full = tail.length >= self.every
+
+        def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+            store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
+            return recompress(self, store, tail, observed, state.next_position, full)
+
+        def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
+            return buffers
+
+        buffers = context.keys, context.values, context.positions
+        keys, values, positions = jax.lax.cond(jnp.any(full), rewritten, same, *buffers)
+        return dataclasses.replace(
+            state,
+            context=dataclasses.replace(context, keys=keys, values=values, positions=positions),
+            tail=dataclasses.replace(tail, length=jnp.where(full, 0, tail.length)),
+        )
+
+    def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
+        """See `DecodingRule.attend`."""
+        slot = state.tail.length
+
+        def note(observed: RecentQueries, query: jax.Array, lse: jax.Array, layer: jax.Array) -> RecentQueries:
+            return observed.note(kernels, query, lse, layer, slot % self.scoring_rows)
+
+        return appending(state, kernels, spec, slot, slot + 1, note)
 
 
 def recompress(
@@ -127,8 +195,6 @@ def _recompress(
 
     Segment s = j * layers + l of a lane is layer l of the lane's j-th KV head.
     """
-    assert rule.recent is not None
-    assert rule.sinks is not None
     batch, lanes, slots, _ = context.keys.shape
     layers, kv_heads = context.offsets.shape[1], tail.keys.shape[1]
     every, rows, segments = rule.every, rule.scoring_rows, kv_heads // lanes * layers
@@ -245,8 +311,6 @@ def _keep(
     used bool [batch, lanes, slots]; of_block i32 [batch, lanes, slots / ALIGNMENT], the segment of a block; offsets and
     lengths i32 [batch, lanes, segments]; end i32 [batch, 1, 1]; scores f32, positions i32 -> bool.
     """
-    assert rule.recent is not None
-    assert rule.sinks is not None
 
     def spread(x: jax.Array) -> _Both:  # [batch, lanes, segments]
         return jnp.repeat(jnp.take_along_axis(x, of_block, axis=2), ALIGNMENT, axis=2), x[..., None]
@@ -263,7 +327,7 @@ def _keep(
         reached = highest(lambda t: count(jax.tree.map(operator.ge, numbers, spread(t))) >= wanted, wanted.shape)
         return tuple(jax.tree.map(compare, numbers, spread(reached)) for compare in (operator.gt, operator.eq))
 
-    latest, first = (spread(x) for x in forced(lengths, rule.recent, rule.sinks))
+    latest, first = (spread(x) for x in forced(lengths, *rule.forced))
     numbers = []
     for score, position, after, late, early in zip(scores, positions, (end, end[..., None]), latest, first):
         must = (position >= after - late) | (position < early)

@@ -3,7 +3,8 @@
 from typing import Unpack
 
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
-from vlcache_jax.policies.decoding.rules import Evict, Generated, as_generated
+from vlcache_jax.policies.decoding.evict import Evict
+from vlcache_jax.policies.decoding.rule import DecodingRule, rule_by_name
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.rows.spans import AllRows
@@ -16,7 +17,7 @@ def H2O(
     *,
     recent: float = 0.5,
     normalised: bool = False,
-    decoding: str | Generated = "append",
+    decoding: str | DecodingRule = "append",
     **options: Unpack[StoreOptions],
 ) -> Policy:
     """The tokens with the most attention from all rows of the prompt, and the recent ones; the same for every layer.
@@ -41,7 +42,7 @@ def H2O(
       normalised: divide a token's score by the number of rows that see it.
       **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
-        `Policy.generated`.
+        `Policy.decoding`.
 
     Returns:
       The policy.
@@ -60,5 +61,5 @@ def H2O(
         score=AccumulatedAttention(normalised=normalised),
         recent=recent,
         **options,
-        generated=as_generated(decoding, Evict(weigh="sum")),
+        decoding=rule_by_name(decoding, evict=Evict(weigh="sum")),
     )

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget
-from vlcache_jax.policies.evicted.rules import Drop, Merge
+from vlcache_jax.policies.evicted.drop import Drop
+from vlcache_jax.policies.evicted.merge import Merge
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.rows.spans import AllRows

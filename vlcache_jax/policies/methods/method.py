@@ -94,10 +94,8 @@ def options_of(function: Callable[..., Policy]) -> list[str]:
 
 
 def _refusal(name: str, option: str, value: Any, known: list[str]) -> str:
-    instead = {"generated": "decoding", "evicted": "merge"}.get(option, "")
-    if instead in known:
-        also = ", which takes a rule, too" if instead == "decoding" else ""
-        return f"{name}({option}={value!r}): the option is called {instead} here{also}"
+    if option == "evicted" and "merge" in known:
+        return f"{name}({option}={value!r}): the option is called merge here"
     if option not in ("name", "budget") and option in (field.name for field in dataclasses.fields(Policy)):
         return f"{name} settles {option} itself: use dataclasses.replace({name}(...), {option}={value!r})"
     return f"{name} has no option {option!r}{nearest(option, known)}"

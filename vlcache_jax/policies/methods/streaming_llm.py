@@ -3,7 +3,8 @@
 from typing import Unpack
 
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
-from vlcache_jax.policies.decoding.rules import Evict, Generated, as_generated
+from vlcache_jax.policies.decoding.evict import Evict
+from vlcache_jax.policies.decoding.rule import DecodingRule, rule_by_name
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.scores.attention import Recency
@@ -14,7 +15,7 @@ def StreamingLLM(
     budget: Budget = DEFAULT_BUDGET,
     *,
     sinks: int = 4,
-    decoding: str | Generated = "append",
+    decoding: str | DecodingRule = "append",
     **options: Unpack[StoreOptions],
 ) -> Policy:
     """The first tokens (attention sinks) and the latest ones, in every layer and head; nothing is scored.
@@ -35,7 +36,7 @@ def StreamingLLM(
       sinks: first tokens to keep; the paper uses 4.
       **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
-        `Policy.generated`.
+        `Policy.decoding`.
 
     Returns:
       The policy.
@@ -54,5 +55,5 @@ def StreamingLLM(
         recent=1.0,
         sinks=sinks,
         **options,
-        generated=as_generated(decoding, Evict(weigh="last")),
+        decoding=rule_by_name(decoding, evict=Evict(weigh="last")),
     )

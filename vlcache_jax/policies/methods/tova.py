@@ -3,7 +3,8 @@
 from typing import Unpack
 
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
-from vlcache_jax.policies.decoding.rules import Evict, Generated, as_generated
+from vlcache_jax.policies.decoding.evict import Evict
+from vlcache_jax.policies.decoding.rule import DecodingRule, rule_by_name
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.rows.spans import LastRow
@@ -14,7 +15,7 @@ from vlcache_jax.policies.scores.attention import AccumulatedAttention
 def TOVA(
     budget: Budget = DEFAULT_BUDGET,
     *,
-    decoding: str | Generated = "append",
+    decoding: str | DecodingRule = "append",
     **options: Unpack[StoreOptions],
 ) -> Policy:
     """The tokens that the last row attends to, one selection for all heads of a layer, the same number in every layer.
@@ -31,7 +32,7 @@ def TOVA(
       budget: see `Policy.budget`.
       **options: see `StoreOptions`.
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
-        `Policy.generated`.
+        `Policy.decoding`.
 
     Returns:
       The policy.
@@ -50,5 +51,5 @@ def TOVA(
         score=AccumulatedAttention("shared"),
         recent=0.0,
         **options,
-        generated=as_generated(decoding, Evict(weigh="last", heads="shared")),
+        decoding=rule_by_name(decoding, evict=Evict(weigh="last", heads="shared")),
     )

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.equal_mass import EqualMass
 from vlcache_jax.policies.budget import Budget
-from vlcache_jax.policies.evicted.rules import Drop, Quantise
+from vlcache_jax.policies.evicted.drop import Drop
+from vlcache_jax.policies.evicted.quantise import Quantise
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import LastRows

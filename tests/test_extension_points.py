@@ -1,0 +1,150 @@
+"""What can be added from outside: each kind of part by one class here, and no change to the library."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import generated_references as simulated
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generated_references import Row, ragged, scripted_params
+from method_references import uniform
+from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
+from tiny_models import ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.cache.geometry import align, regular_slots
+from vlcache_jax.policies import Allocate, DecodingRule, Evicted, Score
+from vlcache_jax.policies.decoding.append import appending
+from vlcache_jax.policies.decoding.rule import RULES, named
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchored(DecodingRule):
+    """The first tokens of an answer, and the latest ones, `tokens` of them together."""
+
+    tokens: int = 8
+    anchors: int = 3
+
+    def tail_tokens(self, max_new_tokens):
+        return self.tokens
+
+    def attend(self, state, kernels, spec):
+        length, ring = state.tail.length, self.tokens - self.anchors
+        slot = jnp.where(length < self.tokens, length, self.anchors + (length - self.anchors) % ring)
+        return appending(state, kernels, spec, slot, jnp.minimum(length + 1, self.tokens))
+
+
+@pytest.fixture
+def anchored(monkeypatch):
+    monkeypatch.setitem(RULES, "anchored", None)  # taken away at the end
+    return named("anchored", count="TOKENS")(Anchored)
+
+
+def test_a_decoding_rule(anchored, llava):
+    """Known by name; token by token as its definition says; whole, streamed and after a context."""
+    batch, steps = ragged(seed=4), 30
+    params = scripted_params(batch, steps, 4)
+    policy = vlc.StreamingLLM(0.3, decoding="anchored:8")
+    assert policy.decoding == anchored(8)
+    out, _, _ = simulated.program(policy, steps)(params, batch)
+    for number in range(batch.size):
+        row = Row(batch, params, number)
+        slots = uniform(LAYERS, max(LAYERS, math.floor(LAYERS * row.n * Fraction("0.3"))))
+
+        def step(caches, layer, position, out, row=row, slots=slots):
+            answer = list(range(row.n, position + 1))
+            s = slots[layer]
+            cache = [
+                *range(4),
+                *range(row.n - s + 4, row.n),
+                *(answer if len(answer) <= 8 else answer[:3] + answer[-5:]),
+            ]
+            for head in range(KV_HEADS):
+                part = slice(head * simulated.GROUP, (head + 1) * simulated.GROUP)
+                out[layer, part] = row.attend(layer, head, position, cache)[1]
+
+        np.testing.assert_allclose(np.asarray(out)[:, number], simulated._run(row, [], steps, step).out, atol=2e-5)
+    model, params = llava
+    prompts, policy = ragged_batch(rows=3), vlc.VLCache(0.4, decoding="anchored:8")
+    answers = vlc.generate(model, params, prompts, policy, 20, eos_token_ids=[]).tokens
+    streamed = list(vlc.stream(model, params, prompts, policy, 20, eos_token_ids=[]))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), answers)
+    ctx = vlc.compress(model, params, prompts, policy)
+    np.testing.assert_array_equal(vlc.answer(ctx, None, 20, eos_token_ids=[]).tokens, answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart(Evicted):
+    """They stay as they are, in a store of their own."""
+
+    saves = True
+    keeps_others = True
+
+    def stores(self, selected, layers):
+        length = selected.keys.shape[3]
+        rest = dataclasses.replace(
+            selected, order=selected.others, slots=selected.lengths[None] - selected.slots, others=None
+        )
+        return (rest.pack(regular_slots(layers, int(align(length)))),)
+
+
+def test_an_eviction_rule(llava):
+    """What is kept and what is kept apart are the full cache together; what cannot work is refused by capability."""
+    model, params = llava
+    batch = ragged_batch(rows=3)
+    policy = dataclasses.replace(vlc.VLCache(0.3), evicted=Apart())
+    ctx = vlc.prefill(model, params, batch, policy)
+    assert [store.bits for store in ctx.stores] == [None, None]
+    full = vlc.generate(model, params, batch, vlc.FullCache(), 12, eos_token_ids=[])
+    np.testing.assert_array_equal(vlc.generate(model, params, batch, policy, 12, eos_token_ids=[]).tokens, full.tokens)
+    with pytest.raises(vlc.PolicyError, match="a layer loses tokens before"):
+        dataclasses.replace(policy, candidate_fraction=0.5)
+    with pytest.raises(vlc.PolicyError, match="Evict rewrites single slots"):
+        dataclasses.replace(vlc.H2O(0.3, decoding="evict"), evicted=Apart())
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueNorm(Score):
+    """The size of what a token would add."""
+
+    needs_attention = False
+
+    def __call__(self, inputs):
+        return jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstLayerWhole(Allocate):
+    """All of the prompt in the first layer, and a token in each of the others."""
+
+    def capacity(self, length, budget):
+        return length + budget.layers - 1
+
+    def slots(self, measured, lengths, budget):
+        others = jnp.ones((len(lengths), budget.layers - 1), jnp.int32)
+        return jnp.concatenate([lengths[:, None], others], axis=1)
+
+
+def test_a_score_and_an_allocation():
+    batch = stub_batch()
+    params = stub_params(batch)
+    policy = vlc.Policy(name="own", budget=0.4, score=ValueNorm(), allocate=FirstLayerWhole(), recent=0.0)
+    kept = kept_sets(vlc.prefill(StubModel(), params, batch, policy).start(4)[1])
+    for row, n in enumerate(batch.lengths):
+        assert kept[0][row] == [list(range(n))] * KV_HEADS
+        assert kept[1][row] == [[n - 1]] * KV_HEADS
+    policy = dataclasses.replace(policy, allocate=vlc.policies.Uniform())
+    kept = kept_sets(vlc.prefill(StubModel(), params, batch, policy).start(4)[1])
+    for row, n in enumerate(batch.lengths):
+        for layer in range(LAYERS):
+            for head, tokens in enumerate(kept[layer][row]):
+                size = np.linalg.norm(params["value"][layer, row, : n - 1, head], axis=-1)
+                best = np.argsort(-size, kind="stable")[: len(tokens) - 1]
+                assert tokens == [*sorted(best.tolist()), n - 1]

@@ -1,0 +1,62 @@
+"""`Quantise`: evicted tokens stay at fewer bits, in a store of their own."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from vlcache_jax.cache.geometry import align, regular_slots, segment_alignment
+from vlcache_jax.cache.packing import Selected
+from vlcache_jax.cache.store import PackedStore
+from vlcache_jax.errors import PolicyError
+from vlcache_jax.policies.budget import Bytes
+from vlcache_jax.policies.evicted.rule import Evicted
+from vlcache_jax.policies.parts import Parts
+from vlcache_jax.policies.precision import check_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantise(Evicted):
+    """They stay at fewer bits than the kept ones, in a store of their own (`KVState.more`).
+
+    How many there will be is not known before the prompt is seen, so that store has room for all tokens of all layers.
+
+    Attributes:
+      bits: 8, 4 or 2.
+    """
+
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        check_bits("Quantise: bits", self.bits)
+
+    @property
+    def saves(self) -> bool:
+        """See `Evicted`."""
+        return True
+
+    @property
+    def keeps_others(self) -> bool:
+        """See `Evicted`."""
+        return True
+
+    def check(self, policy: Parts) -> None:
+        """See `Evicted.check`."""
+        if policy.bits is not None and self.bits >= policy.bits:
+            raise PolicyError(
+                f"{policy.name}: evicted=Quantise({self.bits}) is not below bits={policy.bits} of the kept tokens: "
+                "give fewer bits to the others, or more to the kept ones"
+            )
+        if isinstance(policy.budget, Bytes):
+            raise PolicyError(
+                f"{policy.name}: budget={policy.budget} cannot be promised with evicted=Quantise({self.bits}), which "
+                "keeps all of a prompt of any length: give a fraction or tokens, or use Drop()"
+            )
+
+    def stores(self, selected: Selected, layers: int) -> tuple[PackedStore, ...]:
+        """See `Evicted.stores`: a prompt may keep next to nothing, so that there is room for all of it."""
+        pool = regular_slots(selected.group * layers, int(align(selected.keys.shape[3], segment_alignment(self.bits))))
+        left = jnp.expand_dims(selected.lengths, (0, *range(2, selected.slots.ndim))) - selected.slots
+        if selected.windowed is not None:
+            left = jnp.where(jnp.expand_dims(selected.windowed, range(1, left.ndim)), 0, left)
+        assert selected.others is not None
+        return (dataclasses.replace(selected, order=selected.others, slots=left).pack(pool, self.bits),)
