@@ -11,7 +11,7 @@ from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 
 NEW = 6
 ROWS, QUESTIONS = 2, 2

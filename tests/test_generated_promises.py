@@ -15,7 +15,7 @@ from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.inference.decode_step import advance
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.policies import AccumulatedAttention, policy_by_name
 from vlcache_jax.policies.decoding.recompress import recompress
 from vlcache_jax.policies.window import forced

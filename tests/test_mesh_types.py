@@ -11,7 +11,7 @@ from tiers import later
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.training.batch import pack
 from vlcache_jax.training.loss import answer_loss, make_eval_step
 from vlcache_jax.training.state import init_state, make_train_step

@@ -19,8 +19,8 @@ from vlcache_jax.cache.packing import pack
 from vlcache_jax.explain.pictures import kept_by_layer
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.decode_attention import Segments, Store
-from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.parallel import ops
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.policies import AdaptiveHeads
 from vlcache_jax.policies.shares import SlotBudget, slot_budget
 from vlcache_jax.typing import ModelSpec

@@ -83,7 +83,7 @@ def process(number, port, folder):
 
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, initialization_timeout=120)
     assert (jax.process_count(), jax.local_device_count()) == (2, 4)
-    from vlcache_jax.models.sharding import param_shardings
+    from vlcache_jax.parallel.params import param_shardings
 
     model, params, batch = inputs()
     results = {}

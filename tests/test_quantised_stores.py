@@ -19,8 +19,8 @@ from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
 from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
-from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.parallel.ops import union_attention
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.policies import METHODS, EnoughMass
 
 CASES = {

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.parallel.replication import replicated, warn
 
 SPEC = tiny_llava()[0].spec  # 2 KV heads

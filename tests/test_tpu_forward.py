@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from tpu import chip_llava, mesh_of
 
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.hlo import collectives
 from vlcache_jax.planning.placement import place_rows

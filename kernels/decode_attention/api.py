@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention.experimental import pallas_gpu
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 from vlcache_jax.kernels.quantisation import scales_width

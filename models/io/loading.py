@@ -14,7 +14,7 @@ from vlcache_jax.models.families.registry import family_of, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.models.io.params_reader import load_params
 from vlcache_jax.models.processor import Processor
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.parallel.replication import replicated, warn
 from vlcache_jax.typing import Params
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.sharding import param_shardings
 from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, specs_of
+from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract
 
 
