@@ -16,7 +16,7 @@ from tiny_models import ragged_batch, tiny_llava
 import vlcache_jax as vlc
 from vlcache_jax.inference.loop import chunk
 from vlcache_jax.inference.rows import _insert
-from vlcache_jax.models.sharding import param_shardings
+from vlcache_jax.parallel.params import param_shardings
 
 PROMPTS, ROWS, ROOM = 4, 3, 16
 SAMPLINGS = (
