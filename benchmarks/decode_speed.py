@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlcache_jax as vlc
-from vlcache_jax.models.decoder.cpu_layout import cpu_layout
+from vlcache_jax.models.decoder.layout import LAYOUTS, relaid
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.llava.weights import WEIGHTS
 from vlcache_jax.models.families.registry import read_config
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=290, help="tokens of every prompt, visual ones included")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--layout", choices=("stacked", "cpu", "both"), default="both", help="of the parameters")
+    parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both", help="of the parameters")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -72,9 +72,7 @@ def main() -> None:
         params = load_params(args.model, model.abstract_params(), WEIGHTS, jnp.float32)
     batch = harness.random_batch(config, args.batch, args.length)
     reference = theirs(harness.in_transformers(config, params, args.threads), batch, args.steps)
-    layouts = {"stacked": lambda p: p, "cpu": cpu_layout}
-    if args.layout != "both":
-        layouts = {args.layout: layouts[args.layout]}
+    layouts = LAYOUTS if args.layout == "both" else [args.layout]
 
     tokens: dict[str, np.ndarray] = {}
 
@@ -84,11 +82,12 @@ def main() -> None:
 
     sides = {"transformers": run_reference}
     described = {}
-    for layout, convert in layouts.items():
-        weights = jax.block_until_ready(convert(params))
+    for layout in layouts:
+        laid, weights = relaid(params, model, layout)
+        jax.block_until_ready(weights)
         for policy in (vlc.FullCache(), vlc.VLCache(budget=args.budget)):
             name = f"{policy.name} {policy.budget:g}, {layout}"
-            decode = ours(model, weights, batch, policy, args.steps)
+            decode = ours(laid, weights, batch, policy, args.steps)
             tokens[name] = np.asarray(decode())
             sides[name] = lambda decode=decode: harness.timed(decode)
             described[name] = {"policy": policy.name, "budget": policy.budget, "layout": layout}

@@ -11,7 +11,6 @@ import pytest
 import torch  # noqa: F401  (decode_speed.py compares with it: not part of --core)
 
 import vlcache_jax as vlc
-from vlcache_jax.models.decoder.cpu_layout import cpu_layout
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -99,11 +98,14 @@ def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import harness
 
+    from vlcache_jax.models.decoder.layout import relaid
+
     config = harness.SHAPES["smoke"]
     model = harness.Llava(config)
     params = harness.random_params(model)
     batch = harness.random_batch(config, rows=2, length=40)
-    outs = [vlc.generate(model, p, batch, policy, 8, eos_token_ids=()) for p in (params, cpu_layout(params))]
+    laid = [relaid(params, model, layout) for layout in ("stacked", "cpu")]
+    outs = [vlc.generate(m, p, batch, policy, 8, eos_token_ids=()) for m, p in laid]
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
     np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)
     assert len(set(np.asarray(outs[0].tokens).ravel().tolist())) > 1

@@ -44,7 +44,7 @@ class PatchesConfig:
 
 class Patches(FamilyModule):
     def setup(self) -> None:
-        self.decoder = Decoder(self.config.decoder, self.dtype, self.remat)
+        self.decoder = Decoder(self.config.decoder, self.dtype, self.remat, self.layout)
         self.patches = nn.Dense(self.config.decoder.hidden_size, dtype=self.dtype)
 
     def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:

@@ -1,6 +1,7 @@
 """Layers of two kinds: Gemma 3's text decoder against transformers, beyond its window, images included."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ from text_decoders import gemma3
 
 from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.models.decoder.decoder import Decoder
+from vlcache_jax.models.decoder.layout import arranged
 from vlcache_jax.parallel.ops import Kernels, attention, of_layer
 
 LENGTH, NEW = 32, 8
 
 
-def forward(config, blocks=None, dtype="float32"):
-    """Compiled: parameters, tokens -> logits of every position."""
+def forward(config, blocks=None, dtype="float32", layout="stacked"):
+    """Compiled: parameters, tokens -> logits of every position; and `init`, of the parameters."""
 
     def attend(query, key, value, carry, layer):
         def run(window, *qkv):
@@ -25,15 +27,18 @@ def forward(config, blocks=None, dtype="float32"):
 
         return of_layer(config.windows, layer, run, query, key, value), carry, None
 
-    @jax.jit
-    def run(params, tokens):
-        decoder = Decoder(config, jnp.dtype(dtype))
-        hidden = decoder.apply({"params": params}, tokens, method="embed")
+    decoder = Decoder(config, jnp.dtype(dtype), layout=layout)
+
+    def logits(decoder, tokens):
         positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
         layers = jnp.arange(config.num_layers)
-        hidden = decoder.apply({"params": params}, hidden, positions, attend, None, layers)[0]
-        return decoder.apply({"params": params}, hidden, method="unembed")
+        return decoder.unembed(decoder(decoder.embed(tokens), positions, attend, None, layers)[0])
 
+    def run(params, tokens):
+        return jitted(params, tokens)
+
+    jitted = jax.jit(lambda params, tokens: decoder.apply({"params": params}, tokens, method=logits))
+    run.init = partial(decoder.init, method=logits)
     return run
 
 
@@ -80,13 +85,13 @@ def test_tokens_of_an_image_see_each_other(window):
     assert np.abs(forward(config)(params, tokens) - logits).max() > 1e-2
 
 
-def test_layers_as_a_tuple_are_the_same():
-    from vlcache_jax.models.decoder.cpu_layout import cpu_layout
-
+def test_layers_apart_are_the_same():
     _, config, params = gemma3(layers=3)
     tokens = np.random.default_rng(2).integers(3, 64, (1, LENGTH))
-    other = cpu_layout({"decoder": params})["decoder"]
-    np.testing.assert_allclose(forward(config)(params, tokens), forward(config)(other, tokens), atol=1e-5)
+    laid = forward(config, layout="cpu")
+    shapes = jax.eval_shape(lambda: laid.init(jax.random.key(0), tokens))["params"]
+    other = arranged({"decoder": params}, {"decoder": shapes}, tied=True)["decoder"]
+    np.testing.assert_allclose(forward(config)(params, tokens), laid(other, tokens), atol=1e-5)
 
 
 def test_embeddings_are_scaled_in_the_dtype_of_the_computation():

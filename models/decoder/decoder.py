@@ -10,7 +10,6 @@ passes plain causal attention; prefill one that also gathers statistics; decodin
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,8 @@ import jax.numpy as jnp
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.decoder import rope
 from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.decoder.layout import Layout, layout_of
+from vlcache_jax.models.decoder.linear import Linear, project
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
 
@@ -46,15 +47,12 @@ def _norm(config: DecoderConfig, dtype: Any, name: str | None = None) -> RMSNorm
     return RMSNorm(config.rms_norm_eps, dtype, config.one_plus_norms, name=name)
 
 
-def _dense(features: int, bias: bool, dtype: Any, name: str | None = None) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
-
-
 class SelfAttention(nn.Module):
     """Projections and rotary positions around `attend`."""
 
     config: DecoderConfig
     dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x, rotation, attend: Attend, carry, xs):
@@ -62,22 +60,16 @@ class SelfAttention(nn.Module):
         batch, length, _ = x.shape
         cos, sin = rotation
 
-        def project(heads: int, name: str) -> jax.Array:
-            x_heads = _dense(heads * c.head_dim, c.qkv_bias, self.dtype, name)(x)
+        def split(x: jax.Array) -> jax.Array:
             if length == 1:
                 # Otherwise the TPU's compiler moves the split into heads into the product, and wants the weights
                 # transposed for it: at every layer of a step, or of all layers at once, before the loop over steps.
-                x_heads = jax.lax.optimization_barrier(x_heads)
-            return x_heads.reshape(batch, length, heads, c.head_dim)
+                x = jax.lax.optimization_barrier(x)
+            return x.reshape(batch, length, -1, c.head_dim)
 
-        if self.has_variable("params", "qkv"):  # see `cpu_layout`
-            projected = project(c.num_heads + 2 * c.num_kv_heads, "qkv")
-            query, key, value = jnp.split(projected, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
-        else:
-            query, key, value = (
-                project(heads, name)
-                for heads, name in ((c.num_heads, "query"), (c.num_kv_heads, "key"), (c.num_kv_heads, "value"))
-            )
+        wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        outputs = {"query": wide, "key": narrow, "value": narrow}
+        query, key, value = map(split, project(x, outputs, c.qkv_bias, self.dtype, self.layout.fused))
         if c.qk_norm:
             query, key = _norm(c, self.dtype, "query_norm")(query), _norm(c, self.dtype, "key_norm")(key)
         # Whoever attends divides by the root of head_dim; a scale of the model's own is made up for in float32.
@@ -85,7 +77,7 @@ class SelfAttention(nn.Module):
         query = rope.rotate(query, cos, sin) if own == 1 else rope.rotate(query, cos * own, sin * own)
         out, carry, ys = attend(query, rope.rotate(key, cos, sin), value, carry, xs)
         out = out.astype(self.dtype).reshape(batch, length, c.num_heads * c.head_dim)
-        return _dense(c.hidden_size, c.output_bias, self.dtype, "output")(out), carry, ys
+        return Linear(c.hidden_size, c.output_bias, self.dtype, name="output")(out), carry, ys
 
 
 class GatedMLP(nn.Module):
@@ -93,16 +85,14 @@ class GatedMLP(nn.Module):
 
     config: DecoderConfig
     dtype: Any
+    layout: Layout
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        if self.has_variable("params", "gate_up"):  # see `cpu_layout`
-            gate, up = jnp.split(_dense(2 * c.intermediate_size, c.mlp_bias, self.dtype, "gate_up")(x), 2, axis=-1)
-        else:
-            gate = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "gate")(x)
-            up = _dense(c.intermediate_size, c.mlp_bias, self.dtype, "up")(x)
-        return _dense(c.hidden_size, c.mlp_bias, self.dtype, "down")(activation(c.activation)(gate) * up)
+        outputs = {"gate": c.intermediate_size, "up": c.intermediate_size}
+        gate, up = project(x, outputs, c.mlp_bias, self.dtype, self.layout.fused)
+        return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(activation(c.activation)(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -110,13 +100,14 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     dtype: Any
+    layout: Layout
 
     def setup(self) -> None:
         c = self.config
         self.input_norm = _norm(c, self.dtype)
-        self.attention = SelfAttention(c, self.dtype)
+        self.attention = SelfAttention(c, self.dtype, self.layout)
         self.post_attention_norm = _norm(c, self.dtype)
-        self.mlp = GatedMLP(c, self.dtype)
+        self.mlp = GatedMLP(c, self.dtype, self.layout)
         if c.branch_norms:
             self.pre_mlp_norm, self.post_mlp_norm = _norm(c, self.dtype), _norm(c, self.dtype)
 
@@ -130,33 +121,33 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, a scan over stacked layers, the final norm and the output head.
+    """Embeddings, the layers (a scan, where they are stacked), the final norm and the output head.
 
     Attributes:
       config: sizes.
       dtype: of the computation; norms, softmax and logits are float32 whatever it is.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      layout: the name of how its weights lie, see `LAYOUTS`.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    layout: str = "stacked"
 
     def setup(self) -> None:
-        c = self.config
+        c, layout = self.config, layout_of(self.layout)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
-        self.layers = DecoderLayer(c, self.dtype)
+        if layout.layers_apart:
+            self.layers = [DecoderLayer(c, self.dtype, layout) for _ in range(c.num_layers)]
+        else:
+            self.layers = DecoderLayer(c, self.dtype, layout)
         self.final_norm = _norm(c, self.dtype)
-        if not c.tie_embeddings or self.has_variable("params", "lm_head"):  # see `cpu_layout`
-            self.lm_head = nn.Dense(
-                c.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(0.02),
-                dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
-            )
+        self.lm_head = None
+        if layout.own_head or not c.tie_embeddings:
+            self.lm_head = Linear(c.vocab_size, False, self.dtype, wide=True)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32 [batch, length] -> [batch, length, hidden]."""
@@ -192,19 +183,18 @@ class Decoder(nn.Module):
             x, carry, ys = layer(x, rotation, attend, carry, xs)
             return (x, carry), ys
 
-        layers = None if self.is_initializing() else self.get_variable("params", "layers")
-        if isinstance(layers, tuple):  # see `cpu_layout`
-            layer, outputs, state = DecoderLayer(c, self.dtype, parent=None), [], (hidden, carry)
-            for i, params in enumerate(layers):
-                item = jax.tree.map(lambda x: x[i], (xs, windowed))  # noqa: B023
-                state, ys = body(partial(layer.apply, {"params": params}), state, item)  # type: ignore[arg-type]
-                outputs.append(ys)
-            return self.final_norm(state[0]), state[1], jax.tree.map(lambda *y: jnp.stack(y), *outputs)
         if self.remat:
             body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-        (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed))
-        return self.final_norm(hidden), carry, ys
+        if isinstance(self.layers, DecoderLayer):
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+            (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed))
+            return self.final_norm(hidden), carry, ys
+        outputs = []
+        for number, layer in enumerate(self.layers):
+            item = jax.tree.map(lambda x: x[number], (xs, windowed))  # noqa: B023
+            (hidden, carry), ys = body(layer, (hidden, carry), item)
+            outputs.append(ys)
+        return self.final_norm(hidden), carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
 
     def _rotations(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         """cos and sin of the layers without a window, and, where those with one have their own, theirs."""
@@ -221,10 +211,10 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size] -> f32 logits [..., vocab_size], never rounded to `dtype`: bfloat16 would make ties."""
-        if self.config.tie_embeddings and not self.has_variable("params", "lm_head"):
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden)
+        else:
             table = self.embed_tokens.embedding.astype(self.dtype)
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.lm_head(hidden)
         cap = self.config.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -54,6 +54,10 @@ class FamilyModel(VisionLanguageModel, Protocol):
     def dtype(self) -> Any:
         """Of the computation."""
 
+    @property
+    def layout(self) -> str:
+        """How the decoder's weights lie, a key of `decoder.layout.LAYOUTS`; a field, for `dataclasses.replace`."""
+
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
 
@@ -117,7 +121,7 @@ class Family:
       model_types: of the `config.json`s that it reads.
       read_config: (folder, `config.json`) to the frozen, hashable config; raises CheckpointError.
       config_values: (config, name of the weights' dtype) to the values of a `config.json`.
-      model: (config, dtype) to the Flax module.
+      model: (config, dtype, layout="stacked") to the Flax module, see `FamilyModule`.
       weights: which tensor of a checkpoint is which parameter.
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
         may say more than that of `config.json` alone. Raises CheckpointError.
@@ -129,7 +133,7 @@ class Family:
     model_types: tuple[str, ...]
     read_config: Callable[[CheckpointFolder, Section], Any]
     config_values: Callable[[Any, str], dict[str, Any]]
-    model: Callable[[Any, Any], Any]
+    model: Callable[..., Any]
     weights: WeightRules
     read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
     image_tiles: Callable[[Any], int]

@@ -26,11 +26,13 @@ class FamilyModule(nn.Module):
       config: what it is made of, a `ModelConfig`.
       dtype: of the computation.
       remat: recompute decoder layers in the backward pass (for fine-tuning large models).
+      layout: how the decoder's weights lie, "stacked" or "cpu" (`models.decoder.layout.LAYOUTS`).
     """
 
     config: Any
     dtype: Any = jnp.float32
     remat: bool = False
+    layout: str = "stacked"
 
     @property
     def vision_grid(self) -> int | None:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.decoder.layout import layout_of, relaid
 from vlcache_jax.models.families.family import FamilyModel, ModelConfig
 from vlcache_jax.models.families.registry import family_of, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
-from vlcache_jax.models.io.params_reader import load_params
+from vlcache_jax.models.io.params_reader import default_device, load_params
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.parallel.replication import replicated, warn
@@ -37,6 +38,23 @@ class VLM:
     processor: Processor
     config: ModelConfig
 
+    def with_layout(self, layout: str) -> "VLM":
+        """The same, the decoder's weights in another layout; arrays that it does not change are shared.
+
+        Args:
+          layout: "stacked" or "cpu", see `load`.
+
+        Raises:
+          InputError: an unknown layout.
+
+        Example:
+          state = TrainState.create(vlm.with_layout("stacked").params, ...)
+        """
+        if layout == self.model.layout:
+            return self
+        model, params = relaid(self.params, self.model, layout)
+        return dataclasses.replace(self, model=model, params=params)
+
 
 def load(
     path: str | os.PathLike[str],
@@ -47,6 +65,7 @@ def load(
     buckets: Sequence[int] | None = None,
     revision: str | None = None,
     allow_links: bool = False,
+    layout: str | None = None,
 ) -> VLM:
     """Loads a checkpoint of a supported family: LLaVA-1.5 or LLaVA-NeXT, with a Llama, Mistral or Qwen2 decoder.
 
@@ -66,6 +85,10 @@ def load(
         each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
       revision: of a model on the Hub: a branch, tag or commit; "main" by default.
       allow_links: follow links that lead out of the folder, as in the stores of models that other programs keep.
+      layout: how the decoder's weights lie: "stacked", for accelerators, meshes and training; or "cpu", layers apart
+        and projections of one input as one matrix, with which a CPU decodes about twice as fast while programs grow
+        with the number of layers. Tokens are the same. None: "cpu" on a CPU without a mesh if parameters have the dtype
+        of the computation, as for inference, else "stacked". `VLM.with_layout` changes it.
 
     Returns:
       Model, parameters, processor and config.
@@ -73,7 +96,8 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
         model cannot be downloaded.
-      InputError: an unknown dtype, or buckets that are not positive whole numbers.
+      InputError: an unknown dtype or layout, the layout "cpu" on a mesh, or buckets that are not positive whole
+        numbers.
 
     Warns:
       PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
@@ -85,17 +109,22 @@ def load(
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
     """
     dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
+    if layout is None:
+        inference = mesh is None and param_dtype == dtype
+        layout = "cpu" if inference and default_device().platform == "cpu" else "stacked"
+    if layout_of(layout).layers_apart and mesh is not None:
+        raise InputError(f"layout={layout!r} is for one CPU, and a mesh was given: leave one of them out")
     folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets)
     family = family_of(config)
-    model = family.model(config, dtype)
+    model, plain = (family.model(config, dtype, layout=name) for name in (layout, "stacked"))
     abstract = model.abstract_params()
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract, mesh)
         warn(replicated(mesh.shape, model.spec))
-    params = load_params(folder, abstract, family.weights, param_dtype, shardings)
+    params = load_params(folder, plain.abstract_params(), family.weights, param_dtype, shardings, abstract)
     return VLM(model, params, processor, config)
 
 

@@ -1,5 +1,6 @@
 """Loading a checkpoint folder into the parameter tree, each device reading only its own part."""
 
+import dataclasses
 import difflib
 import gc
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from flax import traverse_util
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.copying import copy_cast
 from vlcache_jax.files.safetensors import FLOATS
+from vlcache_jax.models.decoder.layout import Part, parts
 from vlcache_jax.models.io.files import Folder
-from vlcache_jax.models.io.rules import Rule, WeightRules
+from vlcache_jax.models.io.rules import WeightRules
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
@@ -27,6 +29,7 @@ def load_params(
     weights: WeightRules,
     dtype: Any = None,
     shardings: Any = None,
+    arranged: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters of a checkpoint that transformers (4 or 5) or `save_params` wrote.
 
@@ -41,11 +44,12 @@ def load_params(
         `init`.
       weights: Which tensor is which parameter, `Family.weights`.
       dtype: Of the returned arrays; None takes each leaf's own from `abstract_params`.
-      shardings: A tree like `abstract_params` with a `jax.sharding.Sharding` at each leaf, or one for all
+      shardings: A tree like the one returned with a `jax.sharding.Sharding` at each leaf, or one for all
         leaves. None puts everything on the default device.
+      arranged: The tree to return, where the decoder's weights shall lie in another layout (`decoder.layout`).
 
     Returns:
-      Nested dict like `abstract_params` with `jax.Array` leaves.
+      Nested dict like `arranged`, or else `abstract_params`, with `jax.Array` leaves.
 
     Raises:
       CheckpointError: if files are missing, unsafe or corrupt, or the tensors do not fit; that message lists
@@ -55,17 +59,28 @@ def load_params(
     warn_of_adapter(reader.folder)
     wanted = traverse_util.flatten_dict(abstract_params)
     sources = _match(reader, wanted, weights)
+    target = wanted if arranged is None else traverse_util.flatten_dict(arranged)
+    tied = ("decoder", "lm_head", "kernel") not in wanted
+
+    def piece(part: Part) -> "_Piece":
+        rule, names, shape = weights.by_path[part.path], sources[part.path], wanted[part.path].shape
+        if part.layer is not None:
+            return _Piece([names[part.layer]], rule.axes, False, shape[-1])
+        axes = (1, 0) if part.transposed else rule.axes
+        return _Piece(names, axes, rule.per_layer, shape[0 if part.transposed else -1])
+
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        one = shardings or jax.sharding.SingleDeviceSharding(_default_device())
-        placed = dict.fromkeys(wanted, one)
+        one = shardings or jax.sharding.SingleDeviceSharding(default_device())
+        placed = dict.fromkeys(target, one)
     else:
         placed = traverse_util.flatten_dict(shardings)
-        if missing := wanted.keys() - placed.keys():
+        if missing := target.keys() - placed.keys():
             raise ValueError(f"shardings lacks {sorted('/'.join(path) for path in missing)[:_LISTED]}")
 
     params = {}
-    for path, leaf in wanted.items():
-        read = _callback(reader, weights.by_path[path], sources[path], leaf.shape, np.dtype(dtype or leaf.dtype))
+    for path, leaf in target.items():
+        pieces = [piece(part) for part in parts(path, tied)]
+        read = _callback(reader, pieces, leaf.shape, np.dtype(dtype or leaf.dtype))
         params[path] = jax.make_array_from_callback(leaf.shape, placed[path], read).block_until_ready()
         # JAX lets go of a transferred host buffer at its next chance, which would come after the next one is
         # filled; a (cheap, youngest-generation) collection is such a chance.
@@ -74,9 +89,19 @@ def load_params(
     return traverse_util.unflatten_dict(params)
 
 
-def _default_device() -> jax.Device:
+def default_device() -> jax.Device:
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Tensors that are a parameter, or a part of its last axis: stacked over layers, or a single one."""
+
+    names: list[str]
+    axes: tuple[int, ...] | None
+    stacked: bool
+    width: int
 
 
 def _match(
@@ -160,13 +185,13 @@ def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:
 
 
 def _callback(
-    reader: SafetensorsFolder, rule: Rule, names: list[str], shape: tuple[int, ...], dtype: np.dtype
+    reader: SafetensorsFolder, pieces: list[_Piece], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` calls for each device: an index of the parameter -> its data."""
 
-    def view(name: str) -> np.ndarray:
+    def view(name: str, axes: tuple[int, ...] | None) -> np.ndarray:
         tensor = reader.view(name)
-        return tensor if rule.axes is None else tensor.transpose(rule.axes)
+        return tensor if axes is None else tensor.transpose(axes)
 
     read: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
 
@@ -175,11 +200,19 @@ def _callback(
         if slices not in read:
             out = np.empty([len(range(*s)) for s in slices], dtype)
             cut = tuple(slice(*s) for s in slices)
-            if rule.per_layer:
-                for row, layer in enumerate(range(*slices[0])):
-                    copy_cast(out[row], view(names[layer])[cut[1:]])
-            else:
-                copy_cast(out, view(names[0])[cut])
+            first, last = (cut[-1].start, cut[-1].stop) if cut else (0, 0)
+            begin = 0
+            for piece in pieces:
+                here = out
+                if len(pieces) > 1:  # what of this one lies in the part that was asked for
+                    low, high = max(first, begin), max(min(last, begin + piece.width), max(first, begin))
+                    here, cut = out[..., low - first : high - first], (*cut[:-1], slice(low - begin, high - begin))
+                    begin += piece.width
+                if piece.stacked:
+                    for row, layer in enumerate(range(*slices[0])):
+                        copy_cast(here[row], view(piece.names[layer], piece.axes)[cut[1:]])
+                else:
+                    copy_cast(here, view(piece.names[0], piece.axes)[cut])
             read[slices] = out
         return read[slices]
 

@@ -23,6 +23,8 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
     `vlcache_jax.load` reads the folder, and so do `AutoProcessor` and `AutoModelForImageTextToText` of transformers.
     Parameters keep their dtypes: after training with float32 masters that is float32.
 
+    The layout of the decoder's weights makes no difference (another than "stacked" takes a second copy of them).
+
     The folder may be the one that was loaded, or one of an earlier `save`: files that say the same already are left
     alone, and one rename switches from the old weights to the new ones, so that a crash at any moment leaves the whole
     old checkpoint or the whole new one. That needs two checkpoints of one model; a folder that holds another model is
@@ -34,7 +36,7 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
       max_shard_bytes: larger weights are split into files with an index.
 
     Raises:
-      CheckpointError: the parameters do not fit the config; those of `cpu_layout` do not, save what it was given.
+      CheckpointError: the parameters do not fit the config.
       InputError: the folder holds another model, a file cannot be written, or another program is writing there.
 
     Example:
@@ -42,7 +44,7 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
       ...
       vlc.save(dataclasses.replace(vlm, params=state.params), "fine-tuned")
     """
-    root = Path(folder)
+    root, vlm = Path(folder), vlm.with_layout("stacked")
     check_params(vlm.params, vlm.config)
     dtype = jnp.dtype(vlm.params["decoder"]["embed_tokens"]["embedding"].dtype).name
     wanted = _files(vlm.config, vlm.processor, dtype)

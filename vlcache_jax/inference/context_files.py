@@ -75,7 +75,7 @@ def load_context(path: str | os.PathLike[str], model: VisionLanguageModel, param
       path: the file.
       model: the model it was made with.
       params: its parameters, arranged as they were then. (A context made with other arrangements of the same numbers,
-        by `cpu_layout` say, is loaded with the old one; then `dataclasses.replace(ctx, params=...)`.)
+        by `VLM.with_layout` say, is loaded with the old one; then `dataclasses.replace(ctx, params=...)`.)
 
     Returns:
       The context; on the mesh of the parameters, if they lie on one.

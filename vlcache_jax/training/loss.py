@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlcache_jax.errors import InputError
 from vlcache_jax.parallel.mesh import automatic, by_row, on_mesh_of
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.state import Loss, Metrics, Params
@@ -16,9 +17,16 @@ from vlcache_jax.training.state import Loss, Metrics, Params
 def answer_loss(model: nn.Module) -> Loss:
     """The loss of `make_train_step`: mean cross entropy of the answer tokens, weighted by `TrainBatch.weights`.
 
+    Raises InputError for a model whose weights do not lie as training needs them: `vlm.with_layout("stacked")` has one.
+
     Its metrics: "token_accuracy", "exact_match" (the share of answers whose every token is the most likely one, which
     is greedy decoding's exact match) and "weight" (the sum of the weights).
     """
+    if getattr(model, "layout", "stacked") != "stacked":
+        raise InputError(
+            f"the model's weights lie for inference (layout={model.layout!r}): train with the model and the parameters "
+            "of vlm.with_layout('stacked'), or load with layout='stacked' or another param_dtype"
+        )
 
     def loss(params: Params, batch: TrainBatch) -> tuple[jax.Array, Metrics]:
         logits: Any = model.apply({"params": params}, batch.batch, batch.positions, batch.segments, method="forward")

@@ -24,7 +24,7 @@ class Llava(FamilyModule):
         c = self.config
         self.vision = ClipVisionTower(c.vision, self.dtype)
         self.projector = Projector(c.decoder.hidden_size, c.projector_activation, c.projector_bias, dtype=self.dtype)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
         if c.grid_pinpoints:
             self.image_newline = self.param(
                 "image_newline", nn.initializers.normal(0.02), (c.decoder.hidden_size,), jnp.float32

@@ -24,7 +24,6 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.inference.decode import decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.decoder.cpu_layout import cpu_layout
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import FullCache, Policy
 from vlcache_jax.terminal.progress import Progress
@@ -71,10 +70,9 @@ class Study:
     """
 
     def __init__(self, vlm: VLM) -> None:
-        on_cpu = jax.default_backend() == "cpu"
         self.vlm = vlm
         self.model = Replay(vlm.model)
-        self.params = cpu_layout(vlm.params) if on_cpu else vlm.params
+        self.params = vlm.params
 
     @property
     def grid_side(self) -> int:
