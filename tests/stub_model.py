@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.models.families.module import in_order
 from vlcache_jax.typing import ModelSpec
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 8, 11
@@ -35,7 +36,7 @@ class StubModel:
         return getattr(self, method)(*([variables["params"]] if "params" in variables else []), *args)
 
     def embed(self, params, batch):
-        return jnp.zeros((*batch.tokens.shape, 1))
+        return in_order(jnp.zeros((*batch.tokens.shape, 1)), batch)
 
     def decode(self, params, hidden, positions, attend, carry=None, xs=None):
         def layer(carry, item):

@@ -42,8 +42,9 @@ def with_a_turn(ctx):
     shape = (ctx.rows, KV_HEADS, LAYERS, 4, HEAD_DIM)
     lengths = jnp.array([1, 4, 2, 3, 4])
     pool = regular_pool(jnp.ones(shape), 16)
-    store = PackedStore.regular(pool, pool, lengths, LAYERS, 16, ctx.next_position)
-    return dataclasses.replace(ctx, stores=(*ctx.stores, store), next_position=ctx.next_position + lengths, room=16)
+    store = PackedStore.regular(pool, pool, lengths, LAYERS, 16, ctx.next_index)
+    following = {"next_position": ctx.next_position + lengths, "next_index": ctx.next_index + lengths}
+    return dataclasses.replace(ctx, stores=(*ctx.stores, store), room=16, **following)
 
 
 def quantised(ctx):
@@ -164,11 +165,11 @@ TAMPERED = {
     "end": (put("stores.0.lengths", (2, 2), 90), "ends of segments reach"),
     "overlap": (put("stores.0.offsets", (0, 1), 0), "segments overlap"),
     "position": (put("stores.0.positions", (0, 0, 0), 512), "positions reach from -1 to 512"),
-    "future": (put("next_position", 0, 1), "positions are not all below next_position"),
+    "future": (put("next_index", 0, 1), "positions are not all below next_index"),
     "twice": (put("stores.0.positions", (0, 0, 1), 0), "positions do not ascend, or one occurs twice"),
     "order": (replace("stores.0.positions", lambda x: x[:, :, ::-1]), "positions (do not ascend|of free slots)"),
     "freed": (put("stores.0.positions", (0, 0, 1), -1), "do not ascend"),
-    "nothing": (put("stores.0.positions", (4, 0, 0), -1), "not all below next_position|do not ascend"),
+    "nothing": (put("stores.0.positions", (4, 0, 0), -1), "not all below next_index|do not ascend"),
     "free": (put("stores.0.positions", (4, 0, -1), 2), "positions of free slots are not -1"),
     "key": (put("stores.0.keys", (0, 0, 0, 0), np.nan), "keys are not finite"),
     "value": (put("stores.0.values", (1, 1, 1, 2), np.inf), "values are not finite"),
@@ -213,7 +214,7 @@ def test_untrusted_files(ctx, saved, name):
 def test_versions(ctx, saved):
     tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=2))
     with pytest.raises(
-        vlc.CheckpointError, match=r"format version 2, this library reads version 3.*rule for generated tokens.*again"
+        vlc.CheckpointError, match=r"format version 2, this library reads version 4.*rule for generated tokens.*again"
     ):
         vlc.load_context(saved, ctx.model, ctx.params)
 

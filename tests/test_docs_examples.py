@@ -41,7 +41,11 @@ def compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages take for granted; every folder of weights is the shipped checkpoint."""
     load = vlc.load
-    monkeypatch.setattr(vlc, "load", lambda path, mesh=None, **_: load(str(DEMO), dtype="float32", mesh=mesh))
+
+    def shipped(path: str, mesh: Any = None, param_dtype: Any = None, **_: Any) -> vlc.VLM:
+        return load(str(DEMO), dtype="float32", mesh=mesh, layout="stacked" if param_dtype else None)  # to train
+
+    monkeypatch.setattr(vlc, "load", shipped)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     rng = np.random.default_rng(0)

@@ -22,10 +22,11 @@ from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.decoder.weights import decoder_rules
 from vlcache_jax.models.families import registry
 from vlcache_jax.models.families.family import EncodedImage, Family
-from vlcache_jax.models.families.module import FamilyModule
+from vlcache_jax.models.families.module import FamilyModule, in_order
 from vlcache_jax.models.io.rules import WeightRules, linear
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.text.tokenizer import Tokenizer
+from vlcache_jax.typing import Embedded
 
 SIDE, GRID = 8, 2  # pixels of a patch, patches of an image's side
 
@@ -52,14 +53,14 @@ class Patches(FamilyModule):
         pixels = jax.ShapeDtypeStruct((rows, tiles, GRID**2, SIDE * SIDE * 3), jnp.float32)
         return Batch(ids, jax.ShapeDtypeStruct((rows,), jnp.int32), ids, pixels)
 
-    def embed(self, batch: Batch, position_ids: Any = None) -> jax.Array:
+    def embed(self, batch: Batch, position_ids: Any = None) -> Embedded:
         embedded, index = self.decoder.embed(jnp.asarray(batch.tokens)), jnp.asarray(batch.vision_index)
         if not batch.pixels.shape[1]:
-            return embedded
+            return in_order(embedded, batch)
         features = self.patches(jnp.asarray(batch.pixels))
         features = features.reshape(batch.size, -1, features.shape[-1])
         visual = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-        return jnp.where((index == TEXT)[..., None], embedded, visual)
+        return in_order(jnp.where((index == TEXT)[..., None], embedded, visual), batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +162,9 @@ def test_what_is_saved_is_loaded_and_answers(vlm, tmp_path):
     vlc.save(vlm, tmp_path)
     again = vlc.load(tmp_path, "float32")
     assert again.config == vlm.config
-    assert again.model == vlm.model
-    jax.tree.map(np.testing.assert_array_equal, again.params, vlm.params)
+    stacked = again.with_layout("stacked")
+    assert stacked.model == vlm.model
+    jax.tree.map(np.testing.assert_array_equal, stacked.params, vlm.params)
     vlc.save(again, tmp_path)  # the same model: nothing to refuse
     batch = again.processor(images=[[picture(), picture()]], text=["user: <image> <image> hello"])
     assert (batch.vision_index[0] != TEXT).sum() == 2 * GRID**2

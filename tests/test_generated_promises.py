@@ -136,7 +136,7 @@ def test_an_answer_longer_than_its_room(llava, policy):
     np.testing.assert_array_equal(np.stack(streamed, axis=1), jitted)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, state)))
     report = ctx.report.of_answers(state)
-    rest = (state.next_position, state.allocation, state.finite)
+    rest = (state.next_position, state.next_index, state.allocation, state.finite)
     assert report.state_bytes + report.tail_bytes == sum(x.nbytes for x in jax.tree.leaves(state)) - sum(
         x.nbytes for x in jax.tree.leaves(rest)
     )
@@ -147,7 +147,7 @@ def test_recompression_of_heads_that_share_a_lane():
     batch = ragged(seed=8)
     _, _, state = program(RULES["recompress"], 6)(scripted_params(batch, 6, 8), batch)
     full = jnp.ones(batch.size, bool)
-    context, parts = state.context, (state.tail, state.observed, state.next_position, full)
+    context, parts = state.context, (state.tail, state.observed, state.next_index, full)
     rows, lanes, slots, _ = context.keys.shape
     shared = dataclasses.replace(
         context,
@@ -180,7 +180,7 @@ def test_recompression_keeps_the_older_of_equals():
     alike = jax.tree.map(jnp.zeros_like, state.observed)
     context = dataclasses.replace(context, positions=jnp.asarray(positions))
     full = jnp.ones(batch.size, bool)
-    after = np.asarray(jax.jit(partial(recompress, rule))(context, state.tail, alike, state.next_position, full)[2])
+    after = np.asarray(jax.jit(partial(recompress, rule))(context, state.tail, alike, state.next_index, full)[2])
     for (row, lane, inside, count), old in zip(segments, before):
         latest, _ = forced(int(count), rule.recent, rule.sinks)
         end = int(state.next_position[row])

@@ -120,7 +120,7 @@ def test_candidates_bound_the_memory_of_the_prefill():
             return ops.attention(vlc.Kernels(), query, key, value, batch.lengths, with_lse=False)[0], carry, None
 
         variables = {"params": params}
-        hidden = model.apply(variables, batch, method="embed")
+        hidden = model.apply(variables, batch, method="embed").hidden
         positions = jnp.broadcast_to(jnp.arange(batch.length), (batch.size, batch.length))
         layers = jnp.arange(model.spec.num_layers)
         hidden, _, _ = model.apply(variables, hidden, positions, attend, None, layers, method="decode")

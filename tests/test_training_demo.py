@@ -45,7 +45,7 @@ def test_data_is_a_function_of_the_number():
 
 
 def test_export_holds_what_was_trained(run, vlm):
-    jax.tree.map(np.testing.assert_array_equal, vlm.params, jax.device_get(run[1]))
+    jax.tree.map(np.testing.assert_array_equal, vlm.with_layout("stacked").params, jax.device_get(run[1]))
     assert vlm.config == SMOKE.config
 
 

@@ -17,7 +17,7 @@ from vlcache_jax.training.state import init_state, make_train_step
 def vlm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_llava(folder)
-    return vlc.load(folder, dtype="float32")
+    return vlc.load(folder, dtype="float32", layout="stacked")
 
 
 def image(seed):

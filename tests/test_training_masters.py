@@ -33,7 +33,7 @@ def test_types_of_parameters_and_of_the_computation(folder):
     batch = vlm.processor(images=[IMAGE], text=["<image> w1 w2"])
     _, state = jax.eval_shape(lambda p: vlc.prefill(vlm.model, p, batch, vlc.FullCache()).start(2), vlm.params)
     assert state.context.keys.dtype == jnp.bfloat16
-    hidden = jax.eval_shape(lambda p: vlm.model.apply({"params": p}, batch, method="embed"), vlm.params)
+    hidden = jax.eval_shape(lambda p: vlm.model.apply({"params": p}, batch, method="embed").hidden, vlm.params)
     assert hidden.dtype == jnp.bfloat16
     assert {x.dtype.name for x in jax.tree.leaves(vlc.load(folder).params)} == {"bfloat16"}
     assert vlc.load(folder, param_dtype="bfloat16", dtype="float32").model.dtype == jnp.float32
@@ -47,7 +47,7 @@ def test_the_loss_falls_with_float32_masters_and_hardly_without(folder):
     trainable = ("projector", "decoder")
     fall = {}
     for param_dtype in ("float32", "bfloat16"):
-        vlm = vlc.load(folder, dtype="bfloat16", param_dtype=param_dtype)
+        vlm = vlc.load(folder, dtype="bfloat16", param_dtype=param_dtype, layout="stacked")
         batch = make_train_batch(
             vlm.processor, [[IMAGE]] * 2, ["<image> w1 w2 w3", "<image> w4 w5"], ["w6 w7 w8", "w9 w1"], length=32
         )

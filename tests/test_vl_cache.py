@@ -22,7 +22,7 @@ def attention_maps(model, params, batch):
 
     @jax.jit
     def run(variables, batch):
-        hidden = model.apply(variables, batch, method="embed")
+        hidden = model.apply(variables, batch, method="embed").hidden
         positions = jnp.broadcast_to(jnp.arange(batch.length), batch.tokens.shape)
         return model.apply(variables, hidden, positions, attend, method="decode")[2]
 
@@ -116,7 +116,7 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(budg
         new = np.asarray(tokens[:steps])[:, row]
         hidden = jnp.concatenate(
             [
-                model.apply({"params": params}, batch, method="embed")[row : row + 1, :n],
+                model.apply({"params": params}, batch, method="embed").hidden[row : row + 1, :n],
                 model.apply({"params": params}, jnp.asarray(new)[None], method="embed_tokens"),
             ],
             axis=1,

@@ -2,12 +2,14 @@
 
 import flax.linen as nn
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
 from vlcache_jax.models.decoder.decoder import Decoder
+from vlcache_jax.models.families.module import in_order
 from vlcache_jax.typing import ModelSpec
 
 _PATHS = {
@@ -165,7 +167,7 @@ class TextModel(nn.Module):
         )
 
     def embed(self, batch):
-        return self.decoder.embed(batch.tokens)
+        return in_order(self.decoder.embed(jnp.asarray(batch.tokens)), batch)
 
     def embed_tokens(self, tokens):
         return self.decoder.embed(tokens)

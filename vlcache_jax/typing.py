@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Protocol
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -44,6 +46,30 @@ class ModelSpec:
         return tuple(i for i, window in enumerate(self.layer_windows) if window is None)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embedded:
+    """What goes into the decoder. A pytree.
+
+    Positions belong to the model: it says where the tokens of a prompt stand, and where the answer goes on, which after
+    images need not be their number.
+
+    Attributes:
+      hidden: [batch, length, hidden].
+      positions: i32 [batch, length], rotary positions, or [batch, 3, length] of a model with three axes (M-RoPE);
+        those of padding are not beyond the row's last one.
+      next_position: i32 [batch]. Position of the token behind the row's last one; text goes on from there by ones, on
+        all axes.
+      layer_inputs: [n, batch, length, hidden], n <= layers: what is added to the hidden state behind each of the first
+        n layers (Qwen3-VL's deepstack); None if nothing is.
+    """
+
+    hidden: jax.Array
+    positions: jax.Array
+    next_position: jax.Array
+    layer_inputs: jax.Array | None = None
+
+
 class VisionLanguageModel(Protocol):
     """A hashable Flax Linen module with these methods, reached through `model.apply({"params": params}, ...)`."""
 
@@ -54,8 +80,10 @@ class VisionLanguageModel(Protocol):
     def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any:
         """Linen's `apply`; `method` is one of
 
-        embed(batch) -> [batch, length, hidden], embed_tokens(tokens) -> [batch, length, hidden],
-        decode(hidden, positions, attend, carry, xs) -> (hidden, carry, ys), unembed(hidden) -> f32 logits,
+        embed(batch) -> Embedded, embed_tokens(tokens) -> [batch, length, hidden],
+        decode(hidden, positions, attend, carry, xs, layer_inputs=None) -> (hidden, carry, ys): `positions` and
+        `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes;
+        unembed(hidden) -> f32 logits,
         rotate(x, positions) -> x with rotary positions (without parameters; only expected attention asks for it).
         """
 

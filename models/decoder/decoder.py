@@ -140,10 +140,10 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
+        layers: Any = DecoderLayer(c, self.dtype, layout)
         if layout.layers_apart:
-            self.layers = [DecoderLayer(c, self.dtype, layout) for _ in range(c.num_layers)]
-        else:
-            self.layers = DecoderLayer(c, self.dtype, layout)
+            layers = [DecoderLayer(c, self.dtype, layout) for _ in range(c.num_layers)]
+        self.layers = layers
         self.final_norm = _norm(c, self.dtype)
         self.lm_head = None
         if layout.own_head or not c.tie_embeddings:
@@ -155,7 +155,13 @@ class Decoder(nn.Module):
         return embedded if scale is None else embedded * jnp.asarray(scale, self.dtype)
 
     def __call__(
-        self, hidden: jax.Array, positions: jax.Array, attend: Attend, carry: Any = None, xs: Any = None
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        carry: Any = None,
+        xs: Any = None,
+        layer_inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         """Runs all layers.
 
@@ -166,6 +172,7 @@ class Decoder(nn.Module):
           attend: see the module's description.
           carry: first layer's carry.
           xs: pytree stacked over layers, or None.
+          layer_inputs: [n, batch, length, hidden_size], added to the hidden state behind each of the first n layers.
 
         Returns:
           (hidden after the final norm, last layer's carry, ys stacked over layers).
@@ -176,22 +183,26 @@ class Decoder(nn.Module):
         # Layers of every kind are in one scan, which compiles one layer: what differs is data, or a branch in `attend`.
         table = jax.tree.map(lambda *x: jnp.stack(x), *rotations) if mixed else rotations[0]
         windowed = jnp.asarray([w is not None for w in c.windows], jnp.int32) if mixed else None
+        numbers = None if layer_inputs is None else jax.lax.iota(jnp.int32, c.num_layers)
 
         def body(layer: DecoderLayer, state, item):
-            (x, carry), (xs, kind) = state, item
+            (x, carry), (xs, kind, number) = state, item
             rotation = jax.tree.map(lambda t: t[kind], table) if mixed else table
             x, carry, ys = layer(x, rotation, attend, carry, xs)
+            if layer_inputs is not None:
+                more = layer_inputs[jnp.minimum(number, len(layer_inputs) - 1)].astype(x.dtype)
+                x = x + jnp.where(number < len(layer_inputs), more, 0)
             return (x, carry), ys
 
         if self.remat:
             body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
         if isinstance(self.layers, DecoderLayer):
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-            (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed))
+            (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed, numbers))
             return self.final_norm(hidden), carry, ys
         outputs = []
         for number, layer in enumerate(self.layers):
-            item = jax.tree.map(lambda x: x[number], (xs, windowed))  # noqa: B023
+            item = jax.tree.map(lambda x: x[number], (xs, windowed, numbers))  # noqa: B023
             (hidden, carry), ys = body(layer, (hidden, carry), item)
             outputs.append(ys)
         return self.final_norm(hidden), carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)

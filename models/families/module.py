@@ -12,9 +12,17 @@ from vlcache_jax.models.decoder.decoder import Attend
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.typing import ModelSpec, Params
+from vlcache_jax.typing import Embedded, ModelSpec, Params
 
 _apply = automatic(nn.Module.apply)
+
+
+def in_order(hidden: jax.Array, batch: Batch) -> Embedded:
+    """Embeddings [batch, length, hidden] at the positions 0, 1, 2 ..."""
+    lengths = jnp.asarray(batch.lengths)
+    positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
+    # Not `lengths` itself: a state keeps both, and one buffer cannot be donated twice.
+    return Embedded(hidden, positions, positions[:, -1] + 1)
 
 
 class FamilyModule(nn.Module):
@@ -75,15 +83,21 @@ class FamilyModule(nn.Module):
         """Logits of every position, f32 [batch, length, vocab]: `forward` of plain prompts."""
         return self.forward(batch)
 
-    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> jax.Array:
-        """Token and image embeddings in prompt order, [batch, length, decoder hidden]."""
+    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
+        """Token and image embeddings in prompt order, and where they stand."""
         raise NotImplementedError
 
     def decode(
-        self, hidden: jax.Array, positions: jax.Array, attend: Attend, carry: Any = None, xs: Any = None
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        carry: Any = None,
+        xs: Any = None,
+        layer_inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         """Runs the decoder layers with `attend`; see `Decoder.__call__`."""
-        return self.decoder(hidden, positions, attend, carry, xs)
+        return self.decoder(hidden, positions, attend, carry, xs, layer_inputs)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeddings of generated tokens, i32 [batch, length] -> [batch, length, hidden]."""
@@ -105,16 +119,14 @@ class FamilyModule(nn.Module):
         position_ids: jax.Array | None = None,
     ) -> jax.Array:
         """What `unembed` makes logits of, [batch, length, hidden], with full causal attention; see `forward`."""
-        hidden = self.embed(batch, position_ids)
-        if positions is None:
-            index = jax.lax.iota(jnp.int32, batch.length)[None]
-            positions = jnp.minimum(index, jnp.asarray(batch.lengths)[:, None] - 1)
+        embedded = self.embed(batch, position_ids)
+        positions = embedded.positions if positions is None else positions
 
         def attend(query, key, value, carry, xs):
             mask = Mask(segments=segments)
             return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0], carry, None
 
-        return self.decoder(hidden, positions, attend)[0]
+        return self.decoder(embedded.hidden, positions, attend, layer_inputs=embedded.layer_inputs)[0]
 
     def forward(
         self,
@@ -127,7 +139,7 @@ class FamilyModule(nn.Module):
 
         Args:
           batch: prompts, answers included when training.
-          positions: i32 [batch, length] rotary positions; 0, 1, 2, ... by default.
+          positions: i32 [batch, length] rotary positions; by default those of the model.
           segments: i32 [batch, length]; see `kernels.attention`.
           position_ids: i32 [patches], rows of the tower's position table, for tiles smaller than its full size.
 

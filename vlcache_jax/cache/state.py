@@ -39,7 +39,8 @@ class KVState:
     Attributes:
       context: the kept part of the prompt.
       tail: the generated tokens.
-      next_position: i32 [batch]. Rotary position of the next token; goes on from the original prompt length.
+      next_position: i32 [batch]. Rotary position of the next token; the model says where an answer begins.
+      next_index: i32 [batch]. How many tokens there were, kept or not: what positions in stores count.
       allocation: how the budget was shared out.
       finite: bool [batch]. False once a score, a merged key or value, or a logit of the row was NaN or infinite, or the
         row could not be appended to: what it says from there on means nothing.
@@ -51,6 +52,7 @@ class KVState:
     context: PackedStore
     tail: TailStore
     next_position: jax.Array
+    next_index: jax.Array
     allocation: Allocation
     finite: jax.Array
     decoding: Any = dataclasses.field(metadata={"static": True})

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.store import PackedStore, regular_pool
 from vlcache_jax.errors import InputError
+from vlcache_jax.inference.forward import embed_text, run_layers
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic
@@ -29,6 +30,7 @@ def append_block(
     params: Params,
     stores: tuple[PackedStore, ...],
     next_position: jax.Array,
+    next_index: jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
     room: int,
@@ -40,7 +42,8 @@ def append_block(
     Args:
       model, params, kernels: as in `generate`.
       stores: what comes before, of as many rows as the block or a divisor of it (see `union_attention`).
-      next_position: i32 [context rows], position of the block's first token.
+      next_position: i32 [context rows], rotary position of the block's first token.
+      next_index: i32 [context rows], how many tokens came before it.
       tokens: i32 [rows, length], right-padded.
       lengths: i32 [rows], 1 <= lengths <= length.
       room: slots of a layer in the new store, a multiple of `geometry.ALIGNMENT`.
@@ -49,11 +52,11 @@ def append_block(
     Returns:
       (logits after the last token of each row f32 [rows, vocab], the new store).
     """
-    rows, length = tokens.shape
+    rows = tokens.shape[0]
     spec = model.spec
     if spec.windows:
         raise InputError("text cannot be appended to a context of a model whose layers have windows: compress it whole")
-    first = jnp.repeat(next_position, rows // next_position.shape[0], total_repeat_length=rows)
+    start, first = (jnp.repeat(x, rows // x.shape[0], total_repeat_length=rows) for x in (next_position, next_index))
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, carry: Any, layer: jax.Array) -> Any:
         block, lse = ops.attention(kernels, query, key, value, lengths, with_lse=True)
@@ -62,13 +65,8 @@ def append_block(
         out, _ = merge([(block.astype(jnp.float32), lse.astype(jnp.float32)), before])
         return out, carry, tuple(x.swapaxes(1, 2).astype(spec.dtype) for x in (key, value))
 
-    variables = {"params": params}
-    hidden = model.apply(variables, tokens, method="embed_tokens")
-    positions = first[:, None] + jnp.minimum(jax.lax.iota(jnp.int32, length)[None], lengths[:, None] - 1)
-    layers = jax.lax.iota(jnp.int32, spec.num_layers)
-    hidden, _, (keys, values) = model.apply(variables, hidden, positions, attend, None, layers, method="decode")
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    logits = model.apply(variables, last, method="unembed")
+    embedded, layers = embed_text(model, params, tokens, start, lengths), jax.lax.iota(jnp.int32, spec.num_layers)
+    logits, _, (keys, values) = run_layers(model, params, embedded, lengths, attend, None, layers)
 
     # [layers, rows, kv_heads, length, head_dim] -> [rows, kv_heads, layers, length, head_dim]
     keys, values = (jnp.moveaxis(x, 0, 2) for x in (keys, values))

@@ -40,7 +40,8 @@ class Context:
       params: its parameters: a reference, not a copy.
       stores: the kept part of the prompt, then what was appended. Stores of earlier stages may have fewer rows: a
         divisor of `rows`; consecutive rows share theirs.
-      next_position: i32 [rows]. Position of the next token.
+      next_position: i32 [rows]. Rotary position of the next token.
+      next_index: i32 [rows]. How many tokens there were, kept or not: what positions in stores count.
       logits: f32 [rows, vocab]. Of the next token.
       allocation: how the budget was shared out; of the rows that were compressed.
       report: what was kept; its `finite` is of the context's rows.
@@ -53,6 +54,7 @@ class Context:
     params: Params
     stores: tuple[PackedStore, ...]
     next_position: jax.Array
+    next_index: jax.Array
     logits: jax.Array
     allocation: Allocation
     report: Report
@@ -107,11 +109,10 @@ def started(ctx: Context, max_new_tokens: int, rows: int) -> tuple[jax.Array, KV
     room = ctx.decoding.tail_tokens(answer_room(max_new_tokens))
     own = (ctx.stores, ctx.observed) if ctx.decoding.rewrites_context else ()
     with on_mesh_of(ctx.params, ctx.stores):
-        tail, (logits, next_position, finite, own) = _start(
-            ctx.model, (ctx.logits, ctx.next_position, ctx.report.finite, own), rows, room
-        )
+        each = (ctx.logits, (ctx.next_position, ctx.next_index), ctx.report.finite, own)
+        tail, (logits, (position, index), finite, own) = _start(ctx.model, each, rows, room)
     (context, *more), observed = own or (ctx.stores, ctx.observed)
-    return logits, KVState(context, tail, next_position, ctx.allocation, finite, ctx.decoding, tuple(more), observed)
+    return logits, KVState(context, tail, position, index, ctx.allocation, finite, ctx.decoding, tuple(more), observed)
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "room"))

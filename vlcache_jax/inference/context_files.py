@@ -22,8 +22,8 @@ from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.parallel.mesh import check_known, on_mesh_of
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 
-_SINCE = "the rule for generated tokens"
-KIND = Kind("vlcache_jax.inference.context", "context", 3, "compress the prompt and save it again", _SINCE)
+_SINCE = "the rule for generated tokens and the number of tokens"
+KIND = Kind("vlcache_jax.inference.context", "context", 4, "compress the prompt and save it again", _SINCE)
 _SAMPLES = 64  # numbers of each parameter that the fingerprint reads
 
 
@@ -52,7 +52,7 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
         )
     require_finite(ctx.report.finite, ctx, dtype=ctx.model.spec.dtype, density=ctx.report.density)
     arrays = {f"stores.{i}.{name}": getattr(s, name) for i, s in enumerate(ctx.stores) for name in FIELDS}
-    arrays |= {"next_position": ctx.next_position, "logits": ctx.logits}
+    arrays |= {"next_position": ctx.next_position, "next_index": ctx.next_index, "logits": ctx.logits}
     arrays |= {f"report.{name}": getattr(ctx.report, name) for name in REPORT}
     for name, x in arrays.items():
         check_known(x, f"{name} of the context")

@@ -59,9 +59,11 @@ class ContextReader:
         self.within("next_position", next_position, 1, self.spec.max_positions)
         logits = self.take("logits", "float32", (rows, None))
         self.require(logits.shape[1] > 0 and bool(np.isfinite(logits).all()), "logits are not finite")
+        next_index = self.take("next_index", "int32", (rows,))
+        self.within("next_index", next_index, 1, self.spec.max_positions)
         count, room = self.count("stores"), self.count("room")
         self.require(1 <= count <= len(self.arrays), f"it claims {count} stores")
-        stores = tuple(self.store(i, next_position) for i in range(count))
+        stores = tuple(self.store(i, next_index) for i in range(count))
         self.require(not _repeated(self.seen), "two of its stores hold the same position of a layer")
         if room:
             self.check_room(stores[-1], room, rows)
@@ -74,6 +76,7 @@ class ContextReader:
             params=self.params,
             stores=stores,
             next_position=jnp.array(next_position),
+            next_index=jnp.array(next_index),
             logits=jnp.array(logits),
             allocation=Allocation(requested=report.kept, density=report.density),
             report=report,
@@ -81,11 +84,11 @@ class ContextReader:
             decoding=self.decoding(),
         )
 
-    def store(self, number: int, next_position: np.ndarray) -> PackedStore:
+    def store(self, number: int, next_index: np.ndarray) -> PackedStore:
         def take(name: str, dtype: str, *shape: int | None) -> np.ndarray:
             return self.take(f"stores.{number}.{name}", dtype, shape)
 
-        where, spec, rows = f"stores.{number}", self.spec, len(next_position)
+        where, spec, rows = f"stores.{number}", self.spec, len(next_index)
         found = self.arrays.get(f"{where}.keys")
         quantised = found is not None and found.dtype == np.int8
         dtype = "int8" if quantised else jnp.dtype(spec.dtype).name
@@ -119,7 +122,7 @@ class ContextReader:
         self.within(f"{where}.lengths", lengths, 0, slots)
         self.require(bool((offsets % alignment == 0).all()), f"{where}.offsets are not multiples of {alignment}")
         self.within(f"{where}: ends of segments", offsets.astype(np.int64) + lengths, 0, slots)
-        used = self.segments(where, arrays["positions"], offsets, lengths, next_position.reshape(own, -1).min(axis=1))
+        used = self.segments(where, arrays["positions"], offsets, lengths, next_index.reshape(own, -1).min(axis=1))
         floats = {name: x for name, x in arrays.items() if x.dtype not in (np.int8, np.int32)}
         for name, x in floats.items():
             self.require(_finite(name, x, used), f"{where}.{name} are not finite")
@@ -149,7 +152,7 @@ class ContextReader:
         rising = positions[..., 1:] > positions[..., :-1]
         self.require(bool((rising | ~same).all()), f"{where}.positions do not ascend, or one occurs twice")
         inside = (positions >= 0) & (positions < ends[:, None, None])
-        self.require(bool((inside | ~used).all()), f"{where}.positions are not all below next_position")
+        self.require(bool((inside | ~used).all()), f"{where}.positions are not all below next_index")
         self.require(bool((used | (positions == -1)).all()), f"{where}.positions of free slots are not -1")
         # A number for each token of each layer and KV head.
         segment = np.take_along_axis(order, segment, axis=2)

@@ -10,6 +10,7 @@ import numpy as np
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inference.finiteness import finite_rows
+from vlcache_jax.inference.forward import embed_text, run_layers
 from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
@@ -83,18 +84,16 @@ def advance(
     fits = _fits(state)
     state = state.decoding.make_room(state)
     attend, carry, close = state.decoding.attend(state, kernels, model.spec)
-    variables = {"params": params}
-    hidden = model.apply(variables, tokens[:, None], method="embed_tokens")
-    positions = state.next_position[:, None]
-    hidden, carry, _ = model.apply(
-        variables, hidden, positions, attend, carry, jax.lax.iota(jnp.int32, model.spec.num_layers), method="decode"
-    )
-    logits = model.apply(variables, hidden[:, 0], method="unembed")
+    one = jnp.ones_like(state.next_position)
+    embedded = embed_text(model, params, tokens[:, None], state.next_position, one)
+    layers = jax.lax.iota(jnp.int32, model.spec.num_layers)
+    logits, carry, _ = run_layers(model, params, embedded, one, attend, carry, layers)
     logits = jnp.where(fits[:, None], logits, jnp.nan)
     new = close(carry)
     tail = dataclasses.replace(new.tail, length=new.tail.length + 1)
     finite = state.finite & finite_rows(logits)
-    return logits, dataclasses.replace(new, tail=tail, next_position=new.next_position + 1, finite=finite)
+    position, index = embedded.next_position, new.next_index + 1
+    return logits, dataclasses.replace(new, tail=tail, next_position=position, next_index=index, finite=finite)
 
 
 def _fits(state: KVState) -> jax.Array:

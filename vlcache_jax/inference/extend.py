@@ -68,17 +68,20 @@ def extended(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_t
             ctx.params,
             ctx.stores,
             ctx.next_position,
+            ctx.next_index,
             tokens,
             lengths,
             room,
             ctx.room if join else 0,
             kernels or Kernels(),
         )
-    next_position, finite = _moved_on(ctx.next_position, ctx.report.finite, lengths, logits)
+    following = (ctx.next_position, ctx.next_index)
+    (next_position, next_index), finite = _moved_on(following, ctx.report.finite, lengths, logits)
     return dataclasses.replace(
         ctx,
         stores=(*(ctx.stores[:-1] if join else ctx.stores), store),
         next_position=next_position,
+        next_index=next_index,
         logits=logits,
         report=dataclasses.replace(ctx.report, finite=finite),
         room=room,
@@ -88,11 +91,11 @@ def extended(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_t
 @jax.jit
 @automatic
 def _moved_on(
-    next_position: jax.Array, finite: jax.Array, lengths: jax.Array, logits: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The next position and the flags after a block of [rows] `lengths`."""
+    following: tuple[jax.Array, jax.Array], finite: jax.Array, lengths: jax.Array, logits: jax.Array
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The next position and index, and the flags, after a block of [rows] `lengths`."""
     rows = lengths.shape[0]
-    return branches(next_position, rows) + lengths, branches(finite, rows) & finite_rows(logits)
+    return tuple(branches(x, rows) + lengths for x in following), branches(finite, rows) & finite_rows(logits)
 
 
 def _flat(block: Any, rows: int) -> tuple[Array, Array]:

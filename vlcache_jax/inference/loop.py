@@ -123,6 +123,7 @@ def _step(
         kv,
         finite=jnp.where(done, state.kv.finite, kv.finite),
         next_position=jnp.where(done, state.kv.next_position, kv.next_position),
+        next_index=jnp.where(done, state.kv.next_index, kv.next_index),
         tail=dataclasses.replace(kv.tail, length=jnp.where(done, 0, kv.tail.length)),  # never full, and soon read
     )
     token = jnp.where(done, model.spec.pad_token_id, next_token(logits, state.options, step))

@@ -18,6 +18,7 @@ from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.finiteness import finite_rows, require_finite
+from vlcache_jax.inference.forward import embed_prompt, run_layers
 from vlcache_jax.inference.report import make_report
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
@@ -126,13 +127,14 @@ def run_prompts(
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
         ran = _prefill(model, params, batch, policy, kernels or Kernels())
-    logits, stores, lengths, allocation, finite, observed = ran
+    logits, stores, next_position, lengths, allocation, finite, observed = ran
     report = make_report(model.spec, policy, stores, allocation, lengths, batch.length, finite)
     return Context(
         model=model,
         params=params,
         stores=stores,
-        next_position=lengths,
+        next_position=next_position,
+        next_index=lengths,
         logits=logits,
         allocation=allocation,
         report=report,
@@ -145,20 +147,16 @@ def run_prompts(
 @automatic
 def _prefill(
     model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, Allocation, jax.Array, Any]:
-    """(logits, stores, lengths, allocation, whether all was finite, what the rule of generated tokens remembers)."""
-    variables = {"params": params}
-    hidden = model.apply(variables, batch, method="embed")
-    lengths = varying(jnp.asarray(batch.lengths), params, batch)
-    positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
-    run = partial(model.apply, variables, hidden, positions, method="decode")
+) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any]:
+    """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers)."""
+    embedded = embed_prompt(model, params, batch)
+    lengths, next_position = (varying(jnp.asarray(x), params, batch) for x in (batch.lengths, embedded.next_position))
+    run = partial(run_layers, model, params, embedded, lengths)
     fill = _keep_all if policy.keeps_all or not model.spec.full_layers else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    hidden, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    logits = model.apply(variables, last, method="unembed")
+    logits, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
-    return logits, tuple(stores), lengths, allocation, finite, observed
+    return logits, tuple(stores), next_position, lengths, allocation, finite, observed
 
 
 def _keep_all(
@@ -212,7 +210,7 @@ def _keep_all(
     shape = (batch.size, spec.num_kv_heads, slots, spec.head_dim)
     pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
     pools = varying(tuple(split(x) for x in pools), lengths)
-    hidden, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
+    logits, (keys, values, *scales), channels = run(attend, pools, jax.lax.iota(jnp.int32, layers))
     of_codes = dict(zip(("key_scales", "value_scales"), scales))
     if channels is not None:
         of_codes["value_channels"] = channels.swapaxes(0, 1)
@@ -221,7 +219,7 @@ def _keep_all(
     else:
         context = PackedStore.regular(keys, values, lengths, layers, room, **of_codes)
     kept = jnp.broadcast_to(context.lengths[..., 0], (batch.size, layers))
-    return hidden, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
+    return logits, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
 
 
 def _compress(
@@ -314,7 +312,7 @@ def _compress(
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
         return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted)
 
-    hidden, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
+    logits, _, layer_outputs = run(attend, None, jax.lax.iota(jnp.int32, layers))
     keys, values, scores, ties, positions, channels, (density, finite), measured, noted = layer_outputs
     density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
     if spec.windows:
@@ -351,4 +349,4 @@ def _compress(
     context = selected.pack(pool, policy.bits, room)
     observed = rule.remember(policy, Prompt(scores, order, requested, context, room, noted))
     allocation = Allocation(requested=requested, density=density.T)
-    return hidden, [context, *policy.evicted.stores(selected, budget.layers)], allocation, observed
+    return logits, [context, *policy.evicted.stores(selected, budget.layers)], allocation, observed

@@ -173,6 +173,7 @@ class _Prompt:
             "context": context,
             "tail": None,
             "next_position": ctx.next_position,
+            "next_index": ctx.next_index,
             "allocation": Allocation(ctx.report.kept, ctx.report.density),  # a context from a file has no more
             "finite": ctx.report.finite,
             "decoding": ctx.decoding,

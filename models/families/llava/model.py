@@ -12,8 +12,9 @@ from vlcache_jax.files.exporting import static_field
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.llava.projector import Projector
-from vlcache_jax.models.families.module import FamilyModule
+from vlcache_jax.models.families.module import FamilyModule, in_order
 from vlcache_jax.models.vision.clip import ClipVisionTower
+from vlcache_jax.typing import Embedded
 
 
 @static_field
@@ -49,12 +50,12 @@ class Llava(FamilyModule):
             features = features[:, 1:]  # without the class token
         return self.projector(features)
 
-    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> jax.Array:
-        """Token and image embeddings in prompt order, [batch, length, decoder hidden]."""
+    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
+        """Token and image embeddings in prompt order, one position after another."""
         embedded = self.decoder.embed(jnp.asarray(batch.tokens))
         rows, tiles = batch.pixels.shape[:2]
         if tiles == 0:
-            return embedded
+            return in_order(embedded, batch)
         features = self.encode_images(
             jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]), position_ids
         )
@@ -63,4 +64,4 @@ class Llava(FamilyModule):
         visual = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
         if self.config.grid_pinpoints:
             visual = jnp.where((index == NEWLINE)[..., None], self.image_newline.astype(self.dtype), visual)
-        return jnp.where((index == TEXT)[..., None], embedded, visual)
+        return in_order(jnp.where((index == TEXT)[..., None], embedded, visual), batch)

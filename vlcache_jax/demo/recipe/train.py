@@ -87,7 +87,7 @@ def _run(model: Llava, params: Params, batch: DemoBatch, *, evict: bool) -> tupl
             out = evicted_attention(out, query, key, value, train.segments, columns, batch.ahead)
         return out, carry, alignment(query, key, train.segments, columns, batch.ahead)
 
-    hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed")
+    hidden = model.apply(variables, _plain(batch), batch.patch_ids, method="embed").hidden
     hidden, _, losses = model.apply(variables, hidden, train.positions, attend, method="decode")
     return hidden, jnp.mean(losses)
 

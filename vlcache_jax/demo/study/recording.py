@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.inference.forward import embed_prompt, run_layers
 from vlcache_jax.inputs import Batch
+from vlcache_jax.models.families.module import in_order
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
@@ -42,18 +44,15 @@ class Recording:
 @partial(jax.jit, static_argnames=("model",))
 def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recording:
     """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed."""
-    variables, kernels, lengths = {"params": params}, Kernels(), jnp.asarray(batch.lengths)
-    positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, batch.length), (batch.size, batch.length))
+    kernels, lengths = Kernels(), jnp.asarray(batch.lengths)
 
     def attend(query, key, value, carry, _):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
         return out, carry, (query, key, value)
 
-    hidden = model.apply(variables, batch, method="embed")
-    hidden, _, recorded = model.apply(variables, hidden, positions, attend, method="decode")
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    query, key, value = recorded
-    return Recording(query, key, value, model.apply(variables, last, method="unembed"))
+    embedded = embed_prompt(model, params, batch)
+    logits, _, (query, key, value) = run_layers(model, params, embedded, lengths, attend)
+    return Recording(query, key, value, logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Replay:
     def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any:
         """Replays `embed`, `decode` and `unembed` of a prompt; everything else is the model's."""
         if method == "embed":
-            return jnp.zeros((args[0].size, args[0].length, _PLACEHOLDER))
+            batch = args[0]
+            return in_order(jnp.zeros((batch.size, batch.length, _PLACEHOLDER)), batch)
         replayed = method in ("decode", "unembed") and args[0].shape[-1] == _PLACEHOLDER
         if not replayed:
             own = {"params": variables["params"]["model"]} if variables else {}

@@ -71,7 +71,7 @@ def appending(
         since, passed = None, jnp.zeros_like(count)
         if spec.windows:  # a layer with a window sees nothing before `since`, be it of the prompt or of the answer
             window = jnp.asarray([w or spec.max_positions for w in spec.windows], jnp.int32)[layer]
-            since, passed = state.next_position + 1 - window, jnp.clip(count - window, 0, None)
+            since, passed = state.next_index + 1 - window, jnp.clip(count - window, 0, None)
         new = Segments((start + passed)[:, None], (count - passed)[:, None])
         parts = [*(store.layer(layer, since) for store in state.stores), (Store(*pools), new)]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)

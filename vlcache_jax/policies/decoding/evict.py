@@ -146,7 +146,7 @@ class Evict(WeighingRule):
         room = weights.room
         recent, sinks = self.forced
         held = jnp.minimum(context.lengths[..., 0] + 1, weights.sizes + 1)  # within the step
-        here = state.next_position[:, None, None]
+        here = state.next_index[:, None, None]
 
         def attend(query, key, value, carry, layer):
             keys, values, positions, scores = (

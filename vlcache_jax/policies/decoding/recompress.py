@@ -144,7 +144,7 @@ class Recompress(WeighingRule):
 
         def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
             store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
-            return recompress(self, store, tail, observed, state.next_position, full)
+            return recompress(self, store, tail, observed, state.next_index, full)
 
         def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
             return buffers
@@ -172,7 +172,7 @@ def recompress(
     context: PackedStore,
     tail: TailStore,
     observed: RecentQueries,
-    next_position: jax.Array,
+    next_index: jax.Array,
     full: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The context's keys, values and positions after it has taken in the tails that are full, bool [batch]."""
@@ -180,7 +180,7 @@ def recompress(
     row: Any = PartitionSpec(spec[0])
     of_tail = dataclasses.replace(tail, keys=spec, values=spec, length=row)
     inputs = (context.partition_specs(), of_tail, RecentQueries(spec, spec, observed.rows), row, row)
-    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_position, full)
+    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_index, full)
 
 
 def _recompress(
@@ -188,7 +188,7 @@ def _recompress(
     context: PackedStore,
     tail: TailStore,
     observed: RecentQueries,
-    next_position: jax.Array,
+    next_index: jax.Array,
     full: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`recompress` on one device, for its rows and lanes.
@@ -231,7 +231,7 @@ def _recompress(
     old = _context_scores(context.keys, known, queries, lse) / group
     new = _tail_scores(tail_keys, queries, lse, rows) / group
 
-    end = next_position[:, None, None]
+    end = next_index[:, None, None]
     new_positions = jnp.broadcast_to((end - every + jax.lax.iota(jnp.int32, every)[None, None])[:, :, None], new.shape)
     stays, enters = _keep((old, new), (context.positions, new_positions), used, known, offsets, lengths, end, rule)
 
