@@ -173,8 +173,8 @@ def _keep_all(
     starts, tokens = np.cumsum((0, *rooms[:-1])), [min(w or batch.length, batch.length) for w in windows]
 
     def attend(query, key, value, pools, layer):
-        def run(window, *qkv):
-            return ops.attention(kernels, *qkv, lengths, mask=Mask(window=window), with_lse=False)[0]
+        def run(window, query, key, value):
+            return ops.attention(kernels, query, key, value, lengths, mask=Mask(window=window), with_lse=False)[0]
 
         out = ops.of_layer(windows, layer, run, query, key, value)
         held, start = lengths, layer * room
@@ -293,9 +293,9 @@ def _compress(
         return jnp.where(windowed, slots, latest), jnp.where(windowed, 0, sinks)
 
     def attend(query, key, value, carry, layer):
-        def run(window, *qkv):
-            mask = Mask(window=window)
-            return ops.attention(kernels, *qkv, lengths, mask=mask, with_lse=measure and threshold is None)
+        def run(window, query, key, value):
+            lse = measure and threshold is None
+            return ops.attention(kernels, query, key, value, lengths, mask=Mask(window=window), with_lse=lse)
 
         out, lse = ops.of_layer(windows, layer, run, query, key, value)
         seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
@@ -306,7 +306,8 @@ def _compress(
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if count < length:
             wanted = jnp.full_like(lengths, count)
-            positions = candidates(scores, lengths, count, *forced_tokens(wanted, windowed[layer]), ties)
+            latest, first = forced_tokens(wanted, windowed[layer])
+            positions = candidates(scores, lengths, count, latest, first, ties)
             ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
             scores = jnp.take_along_axis(scores, positions, axis=2)
             key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
