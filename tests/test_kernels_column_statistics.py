@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from tiers import later
 
+from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.kernels.column_statistics import column_statistics, pallas_tpu, xla, xla_columns
 
 BLOCK = 16  # rows of a block in these tests
@@ -27,13 +28,14 @@ quick = settings(max_examples=8, deadline=None, derandomize=True)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-def maps(query, key, scale=None):
-    """Causal logits and attention probabilities, float64 [batch, heads, length, length]."""
+def maps(query, key, scale=None, last=None):
+    """Causal logits and attention probabilities, float64 [batch, heads, length, length]; or up to a row's `last`."""
     q, k = np.asarray(query, np.float64), np.asarray(key, np.float64)
     length, heads, head_dim = q.shape[1:]
     k = np.repeat(k, heads // k.shape[2], axis=2)
     logits = np.einsum("bthd,bshd->bhts", q, k) * (scale or head_dim**-0.5)
-    logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
+    last = np.arange(length)[None] if last is None else last
+    logits = np.where((np.arange(length) <= last[..., None])[:, None], logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return logits, weights / weights.sum(-1, keepdims=True)
 
@@ -49,7 +51,7 @@ def check(statistics, maps, first, count, threshold=THRESHOLD, *, bounded, atol=
         if statistics.column_maximum is not None:
             np.testing.assert_allclose(statistics.column_maximum[b, h], highest, rtol=1e-5, atol=atol)
         if statistics.counts is not None:
-            causal = np.arange(rows.shape[1]) <= np.arange(first[b], first[b] + count[b])[:, None]
+            causal = row_logits > -np.inf
             ratio = rows / rows.max(1, keepdims=True, initial=0)
             # Exact, but for entries within rounding of the threshold.
             at_least = np.sum((ratio >= threshold * (1 + 1e-5)) & causal)
@@ -107,6 +109,30 @@ def cases(draw, shapes=tuple(SHAPES), most=None):
         last = length - int(count[b])
         first[b] = draw(st.sampled_from([0, last]) | st.integers(0, last))
     return shape, first, count
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:3])
+@quick
+@given(case=cases(), seed=st.integers(0, 3), bound=st.sampled_from([None, 8]))
+def test_rows_that_see_later_columns(implementation, case, seed, bound):
+    """Images whose tokens see each other; the one of the second row ends with the prompt."""
+    shape, first, count = case
+    q, k = inputs(shape, seed)
+    blocks = np.full(shape[:2], -1, np.int32)
+    blocks[0, 1:4], blocks[0, 4:17], blocks[1:, -9:] = 0, 1, 0
+    last = Mask(blocks=jnp.asarray(blocks)).last()
+    seen = np.asarray(Mask(blocks=jnp.asarray(blocks)).as_array(shape[1]))
+    np.testing.assert_array_equal(last, shape[1] - 1 - seen[..., ::-1].argmax(axis=-1))
+    count = count if bound is None else np.minimum(count, bound)
+    statistics = compiled(implementation, column_maximum=True, max_rows=bound)(q, k, first, count, last=last)
+    check(statistics, maps(q, k, last=np.asarray(last)), first, count, bounded=bound is not None)
+
+
+def test_the_tpu_kernel_declines_them():
+    q, k = inputs(SHAPES[0])
+    zero = jnp.zeros(2, jnp.int32)
+    with pytest.raises(NotImplementedError, match="pallas_tpu is causal"):
+        column_statistics(q, k, zero, zero, last=jnp.zeros((2, 19), jnp.int32), implementation="pallas_tpu")
 
 
 @every_implementation

@@ -137,6 +137,32 @@ def test_policies(tiny, name):
         np.testing.assert_array_equal(single.report.kept[0], out.report.kept[row])
 
 
+def test_questions_to_one_context(tiny):
+    """Questions of different lengths share the windows of their prompt, then go on; as if each had been put alone."""
+    reference, model, params = tiny
+    batch = text_batch(LENGTHS, LENGTH)
+    rng = np.random.default_rng(5)
+    asked = vlc.Continuation(
+        rng.integers(3, 64, (4, 2, 12)).astype(np.int32), np.array([[3, 12], [1, 7], [5, 2], [9, 9]], np.int32)
+    )
+    ctx = vlc.compress(model, params, batch)
+    out = vlc.answer(ctx, asked, max_new_tokens=NEW, eos_token_ids=[])
+    turned = vlc.answer(vlc.extend(ctx, asked, out), asked, max_new_tokens=4, eos_token_ids=[])
+    for row, question in np.ndindex(4, 2):
+        text = np.asarray(asked.tokens[row, question, : asked.lengths[row, question]])
+        prompt = np.concatenate([batch.tokens[row, : LENGTHS[row]], text])
+        for found in (out, turned):
+            answer = np.asarray(found.tokens).reshape(4, 2, -1)[row, question]
+            with torch.no_grad():
+                given = torch.from_numpy(prompt[None]).long()
+                wanted = reference.generate(  # a mask of its own would leave out what it takes for padding
+                    given, attention_mask=torch.ones_like(given), max_new_tokens=len(answer), do_sample=False,
+                    eos_token_id=-1,
+                )[0, len(prompt) :].numpy()  # fmt: skip
+            np.testing.assert_array_equal(answer, wanted)
+            prompt = np.concatenate([prompt, answer, text])
+
+
 def test_free_slots_are_never_read(tiny):
     _, model, params = tiny
     batch = text_batch(LENGTHS, LENGTH)

@@ -150,9 +150,17 @@ class TextModel(nn.Module):
     """A decoder as a model of text alone; parameters are {"decoder": ...}."""
 
     config: DecoderConfig
+    dtype: str = "float32"
 
     def setup(self):
-        self.decoder = Decoder(self.config)
+        self.decoder = Decoder(self.config, jnp.dtype(self.dtype))
+
+    def __call__(self, batch):
+        def nothing(query, key, value, carry, xs):
+            return query, carry, None
+
+        hidden, _, _ = self.decode(self.embed(batch).hidden, jnp.zeros(batch.tokens.shape, jnp.int32), nothing)
+        return self.unembed(hidden)
 
     @property
     def spec(self):
@@ -162,7 +170,7 @@ class TextModel(nn.Module):
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
             max_positions=c.max_positions,
-            dtype=np.dtype("float32"),
+            dtype=jnp.dtype(self.dtype),
             windows=c.windows,
         )
 

@@ -19,8 +19,8 @@ class Mask:
       causal: row t sees no column after t.
       segments: i32 [batch, length], or None. Row t sees column j only if j is of segment 0 (a shared prefix) or of row
         t's own segment.
-      blocks: i32 [batch, length], or None. Tokens of the same block, a number from 0 on, see each other whatever their
-        order: an image, or a prefix of the prompt. Others, -1 say, are in none.
+      blocks: i32 [batch, length], or None. Consecutive tokens of the same block, a number from 0 on, see each other
+        whatever their order: an image, or a prefix of the prompt. Others, -1 say, are in none.
       window: row t sees no column before t - window + 1, not even of its block: so many tokens, itself included.
 
     Example:
@@ -49,6 +49,15 @@ class Mask:
         """All columns that the rows first .. last - 1 of a sequence see lie between these two, the second excluded."""
         start = 0 if self.window is None else max(0, first - self.window + 1)
         return start, min(last, length) if self.triangular else length
+
+    def last(self) -> jax.Array | None:
+        """i32 [batch, length]: the last column that each row sees, where blocks let it see any after its own."""
+        if self.blocks is None:
+            return None
+        length = self.blocks.shape[1]
+        index = jax.lax.iota(jnp.int32, length)[None]
+        follows = jnp.pad(self.blocks[:, 1:] == self.blocks[:, :-1], ((0, 0), (0, 1))) & (self.blocks >= 0)
+        return jax.lax.cummin(jnp.where(follows, length, index), axis=1, reverse=True)
 
     def as_array(self, length: int) -> jax.Array:
         """bool [batch or 1, length, length]: whether a row sees a column."""

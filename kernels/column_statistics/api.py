@@ -25,6 +25,7 @@ def column_statistics(
     first: jax.Array,
     count: jax.Array,
     *,
+    last: jax.Array | None = None,
     lse: jax.Array | None = None,
     maximum: jax.Array | None = None,
     max_rows: int | None = None,
@@ -50,6 +51,8 @@ def column_statistics(
       key: [batch, length, kv_heads, head_dim], rotated.
       first: i32 [batch], first row of the slice.
       count: i32 [batch], rows in the slice; 0 is allowed. first + count must not pass the true length.
+      last: i32 [batch, length], the last column that each row sees, where that may be one after its own
+        (`Mask.last`). A row's attention, and what counts, reaches to there; those columns are looked at.
       lse: f32 [batch, length, heads], as prefill attention returns it; computed if None.
       maximum: f32, like `lse`: the largest logit of each row.
       max_rows: static bound on `count`, which saves memory and, on accelerators, work; rows beyond it are left out.
@@ -77,6 +80,8 @@ def column_statistics(
     for name, value in (("lse", lse), ("maximum", maximum)):
         if value is not None and value.shape != (batch, length, heads):
             raise ValueError(f"{name} {value.shape} must be [{batch}, {length}, {heads}], one for each query")
+    if last is not None and last.shape != (batch, length):
+        raise ValueError(f"last {last.shape} must be [{batch}, {length}], one for each row")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}: give at least 1, or None for no bound")
     if threshold is not None and not 0 < threshold <= 1:
@@ -84,11 +89,12 @@ def column_statistics(
     first, count = first.astype(jnp.int32), count.astype(jnp.int32)
     if max_rows is None or max_rows >= length:
         # With a bound the statistics start at the slice's first row, also when it is no bound at all.
-        rows = Rows(jnp.zeros_like(first), first, first + count)
+        rows = Rows(jnp.zeros_like(first), first, first + count, last)
         if max_rows is not None:
-            query, lse, maximum, rows = _slice(query, lse, maximum, first, count, length)
+            query, lse, maximum, rows = _slice(query, lse, maximum, last, first, count, length)
     else:
-        query, lse, maximum, rows = _slice(query, lse, maximum, first, jnp.minimum(count, max_rows), max_rows)
+        count = jnp.minimum(count, max_rows)
+        query, lse, maximum, rows = _slice(query, lse, maximum, last, first, count, max_rows)
     options = Options(
         scale=head_dim**-0.5 if scale is None else scale,
         log_threshold=None if threshold is None else math.log(threshold),
@@ -98,11 +104,11 @@ def column_statistics(
     return dispatch(implementation, implementations, _ORDER, query, key, rows, lse, maximum)
 
 
-def _slice(query, lse, maximum, first, count, size):
+def _slice(query, lse, maximum, last, first, count, size):
     """The rows of the slice, moved to the front; rows past the prompt's end repeat its last one and do not count."""
     index = jnp.minimum(first[:, None] + jax.lax.iota(jnp.int32, size)[None], query.shape[1] - 1)
 
     def take(x):
         return None if x is None else jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    return take(query), take(lse), take(maximum), Rows(first, jnp.zeros_like(first), count)
+    return take(query), take(lse), take(maximum), Rows(first, jnp.zeros_like(first), count, take(last))

@@ -38,6 +38,8 @@ def column_statistics(
     interpret: Any = False,
 ) -> ColumnStatistics:
     """See `api.column_statistics`."""
+    if rows.last is not None:
+        raise NotImplementedError("pallas_tpu is causal: rows that see later columns want implementation='xla_columns'")
     batch, size, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads

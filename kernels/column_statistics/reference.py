@@ -14,9 +14,9 @@ def column_statistics(
     k = jnp.repeat(key.astype(jnp.float32), group, axis=2)
     logits = options.scale * jnp.einsum("bthd,bshd->bhts", query.astype(jnp.float32), k, precision="highest")
     index, column = jax.lax.iota(jnp.int32, query.shape[1])[None], jax.lax.iota(jnp.int32, key.shape[1])
-    row = rows.start[:, None] + index  # [batch, rows]
+    last = rows.start[:, None] + index if rows.last is None else rows.last  # [batch, rows]
     chosen = (index >= rows.low[:, None]) & (index < rows.high[:, None])
-    visible = ((column[None, None] <= row[..., None]) & chosen[..., None])[:, None]  # [batch, 1, rows, columns]
+    visible = ((column[None, None] <= last[..., None]) & chosen[..., None])[:, None]  # [batch, 1, rows, columns]
     logits = jnp.where(visible, logits, -jnp.inf)
     attention = jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0)
     large = attention >= jnp.exp(options.log_threshold or 0.0) * jnp.max(attention, axis=-1, keepdims=True)

@@ -30,11 +30,15 @@ class ColumnStatistics(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which rows the query array holds: index i is prompt row start + i, and counts if low <= i < high. i32 [batch]."""
+    """Which rows the query array holds: index i is prompt row start + i, and counts if low <= i < high. i32 [batch].
+
+    `last`, i32 [batch, rows]: the last column that a row sees; None: its own.
+    """
 
     start: jax.Array
     low: jax.Array
     high: jax.Array
+    last: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

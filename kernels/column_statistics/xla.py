@@ -35,7 +35,8 @@ def column_statistics(
     lowest = jnp.finfo(jnp.float32).min
 
     def one_head(item):
-        q, k, row_lse, row_maximum, start, low, high = item  # [group, rows, d], [length, d], 2 x [group, rows], 3 x []
+        q, k, row_lse, row_maximum, rows = item  # [group, rows, d], [length, d], 2 x [group, rows], Rows of one
+        start, low, high, last = rows
 
         def step(i, state):
             wanted = low + i * block
@@ -44,7 +45,8 @@ def column_statistics(
             logits = options.scale * jnp.matmul(part, k.T, preferred_element_type=jnp.float32)
             index = at + jax.lax.iota(jnp.int32, block)[:, None]
             chosen = ((index >= wanted) & (index < high))[None]  # [1, block, 1]
-            visible = (column <= start + index)[None] & chosen  # the block's other rows may be padding, and hold NaN
+            seen = start + index if last is None else jax.lax.dynamic_slice_in_dim(last, at, block)[:, None]
+            visible = (column <= seen)[None] & chosen  # the block's other rows may be padding, and hold NaN
             logits = jnp.where(visible, logits.reshape(group, block, length), lowest)
             top = jax.lax.dynamic_slice_in_dim(state["maximum"], at, block, axis=1)[..., None]
             if need_maximum:
@@ -78,7 +80,8 @@ def column_statistics(
         state = varying(state, item)
         return jax.lax.fori_loop(0, (high - low + block - 1) // block, step, state)
 
-    state = jax.lax.map(one_head, (q, k, row_lse, row_maximum, *(jnp.repeat(x, kv_heads) for x in rows)))
+    of_heads = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), rows)
+    state = jax.lax.map(one_head, (q, k, row_lse, row_maximum, of_heads))
 
     def by_row(x: jax.Array) -> jax.Array:  # [batch * kv_heads, group, rows] -> [batch, rows, heads]
         return spread(rows, x.reshape(batch, heads, size).swapaxes(1, 2))

@@ -31,7 +31,7 @@ def column_statistics(
 
     nothing = jnp.full((batch, size, heads), -jnp.inf, jnp.float32)
     q, k = by_head(query), key.swapaxes(1, 2)  # [batch, kv_heads, length, d]
-    start, low, high = (x[:, None, None, None, None] for x in rows)
+    start, low, high = (x[:, None, None, None, None] for x in rows[:3])
 
     def rows_from(at, wanted, state):
         """Adds the rows wanted .. at + height - 1; at <= wanted where the last block is shifted back to fit."""
@@ -39,7 +39,10 @@ def column_statistics(
         index = at + jax.lax.iota(jnp.int32, height)[None, None, None, :, None]
         chosen = (index >= jnp.maximum(wanted, low)) & (index < high)  # [batch, 1, 1, height, 1]
         blocks: jax.Array | int = -(-length // width)
-        if size > height:  # no block beyond the last row's own column; one block of rows has a static number
+        seen = start + index
+        if rows.last is not None:
+            seen = jax.lax.dynamic_slice_in_dim(rows.last, at, height, axis=1)[:, None, None, :, None]
+        elif size > height:  # no block beyond the last row's own column; one block of rows has a static number
             last = jnp.max(start + jnp.minimum(high, at + height))
             blocks = jnp.clip((last + width - 1) // width, 0, blocks)
 
@@ -48,7 +51,7 @@ def column_statistics(
             keys = jax.lax.dynamic_slice_in_dim(k, left, width, axis=2)
             logits = options.scale * jnp.einsum("bngrd,bnsd->bngrs", part, keys, preferred_element_type=jnp.float32)
             column = left + jax.lax.iota(jnp.int32, width)[None, None, None, None]
-            visible = (column >= i * width) & (column <= start + index) & chosen
+            visible = (column >= i * width) & (column <= seen) & chosen
             return left, jnp.where(visible, logits, lowest), visible
 
         top, log_sum = (jax.lax.dynamic_slice_in_dim(state[x], at, height, axis=3) for x in ("maximum", "lse"))

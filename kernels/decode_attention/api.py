@@ -26,6 +26,7 @@ def decode_attention(
     value_scales: jax.Array | None = None,
     scale: float | None = None,
     causal: bool = False,
+    skip: jax.Array | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -53,6 +54,7 @@ def decode_attention(
       scale: factor of the logits, head_dim ** -0.5 by default.
       causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
         Otherwise every query sees the whole segment.
+      skip: i32 [batch, n], or None: so many slots at its start query i does not see. Plain XLA and the reference only.
       implementation: "xla", "xla_wide" (larger blocks, for GPUs), "pallas_tpu", "pallas_gpu" or "reference"; None takes
         the best of the platform.
       interpret: runs the Pallas implementation that was named in an interpreter: True, or Pallas' own parameters.
@@ -69,7 +71,7 @@ def decode_attention(
         raise ValueError(f"query {query.shape}: want [batch, heads, head_dim] or [batch, n, heads, head_dim]")
     if single:
         query = query[:, None]
-    store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths)
+    store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths, skip)
     _check(query, store, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, causal=causal and query.shape[1] > 1)

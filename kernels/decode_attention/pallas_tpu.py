@@ -87,6 +87,8 @@ def decode_attention(
       NotImplementedError: sizes that the copies cannot be aligned to.
     """
     refuse_if_checked("pallas_tpu")
+    if segments.skip is not None:
+        raise NotImplementedError("pallas_tpu lets all queries of a row see a segment from its first slot on")
     batch, n, heads, head_dim = query.shape
     plan = _plan(query, store, segments)
     group_heads = heads // (plan.items * plan.item_lanes)

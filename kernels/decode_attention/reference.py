@@ -23,7 +23,8 @@ def decode_attention(
     slot = jax.lax.iota(jnp.int32, slots)[None, None, None]
     hidden = (n - 1 - jax.lax.iota(jnp.int32, n))[None, None, :, None] if causal else 0
     inside = ((slot >= first) & (slot < last))[:, :, 0, :, None]  # [batch, heads, slots, 1]
-    seen = jnp.broadcast_to((slot >= first) & (slot < last - hidden), (*last.shape[:2], n, slots))
+    skip = 0 if segments.skip is None else segments.skip[:, None, :, None]
+    seen = jnp.broadcast_to((slot >= first + skip) & (slot < last - hidden), (*last.shape[:2], n, slots))
     k = jnp.where(inside, keys[:, lane].astype(jnp.float32), 0)
     v = jnp.where(inside, values[:, lane].astype(jnp.float32), 0)
     logits = scale * jnp.einsum("bnhd,bhsd->bhns", query.astype(jnp.float32), k, precision="highest")

@@ -49,7 +49,9 @@ class Segments:
     Attributes:
       offsets: i32 [batch, kv_heads or 1].
       lengths: like `offsets`.
+      skip: i32 [query rows] or [query rows, n], or None: so many slots at its start a query does not see.
     """
 
     offsets: jax.Array
     lengths: jax.Array
+    skip: jax.Array | None = None

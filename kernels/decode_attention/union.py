@@ -57,6 +57,7 @@ def union_attention(
       out, _ = union_attention(query, [(Store(keys, values), Segments(offsets, lengths)), (tail, Segments(start, n))])
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    parts = [(store, _begun(query, store, segments)) for store, segments in parts]
     for store, _ in parts:
         if query.shape[0] % store.keys.shape[0]:
             raise ValueError(f"a store of {store.keys.shape[0]} rows cannot be shared by {query.shape[0]} query rows")
@@ -64,7 +65,7 @@ def union_attention(
     def of_part(name: str, query: jax.Array, part: Part) -> Attention:
         store, segments = part
 
-        def attend(query: jax.Array) -> Attention:
+        def attend(query: jax.Array, skip: jax.Array | None = None) -> Attention:
             out, lse = decode_attention(
                 query,
                 store.keys,
@@ -74,6 +75,7 @@ def union_attention(
                 key_scales=store.key_scales,
                 value_scales=store.value_scales,
                 scale=scale,
+                skip=skip,
                 implementation=name,
                 interpret=interpret,
             )
@@ -88,7 +90,8 @@ def union_attention(
         kv_heads = store.lanes if segments.lengths.shape[1] == 1 else segments.lengths.shape[1]
         most = _MOST_GPU_ROWS * kv_heads // heads if name == "pallas_gpu" else _MOST_ROWS // heads
         block = query.reshape(store.keys.shape[0], -1, heads, head_dim)
-        out, lse = _in_chunks(attend, block, max(1, most))
+        skip = None if segments.skip is None else segments.skip.reshape(block.shape[:2])
+        out, lse = _in_chunks(attend, (block, skip), max(1, most))
         return out.reshape(query.shape), lse.reshape(query.shape[:-1])
 
     def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> Attention:
@@ -125,14 +128,26 @@ def _ordinary(query: jax.Array, part: Part) -> bool:
     return query.ndim == 3 and part[0].keys.shape[0] == query.shape[0]
 
 
-def _in_chunks(attend: Callable[[jax.Array], Attention], block: jax.Array, most: int) -> Attention:
-    """`attend` of a block of queries [rows, n, heads, head_dim], at most `most` of them at a time."""
-    rows, n, *rest = block.shape
+def _begun(query: jax.Array, store: Store, segments: Segments) -> Segments:
+    """Segments of one query each, without what it does not see."""
+    if segments.skip is None or not _ordinary(query, (store, segments)):
+        return segments
+    skip = segments.skip[:, None]
+    return Segments(segments.offsets + skip, segments.lengths - skip)
+
+
+def _in_chunks(attend: Callable[..., Attention], arguments: Any, most: int) -> Attention:
+    """`attend` of a block of queries [rows, n, heads, head_dim] and more [rows, n], at most `most` of n at a time."""
+    rows, n, *rest = arguments[0].shape
     chunks = -(-n // most)
     if chunks == 1:
-        return attend(block)
+        return attend(*arguments)
     size = -(-n // chunks)
-    block = jnp.pad(block, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
-    results = jax.lax.map(attend, jnp.moveaxis(block.reshape(rows, chunks, size, *rest), 1, 0))
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - n), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+    results = jax.lax.map(lambda chunk: attend(*chunk), jax.tree.map(cut, arguments))
     out, lse = (jnp.moveaxis(x, 0, 1) for x in results)
     return out.reshape(rows, chunks * size, *rest)[:, :n], lse.reshape(rows, chunks * size, rest[0])[:, :n]

@@ -64,6 +64,10 @@ def decode_attention(
         after = slot >= jnp.maximum(wanted, offsets)[..., None, None]
         inside = after & (slot < ends[..., None, None])
         seen = (after & (slot < last_seen[..., None]))[:, :, None]  # [batch, items, 1, rows or 1, block]
+        if segments.skip is not None:
+            seen &= (slot >= (offsets[..., None] + jnp.repeat(segments.skip, group, axis=1)[:, None])[..., None])[
+                :, :, None
+            ]
         k, v = load(start)
         v = jnp.where(inside[..., None], v, 0)  # 0 * NaN would be NaN
         logits = scale * jnp.einsum("bilrd,bilsd->bilrs", q, k, preferred_element_type=jnp.float32)

@@ -30,7 +30,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import regular_slots
-from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.parallel.mesh import automatic, is_known, split_axes
@@ -150,25 +149,21 @@ class PackedStore:
 
         Args:
           layer: index.
-          since: i32 [batch], the first token that is seen, by its index in prompt and answer, of a layer with a window:
-            its segments hold consecutive tokens. None: all are.
+          since: i32 [rows] or [rows, n], the first token that each query sees, by its index in prompt and answer; of a
+            layer with a window, whose heads hold the same consecutive tokens. None: all see all. Rows are a multiple of
+            the store's.
         """
         channels = None if self.value_channels is None else self.value_channels[:, layer]
         store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
         offsets, lengths = self.offsets[:, layer], self.lengths[:, layer]
         if since is None:
             return store, Segments(offsets, lengths)
-        (batch, lanes, slots), segments = self.positions.shape, offsets.shape[1]
-        if since.shape[0] != batch:
-            raise InputError(
-                f"a context of {batch} rows cannot be shared by {since.shape[0]} where layers have windows, which move "
-                "on with each answer: compress each prompt as often as it is asked"
-            )
-        lane = jax.lax.iota(jnp.int32, segments) * lanes // segments
-        row = jax.lax.iota(jnp.int32, batch)[:, None]
-        first = self.positions[row, lane[None], jnp.minimum(offsets, slots - 1)]
-        before = jnp.clip(since[:, None] - first, 0, lengths)
-        return store, Segments(offsets + before, lengths - before)
+        batch, _, slots = self.positions.shape
+        first = self.positions[jax.lax.iota(jnp.int32, batch), 0, jnp.minimum(offsets[:, 0], slots - 1)]
+        first, held = (jnp.repeat(x, since.shape[0] // batch) for x in (first, lengths[:, 0]))
+        if since.ndim == 2:
+            first, held = first[:, None], held[:, None]
+        return store, Segments(offsets, lengths, jnp.clip(since - first, 0, held))
 
     def kept_positions(self, layer: jax.Array | int) -> jax.Array:
         """i32 [batch, kv_heads, n]: positions that a layer keeps, ascending, -1 beyond the kept ones.

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.store import PackedStore, regular_pool
-from vlcache_jax.errors import InputError
 from vlcache_jax.inference.forward import embed_text, run_layers
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel import ops
@@ -52,16 +51,18 @@ def append_block(
     Returns:
       (logits after the last token of each row f32 [rows, vocab], the new store).
     """
-    rows = tokens.shape[0]
+    rows, length = tokens.shape
     spec = model.spec
-    if spec.windows:
-        raise InputError("text cannot be appended to a context of a model whose layers have windows: compress it whole")
     start, first = (jnp.repeat(x, rows // x.shape[0], total_repeat_length=rows) for x in (next_position, next_index))
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, carry: Any, layer: jax.Array) -> Any:
-        block, lse = ops.attention(kernels, query, key, value, lengths, with_lse=True)
+        windows, since = spec.layer_windows, None
+        block, lse = ops.layer_attention(kernels, windows, layer, query, key, value, lengths, with_lse=True)
         assert lse is not None
-        before = ops.union_attention(kernels, query, [store.layer(layer) for store in stores])
+        if spec.windows:
+            window = jnp.asarray([w or spec.max_positions for w in windows], jnp.int32)[layer]
+            since = first[:, None] + 1 - window + jax.lax.iota(jnp.int32, length)[None]
+        before = ops.union_attention(kernels, query, [store.layer(layer, since) for store in stores])
         out, _ = merge([(block.astype(jnp.float32), lse.astype(jnp.float32)), before])
         return out, carry, tuple(x.swapaxes(1, 2).astype(spec.dtype) for x in (key, value))
 

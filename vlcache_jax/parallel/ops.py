@@ -112,6 +112,26 @@ def attention(
     return local(run, (split, split, split, *row), (split, lse))(query, key, value, lengths, mask)
 
 
+def layer_attention(
+    kernels: Kernels,
+    windows: Sequence[int | None],
+    layer: jax.Array | int,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    mask: Mask = CAUSAL,
+    with_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`attention` in a scan over layers that have `windows` (`ModelSpec.layer_windows`)."""
+
+    def run(window: int | None, *arrays: Any) -> tuple[jax.Array, jax.Array | None]:
+        return attention(kernels, *arrays, mask=dataclasses.replace(mask, window=window), with_lse=with_lse)
+
+    return of_layer(windows, layer, run, query, key, value, lengths)
+
+
 def column_statistics(
     kernels: Kernels,
     query: jax.Array,
@@ -119,21 +139,22 @@ def column_statistics(
     first: jax.Array,
     count: jax.Array,
     lse: jax.Array | None,
+    last: jax.Array | None = None,
     **options: Any,
 ) -> ColumnStatistics:
     """`kernels.column_statistics.column_statistics`."""
 
-    def run(query, key, first, count, lse):
+    def run(query, key, first, count, lse, last):
         return column_statistics_op.column_statistics(
-            query, key, first, count, lse=lse, implementation=kernels.column_statistics, **options
+            query, key, first, count, last=last, lse=lse, implementation=kernels.column_statistics, **options
         )
 
     rows, heads = split_axes(key.shape[0], key.shape[2])
     split, row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    inputs = (split, split, row, row, None if lse is None else split)
+    inputs = (split, split, row, row, None if lse is None else split, None if last is None else row)
     column = PartitionSpec(rows, heads)
     outputs: Any = ColumnStatistics(column, column, lse=split, maximum=split, column_maximum=column)  # type: ignore[arg-type]
-    return local(run, inputs, outputs)(query, key, first, count, lse)
+    return local(run, inputs, outputs)(query, key, first, count, lse, last)
 
 
 def union_attention(
@@ -165,8 +186,8 @@ def union_attention(
             placed: Any = jax.tree.map(lambda _: PartitionSpec(own, lanes), store)
             if store.value_channels is not None:
                 placed = dataclasses.replace(placed, value_channels=PartitionSpec(own, heads))
-            shared = segments.lengths.shape[1] == 1
-            return placed, jax.tree.map(lambda _: PartitionSpec(own, None if shared else heads), segments)
+            table = PartitionSpec(own, None if segments.lengths.shape[1] == 1 else heads)
+            return placed, Segments(table, table, None if segments.skip is None else PartitionSpec(rows))  # type: ignore[arg-type]
 
         block = () if query.ndim == 3 else (None,)
         split = PartitionSpec(rows, *block, heads)

@@ -42,6 +42,8 @@ def decode_attention(
       NotImplementedError: not a bfloat16 store, or sizes that a wgmma does not take.
     """
     refuse_if_checked("pallas_gpu")
+    if segments.skip is not None:
+        raise NotImplementedError("pallas_gpu lets all queries of a row see a segment from its first slot on")
     batch, n, heads, head_dim = query.shape
     lengths = segments.lengths
     kv_heads = store.lanes if lengths.shape[1] == 1 else lengths.shape[1]
