@@ -59,28 +59,18 @@ def _check_train_step(topology, axes, kind=AxisType.Auto):
 
 
 def _check_collectives(compiled):
-    """Within the layers each projection that narrows is summed once forward, each that widens once backward."""
+    """Within the layers only projections are summed, forward and backward, and the gradients of their parameters."""
     of_layers = [x for x in collectives(compiled.as_text()) if "/layers/" in x.place]
     assert of_layers
     for found in of_layers:
         assert found.kind == "all-reduce", found
-        assert found.place.endswith("dot_general"), found
-
-
-SPLITS = [{"data": 2, "model": 2}, {"data": 1, "model": 4}, {"data": 4, "model": 1}]
-MORE = [("v5e:2x2", axes) for axes in SPLITS[1:]] + [("v5e:2x4", {"data": 2, "model": 4})]
+        backward = "transpose(" in found.place  # of parameters, over the data axes: a bias' comes first in its tuple
+        assert found.place.endswith(("dot_general", "reduce_sum") if backward else "dot_general"), found
 
 
 def test_forward_and_its_gradients_on_four_chips():
     """Mosaic kernels cannot be partitioned by the compiler: this compiles only if every chip runs its own."""
     _check_forward("v5e:2x2", {"data": 2, "model": 2}, AxisType.Explicit)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("topology", "axes"), MORE)
-@pytest.mark.parametrize("check", [_check_forward, _check_train_step])
-def test_other_slices(check, topology, axes):
-    check(topology, axes)
 
 
 @pytest.mark.thorough

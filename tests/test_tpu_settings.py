@@ -1,18 +1,15 @@
 """The TPU's compiler takes the kernels, and a step of a whole model, in JAX's 64-bit mode too."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 from test_tpu_attention import arguments as attention_arguments
 from test_tpu_column_statistics import compiled as compiled_statistics
 from test_tpu_decode_attention import arguments as decode_arguments
 from test_tpu_decode_attention import compiled as compiled_decode
-from tpu import compile_for, mesh_of
+from tpu import chip_llava, compile_for, mesh_of
 
 import vlcache_jax as vlc
 from vlcache_jax.kernels.attention import attention
-from vlcache_jax.models.families.llava.model import Llava
-from vlcache_jax.models.families.registry import preset
 from vlcache_jax.planning.programs import Programs, Workload
 
 CHIP, MODEL = "v5e:2x2", "llava-v1.6-mistral-7b"
@@ -33,8 +30,8 @@ def test_kernels_in_64_bit_mode():
 def test_prefill_and_a_step_in_64_bit_mode():
     with jax.enable_x64(True):
         mesh = mesh_of("v5e:2x2", {"data": 1, "model": 1})
-        programs = Programs(Llava(preset(MODEL), jnp.dtype("bfloat16")), mesh)
-        work = Workload(batch=2, prompt=1024, new_tokens=32, tiles=0)
+        programs = Programs(chip_llava(), mesh)
+        work = Workload(batch=2, prompt=512, new_tokens=32, tiles=0)
         for policy in (vlc.VLCache(0.1), vlc.H2O(0.1, decoding="evict")):
             assert programs.prefill(work, policy)[0].refused is None
             assert programs.decode_step(work, policy)[0].refused is None
