@@ -111,7 +111,7 @@ def random_policy(rng: np.random.Generator, side: int, name: str) -> vlc.Policy:
         if name in ("h2o", "tova", "streaming_llm"):
             options["decoding"] = some("append", *RULES)
         elif name not in ("zip_vl", "look_m"):
-            options["generated"] = some(vlc.Append(), vlc.RollingWindow(5), vlc.Recompress(6))
+            options["decoding"] = some(vlc.Append(), vlc.RollingWindow(5), vlc.Recompress(6))
         try:
             policy = KNOWN[name].make(**options)
             check_prefill(Llava(harness.SHAPES["smoke"]).spec, _probe(), policy, 4)  # what the model cannot do

@@ -108,11 +108,18 @@ _MAPS = Path("/proc/self/maps")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Every compiled program takes memory mappings, of which Linux allows a process 65,530: frees them in time.
+    """A test begins without the compilation cache that a command called before it may have switched on.
+
+    Every compiled program takes memory mappings, of which Linux allows a process 65,530: frees them in time.
 
     Before a test rather than after it: no fixture holds anything then, and nothing is patched. Counting them takes
     longer than many a test, so it is done once in a while.
     """
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir:
+        from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", None)
+        reset_cache()
     item.session.tests_started = getattr(item.session, "tests_started", 0) + 1
     if item.session.tests_started % 8 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
         import jax

@@ -49,7 +49,7 @@ def run(model, params, batch, whole, report):
 
 def load(mesh, whole, report):
     """The demo's checkpoint, each process its own parts."""
-    vlm = vlc.load(Path(vlc.__file__).parent / "assets" / "demo_model", dtype="float32", mesh=mesh)
+    vlm = vlc.load(Path(vlc.__file__).parent / "assets" / "demo_model", dtype="float32", mesh=mesh, layout="stacked")
     layers = vlm.params["decoder"]["layers"]
     for name, kernel in (("query", layers["attention"]["query"]["kernel"]), ("down", layers["mlp"]["down"]["kernel"])):
         report(name, float(whole(kernel).astype(np.float64).sum()))

@@ -234,12 +234,16 @@ def test_only_one_module_writes():
     found = {}
     for folder in ("vlcache_jax", "models", "kernels", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path.parent.name != "vlcache_jax" or path.name not in MODULES:
+            if path.parent.name != "files" or path.name not in MODULES:
                 found |= {f"{path.relative_to(ROOT)}: {call}": line for line, call in changes(path)}
-    # The folder of JAX's own cache, which JAX writes to.
-    allowed = {"vlcache_jax/compilation_cache.py: folder.mkdir(mode=448, parents=True, exist_ok=True)"}
+    allowed = {
+        # The folder of JAX's own cache, which JAX writes to; a new folder, which orbax fills; a text.
+        "vlcache_jax/files/compilation_cache.py: folder.mkdir(mode=448, parents=True, exist_ok=True)",
+        "vlcache_jax/training/checkpoint.py: checkpointer.save(folder, args=args.PyTreeSave(arrays))",
+        "models/io/rules.py: self.rename(name)",
+    }
     assert set(found) <= allowed, f"use vlcache_jax.files.writing: {found}"
-    source = ROOT / "vlcache_jax"
+    source = ROOT / "vlcache_jax" / "files"
     assert any("os.replace" in call for _, call in changes(source / "writing.py"))  # the search finds what there is
     assert {call.split("(")[0] for _, call in changes(source / "reading.py")} == {"os.open"}
     assert "O_RDONLY" in (source / "reading.py").read_text()

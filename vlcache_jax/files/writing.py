@@ -10,6 +10,7 @@ import io
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,11 @@ def remove(path: str | os.PathLike[str]) -> None:
         with _writing(path):
             path.unlink(missing_ok=True)
             sync_folder(path.parent)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Removes a folder of this library's own and what is in it, of a link the link only; leaves what it cannot."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -117,9 +117,7 @@ class Programs:
 
     def bytes_of(self, tree: Any) -> int:
         """Bytes of arrays on one device, in the compiler's layouts (tiles may be padded)."""
-        jitted = jax.jit(lambda _: jnp.int32(0), keep_unused=True)
-        with jax.set_mesh(self.mesh):
-            compiled = jitted.trace(tree).lower(lowering_platforms=("tpu",)).compile()
+        compiled = compile_on(self.mesh, lambda _: jnp.int32(0), tree, keep_unused=True)
         return compiled.memory_analysis().argument_size_in_bytes
 
     def available_bytes(self) -> int:

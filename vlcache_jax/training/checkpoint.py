@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.reading import open_plain
 from vlcache_jax.files.safetensors import NAMES
 from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
-from vlcache_jax.files.writing import check_target, make_folder
+from vlcache_jax.files.writing import check_target, make_folder, remove_folder
 
 _KIND = Kind("vlcache_jax.train_state", "train state", 2, "delete it to start afresh")
 _FILE, _ARRAYS = "state.safetensors", re.compile(r"arrays-[0-9]+")
@@ -69,14 +68,15 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
             shapes = {name: [NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()}
             description = {"progress": progress, "arrays": shapes, "folder": new.name, "files": _checksums(new)}
             write_tensor_file(folder / _FILE, _KIND, description, {})
-            for old in folder.glob("arrays-*"):
-                if old != new:
-                    shutil.rmtree(old)
     except (OSError, ValueError) as error:
-        shutil.rmtree(new, ignore_errors=True)
+        remove_folder(new)
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} cannot be written: {error}; choose another folder") from error
+    if jax.process_index() == 0:
+        for old in folder.iterdir():
+            if old != new and _ARRAYS.fullmatch(old.name):
+                remove_folder(old)
     _of_first(np.int32(0))  # nobody goes on before the state is complete
 
 
