@@ -37,7 +37,7 @@ def test_rows_write_at_slots_of_their_own_and_nothing_is_copied(topology, name):
     program = compile_for(topology, steps, *arguments, donate=(0,))
     pools = 2 * 2 * ROWS * kv_heads * LAYERS * CAPACITY * head_dim
     assert program.memory_analysis().alias_size_in_bytes >= pools
-    assert temporaries(program) < max(0.02 * pools, 2**19)  # the smallest pools are 2**23
+    assert temporaries(program) < max(0.02 * pools, 2**21)  # v5p takes a MiB of its own; the smallest pools are 2**23
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
