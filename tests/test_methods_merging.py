@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import method_references as reference
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from stub_model import HEADS, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
@@ -93,6 +93,14 @@ def compiled(kind):
 COMPILED = {kind: compiled(kind) for kind in KINDS}
 
 
+def _nearly_tied(keys, own):
+    """Whether a token is as like to two kept ones as float32 can tell, but not equally."""
+    unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-30)
+    best = np.sort(np.delete(unit, own, axis=0) @ unit[own].T, axis=1)[:, -2:]
+    gap = np.diff(best, axis=1)
+    return bool(np.any((gap > 1e-12) & (gap < 1e-6)))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -123,6 +131,7 @@ def test_any_kept_set(seed, kind, shared, copies, counts):
         own = order[(*cell[:2], min(cell[2], order.shape[2] - 1))]
         own = own[own < tokens]
         n = lengths[cell[1]]
+        assume(not _nearly_tied(keys[cell][:n].astype(float), own))  # where rounding decides
         wanted = reference.merge(keys[cell][:n].astype(float), values[cell][:n].astype(float), own, kind)
         for x, y in zip(found, wanted):
             np.testing.assert_allclose(x[cell][: len(own)], y, rtol=1e-5, atol=1e-5)
