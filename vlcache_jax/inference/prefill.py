@@ -251,7 +251,7 @@ def _compress(
         """(scores, ties, (density, whether heads are finite), what allocation and decoding rule want) of a layer."""
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
-            bounds = {"threshold": threshold, "max_rows": policy.rows.most}
+            bounds: dict[str, Any] = {"threshold": threshold, "max_rows": policy.rows.most}
             statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **bounds)
             if statistics.counts is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
