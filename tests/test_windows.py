@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from text_decoders import TextModel, gemma3, text_batch
+from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 
@@ -193,3 +194,22 @@ def test_what_does_not_know_windows_says_so(tiny):
         vlc.prefill(model, params, batch, vlc.H2O(budget=0.5, decoding="evict"))
     with pytest.raises(vlc.PolicyError, match="RollingWindow does not know"):
         vlc.prefill(model, params, batch, vlc.SnapKV(budget=0.5, decoding=vlc.RollingWindow(4)))
+
+
+def test_a_family_with_windows():
+    """Its `forward` and its caches know them: both give the same next token's logits."""
+    model, params = tiny_llava(windows=(WINDOW, None, WINDOW))
+    batch = ragged_batch(rows=3, length=48, tiles=1)
+    assert model.spec.windows == (WINDOW, None, WINDOW)
+    every = model.apply({"params": params}, batch, method="forward")
+    last = np.take_along_axis(np.asarray(every), np.asarray(batch.lengths)[:, None, None] - 1, axis=1)[:, 0]
+    context = vlc.prefill(model, params, batch, vlc.FullCache())
+    np.testing.assert_allclose(context.logits, last, rtol=1e-5, atol=1e-5)
+    kept = np.asarray(context.kept_positions(0))
+    for row, n in enumerate(np.asarray(batch.lengths)):
+        assert sorted(set(kept[row].ravel()) - {-1}) == list(range(max(0, n - WINDOW), n))
+    full, _ = tiny_llava()
+    other = full.apply({"params": params}, batch, method="forward")
+    assert np.abs(np.asarray(other) - np.asarray(every)).max() > 1e-3
+    with pytest.raises(vlc.InputError, match=r"segments pack several texts.*windows"):
+        model.apply({"params": params}, batch, segments=jnp.zeros(batch.tokens.shape, jnp.int32), method="forward")

@@ -16,7 +16,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla_columns": xla_columns.column_statistics,
     "reference": reference.column_statistics,
 }
-_ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_columns",), "default": ("xla",)}
+_ORDER = {"tpu": ("pallas_tpu", "xla_columns"), "cuda": ("xla_columns",), "default": ("xla",)}
 
 
 def column_statistics(

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.models.decoder.decoder import Attend
@@ -62,6 +63,7 @@ class FamilyModule(nn.Module):
             # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.
             pad_token_id=next(i for i in fillers if 0 <= i < c.decoder.vocab_size),
             vision_grid=self.vision_grid,
+            windows=c.decoder.windows,
         )
 
     def abstract_params(self) -> Params:
@@ -118,15 +120,26 @@ class FamilyModule(nn.Module):
         segments: jax.Array | None = None,
         position_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """What `unembed` makes logits of, [batch, length, hidden], with full causal attention; see `forward`."""
+        """What `unembed` makes logits of, [batch, length, hidden], with the model's own attention; see `forward`."""
         embedded = self.embed(batch, position_ids)
         positions = embedded.positions if positions is None else positions
+        windows = self.spec.layer_windows
+        if segments is not None and self.spec.windows:
+            raise InputError(
+                "segments pack several texts into a row, but layers of this model have windows, which count a row's "
+                "tokens: give each text a row of its own"
+            )
 
-        def attend(query, key, value, carry, xs):
-            mask = Mask(segments=segments)
-            return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0], carry, None
+        def attend(query, key, value, carry, layer):
+            def run(window, *inputs):
+                query, key, value = inputs
+                mask = Mask(segments=segments, window=window)
+                return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0]
 
-        return self.decoder(embedded.hidden, positions, attend, layer_inputs=embedded.layer_inputs)[0]
+            return ops.of_layer(windows, layer, run, query, key, value), carry, None
+
+        layers = jax.lax.iota(jnp.int32, len(windows))
+        return self.decoder(embedded.hidden, positions, attend, None, layers, embedded.layer_inputs)[0]
 
     def forward(
         self,
@@ -135,7 +148,7 @@ class FamilyModule(nn.Module):
         segments: jax.Array | None = None,
         position_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of every position with full causal attention: training, and the yardstick of every cache.
+        """Logits of every position without a cache: training, and the yardstick of every cache.
 
         Args:
           batch: prompts, answers included when training.
@@ -145,5 +158,8 @@ class FamilyModule(nn.Module):
 
         Returns:
           f32 [batch, length, vocab].
+
+        Raises:
+          InputError: segments for a model of which layers have windows.
         """
         return self.unembed(self.hidden_states(batch, positions, segments, position_ids))
