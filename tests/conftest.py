@@ -5,6 +5,7 @@ several processes load the compiler at once. They must be there before JAX is im
 """
 
 import collections
+import functools
 import gc
 import os
 import platform
@@ -33,10 +34,8 @@ _QUICK_COMPILER = (
 
 gc.set_threshold(100_000, 20, 50)  # the default spends an eighth of the time on what tracing leaves
 
-_NEEDS_REFERENCE = re.compile(
-    r"^\s*(import|from) (torch|transformers|build|tiny_checkpoints|checkpoint_models|processing_checkpoint)\b",
-    re.MULTILINE,
-)
+_NEEDS_REFERENCE = re.compile(r"^\s*(import|from) (torch|transformers|build)\b", re.MULTILINE)
+_HELPERS = re.compile(r"^\s*(?:import|from) (\w+)\b", re.MULTILINE)  # of which some lie in this folder
 _NEEDS_TPU_COMPILER = re.compile(r"^(import|from) tpu\b", re.MULTILINE)
 _HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  # where libtpu is published
 
@@ -68,12 +67,20 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] = f"{own} --xla_force_host_platform_device_count=8 {flags}"
 
 
+@functools.cache
+def _needs_reference(path: Path) -> bool:
+    """Whether a file imports torch, transformers or build, itself or through helpers beside it."""
+    text = path.read_text(encoding="utf-8")
+    helpers = (path.with_name(f"{name}.py") for name in set(_HELPERS.findall(text)))
+    return bool(_NEEDS_REFERENCE.search(text)) or any(h.is_file() and _needs_reference(h) for h in helpers)
+
+
 def pytest_ignore_collect(collection_path: Path, config):
     """See `pytest_addoption`; and files that compile for TPUs are left out where libtpu does not exist."""
     if collection_path.suffix != ".py":
         return None
     text = collection_path.read_text(encoding="utf-8")
-    if config.getoption("--core") and (collection_path.name in _WHOLE_MODELS or _NEEDS_REFERENCE.search(text)):
+    if config.getoption("--core") and (collection_path.name in _WHOLE_MODELS or _needs_reference(collection_path)):
         return True
     return True if not _HAS_TPU_COMPILER and _NEEDS_TPU_COMPILER.search(text) else None
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from text_decoders import TextModel, text_batch
+from text_model import TextModel, text_batch
 from tpu import compile_for, temporaries
 
 import vlcache_jax as vlc

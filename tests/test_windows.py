@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from text_decoders import TextModel, gemma3, text_batch
+from text_decoders import gemma3
+from text_model import TextModel, text_batch
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
