@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.kernels.decode_attention import decode_attention
-from vlcache_jax.kernels.decode_attention.shapes import SHAPES, Shape
+from vlcache_jax.kernels.shapes import SHAPES, Shape
 
 ALIGNMENT = 16
 

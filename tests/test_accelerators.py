@@ -5,13 +5,13 @@ from functools import cache, partial
 
 import jax
 import pytest
+from hlo import collectives, loops
 from tpu import chip_llava, compile_for, mesh_of, shape
 
 import vlcache_jax as vlc
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import CAUSAL, FULL, Mask, attention
 from vlcache_jax.planning.compiling import compile_on
-from vlcache_jax.planning.hlo import collectives, loops
 from vlcache_jax.planning.placement import place_batch, place_params
 
 ROWS, LENGTH, TILES = 4, 256, 2

@@ -15,8 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from tiers import later
 
 from vlcache_jax.kernels.decode_attention import decode_attention, pallas_tpu, xla
-from vlcache_jax.kernels.decode_attention.shapes import SHAPES
 from vlcache_jax.kernels.merge import merge
+from vlcache_jax.kernels.shapes import SHAPES
 
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")

@@ -11,7 +11,7 @@ from test_methods_promises import row_alone
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.cache.selection import candidates, protected_first, select
+from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.policies import AccumulatedAttention, DiversityMixed, LayerInputs, StrengthAndSkewness
 from vlcache_jax.policies.scores.rounding import without_rounding
@@ -166,8 +166,9 @@ def test_ties_by_the_second_score_then_by_position():
     ties = jnp.array([[[0.0, 2.0, 1.0, 2.0, 7.0, 0.0]]])
     positions, lengths, one = jnp.arange(6)[None, None], jnp.array([6]), jnp.array([1])
     for slots, wanted in ((2, [1, 5]), (3, [1, 3, 5]), (4, [1, 2, 3, 5]), (5, [0, 1, 2, 3, 5])):
-        kept = select(scores, positions, lengths, jnp.array([slots]), one, 0 * one, ties)
-        assert kept[0, 0, :slots].tolist() == wanted
+        stacked = (x[None] for x in (jnp.array([slots]), one, 0 * one, ties))
+        kept, _ = select_layers(scores[None], positions[None], lengths, *stacked)
+        assert kept[0, 0, 0, :slots].tolist() == wanted
         few = candidates(scores, lengths, slots, one, 0 * one, ties)
         assert few[0, 0].tolist() == wanted
     ranks = protected_first(scores, lengths, jnp.array([[False] * 4 + [True, False]]), ties)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_jax.cache.selection import candidates, select
+from vlcache_jax.cache.selection import candidates, select_layers
 from vlcache_jax.policies.window import forced
 
 BATCH, HEADS, LENGTH = 2, 2, 13
@@ -27,7 +27,8 @@ def expected(scores, length, slots, recent):
 @functools.cache
 def compiled(recent):
     def run(scores, positions, lengths, slots):
-        return select(scores, positions, lengths, slots, *forced(slots, recent))
+        stacked = (x[None] for x in (slots, *forced(slots, recent)))
+        return select_layers(scores[None], positions[None], lengths, *stacked)[0][0]
 
     return jax.jit(run)
 

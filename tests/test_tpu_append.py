@@ -7,7 +7,7 @@ from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.append import append
 from vlcache_jax.kernels.decode_attention import Segments, Store, union_attention
-from vlcache_jax.kernels.decode_attention.shapes import SHAPES
+from vlcache_jax.kernels.shapes import SHAPES
 
 LAYERS, ROWS, CAPACITY = 8, 4, 512
 MODELS = list({shape.head_dim: name for name, shape in SHAPES.items()}.values())  # one for each head size

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from hlo import collectives
 from tpu import chip_llava, mesh_of
 
 import vlcache_jax as vlc
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.replication import replicated
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.hlo import collectives
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.loss import answer_loss

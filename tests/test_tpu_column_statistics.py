@@ -4,7 +4,7 @@ import pytest
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.column_statistics import column_statistics
-from vlcache_jax.kernels.column_statistics.shapes import SHAPES
+from vlcache_jax.kernels.shapes import SHAPES
 
 CHIPS = ["v5e:2x2", *(pytest.param(chip, marks=pytest.mark.thorough) for chip in ("v5p:2x2x1", "v6e:2x2"))]
 

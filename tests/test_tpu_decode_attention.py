@@ -7,8 +7,8 @@ import pytest
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attention, union_attention
-from vlcache_jax.kernels.decode_attention.shapes import SHAPES
 from vlcache_jax.kernels.quantisation import group_size, scales_width
+from vlcache_jax.kernels.shapes import SHAPES
 
 TOPOLOGIES = ["v5e:2x2", *(pytest.param(chip, marks=pytest.mark.thorough) for chip in ("v5p:2x2x1", "v6e:2x2"))]
 # One model for each head size; the others are thorough.

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from hlo import collectives
 from jax.sharding import AxisType, Mesh
 from tpu import chip_llava, mesh_of
 
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.hlo import collectives
 from vlcache_jax.planning.placement import place_rows
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.loss import answer_loss

@@ -1,5 +1,6 @@
 """The demo's recipe at a size that runs in seconds: stages, resuming, export, and what transformers makes of it."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,9 +14,30 @@ import vlcache_jax as vlc
 from vlcache_jax.demo.data.export import EXAMPLES
 from vlcache_jax.demo.data.samples import make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
-from vlcache_jax.demo.recipe.recipe import SMOKE
+from vlcache_jax.demo.recipe.recipe import FULL, Shape, Stage
 from vlcache_jax.demo.recipe.train import demo_batch, train_demo
 from vlcache_jax.terminal.progress import Progress
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2}
+DECODER = {**VISION, "num_layers": 2, "num_kv_heads": 1, "head_dim": 16}
+SMOKE = dataclasses.replace(
+    FULL,
+    config=dataclasses.replace(
+        FULL.config,
+        vision=dataclasses.replace(FULL.config.vision, **VISION),
+        decoder=dataclasses.replace(FULL.config.decoder, **DECODER),
+        feature_layers=(1,),
+    ),
+    stages=(
+        Stage((Shape(FULL.stages[1].shapes[0].tasks, 4, 1, 6, 96),), 2.0, 0.5),
+        Stage((Shape(("document_pairs",), 4, 2, 4, 128),), 2.0, 1.0),
+    ),
+    vision_steps=4,
+    vision_grid=4,
+    vision_rows=8,
+    warmup=2,
+)
+"""A size that runs in seconds and learns nothing."""
 
 
 @pytest.fixture(scope="module")

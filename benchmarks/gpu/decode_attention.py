@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import harness
 
 from vlcache_jax.kernels.decode_attention import decode_attention
-from vlcache_jax.kernels.decode_attention.shapes import SHAPES
+from vlcache_jax.kernels.shapes import SHAPES
 
 
 def repeated(function: Callable[..., tuple[jax.Array, jax.Array]], rounds: int) -> Callable[..., jax.Array]:

@@ -119,11 +119,6 @@ def _stand(row):
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
-def _lie(column):
-    """[rows, 1] -> [1, rows] along the lanes."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
-
-
 def _measure(options, q, k, tables, height, width, with_lse, interpret):
     """Row maxima, and log-sum-exps if asked for: f32 [batch, kv_heads, group, rows], arbitrary outside the slice."""
     batch, kv_heads, group, size, head_dim = q.shape

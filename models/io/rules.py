@@ -29,10 +29,6 @@ class Rule:
     def per_layer(self) -> bool:
         return "{layer}" in self.name
 
-    def ours(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the parameter (of one layer) for a checkpoint tensor's shape."""
-        return shape if self.axes is None else tuple(shape[a] for a in self.axes)
-
     def theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor for the shape of the parameter (of one layer)."""
         return shape if self.axes is None else tuple(shape[self.axes.index(i)] for i in range(len(shape)))

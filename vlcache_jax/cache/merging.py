@@ -26,7 +26,7 @@ def merge_evicted(
     Args:
       keys: [layers, batch, kv_heads, length, head_dim], all tokens of the prompts.
       values: like `keys`.
-      order: i32 [layers, batch, kv_heads or 1, length], from `selection.select`: the kept tokens, then `length`.
+      order: i32 [layers, batch, kv_heads or 1, length], from `selection.select_layers`: the kept tokens, then `length`.
       lengths: i32 [batch], true prompt lengths; padding is not looked at.
       kind: as in `Merge`.
 

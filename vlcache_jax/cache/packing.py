@@ -38,8 +38,8 @@ def pack(
       keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer.
       values: like `keys`.
       positions: i32 [layers, batch, heads or 1, entries], their prompt positions.
-      order: i32 [layers, batch, heads, entries], from `selection.select`; heads is kv_heads, or 1 if they all keep the
-        same tokens.
+      order: i32 [layers, batch, heads, entries], from `selection.select_layers`; heads is kv_heads, or 1 if they all
+        keep the same tokens.
       slots: i32 [layers, batch]; [layers, batch, kv_heads] if lanes are shared.
       pool: slots of the pool, from `geometry.capacity`.
       lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots. On a mesh

@@ -167,7 +167,7 @@ def candidates(
       count: tokens to hand on, at most length.
       latest: i32 [batch], how many of them are the prompt's last tokens.
       first: i32 [batch], its first ones.
-      ties: as in `select`.
+      ties: as in `select_layers`.
 
     Returns:
       i32 [batch, heads, count] prompt positions, ascending. For prompts shorter than `count`, padding comes last.
@@ -183,41 +183,6 @@ def candidates(
     return local(run, inputs, split)(scores, lengths, latest, first, ties)
 
 
-def select(
-    scores: jax.Array,
-    positions: jax.Array,
-    lengths: jax.Array,
-    slots: jax.Array,
-    latest: jax.Array,
-    first: jax.Array,
-    ties: jax.Array | None = None,
-) -> jax.Array:
-    """The tokens a layer keeps, in ascending order.
-
-    Args:
-      scores: f32 [batch, heads, entries] of the candidates.
-      positions: i32 [batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the true
-        length are padding.
-      lengths: i32 [batch].
-      slots: i32 [batch], tokens to keep, at most min(entries, length); or [batch, kv_heads], of each head.
-      latest: like `slots`, how many of them go to the prompt's last tokens whatever they score.
-      first: like `slots`, to its first ones.
-      ties: like `scores`, or None: which of two equal scores goes first. The lower position, if these are equal, too.
-
-    Returns:
-      i32 [batch, heads, entries]: the first `slots` are the indices of the kept entries, ascending; the rest is
-        `entries`. heads is kv_heads if each has its own slots.
-
-    Example:
-      >>> scores = jnp.array([[[0.5, 0.9, 0.7, 0.0]]])
-      >>> one, none = jnp.array([1]), jnp.array([0])
-      >>> select(scores, jnp.arange(4)[None, None], jnp.array([4]), jnp.array([2]), one, none).tolist()
-      [[[1, 3, 4, 4]]]
-    """
-    chosen = _best(scores, positions, lengths, latest, first, slots, ties)
-    return indices(chosen, scores.shape[-1])
-
-
 def select_layers(
     scores: jax.Array,
     positions: jax.Array,
@@ -229,16 +194,30 @@ def select_layers(
     *,
     rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`select` of all layers, each device for its rows and heads.
+    """The tokens that layers keep, in ascending order; each device for its rows and heads.
 
     Args:
-      scores, positions, slots, latest, first, ties: as in `select`, stacked over layers.
+      scores: f32 [layers, batch, heads, entries] of the candidates.
+      positions: i32 [layers, batch, heads or 1, entries], their prompt positions, ascending; entries at or beyond the
+        true length are padding.
       lengths: i32 [batch].
+      slots: i32 [layers, batch], tokens to keep, at most min(entries, length); or [layers, batch, kv_heads], of each
+        head.
+      latest: like `slots`, how many of them go to the prompt's last tokens whatever they score.
+      first: like `slots`, to its first ones.
+      ties: like `scores`, or None: which of two equal scores goes first. The lower position, if these are equal, too.
       rest: whether those left out are wanted, too.
 
     Returns:
-      (order, others): i32 [layers, batch, heads, entries], the kept entries as `select` gives them; and those of the
-        prompt that are not kept, in the same form, or None.
+      (order, others): i32 [layers, batch, heads, entries]: the first `slots` are the indices of the kept entries,
+        ascending; the rest is `entries`. heads is kv_heads if each has its own slots. And those of the prompt that are
+        not kept, in the same form, or None.
+
+    Example:
+      >>> scores = jnp.array([[[[0.5, 0.9, 0.7, 0.0]]]])
+      >>> one, none = jnp.array([[1]]), jnp.array([[0]])
+      >>> select_layers(scores, jnp.arange(4)[None, None, None], jnp.array([4]), 2 * one, one, none)[0].tolist()
+      [[[[1, 3, 4, 4]]]]
     """
 
     layers = scores.shape[0]

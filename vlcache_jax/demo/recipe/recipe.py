@@ -1,4 +1,4 @@
-"""What the demo's checkpoint is: its size, its curriculum, and a size for tests."""
+"""What the demo's checkpoint is: its size and its curriculum."""
 
 import dataclasses
 from typing import NamedTuple
@@ -35,13 +35,11 @@ class Stage(NamedTuple):
       shapes: kinds of steps, in turn.
       until: go on to the next stage at this running exact match, ...
       latest: ... or at this share of the run.
-      first_weight: of an answer's first token, see `pack`.
     """
 
     shapes: tuple[Shape, ...]
     until: float
     latest: float
-    first_weight: float = 1.0
 
 
 _SINGLE = ("documents", "scenes", "documents", "prices", "documents", "counts")
@@ -97,20 +95,3 @@ FULL = Recipe(
     vision_steps=1800,
 )  # fmt: skip
 """What the shipped checkpoint was trained with."""
-
-SMOKE = Recipe(
-    config=_config(
-        {"hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "num_heads": 2},
-        {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-         "head_dim": 16},
-    ),
-    stages=(
-        Stage((Shape(_SINGLE, 4, 1, 6, 96),), 2.0, 0.5),
-        Stage((Shape(_PAIRS, 4, 2, 4, 128),), 2.0, 1.0),
-    ),
-    vision_steps=4,
-    vision_grid=4,
-    vision_rows=8,
-    warmup=2,
-)  # fmt: skip
-"""A size that runs in seconds and learns nothing: for tests."""

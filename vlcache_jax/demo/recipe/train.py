@@ -5,6 +5,7 @@ moment for the decay at the end.
 """
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -55,9 +56,7 @@ class DemoBatch(NamedTuple):
     ahead: Ahead
 
 
-def demo_batch(
-    recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bool = True, first_weight: float = 1.0
-) -> DemoBatch:
+def demo_batch(recipe: Recipe, shape: Shape, seed: int, number: int, *, blur: bool = True) -> DemoBatch:
     """Batch `number` of a shape: a pure function of the arguments."""
     rng = np.random.default_rng([seed, 2, number])
     conversations, hints = [], np.full((shape.rows, shape.length), -1, np.int32)
@@ -68,7 +67,7 @@ def demo_batch(
         hint, end = patch_hints(sample), len(conversations[-1].prefix)
         hints[row, end - len(hint) : end] = hint
     pad = recipe.config.pad_token_id or 0
-    batch = pack(conversations, shape.length, pad_token=pad, first_weight=first_weight)
+    batch = pack(conversations, shape.length, pad_token=pad)
     return DemoBatch(batch, window(rng, shape.grid), hints, ahead_targets(batch, _QUESTIONS, _AHEAD_ROWS, _AHEAD))
 
 
@@ -255,7 +254,7 @@ def train_demo(
       minutes: how long to train the decoder (60 by default), or
       steps: for how many steps.
       resume: go on from the train state in `output_dir` if there is one.
-      recipe: what to train; `SMOKE` for a test.
+      recipe: what to train.
       save_every: seconds between train states.
       progress: shows how far the run is; by default on standard error.
     """
@@ -331,8 +330,5 @@ def _check_reached(path: Path, reached: dict[str, Any], begin: dict[str, Any], s
 
 
 def _stage_batches(recipe: Recipe, stage: Stage, start: int) -> Iterator[DemoBatch]:
-    number = start
-    while True:
-        shape = stage.shapes[number % len(stage.shapes)]
-        yield demo_batch(recipe, shape, recipe.seed, number, first_weight=stage.first_weight)
-        number += 1
+    for number in itertools.count(start):
+        yield demo_batch(recipe, stage.shapes[number % len(stage.shapes)], recipe.seed, number)

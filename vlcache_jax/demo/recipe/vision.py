@@ -5,6 +5,7 @@ the patch lies. The decoder then starts from features that
 hold the words and digits, instead of having to discover reading through a few answer tokens.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -56,11 +57,10 @@ _REUSE = 3
 """Batches made of the same images, each at another place in the full image: drawing costs more than a step."""
 
 
-def patch_batches(seed: int, grid: int, size: int, start: int = 0) -> Iterator[PatchBatch]:
-    """Endless batches, half of them fields and half scenes and price lists; number `start` first."""
+def patch_batches(seed: int, grid: int, size: int) -> Iterator[PatchBatch]:
+    """Endless batches, half of them fields and half scenes and price lists."""
     tasks = ("documents", "prices", "documents", "scenes")
-    number = start
-    while True:
+    for number in itertools.count():
         rng = np.random.default_rng([seed, 1, number])
         samples = [
             make_sample(tasks[i % len(tasks)], seed, number * size + i, grid, max_questions=1) for i in range(size)
@@ -70,7 +70,6 @@ def patch_batches(seed: int, grid: int, size: int, start: int = 0) -> Iterator[P
         targets = {name: getattr(labels, name)[:, 0].astype(np.int32) for name in CLASSES}
         for _ in range(_REUSE):
             yield PatchBatch(pixels, targets, window(rng, grid))
-        number += 1
 
 
 def init_head(key: jax.Array, hidden_size: int) -> Params:

@@ -46,7 +46,7 @@ class Prompt:
 
     Attributes:
       scores: f32 [layers, batch, heads or 1, entries], of the candidates.
-      order: i32 [layers, batch, heads or 1, entries], from `selection.select`.
+      order: i32 [layers, batch, heads or 1, entries], from `selection.select_layers`.
       requested: i32 [batch, layers] or [batch, layers, kv_heads], slots that the allocator gave.
       context: the packed store.
       room: slots of a layer in it, from `DecodingRule.layer_room`.

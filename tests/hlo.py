@@ -1,6 +1,5 @@
 """Reading a compiled program's text: its loops, and what one device says to others inside and outside of them."""
 
-import collections
 import dataclasses
 import re
 
@@ -49,16 +48,6 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of an optimised program, `compiled.as_text()`."""
     found = [(_COLLECTIVE.search(line), line, depth) for line, depth in _lines(text)]
     return [Collective(match[2], match[1], _place(line), depth) for match, line, depth in found if match]
-
-
-def counted(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """How many of each kind lie inside of loops and outside.
-
-    Example:
-      counted(collectives(compiled.as_text()))  # {"inside": {"all-reduce": 2}, "outside": {"all-gather": 1}}
-    """
-    inside, outside = ([x.kind for x in found if bool(x.depth) == within] for within in (True, False))
-    return {"inside": dict(collections.Counter(inside)), "outside": dict(collections.Counter(outside))}
 
 
 def _place(line: str) -> str:
