@@ -120,8 +120,9 @@ def test_rows_that_see_later_columns(implementation, case, seed, bound):
     q, k = inputs(shape, seed)
     blocks = np.full(shape[:2], -1, np.int32)
     blocks[0, 1:4], blocks[0, 4:17], blocks[1:, -9:] = 0, 1, 0
-    last = Mask(blocks=jnp.asarray(blocks)).last()
-    seen = np.asarray(Mask(blocks=jnp.asarray(blocks)).as_array(shape[1]))
+    mask = Mask(blocks=jnp.asarray(blocks))
+    last, seen = mask.last(), np.asarray(mask.as_array(shape[1]))
+    np.testing.assert_array_equal(mask.first(), seen.argmax(axis=1))
     np.testing.assert_array_equal(last, shape[1] - 1 - seen[..., ::-1].argmax(axis=-1))
     count = count if bound is None else np.minimum(count, bound)
     statistics = compiled(implementation, column_maximum=True, max_rows=bound)(q, k, first, count, last=last)

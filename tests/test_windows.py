@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from text_decoders import gemma3
-from text_model import TextModel, text_batch
+from text_model import TextModel, by_definition, text_batch
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -54,36 +54,6 @@ def test_uncompressed_answers_are_those_of_transformers(tiny):
     assert out.report.full_bytes == 4 * (2 * (2 * 48 + 5 * 16) * slot_bytes + 2 * 4 * 7)
 
 
-def dense(model, params, batch, row, new, kept):
-    """Logits of the new tokens by the definition: all keys, those hidden that are not kept or beyond the window."""
-    n = int(batch.lengths[row])
-    whole = n + len(new)
-    tokens = jnp.concatenate([jnp.asarray(batch.tokens[row, :n]), jnp.asarray(new)])[None]
-    query, key = np.indices((whole, whole))
-    layers = []
-    for layer in range(7):
-        seen = np.tile(key <= query, (2, 1, 1))
-        if layer in WINDOWED:
-            seen &= query - key < WINDOW
-        else:
-            for head in range(2):
-                mine = np.isin(np.arange(whole), kept[layer][head]) | (np.arange(whole) >= n)
-                seen[head] &= (query < n) | mine[None]
-        layers.append(seen)
-
-    def attend(query, key, value, carry, seen):
-        key, value, seen = (jnp.repeat(x, 2, axis=a) for x, a in ((key, 2), (value, 2), (seen, 0)))
-        logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") / jnp.sqrt(16.0)
-        weights = jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1)
-        return jnp.einsum("bhts,bshd->bthd", weights, value, precision="highest"), carry, None
-
-    variables = {"params": params}
-    hidden = model.apply(variables, tokens, method="embed_tokens")
-    positions = jnp.arange(whole)[None]
-    hidden = model.apply(variables, hidden, positions, attend, None, jnp.asarray(np.stack(layers)), method="decode")[0]
-    return np.asarray(model.apply(variables, hidden[0, n:], method="unembed"))
-
-
 @pytest.mark.parametrize("heads", ["each", "shared"])
 def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(tiny, heads):
     _, model, params = tiny
@@ -101,7 +71,7 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(tiny
         found.append(np.asarray(logits))
     for row in range(4):
         kept = {layer: np.asarray(first.kept_positions(layer)[row]) for layer in FULL}
-        expected = dense(model, params, batch, row, np.asarray(tokens[:-1])[:, row], kept)
+        expected = by_definition(model, params, batch, row, np.asarray(tokens[:-1])[:, row], kept)
         np.testing.assert_allclose(np.stack(found)[:, row], expected, atol=1e-4, rtol=0)
 
 

@@ -87,33 +87,51 @@ def qwen2_vl(sections=(2, 1, 1), layers=3):
 
 def gemma3(layers=7, window=9, **options):
     """(causal model of transformers, `DecoderConfig`, parameters) of a tiny Gemma 3: every third layer sees all."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import Gemma3ForCausalLM
 
+    text, config = _gemma3_configs(layers, window, **options)
     torch.manual_seed(0)
+    reference = sharpen(Gemma3ForCausalLM(text))
+    return reference, config, decoder_params(reference.model, None, _PATHS | _GEMMA)
+
+
+def gemma3_with_images(window, layers=7):
+    """`gemma3` as transformers' model with images, for its masks: of the vision tower nothing is used."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text, config = _gemma3_configs(layers, window)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 56, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_id=63)
+    whole._attn_implementation = "eager"
+    reference = sharpen(Gemma3ForConditionalGeneration(whole))
+    return reference, config, decoder_params(reference.model.language_model, None, _PATHS | _GEMMA)
+
+
+def _gemma3_configs(layers, window, **options):
+    from transformers import Gemma3TextConfig
+
     ropes = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
-    reference = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            query_pre_attn_scalar=24,
-            sliding_window=window,
-            layer_types=kinds,
-            rope_parameters=ropes,
-            max_position_embeddings=256,
-            attn_implementation="eager",
-            **options,
-        )
+    text = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=window,
+        layer_types=["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)],
+        rope_parameters=ropes,
+        max_position_embeddings=256,
+        attn_implementation="eager",
+        **options,
     )
-    sharpen(reference)
     config = DecoderConfig(
         family="gemma3",
         vocab_size=64,
@@ -136,4 +154,4 @@ def gemma3(layers=7, window=9, **options):
         query_scale=24**-0.5,
         logit_cap=options.get("final_logit_softcapping"),
     )
-    return reference, config, decoder_params(reference.model, None, _PATHS | _GEMMA)
+    return text, config

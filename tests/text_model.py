@@ -1,31 +1,31 @@
-"""A decoder as a model of text alone, without torch."""
+"""A decoder as a model whose images are tokens like others, without torch; and its answers by the definition."""
 
-import flax.linen as nn
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.inputs import TEXT, Batch
-from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.models.decoder.decoder import Decoder
-from vlcache_jax.models.families.module import in_order
-from vlcache_jax.typing import ModelSpec
+from vlcache_jax.models.families.module import FamilyModule, in_order
+from vlcache_jax.typing import Embedded, ModelSpec
 
 
-class TextModel(nn.Module):
-    """A decoder as a model of text alone; parameters are {"decoder": ...}."""
+class TextModel(FamilyModule):
+    """A decoder as a model; `config` is a `DecoderConfig`, parameters are {"decoder": ...}.
 
-    config: DecoderConfig
-    dtype: str = "float32"
+    Visual tokens lie in images of `side` x `side`, as `Batch.vision_index` numbers them. With `axes` they have the
+    positions that Qwen2-VL gives them; with `blocks` those of an image see each other, as in Gemma 3.
+    """
+
+    side: int = 0
+    axes: bool = False
+    blocks: bool = False
 
     def setup(self):
         self.decoder = Decoder(self.config, jnp.dtype(self.dtype))
-
-    def __call__(self, batch):
-        def nothing(query, key, value, carry, xs):
-            return query, carry, None
-
-        hidden, _, _ = self.decode(self.embed(batch).hidden, jnp.zeros(batch.tokens.shape, jnp.int32), nothing)
-        return self.unembed(hidden)
 
     @property
     def spec(self):
@@ -39,26 +39,68 @@ class TextModel(nn.Module):
             windows=c.windows,
         )
 
-    def embed(self, batch):
-        return in_order(self.decoder.embed(jnp.asarray(batch.tokens)), batch)
+    def embed(self, batch, position_ids=None):
+        embedded = in_order(self.decoder.embed(jnp.asarray(batch.tokens)), batch)
+        if not self.side:
+            return embedded
+        index, lengths = jnp.asarray(batch.vision_index), jnp.asarray(batch.lengths)
+        visual, feature = (index != TEXT).astype(jnp.int32), index % self.side**2
+        image = jnp.cumsum(visual * (feature == 0).astype(jnp.int32), axis=1, dtype=jnp.int32)
+        positions, following = embedded.positions, embedded.next_position
+        if self.axes:
+            # An image moves what follows it on by its side; where it begins, `image` counts it already.
+            start = jnp.cumsum(1 - visual, axis=1, dtype=jnp.int32) - (1 - visual) + self.side * (image - visual)
+            axes = [start, start + visual * (feature // self.side), start + visual * (feature % self.side)]
+            positions = jnp.stack(axes, axis=1).astype(jnp.int32)
+            inside = jnp.arange(batch.length) < lengths[:, None]
+            following = jnp.max(jnp.where(inside[:, None], positions, -1), axis=(1, 2)) + 1
+        blocks = jnp.where(visual > 0, image, -1) if self.blocks else None
+        return Embedded(embedded.hidden, positions, following, blocks=blocks)
 
-    def embed_tokens(self, tokens):
-        return self.decoder.embed(tokens)
 
-    def decode(self, *args):
-        return self.decoder(*args)
-
-    def unembed(self, hidden):
-        return self.decoder.unembed(hidden)
-
-    def rotate(self, x, positions):
-        return self.decoder.rotate(x, positions)
-
-
-def text_batch(lengths, length, seed=0):
-    """Right-padded prompts of random tokens, of which some count as visual, at the same places in every row."""
+def text_batch(lengths, length, seed=0, images=((2, 10),)):
+    """Right-padded prompts of random tokens; of `images`, (first token, tokens), what lies in a prompt is visual."""
     tokens = np.random.default_rng(seed).integers(3, 64, (len(lengths), length)).astype(np.int32)
     inside = np.arange(length) < np.asarray(lengths)[:, None]
-    index = np.where(inside & (np.arange(length) >= 2) & (np.arange(length) < 12), np.arange(length) - 2, TEXT)
+    index = np.full(tokens.shape, TEXT, np.int32)
+    for number, (first, count) in enumerate(images):
+        index[:, first : first + count] = np.arange(count) + number * count
     pixels = np.zeros((len(lengths), 0, 4, 4, 3), np.float32)
-    return Batch(np.where(inside, tokens, 0), np.asarray(lengths, np.int32), index.astype(np.int32), pixels)
+    index = np.where(inside, index, TEXT).astype(np.int32)
+    return Batch(np.where(inside, tokens, 0), np.asarray(lengths, np.int32), index, pixels)
+
+
+def by_definition(model, params, batch, row, new, kept, shift=0):
+    """Logits of the tokens `new` of a row's answer: all keys, those hidden that a layer has not kept, or not in view.
+
+    Args:
+      kept: of every layer without a window the positions that each KV head keeps of the prompt.
+      shift: added to the positions of the answer.
+    """
+    n, spec, apply = int(batch.lengths[row]), model.spec, partial(model.apply, {"params": params})
+    whole = n + len(new)
+    prompt = apply(jax.tree.map(lambda x: jnp.asarray(x)[row : row + 1], batch), method="embed")
+    hidden = jnp.concatenate([prompt.hidden[:, :n], apply(jnp.asarray(new)[None], method="embed_tokens")], axis=1)
+    after = prompt.next_position + shift + jnp.arange(len(new))
+    after = jnp.broadcast_to(after, (*prompt.positions.shape[:-1], len(new)))
+    positions = jnp.concatenate([prompt.positions[..., :n], after], axis=-1)
+    blocks = prompt.blocks
+    if blocks is not None:
+        blocks = jnp.pad(blocks[:, :n], ((0, 0), (0, len(new))), constant_values=-1)
+    column, layers = np.arange(whole), []
+    for layer, window in enumerate(spec.layer_windows):
+        seen = np.tile(np.asarray(Mask(blocks=blocks, window=window).as_array(whole)), (spec.num_kv_heads, 1, 1))
+        if window is None:
+            for head, held in enumerate(kept[layer]):
+                seen[head, n:] &= np.isin(column, held) | (column >= n)
+        layers.append(seen)
+
+    def attend(query, key, value, carry, seen):
+        group = query.shape[2] // key.shape[2]
+        key, value, seen = (jnp.repeat(x, group, axis=a) for x, a in ((key, 2), (value, 2), (seen, 0)))
+        logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") * query.shape[3] ** -0.5
+        weights = jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, value, precision="highest"), carry, None
+
+    out = apply(hidden, positions, attend, None, jnp.asarray(np.stack(layers)), method="decode")[0]
+    return np.asarray(apply(out[0, n:], method="unembed"))

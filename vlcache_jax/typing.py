@@ -62,12 +62,15 @@ class Embedded:
         all axes.
       layer_inputs: [n, batch, length, hidden], n <= layers: what is added to the hidden state behind each of the first
         n layers (Qwen3-VL's deepstack); None if nothing is.
+      blocks: i32 [batch, length], which tokens of a prompt see each other in both directions, by image say
+        (`kernels.attention.Mask.blocks`); -1 in text and in padding. None: every token sees itself and those before.
     """
 
     hidden: jax.Array
     positions: jax.Array
     next_position: jax.Array
     layer_inputs: jax.Array | None = None
+    blocks: jax.Array | None = None
 
 
 class VisionLanguageModel(Protocol):

@@ -59,6 +59,14 @@ class Mask:
         follows = jnp.pad(self.blocks[:, 1:] == self.blocks[:, :-1], ((0, 0), (0, 1))) & (self.blocks >= 0)
         return jax.lax.cummin(jnp.where(follows, length, index), axis=1, reverse=True)
 
+    def first(self) -> jax.Array | None:
+        """i32 [batch, length]: the first row that sees each column, where blocks let any before its own."""
+        if self.blocks is None:
+            return None
+        index = jax.lax.iota(jnp.int32, self.blocks.shape[1])[None]
+        follows = jnp.pad(self.blocks[:, 1:] == self.blocks[:, :-1], ((0, 0), (1, 0))) & (self.blocks >= 0)
+        return jax.lax.cummax(jnp.where(follows, 0, index), axis=1)
+
     def as_array(self, length: int) -> jax.Array:
         """bool [batch or 1, length, length]: whether a row sees a column."""
         index = jax.lax.iota(jnp.int32, length)

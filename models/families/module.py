@@ -130,13 +130,11 @@ class FamilyModule(nn.Module):
                 "tokens: give each text a row of its own"
             )
 
-        def attend(query, key, value, carry, layer):
-            def run(window, *inputs):
-                query, key, value = inputs
-                mask = Mask(segments=segments, window=window)
-                return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0]
+        mask = Mask(segments=segments, blocks=embedded.blocks)
 
-            return ops.of_layer(windows, layer, run, query, key, value), carry, None
+        def attend(query, key, value, carry, layer):
+            out, _ = ops.layer_attention(Kernels(), windows, layer, query, key, value, mask=mask, with_lse=False)
+            return out, carry, None
 
         layers = jax.lax.iota(jnp.int32, len(windows))
         return self.decoder(embedded.hidden, positions, attend, None, layers, embedded.layer_inputs)[0]

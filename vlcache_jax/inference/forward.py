@@ -16,7 +16,10 @@ def embed_prompt(model: VisionLanguageModel, params: Params, batch: Any) -> Embe
 def embed_text(
     model: VisionLanguageModel, params: Params, tokens: jax.Array, position: jax.Array, lengths: jax.Array
 ) -> Embedded:
-    """Text that goes on at `position` i32 [batch]: tokens i32 [batch, length], of which `lengths` [batch] count."""
+    """Text that goes on at `position` i32 [batch]: tokens i32 [batch, length], of which `lengths` [batch] count.
+
+    Text is in no block: what is said behind a prompt sees nothing after itself, whatever the model's images do.
+    """
     hidden = model.apply({"params": params}, tokens, method="embed_tokens")
     steps = jnp.minimum(jax.lax.iota(jnp.int32, tokens.shape[1])[None], lengths[:, None] - 1)
     return Embedded(hidden, position[:, None] + steps, position + lengths)

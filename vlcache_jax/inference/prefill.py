@@ -154,13 +154,21 @@ def _prefill(
     run = partial(run_layers, model, params, embedded, lengths)
     fill = _keep_all if policy.keeps_all or not model.spec.full_layers else _compress
     rotate = partial(model.apply, {}, method="rotate")
-    logits, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, policy, kernels)
+    mask = Mask(blocks=embedded.blocks)
+    logits, stores, allocation, observed = fill(run, rotate, model.spec, batch, lengths, mask, policy, kernels)
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
     return logits, tuple(stores), next_position, lengths, allocation, finite, observed
 
 
 def _keep_all(
-    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
+    run: Any,
+    rotate: Any,
+    spec: ModelSpec,
+    batch: Batch,
+    lengths: jax.Array,
+    mask: Mask,
+    policy: Policy,
+    kernels: Kernels,
 ) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
     """All tokens that layers ever look back at: each layer writes its segment of the pool in place.
 
@@ -173,10 +181,7 @@ def _keep_all(
     starts, tokens = np.cumsum((0, *rooms[:-1])), [min(w or batch.length, batch.length) for w in windows]
 
     def attend(query, key, value, pools, layer):
-        def run(window, query, key, value):
-            return ops.attention(kernels, query, key, value, lengths, mask=Mask(window=window), with_lse=False)[0]
-
-        out = ops.of_layer(windows, layer, run, query, key, value)
+        out, _ = ops.layer_attention(kernels, windows, layer, query, key, value, lengths, mask=mask, with_lse=False)
         held, start = lengths, layer * room
         if spec.windows:
             held = jnp.minimum(lengths, jnp.asarray(tokens, jnp.int32)[layer])
@@ -223,7 +228,14 @@ def _keep_all(
 
 
 def _compress(
-    run: Any, rotate: Any, spec: ModelSpec, batch: Batch, lengths: jax.Array, policy: Policy, kernels: Kernels
+    run: Any,
+    rotate: Any,
+    spec: ModelSpec,
+    batch: Batch,
+    lengths: jax.Array,
+    mask: Mask,
+    policy: Policy,
+    kernels: Kernels,
 ) -> tuple[jax.Array, list[PackedStore], Allocation, Any]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once.
 
@@ -240,19 +252,24 @@ def _compress(
     quantised = policy.bits is not None or policy.evicted.bits is not None
     measure = threshold is not None or policy.score.needs_attention
     first, rows = policy.rows.span(lengths, batch.vision_mask)
+    last = mask.last()
     rule = policy.rule
     mean = jnp.asarray(budget.total(lengths)) // budget.layers
     recent = settled(policy.recent, mean)
     window = None if isinstance(recent, int | float) else jnp.maximum(1, recent)
     number = rows.astype(jnp.float32)
     pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)  # (q, j), j <= q, q in first .. first + rows - 1
+    if last is not None:  # and those after q in its block, where scoring rows lie in one
+        index = jax.lax.iota(jnp.int32, length)[None]
+        chosen = (index >= first[:, None]) & (index < (first + rows)[:, None])
+        pairs += jnp.sum(jnp.where(chosen, last - index, 0), axis=1).astype(jnp.float32)
 
     def judge(layer, query, key, value, lse):
         """(scores, ties, (density, whether heads are finite), what allocation and decoding rule want) of a layer."""
         statistics, density = None, jnp.ones((batch.size,), jnp.float32)
         if measure:
             bounds: dict[str, Any] = {"threshold": threshold, "max_rows": policy.rows.most}
-            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, **bounds)
+            statistics = ops.column_statistics(kernels, query, key, first, rows, lse, last, **bounds)
             if statistics.counts is not None:
                 density = jnp.mean(statistics.counts, axis=1) / pairs
         inputs = LayerInputs(
@@ -267,6 +284,7 @@ def _compress(
             statistics=statistics,
             window=window,
             rotate=rotate,
+            mask=mask,
         )
         scores, ties = policy.score(inputs), policy.score.ties(inputs)
         finite = jnp.all(
@@ -293,11 +311,8 @@ def _compress(
         return jnp.where(windowed, slots, latest), jnp.where(windowed, 0, sinks)
 
     def attend(query, key, value, carry, layer):
-        def run(window, query, key, value):
-            lse = measure and threshold is None
-            return ops.attention(kernels, query, key, value, lengths, mask=Mask(window=window), with_lse=lse)
-
-        out, lse = ops.of_layer(windows, layer, run, query, key, value)
+        options: dict[str, Any] = {"mask": mask, "with_lse": measure and threshold is None}
+        out, lse = ops.layer_attention(kernels, windows, layer, query, key, value, lengths, **options)
         seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
         evicts = [window is None for window in windows]
         scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)

@@ -27,7 +27,7 @@ class EliteAttention(Score):
 
         w_j     = softmax over j in T of q_(n-1) . k_j / sqrt(d), averaged over all query heads
         E       = {j in T: w_j >= ratio * max w}
-        score_j = mean over q in E of softmax over i in V u E, i <= q, of q . k_i / sqrt(d), at i = j
+        score_j = mean over q in E of softmax over i in V u E that q sees of q . k_i / sqrt(d), at i = j
 
     averaged over the query heads of a KV head; 0 for tokens outside V u E. A prompt without visual tokens takes all of
     its tokens for V. That E is one set for all heads of a layer is a choice; the notes do not say.
@@ -48,6 +48,8 @@ class EliteAttention(Score):
         key = inputs.key.astype(jnp.float32)
         column = jax.lax.iota(jnp.int32, length)[None]
         first = inputs.lengths - inputs.rows
+        reach = inputs.mask.last()  # the last column that each row sees
+        reach = jnp.broadcast_to(column, inputs.valid.shape) if reach is None else reach
 
         def logits(index: jax.Array) -> jax.Array:
             """Of the prompt rows `index` [batch, some]: [batch, kv_heads, group, some, length]."""
@@ -68,7 +70,8 @@ class EliteAttention(Score):
             wanted = first[:, None] + block * _BLOCK + jax.lax.iota(jnp.int32, _BLOCK)[None]
             row = jnp.minimum(wanted, length - 1)
             chosen = jnp.take_along_axis(elite, row, axis=1) & (row == wanted)
-            attention = softmax(logits(row), seen[:, None] & (column[None] <= row[..., None]))
+            sees = column[None] <= jnp.take_along_axis(reach, row, axis=1)[..., None]
+            attention = softmax(logits(row), seen[:, None] & sees)
             attention = jnp.where(chosen[:, None, None, :, None], attention, 0)
             return total + jnp.mean(jnp.sum(attention, axis=3), axis=2)
 

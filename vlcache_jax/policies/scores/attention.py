@@ -9,6 +9,7 @@ import numpy as np
 
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inputs import TEXT
+from vlcache_jax.kernels.attention import CAUSAL, Mask
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.parallel.seeds import random_bits, seed_words, uniform
 
@@ -30,6 +31,7 @@ class LayerInputs:
       window: i32 [batch], the latest tokens that every layer keeps whatever they score, where that is a number of
         tokens (`Tokens`, `Window`, `AverageShare`); None where `Policy.recent` is a fraction of a layer's own slots.
       rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
+      mask: which tokens saw each other. `statistics` know it; a score that works out attention itself must, too.
     """
 
     query: jax.Array
@@ -43,6 +45,7 @@ class LayerInputs:
     statistics: ColumnStatistics | None = None
     window: jax.Array | None = None
     rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    mask: Mask = CAUSAL
 
     @property
     def vision_mask(self) -> jax.Array:
@@ -105,7 +108,9 @@ class AccumulatedAttention(Score):
         mean = jnp.mean(sums.reshape(batch, groups, heads // groups, length), axis=2)
         if not self.normalised:
             return mean
-        seen = jnp.minimum(inputs.lengths[:, None] - jax.lax.iota(jnp.int32, length)[None], inputs.rows[:, None])
+        first = inputs.mask.first()  # row that sees a column
+        first = jax.lax.iota(jnp.int32, length)[None] if first is None else first
+        seen = jnp.minimum(inputs.lengths[:, None] - first, inputs.rows[:, None])
         return mean / jnp.maximum(seen, 1).astype(jnp.float32)[:, None]
 
 
