@@ -12,7 +12,7 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
-from vlcache_jax.demo.study import before
+from vlcache_jax.demo.study.answers import answer_before, images_end, split
 from vlcache_jax.demo.study.heat_maps import kept_tokens as draw_kept
 from vlcache_jax.demo.study.measure import held, kept_tokens, store_bytes
 from vlcache_jax.demo.study.methods import BUDGETS, FULL, Method, all_methods, choose, choose_methods
@@ -354,7 +354,7 @@ def asked_batch():
 
 def test_prompts_are_split_behind_their_images():
     batch = asked_batch()
-    first, question = before.split(batch)
+    first, question = split(batch)
     assert first.length == 19
     assert first.lengths.tolist() == [19, 19, 19]
     assert question.lengths.tolist() == [11, 5, 8]
@@ -362,7 +362,7 @@ def test_prompts_are_split_behind_their_images():
         whole = [*first.tokens[row], *np.asarray(question.tokens)[row, : int(question.lengths[row])]]
         assert whole == batch.tokens[row, :n].tolist()
     with pytest.raises(ValueError, match="must agree"):
-        before.images_end(ragged_batch(rows=2))
+        images_end(ragged_batch(rows=2))
 
 
 @pytest.mark.thorough
@@ -371,10 +371,10 @@ def test_all_of_a_context_answers_as_the_full_cache():
     batch = asked_batch()
     out = vlc.generate(model, params, batch, vlc.FullCache(), NEW)
     arguments = (Replay(model), params, batch, record(model, params, batch))
-    tokens, lengths, stores, _ = before.answer_before(*arguments, vlc.FullCache(), NEW)
+    tokens, lengths, stores, _ = answer_before(*arguments, vlc.FullCache(), NEW)
     np.testing.assert_array_equal(tokens, out.tokens)
     np.testing.assert_array_equal(lengths, out.lengths)
-    some = before.answer_before(*arguments, vlc.KeyDifference(0.3), NEW)[2]
+    some = answer_before(*arguments, vlc.KeyDifference(0.3), NEW)[2]
     end = np.full(3, 19)
     whole = np.ones((3, 3, 2, 19), np.float32)
     assert np.all(held(stores, end, whole).kept == 19)

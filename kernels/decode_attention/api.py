@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla, xla_blocks
+from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla
 from vlcache_jax.kernels.decode_attention.experimental import pallas_gpu
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
@@ -79,13 +79,8 @@ def decode_attention(
     return (out[:, 0], lse[:, 0]) if single else (out, lse)
 
 
-def _xla(
-    query: jax.Array, store: Store, segments: Segments, *, scale: float, causal: bool, largest: int = xla.LARGEST
-) -> tuple[jax.Array, jax.Array]:
-    if query.shape[1] > 1 or store.packing > 1 or store.key_scales is not None:
-        return xla_blocks.decode_attention(query, store, segments, scale=scale, causal=causal, largest=largest)
-    out, lse = xla.decode_attention(query[:, 0], [(store, segments)], scale=scale, largest=largest)
-    return out[:, None], lse[:, None]
+def _xla(query: jax.Array, store: Store, segments: Segments, **options: Any) -> tuple[jax.Array, jax.Array]:
+    return xla.decode_attention(query, [(store, segments)], **options)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {

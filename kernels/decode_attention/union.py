@@ -103,8 +103,8 @@ def union_attention(
         others = [of_part(name, query, part) for part in parts if not any(part is other for other in joint)]
         if not joint:
             return merge(others)
-        out = xla.decode_attention(query, joint, scale=scale, largest=largest)
-        return merge([out, *others]) if others else out
+        out, lse = (x[:, 0] for x in xla.decode_attention(query[:, None], joint, scale=scale, largest=largest))
+        return merge([(out, lse), *others]) if others else (out, lse)
 
     names = ("pallas_tpu", "pallas_gpu", "reference")
     implementations = {name: partial(separately, name) for name in names}

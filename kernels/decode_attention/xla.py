@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.quantisation import dequantise_keys, dequantise_values, group_size
 from vlcache_jax.kernels.varying import varying
 
 # Slots read at once: larger blocks fall out of a CPU's cache; on a GPU what a step launches costs more than idle slots.
@@ -25,30 +26,36 @@ _LOWEST = _MASKED / 2  # exp(_MASKED - _LOWEST) = 0: a block without slots needs
 
 Part = tuple[Store, Segments]
 State = tuple[jax.Array, jax.Array, jax.Array]
-"""Highest logit, sum of weights, sum of weighted values; of each query head."""
+"""Highest logit, sum of weights, sum of weighted values; of each query and head."""
 
 
 def decode_attention(
-    query: jax.Array, parts: Sequence[Part], *, scale: float, largest: int = LARGEST
+    query: jax.Array, parts: Sequence[Part], *, scale: float, causal: bool = False, largest: int = LARGEST
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of query [batch, heads, head_dim] over the union of its segments in float stores.
+    """Attention of query [batch, n, heads, head_dim] over the union of its segments; see `api.decode_attention`.
 
     The heads of an item share their segment: all heads of a row if offsets are [batch, 1], else one KV head. At most
     `largest` slots are read at once.
     """
-    batch, heads, head_dim = query.shape
-    lanes = parts[0][0].lanes
+    batch, n, heads, head_dim = query.shape
     items = max(segments.lengths.shape[1] for _, segments in parts)  # of a row
-    lanes_per_item = lanes if items == 1 else 1
-    # [batch, items, lanes of the item, query heads of the lane, head_dim]
-    q = query.reshape(batch, items, lanes_per_item, -1, head_dim)
+    lanes = parts[0][0].lanes if items == 1 else 1  # of an item
+    group = heads // (items * lanes)  # query heads of a lane
+    q = query.reshape(batch, n, items, lanes, group, head_dim).transpose(0, 2, 3, 1, 4, 5)
+    q = q.reshape(batch, items, lanes, n * group, head_dim)
+    # Of each row of q: how many of the segment's last slots it does not see.
+    hidden = jnp.repeat(n - 1 - jax.lax.iota(jnp.int32, n), group) if causal else jnp.zeros(1, jnp.int32)
 
     def attend(i: jax.Array | int, parts: Sequence[Part], highest: jax.Array | float) -> State:
         """Block i of the parts; weights are relative to the highest logit, of those before them at least."""
-        blocks = [_block(store, segments, i, items, lanes_per_item, largest) for store, segments in parts]
-        k, v, inside = (jnp.concatenate(x, axis=3) if len(x) > 1 else x[0] for x in zip(*blocks, strict=True))
+        blocks = [
+            _block(store, segments, i, items, lanes, group, hidden, _block_of(store, n, largest))
+            for store, segments in parts
+        ]
+        k, v, seen = (jnp.concatenate(x, axis=a) if len(x) > 1 else x[0] for x, a in zip(zip(*blocks), (3, 3, 4)))
+        k, v = (x.astype(query.dtype) if parts[0][0].key_scales is not None else x for x in (k, v))
         logits = scale * jnp.einsum("bilhd,bilsd->bilhs", q, k, preferred_element_type=jnp.float32)
-        logits = jnp.where(inside.swapaxes(3, 4), logits, _MASKED)
+        logits = jnp.where(seen, logits, _MASKED)
         highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
         weights = jnp.exp(logits - highest[..., None])
         out = jnp.einsum("bilhs,bilsd->bilhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -59,17 +66,25 @@ def decode_attention(
         decay = jnp.exp(state[0] - new[0])
         return new[0], state[1] * decay + new[1], state[2] * decay[..., None] + new[2]
 
-    state = varying(attend(0, parts, _LOWEST), query, parts)
-    for part in parts:
-        block = block_size(part[0].slots, largest)
-        if block < part[0].slots:
-            blocks = (jnp.max(part[1].lengths) + block - 1) // block
-            state = jax.lax.fori_loop(1, blocks, partial(step, part=part), state)
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    state = (jnp.full(q.shape[:-1], _LOWEST, jnp.float32), zeros[..., 0], zeros)
+    ahead = all(_plain(store, n) for store, _ in parts)  # else one loop has all of it: a smaller program
+    state = varying(attend(0, parts, _LOWEST) if ahead else state, query, parts)
+    for store, segments in parts:
+        block = _block_of(store, n, largest)
+        if not ahead or block < store.slots:
+            blocks = (jnp.max(segments.lengths + _before(store, segments)) + block - 1) // block
+            state = jax.lax.fori_loop(int(ahead), blocks, partial(step, part=(store, segments)), state)
     highest, total, out = state
     empty = total == 0
     out = out / jnp.where(empty, 1, total)[..., None]
     lse = jnp.where(empty, -jnp.inf, highest + jnp.log(jnp.where(empty, 1, total)))
-    return out.reshape(batch, heads, head_dim), lse.reshape(batch, heads)
+
+    def per_row(x: jax.Array) -> jax.Array:
+        x = x.reshape(batch, items, lanes, n, group, -1).transpose(0, 3, 1, 2, 4, 5)
+        return x.reshape(batch, n, heads, -1)
+
+    return per_row(out), per_row(lse)[..., 0]
 
 
 def block_size(slots: int, largest: int) -> int:
@@ -78,24 +93,63 @@ def block_size(slots: int, largest: int) -> int:
     return min(slots, max(_SMALLEST, min(largest, share)))
 
 
+def _plain(store: Store, queries: int) -> bool:
+    """The case of every decoding step."""
+    return queries == 1 and store.key_scales is None
+
+
+def _block_of(store: Store, queries: int, largest: int) -> int:
+    """Of several queries, and of a quantised store, whose blocks are whole groups, as many as may be."""
+    return block_size(store.slots, largest) if _plain(store, queries) else min(largest, store.slots)
+
+
+def _before(store: Store, segments: Segments) -> jax.Array | int:
+    """Slots before a segment that are read with its first block: those of the group that it begins in."""
+    return 0 if store.key_scales is None else segments.offsets % group_size(8 // store.packing)
+
+
 def _block(
-    store: Store, segments: Segments, i: jax.Array | int, items: int, lanes_per_item: int, largest: int
+    store: Store,
+    segments: Segments,
+    i: jax.Array | int,
+    items: int,
+    lanes: int,
+    group: int,
+    hidden: jax.Array,
+    block: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], and which slots count."""
-    batch, lanes, slots, head_dim = store.keys.shape
-    block = block_size(slots, largest)
-    offsets, lengths = (jnp.broadcast_to(x, (batch, items)) for x in (segments.offsets, segments.lengths))
-    lane = jax.lax.iota(jnp.int32, items) * lanes // items
-    wanted = offsets + i * block
-    start = jnp.clip(wanted, 0, slots - block)  # the last block of the store is shifted back to fit
-    slot = start[..., None] + jax.lax.iota(jnp.int32, block)[None, None]
-    inside = (slot >= wanted[..., None]) & (slot < (offsets + lengths)[..., None])
-    inside = inside[:, :, None, :, None]
+    """Block i of a segment: keys and values [batch, items, lanes of the item, block, d], values that count alone.
 
-    def read(row: jax.Array, lane: jax.Array, first: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(row, (lane, first, 0), (lanes_per_item, block, head_dim))
+    And which slots are seen, bool [batch, items, 1, rows or 1, block].
+    """
+    shape = (store.keys.shape[0], items)
+    offsets, lengths = (jnp.broadcast_to(x, shape) for x in (segments.offsets, segments.lengths))
+    lane = jax.lax.iota(jnp.int32, items) * store.lanes // items
+    wanted = offsets - _before(store, segments) + i * block
+    start = jnp.clip(wanted, 0, store.slots - block)  # the last block of the store is shifted back to fit
+    slot = (start[..., None] + jax.lax.iota(jnp.int32, block)[None, None])[:, :, None]  # [batch, items, 1, block]
+    after = slot >= jnp.maximum(wanted, offsets)[..., None, None]
+    inside = after & (slot < (offsets + lengths)[..., None, None])
+    seen = (after & (slot < ((offsets + lengths)[..., None] - hidden[None, None])[..., None]))[:, :, None]
+    if segments.skip is not None:
+        skip = jnp.repeat(segments.skip, group, axis=1)
+        seen &= (slot >= (offsets[..., None] + skip[:, None])[..., None])[:, :, None]
 
-    keys, values = (
-        jax.vmap(jax.vmap(read, (None, 0, 0)), (0, None, 0))(x, lane, start) for x in (store.keys, store.values)
-    )
-    return keys, jnp.where(inside, values, 0), inside  # 0 * NaN would be NaN
+    def cut(x: jax.Array, axis: int, divisor: int) -> jax.Array:
+        """The block of [batch, lanes, ...] whose slots lie along an axis, `divisor` to an entry."""
+        sizes = [lanes, *x.shape[2:]]
+        sizes[axis - 1] = block // divisor
+
+        def read(row: jax.Array, lane: jax.Array, first: jax.Array) -> jax.Array:
+            where = [lane, *[jnp.int32(0)] * (row.ndim - 1)]
+            where[axis - 1] = first // divisor
+            return jax.lax.dynamic_slice(row, where, sizes)
+
+        return jax.vmap(jax.vmap(read, (None, 0, 0)), (0, None, 0))(x, lane, start)
+
+    keys, values = (cut(x, 2, store.packing) for x in (store.keys, store.values))
+    if store.key_scales is not None and store.value_scales is not None:
+        bits = 8 // store.packing
+        keys = dequantise_keys(keys, cut(store.key_scales, 2, group_size(bits)), bits)
+        values = dequantise_values(values, cut(store.value_scales, 3, 1), bits)
+    return keys, jnp.where(inside[..., None], values, 0), seen  # 0 * NaN would be NaN

@@ -1,7 +1,7 @@
 """What a compressed state holds of the attention that decoding with the full cache would spend on the prompt."""
 
-import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,7 @@ from vlcache_jax.cache.store import PackedStore
 Stores = tuple[PackedStore, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """What each prompt of a batch kept, and what it is worth.
 
     Attributes:

@@ -84,7 +84,7 @@ def with_answer_attention(recording: Recording, attention: jax.Array) -> Recordi
     group = recording.query.shape[3] // attention.shape[2]
     handed = jnp.repeat(attention.swapaxes(2, 3), group, axis=3).astype(jnp.float32)
     query = jnp.zeros(recording.query.shape, jnp.float32).at[..., 0].set(handed)
-    return dataclasses.replace(recording, query=query)
+    return recording._replace(query=query)
 
 
 def oracle(budget: Budget) -> Policy:

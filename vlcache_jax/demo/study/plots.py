@@ -31,25 +31,15 @@ def scores_by_budget(table: Table, methods: Sequence[str], title: str) -> Image.
     rows = -(-len(panels) // columns)
     shown = [name for name in methods if name in table.methods]
     styles = _styles(shown)
-    for name, dash in (("oracle_by_mass", (10, 5)), ("oracle", (10, 5)), ("random", (3, 5))):
-        if name in table.methods and name not in styles:
-            styles[name] = (INK if dash[0] > 3 else GREY, dash, -1)
-            if dash[0] > 3:
-                break
+    oracles = [name for name in ("oracle_by_mass", "oracle") if name in table.methods and name not in styles]
+    styles |= dict.fromkeys(oracles[:1], _ORACLE)
     if "random" in table.methods:
         styles.setdefault("random", (GREY, (3, 5), -1))
     behind = [name for name in table.methods if name not in styles]
     width = 2 * _MARGIN + columns * _PANEL + (columns - 1) * 24
     legend = _legend_height(styles, width, bool(behind))
-    sheet = Sheet(width, 104 + rows * (_HEIGHT + 64) + legend)
-    sheet.text(_MARGIN, 50, title, 30)
-    sheet.text(
-        _MARGIN,
-        80,
-        f"{table.samples} held-out samples a task; budget: share of the prompt's cache that is kept",
-        18,
-        GREY,
-    )
+    text = f"{table.samples} held-out samples a task; budget: share of the prompt's cache that is kept"
+    sheet = _sheet(width, 104 + rows * (_HEIGHT + 64) + legend, title, text, large=True)
     for number, task in enumerate(panels):
         x = _MARGIN + number % columns * (_PANEL + 24)
         y = 104 + number // columns * (_HEIGHT + 64)
@@ -59,6 +49,25 @@ def scores_by_budget(table: Table, methods: Sequence[str], title: str) -> Image.
 
 
 Style = tuple[Colour, Sequence[float], int]  # colour, dash, marker (-1: none)
+
+_ORACLE: Style = (INK, (10, 5), -1)
+
+
+def _sheet(width: int, height: int, title: str, text: str, large: bool = False) -> Sheet:
+    sheet = Sheet(width, height)
+    sheet.text(_MARGIN, 50, title, 30 if large else 28)
+    sheet.text(_MARGIN, 80, text, 18 if large else 17, GREY)
+    return sheet
+
+
+def _levels(
+    sheet: Sheet, left: float, right: float, upper: float, lower: float, marks: Sequence[str], gap: float = 6
+) -> None:
+    """Horizontal lines of equal distance, the lowest first, with what they mean."""
+    for i, mark in enumerate(marks):
+        height = lower - (lower - upper) * i / (len(marks) - 1)
+        sheet.line([(left, height), (right, height)], LINE, 1)
+        sheet.text(left - gap, height, mark, 15, GREY, "rm")
 
 
 def _styles(names: Sequence[str]) -> dict[str, Style]:
@@ -86,11 +95,7 @@ def _panel(
         across = left + 12 + (right - left - 24) * (math.log(budget) - low) / span
         return across, lower - (lower - upper) * min(value / top, 1.04)
 
-    for i in range(6):
-        height = lower - (lower - upper) * i / 5
-        sheet.line([(left, height), (right, height)], LINE, 1)
-        mark = f"{top * i / 5:g}" if top > 1 else f"{100 * i / 5:g} %"
-        sheet.text(left - 6, height, mark, 15, GREY, "rm")
+    _levels(sheet, left, right, upper, lower, [f"{2 * i}" if top > 1 else f"{20 * i} %" for i in range(6)])
     for budget in budgets:
         across = place(budget, 0)[0]
         sheet.line([(across, lower), (across, lower + 5)], GREY, 1)
@@ -148,11 +153,9 @@ def all_scores(table: Table) -> Image.Image:
     columns = 4 if len(panels) > 6 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     width = round(2 * _MARGIN + names + columns * block)
-    sheet = Sheet(width, 110 + rows * (len(methods) * height + 96))
-    sheet.text(_MARGIN, 50, "Every method at every budget, in per cent of the full cache's score", 28)
-    sheet.text(
-        _MARGIN, 80, "Methods by the mean over tasks and budgets. 100 % means: as good as without compression", 17, GREY
-    )
+    title = "Every method at every budget, in per cent of the full cache's score"
+    text = "Methods by the mean over tasks and budgets. 100 % means: as good as without compression"
+    sheet = _sheet(width, 110 + rows * (len(methods) * height + 96), title, text)
     for number, task in enumerate(panels):
         left = _MARGIN + names + number % columns * block
         top = 110 + number // columns * (len(methods) * height + 96)
@@ -186,19 +189,13 @@ def _shade(value: float) -> Colour:
 def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
     """For each task the density of every layer, and what share of the prompt methods keep there."""
     shown = [name for name in methods if table.result(table.tasks[0], name, budget) is not None]
-    styles = _styles(shown)
-    for name in ("oracle_by_mass",):
-        if name in table.methods:
-            styles[name] = (INK, (10, 5), -1)
-    rows, panel, height = 2, 300, 250
-    width = 2 * _MARGIN + 60 + len(table.tasks) * panel
-    width = max(width, 1000)
-    legend = _legend_height(styles, width, False)
-    sheet = Sheet(width, 104 + rows * (height + 90) + legend)
-    sheet.text(_MARGIN, 50, f"Layers: density of attention, and budgets at {100 * budget:g} %", 28)
-    sheet.text(
-        _MARGIN, 80, "Density: share of the question's attention entries above 1 % of their row's largest", 17, GREY
-    )
+    styles = _styles(shown) | ({"oracle_by_mass": _ORACLE} if "oracle_by_mass" in table.methods else {})
+    panel, height = 300, 250
+    width = max(2 * _MARGIN + 60 + len(table.tasks) * panel, 1000)
+    bottom = 104 + 2 * (height + 90)
+    title = f"Layers: density of attention, and budgets at {100 * budget:g} %"
+    text = "Density: share of the question's attention entries above 1 % of their row's largest"
+    sheet = _sheet(width, bottom + _legend_height(styles, width, False), title, text)
     densities = {task: table.density(task, budget) for task in table.tasks}
     kept = {
         (task, name): result.layers
@@ -210,6 +207,7 @@ def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
         _round_up(max((float(np.max(d)) for d in densities.values() if d is not None), default=1.0)),
         _round_up(max((float(np.max(x)) for x in kept.values()), default=1.0)),
     )
+    count = len(next(iter(kept.values())))
     for number, task in enumerate(table.tasks):
         x = _MARGIN + 60 + number * panel
         for row, top in enumerate(tops):
@@ -219,38 +217,29 @@ def layers(table: Table, methods: Sequence[str], budget: float) -> Image.Image:
             if number == 0:
                 sheet.text(_MARGIN, y + 52, "density" if row == 0 else "kept share of the prompt", 16, GREY)
             upper, lower, right = y + 66, y + height + 30, x + panel - 36
-            for i in range(5):
-                level = lower - (lower - upper) * i / 4
-                sheet.line([(x, level), (right, level)], LINE, 1)
-                if number == 0:
-                    sheet.text(x - 8, level, f"{100 * top * i / 4:g} %", 15, GREY, "rm")
-            density = densities[task]
-            count = len(next(iter(kept.values())))
+            marks = [f"{25 * top * i:g} %" if number == 0 else "" for i in range(5)]
+            _levels(sheet, x, right, upper, lower, marks, gap=8)
             step = (right - x) / count
-            for layer in range(count):
-                sheet.text(x + step * (layer + 0.5), lower + 22, str(layer), 15, GREY, "ms")
-            if row == 0 and density is not None:
-                for layer, value in enumerate(density):
-                    at = x + step * (layer + 0.5)
-                    sheet.rectangle(
-                        at - step * 0.3,
-                        lower - (lower - upper) * float(value) / top,
-                        at + step * 0.3,
-                        lower,
-                        PALETTE[1],
-                        3,
-                    )
-            for name, (colour, dash, marker) in styles.items() if row else ():
-                if (task, name) in kept:
-                    points = [
-                        (x + step * (layer + 0.5), lower - (lower - upper) * float(value) / top)
-                        for layer, value in enumerate(kept[task, name])
-                    ]
-                    sheet.line(points, colour, 2.5, dash)
-                    for point in points if marker >= 0 else ():
-                        sheet.marker(*point, colour, marker)
-    sheet.text(width / 2, 104 + rows * (height + 90) - 2, "layer", 16, GREY, "ms")
-    _legend(sheet, 104 + rows * (height + 90) + 16, styles, False)
+            columns = [x + step * (layer + 0.5) for layer in range(count)]
+            for layer, at in enumerate(columns):
+                sheet.text(at, lower + 22, str(layer), 15, GREY, "ms")
+            curves: dict[str | None, np.ndarray | None] = {None: densities[task]}
+            if row:
+                curves = {name: kept.get((task, name)) for name in styles}
+            for name, values in curves.items():
+                if values is None:
+                    continue
+                points = [(at, lower - (lower - upper) * float(value) / top) for at, value in zip(columns, values)]
+                if name is None:
+                    for at, level in points:
+                        sheet.rectangle(at - step * 0.3, level, at + step * 0.3, lower, PALETTE[1], 3)
+                    continue
+                colour, dash, marker = styles[name]
+                sheet.line(points, colour, 2.5, dash)
+                for point in points if marker >= 0 else ():
+                    sheet.marker(*point, colour, marker)
+    sheet.text(width / 2, bottom - 2, "layer", 16, GREY, "ms")
+    _legend(sheet, bottom + 16, styles, False)
     return sheet.picture()
 
 

@@ -8,7 +8,7 @@ code; decoding runs the real model.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,8 @@ from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 _PLACEHOLDER = 0  # width of the hidden states of a replayed prompt, of which nothing is asked
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class Recording:
-    """What the layers computed for a batch of prompts. A pytree.
+class Recording(NamedTuple):
+    """What the layers computed for a batch of prompts.
 
     Attributes:
       query: [layers, batch, length, heads, head_dim], rotated.
@@ -81,19 +79,13 @@ class Replay:
         recording: Recording = variables["params"]["recording"]
         if method == "unembed":
             return recording.logits
-        return _replay(recording, *args, **kwargs)
+        hidden, _, attend, carry, xs = args
 
+        def layer(carry, item):
+            _, carry, ys = attend(*item[:3], carry, item[3])
+            return carry, ys
 
-def _replay(
-    recording: Recording, hidden: jax.Array, positions: jax.Array, attend: Any, carry: Any = None, xs: Any = None
-) -> tuple[jax.Array, Any, Any]:
-    def layer(carry, item):
-        query, key, value, x = item
-        _, carry, ys = attend(query, key, value, carry, x)
-        return carry, ys
-
-    carry, ys = jax.lax.scan(layer, carry, (recording.query, recording.key, recording.value, xs))
-    return hidden, carry, ys
+        return hidden, *jax.lax.scan(layer, carry, (recording.query, recording.key, recording.value, xs))
 
 
 def first_columns(recording: Recording, length: int) -> Recording:

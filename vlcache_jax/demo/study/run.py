@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.demo.study import before
+from vlcache_jax.demo.study.answers import answer_before, answer_known, images_end
 from vlcache_jax.demo.study.measure import Held, Stores, held, kept_tokens, store_bytes
 from vlcache_jax.demo.study.methods import FULL, Method
 from vlcache_jax.demo.study.oracle import answer_attention, with_answer_attention
@@ -21,8 +21,6 @@ from vlcache_jax.demo.study.recording import Recording, Replay, record
 from vlcache_jax.demo.study.results import Key, Result, ResultFile
 from vlcache_jax.demo.study.tasks import EXACT, TaskData, load_task, score
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.inference.decode import decode
-from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import FullCache, Policy
@@ -40,15 +38,13 @@ _MAPS = Path("/proc/self/maps")
 _MOST_MAPS = 30_000  # every compiled program takes memory mappings, of which Linux allows a process 65,530
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """A batch of prompts, and what the full cache makes of it.
 
     Attributes:
       batch: without its pixels, which nothing needs any more.
       recording: what the layers computed.
       tokens: i32 [batch, n], the answers with the full cache.
-      token_lengths: i32 [batch].
       attention: f32 [layers, batch, kv_heads, length], of `answer_attention`.
       full_bytes: of the uncompressed state, for one prompt.
     """
@@ -56,91 +52,12 @@ class Prompts:
     batch: Batch
     recording: Recording
     tokens: jax.Array
-    token_lengths: jax.Array
     attention: jax.Array
     full_bytes: int
 
 
-class Study:
-    """Answers of one checkpoint under any policy.
-
-    Attributes:
-      vlm: the checkpoint.
-      params: of `Replay`, but for the recording.
-    """
-
-    def __init__(self, vlm: VLM) -> None:
-        self.vlm = vlm
-        self.model = Replay(vlm.model)
-        self.params = vlm.params
-
-    @property
-    def grid_side(self) -> int:
-        """Patches along a side of an image."""
-        return self.vlm.model.spec.vision_grid or 0
-
-    def prepare(self, batch: Batch, max_new_tokens: int) -> Prompts:
-        """Runs a batch of prompts once, and answers it with the full cache."""
-        recording = record(self.vlm.model, self.params, batch)
-        batch = dataclasses.replace(batch, pixels=np.asarray(batch.pixels)[:, :0])
-        tokens, lengths, stores = self.answer_known(batch, recording, FullCache(), max_new_tokens)[:3]
-        attention = answer_attention(
-            self.vlm.model, self.params, recording, jnp.asarray(batch.lengths), tokens, lengths
-        )
-        return Prompts(batch, recording, tokens, lengths, attention, store_bytes(stores) // batch.size)
-
-    def answer_known(
-        self, batch: Batch, recording: Recording, policy: Policy, max_new_tokens: int
-    ) -> tuple[jax.Array, jax.Array, Stores, jax.Array]:
-        """Answers with a cache that was compressed with the question in the prompt.
-
-        Returns:
-          (tokens i32 [batch, max_new_tokens], lengths i32 [batch], the stores as prefill returned them, density f32
-          [batch, layers]); the tokens are those of `generate`.
-        """
-        params = {"model": self.params, "recording": recording}
-        logits, state = prefill(self.model, params, batch, policy).start(max_new_tokens)
-        tokens, lengths = decode(self.model, params, logits, state, max_new_tokens)
-        return tokens, lengths, state.stores, state.allocation.density
-
-    def measure(
-        self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
-    ) -> tuple["Measured", Stores]:
-        """Answers of all samples under a method, and the stores of the first batch.
-
-        Raises:
-          PolicyError: the method does not know such a budget.
-        """
-        policy = method.policy(budget, self.grid_side)
-        parts = [self._of_batch(some, method, policy, mode, data.max_new_tokens) for some in prompts]
-        joined = jax.tree.map(
-            lambda *x: np.concatenate(list(map(np.asarray, x)))[: data.samples], *(p for p, _ in parts)
-        )
-        return joined, parts[0][1]
-
-    def _of_batch(
-        self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int
-    ) -> tuple["Measured", Stores]:
-        batch, recording, attention = some.batch, some.recording, some.attention
-        if mode == BEFORE:
-            end = before.images_end(batch)
-            tokens, lengths, stores, density = before.answer_before(
-                self.model, self.params, batch, recording, policy, max_new_tokens
-            )
-            compressed, attention = np.full(batch.size, end), attention[..., :end]
-        else:
-            if method.needs_answer:
-                recording = with_answer_attention(recording, attention)
-            tokens, lengths, stores, density = self.answer_known(batch, recording, policy, max_new_tokens)
-            compressed = np.asarray(batch.lengths)
-        agrees = jnp.all(tokens == some.tokens, axis=1)
-        return Measured(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density), stores
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Of some samples under one method; a pytree of arrays, NumPy's when they are joined.
+class Measured(NamedTuple):
+    """Of some samples under one method; JAX's arrays, or NumPy's when they are joined.
 
     Attributes:
       tokens: i32 [samples, n], the answers.
@@ -159,6 +76,56 @@ class Measured:
     density: Any
 
 
+class Study:
+    """Answers of one checkpoint under any policy.
+
+    Attributes:
+      vlm: the checkpoint.
+      model: its model, with the prompts replayed.
+    """
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm, self.model = vlm, Replay(vlm.model)
+
+    def prepare(self, batch: Batch, max_new_tokens: int) -> Prompts:
+        """Runs a batch of prompts once, and answers it with the full cache."""
+        model, params = self.vlm.model, self.vlm.params
+        recording = record(model, params, batch)
+        batch = dataclasses.replace(batch, pixels=np.asarray(batch.pixels)[:, :0])
+        tokens, lengths, stores, _ = answer_known(self.model, params, batch, recording, FullCache(), max_new_tokens)
+        attention = answer_attention(model, params, recording, jnp.asarray(batch.lengths), tokens, lengths)
+        return Prompts(batch, recording, tokens, attention, store_bytes(stores) // batch.size)
+
+    def measure(
+        self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
+    ) -> tuple[Measured, Stores]:
+        """Answers of all samples under a method, and the stores of the first batch.
+
+        Raises:
+          PolicyError: the method does not know such a budget.
+        """
+        policy = method.policy(budget, self.vlm.model.spec.vision_grid or 0)
+        parts = [self._of_batch(some, method, policy, mode, data.max_new_tokens) for some in prompts]
+        joined = jax.tree.map(
+            lambda *x: np.concatenate(list(map(np.asarray, x)))[: data.samples], *(p for p, _ in parts)
+        )
+        return joined, parts[0][1]
+
+    def _of_batch(
+        self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int
+    ) -> tuple[Measured, Stores]:
+        batch, attention = some.batch, some.attention
+        shown = with_answer_attention(some.recording, attention) if method.needs_answer else some.recording
+        ask: Any = answer_known
+        compressed = np.asarray(batch.lengths)
+        if mode == BEFORE:
+            end = images_end(batch)
+            ask, compressed, attention = answer_before, np.full(batch.size, end), attention[..., :end]
+        tokens, lengths, stores, density = ask(self.model, self.vlm.params, batch, shown, policy, max_new_tokens)
+        agrees = jnp.all(tokens == some.tokens, axis=1)
+        return Measured(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density), stores
+
+
 def run_study(
     vlm: VLM,
     file: ResultFile,
@@ -167,9 +134,9 @@ def run_study(
     methods: Sequence[Method],
     budgets: Sequence[float],
     samples: int,
-    batch_size: int = 50,
-    modes: Sequence[str] = MODES,
-    progress: Progress | None = None,
+    batch_size: int,
+    modes: Sequence[str],
+    progress: Progress,
 ) -> None:
     """Measures every configuration that the file does not hold yet.
 
@@ -182,7 +149,7 @@ def run_study(
       samples: of each task.
       batch_size: prompts answered together at most.
       modes: with the question `KNOWN` when the prompt is compressed, or compressed `BEFORE` it is known.
-      progress: gets a line for each configuration; by default on standard error.
+      progress: gets a line for each configuration.
     """
     study = Study(vlm)
     grid = [
@@ -194,7 +161,6 @@ def run_study(
         if budget < 1
     ]
     pictured = min((b for b in budgets if b < 1), key=lambda b: abs(b - PICTURED), default=None)
-    progress = Progress() if progress is None else progress
     pending = {task: _pending(file, task, grid) for task in tasks}
     left = sum(map(len, pending.values()))
     for task in tasks:

@@ -30,7 +30,6 @@ class EqualMass(Allocate):
         return jnp.where(valid, better / jnp.maximum(jnp.sum(mass, axis=1, keepdims=True), 1e-30), jnp.inf)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         rows, layers, length = measured.shape
         by_rank = measured.swapaxes(1, 2).reshape(rows, -1)
         order = jnp.argsort(by_rank, axis=1, stable=True)

@@ -89,14 +89,12 @@ class SparsityAware(Allocate):
             raise PolicyError(f"total={self.total!r} is not known: use 'exact', 'paper' or 'effivlm'")
 
     def check(self, budget: Budget) -> None:
-        """See `Allocate.check`."""
         if self.total != "exact" and isinstance(budget, Tokens | Bytes):
             raise PolicyError(
                 f"total={self.total!r} is a rule for fractions of the prompt, not for {budget}: use 'exact'"
             )
 
     def capacity(self, length: int, budget: SlotBudget) -> int:
-        """See `Allocate.capacity`."""
         if self.total == "exact":
             return budget.total(length)
         assert budget.fraction is not None
@@ -107,7 +105,6 @@ class SparsityAware(Allocate):
         return min(full, math.floor((budget.fraction + 0.01) * full) + budget.layers)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         fraction = budget.fraction
         if self.total == "effivlm":
             assert fraction is not None
@@ -132,7 +129,6 @@ class Uniform(Allocate):
     even = True
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         total = jnp.asarray(budget.total(lengths))[:, None]
         extra = jax.lax.iota(jnp.int32, budget.layers)[None] < total % budget.layers
         return total // budget.layers + extra.astype(jnp.int32)

@@ -55,15 +55,12 @@ class AdaptiveHeads(Allocate):
         return self.layers.threshold
 
     def with_layers(self, layers: Allocate) -> Allocate:
-        """See `Allocate.with_layers`."""
         return dataclasses.replace(self, layers=layers)
 
     def check(self, budget: Budget) -> None:
-        """See `Allocate.check`."""
         self.layers.check(budget)
 
     def capacity(self, length: int, budget: SlotBudget) -> int:
-        """See `Allocate.capacity`."""
         return self.layers.capacity(length, budget)
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> Any:
@@ -73,7 +70,6 @@ class AdaptiveHeads(Allocate):
         return every, self.layers.measure(inputs, scores)
 
     def slots(self, measured: Any, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         scores, of_layers = measured
         batch, layers, kv_heads, length = scores.shape
         group = kv_heads // budget.lanes

@@ -42,7 +42,6 @@ class EliteAttention(Score):
             raise PolicyError(f"ratio={self.ratio} is out of range: it must lie in (0, 1]")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         rows, length, heads, head_dim = inputs.query.shape
         kv_heads = inputs.key.shape[2]
         key = inputs.key.astype(jnp.float32)
@@ -114,7 +113,6 @@ class StrengthAndSkewness(Allocate):
         return jnp.stack([strength, skewness, count], axis=1)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         strength, skewness = measured[..., 0], jnp.maximum(measured[..., 1], 0)
         visual = measured[:, 0, 2].astype(jnp.int32)
         total = jnp.asarray(budget.total(lengths))

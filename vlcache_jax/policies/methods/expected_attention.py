@@ -45,7 +45,6 @@ class ExpectedScore(Score):
                 raise PolicyError(f"{name}={value!r} is out of range: give a whole number, at least {least}")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         assert inputs.rotate is not None
         rows, length, _, head_dim = inputs.query.shape
         ahead = self._future_rotation(inputs, head_dim)  # [batch, d, d]: row i is the rotated i-th unit vector

@@ -38,7 +38,6 @@ class KeyDifferenceScore(Score):
     needs_attention = False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         return -anchor_cosine(inputs)
 
 

@@ -26,7 +26,6 @@ class KeyNormScore(Score):
     needs_attention = False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         norm = jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1).swapaxes(1, 2)
         return -without_rounding(norm, jnp.broadcast_to(inputs.valid[:, None], norm.shape))
 

@@ -13,11 +13,11 @@ from vlcache_jax.policies.evicted.merge import Merge
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Policy, StoreOptions
 from vlcache_jax.policies.rows.spans import AllRows
-from vlcache_jax.policies.scores.attention import AccumulatedAttention, LayerInputs, Score
+from vlcache_jax.policies.scores.attention import AccumulatedAttention, Derived, LayerInputs
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPrior(Score):
+class TextPrior(Derived):
     """A score of 0 or more, with its largest value added for text tokens (LOOK-M, equations 4 and 5).
 
         S'_j = S_j + max_i S_i   for text tokens j, the maximum over the whole prompt and one KV head
@@ -27,17 +27,9 @@ class TextPrior(Score):
     between text tokens away.
     """
 
-    score: Score
-
     is_mass = False
 
-    @property
-    def needs_attention(self) -> bool:
-        """That of the score."""
-        return self.score.needs_attention
-
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         valid = jnp.broadcast_to(inputs.valid[:, None], scores.shape)
         text = jnp.broadcast_to(~inputs.vision_mask[:, None], scores.shape)
@@ -54,10 +46,6 @@ class TextPrior(Score):
         rank = jnp.cumsum(jnp.pad(counted, ((0, 0), (0, 0), (1, 0))), axis=-1, dtype=jnp.int32)
         rank = jnp.take_along_axis(rank, jnp.argsort(index, axis=-1), axis=-1).astype(jnp.float32)
         return jnp.where(jnp.isfinite(scores), rank, jnp.nan)
-
-    def ties(self, inputs: LayerInputs) -> jax.Array | None:
-        """See `Score.ties`."""
-        return self.score.ties(inputs)
 
 
 @method("look_m", title="LOOK-M", query_agnostic=True)

@@ -12,14 +12,14 @@ from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.snap_kv import observation_window, snap_score, unpooled
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.rows.spans import LastRows
-from vlcache_jax.policies.scores.attention import LayerInputs, Score
+from vlcache_jax.policies.scores.attention import Derived, LayerInputs
 from vlcache_jax.policies.scores.pooling import skipped
 from vlcache_jax.policies.scores.rounding import without_rounding
 from vlcache_jax.policies.window import Recent, Window
 
 
 @dataclasses.dataclass(frozen=True)
-class DiversityMixed(Score):
+class DiversityMixed(Derived):
     """Importance mixed with diversity, more of the latter where the keys of a head are alike.
 
     For each KV head, over the tokens j before the last `skip` ones:
@@ -35,16 +35,9 @@ class DiversityMixed(Score):
       skip: last tokens that are left out of the means and extremes; they keep their own score. See `SequencePooled`.
     """
 
-    score: Score
     skip: int | Window = 0
 
-    @property
-    def needs_attention(self) -> bool:
-        """That of the votes."""
-        return self.score.needs_attention
-
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         vote = self.score(inputs).astype(jnp.float32)
         length, last = vote.shape[-1], skipped(self.skip, inputs)
         inside = jax.lax.iota(jnp.int32, length)[None] < inputs.lengths[:, None] - last
@@ -71,10 +64,6 @@ class DiversityMixed(Score):
         norm = without_rounding(norm, jnp.broadcast_to(inputs.valid[:, None], norm.shape))
         mixed = rho * scaled(-cosine) + (1 - rho) * (vote + scaled(norm))
         return jnp.where(inside, mixed, vote)
-
-    def ties(self, inputs: LayerInputs) -> jax.Array | None:
-        """See `Score.ties`."""
-        return self.score.ties(inputs)
 
 
 @method("mix_kv", title="MixKV")

@@ -39,7 +39,6 @@ class Pyramid(Allocate):
             raise PolicyError(f"beta={self.beta!r}: give a whole number, at least 1 (1 is the same for every layer)")
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         layers = budget.layers
         total, n = jnp.asarray(budget.total(lengths))[:, None], lengths[:, None]
         mean, extra = total // layers, total % layers

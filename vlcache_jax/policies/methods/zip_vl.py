@@ -40,7 +40,6 @@ class EnoughMass(EqualMass):
         return super().measure(inputs, AccumulatedAttention("shared")(inputs))
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        """See `Allocate.slots`."""
         # A token is needed as long as the better ones hold less than the mass. EqualMass takes the smallest shares of
         # all layers, so it takes all that are needed, or none but those.
         enough = jnp.sum(measured < self.mass, axis=2, dtype=jnp.int32)

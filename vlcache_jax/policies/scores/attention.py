@@ -84,6 +84,22 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Derived(Score):
+    """A score made from another: it needs what that needs, and has its ties."""
+
+    score: Score
+
+    @property
+    def needs_attention(self) -> bool:
+        """That of the other score."""
+        return self.score.needs_attention
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`; those of the other score."""
+        return self.score.ties(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class AccumulatedAttention(Score):
     """Attention received from the policy's rows, averaged over query heads (VL-Cache, section 3.2).
 
@@ -100,7 +116,6 @@ class AccumulatedAttention(Score):
             raise PolicyError(f"heads={self.heads!r} is not known: use 'each' or 'shared'")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         assert inputs.statistics is not None
         sums = inputs.statistics.sums
         batch, heads, length = sums.shape
@@ -134,7 +149,6 @@ class RandomScore(Score):
             raise PolicyError(f"seed={self.seed!r} is not known: give an integer below 2**64") from error
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         batch, length, kv_heads, _ = inputs.key.shape
         words = jnp.asarray(seed_words(self.seed, ()))
         # Drawn position by position, so that it does not depend on the padding.
@@ -149,5 +163,4 @@ class Recency(Score):
     needs_attention = False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         return jnp.broadcast_to(jnp.arange(inputs.key.shape[1], dtype=jnp.float32), inputs.valid.shape)[:, None]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.scores.attention import LayerInputs, Score
+from vlcache_jax.policies.scores.attention import Derived, LayerInputs, Score
 from vlcache_jax.policies.window import Window
 
 
@@ -31,39 +31,40 @@ def pooled(score: Score, size: int, kind: str = "mean", grid_side: int | None = 
     return SequencePooled(score, size, kind, skip) if grid_side is None else GridPooled(score, size, kind, grid_side)
 
 
-def _check(size: int, kind: str) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
-        raise PolicyError(f"pool={size!r}: give an odd number of neighbours, the token itself included (1: no pooling)")
-    if kind not in ("mean", "max"):
-        raise PolicyError(f"pooling={kind!r} is not known: use 'mean' or 'max'")
+@dataclasses.dataclass(frozen=True)
+class Pooled(Derived):
+    """A score pooled over `size` neighbours, or size x size, by their mean or their maximum (`kind`)."""
+
+    size: int
+    kind: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1 or self.size % 2 == 0:
+            raise PolicyError(
+                f"pool={self.size!r}: give an odd number of neighbours, the token itself included (1: no pooling)"
+            )
+        if self.kind not in ("mean", "max"):
+            raise PolicyError(f"pooling={self.kind!r} is not known: use 'mean' or 'max'")
+
+    def ties(self, inputs: LayerInputs) -> jax.Array | None:
+        """See `Score.ties`: of those that share a maximum the one it comes from, then the others by their own."""
+        return self.score(inputs) if self.kind == "max" else super().ties(inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencePooled(Score):
+class SequencePooled(Pooled):
     """The mean or maximum over the `size` nearest positions of the prompt, as SnapKV does it (arXiv 2404.14469).
 
     Neighbours before the prompt, in the last `skip` tokens or in the padding count as 0 in a mean (it is always divided
-    by `size`) and not at all in a maximum: so does SnapKV's code. The last `skip` tokens keep their own score. Of
-    tokens that share a maximum the one it comes from goes first, then the others by their own score.
+    by `size`) and not at all in a maximum: so does SnapKV's code. The last `skip` tokens keep their own score.
 
     `skip` is a number of tokens, or a `Window`: then those of the policy's window.
     """
 
-    score: Score
-    size: int
     kind: str = "mean"
     skip: int | Window = 0
 
-    def __post_init__(self) -> None:
-        _check(self.size, self.kind)
-
-    @property
-    def needs_attention(self) -> bool:
-        """That of the pooled score."""
-        return self.score.needs_attention
-
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         length = scores.shape[-1]
         inside = (jax.lax.iota(jnp.int32, length)[None] < inputs.lengths[:, None] - skipped(self.skip, inputs))[:, None]
@@ -78,10 +79,6 @@ class SequencePooled(Score):
             pool = pool / self.size
         return jnp.where(inside, pool, scores)
 
-    def ties(self, inputs: LayerInputs) -> jax.Array | None:
-        """See `Score.ties`."""
-        return self.score(inputs) if self.kind == "max" else self.score.ties(inputs)
-
 
 def skipped(skip: int | Window, inputs: LayerInputs) -> int | jax.Array:
     """The last tokens that a window spares from pooling: `skip`, or i32 [batch, 1]."""
@@ -92,7 +89,7 @@ def skipped(skip: int | Window, inputs: LayerInputs) -> int | jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class GridPooled(Score):
+class GridPooled(Pooled):
     """The mean or maximum over the size x size patches around a visual token, within its tile.
 
     Only patches that are there count: not those beyond the edge of the tile, nor those that the model's layout left out
@@ -102,26 +99,17 @@ class GridPooled(Score):
     `side` must be the model's own, `vlm.model.spec.vision_grid`; `prefill` refuses another.
     """
 
-    score: Score
-    size: int
-    kind: str
     side: int
 
     def __post_init__(self) -> None:
-        _check(self.size, self.kind)
+        super().__post_init__()
         if isinstance(self.side, bool) or not isinstance(self.side, int) or self.side < self.size:
             raise PolicyError(
                 f"grid_side={self.side!r} is no grid for pool={self.size}: give the patches along one side of a tile, "
                 "such as 24 for LLaVA-1.5"
             )
 
-    @property
-    def needs_attention(self) -> bool:
-        """That of the pooled score."""
-        return self.score.needs_attention
-
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         index, length = inputs.vision_index, scores.shape[-1]
         patch = index >= 0
@@ -145,7 +133,3 @@ class GridPooled(Score):
                 best = jnp.maximum(best, jnp.where(found, near, -jnp.inf))
         pool = total / jnp.maximum(count, 1) if self.kind == "mean" else best
         return jnp.where(patch[:, None], pool, scores)
-
-    def ties(self, inputs: LayerInputs) -> jax.Array | None:
-        """See `Score.ties`; as in `SequencePooled`."""
-        return self.score(inputs) if self.kind == "max" else self.score.ties(inputs)

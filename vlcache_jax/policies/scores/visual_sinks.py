@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.scores.attention import LayerInputs, Score
+from vlcache_jax.policies.scores.attention import Derived, LayerInputs, Score
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskVisualSinks(Score):
+class MaskVisualSinks(Derived):
     """Takes their score from visual sinks: they draw much attention whatever is asked and carry little.
 
     A visual token j of a KV head is taken for a sink if
@@ -31,7 +31,6 @@ class MaskVisualSinks(Score):
       value: how many times the mean norm of the value vector it has at most.
     """
 
-    score: Score
     outlier: float = 5.0
     value: float = 0.5
 
@@ -39,13 +38,7 @@ class MaskVisualSinks(Score):
         if not self.outlier >= 0 or not self.value >= 0:
             raise PolicyError(f"outlier={self.outlier} and value={self.value} must not be negative")
 
-    @property
-    def needs_attention(self) -> bool:
-        """That of the masked score."""
-        return self.score.needs_attention
-
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         scores = self.score(inputs).astype(jnp.float32)
         visual = (inputs.vision_mask & inputs.valid)[:, None]
         norm = jnp.linalg.norm(inputs.value.astype(jnp.float32), axis=-1).swapaxes(1, 2)
@@ -58,10 +51,6 @@ class MaskVisualSinks(Score):
 
         sink = visual & (scores > self.outlier * mean(scores)) & (norm < self.value * mean(norm))
         return jnp.where(sink, 0, scores)
-
-    def ties(self, inputs: LayerInputs) -> jax.Array | None:
-        """See `Score.ties`."""
-        return self.score.ties(inputs)
 
 
 def without_sinks(score: Score, mask: bool = True) -> Score:
