@@ -111,7 +111,7 @@ def demo_loss(model: Llava) -> Loss:
     names to values and matching, neither of which pays without the other; the hint pays for the first one. Likewise a
     shape's row predicts how many shapes there were so far.
 
-    Look-ahead: see `demo_ahead`; its heads are `params["ahead"]`. Alignment: see `demo_alignment`.
+    Look-ahead: see `recipe.ahead`; its heads are `params["ahead"]`. Alignment: see `recipe.alignment`.
     """
 
     def loss(params: Params, batch: DemoBatch) -> tuple[jax.Array, Metrics]:
@@ -120,9 +120,8 @@ def demo_loss(model: Llava) -> Loss:
         value, metrics = weighted_cross_entropy(logits, batch.train)
         hinted, hints = batch.hints >= 0, jnp.maximum(batch.hints, 0)
         count = jnp.maximum(jnp.sum(hinted), 1).astype(jnp.float32)
-        hint = (
-            jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, hints) * hinted.astype(jnp.float32)) / count
-        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, hints)
+        hint = jnp.sum(losses * hinted.astype(jnp.float32)) / count
         accuracy = jnp.sum((jnp.argmax(logits, -1) == hints) & hinted).astype(jnp.float32) / count
         ahead, ahead_accuracy = ahead_loss(params["ahead"], hidden, batch.ahead)
         extra = {"answer_loss": value, "hint_accuracy": accuracy, "ahead_accuracy": ahead_accuracy}
@@ -184,7 +183,7 @@ def _init(recipe: Recipe, seed: int) -> Params:
 
 
 def initial_params(recipe: Recipe, trained: Params) -> Params:
-    """Parameters of the whole model around a trained tower and projector; see `demo_init`."""
+    """Parameters of the whole model around a trained tower and projector; see `recipe.init`."""
     params = _init(recipe, recipe.seed + 2) | trained
     decoder = params["decoder"]
     # The usual 0.02 is meant for wide models: at this width it starts with next to no attention.

@@ -2,6 +2,7 @@
 
 tasks      held-out samples of the demo's tasks as batches, and how their answers are scored
 recording  the prompts' queries, keys and values, computed once and replayed to every method
+answers    with the question in the prompt that is compressed, or asked afterwards
 oracle     what the answer's own rows attend to, and policies that keep just that
 methods    the grid
 measure    what of that attention a state holds

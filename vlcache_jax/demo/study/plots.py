@@ -10,6 +10,7 @@ from vlcache_jax.demo.study import drawing
 from vlcache_jax.demo.study.drawing import GREY, INK, LINE, PALETTE, TRACK, Colour, Sheet
 from vlcache_jax.demo.study.methods import Method
 from vlcache_jax.demo.study.summary import Table
+from vlcache_jax.demo.study.tasks import score_name
 
 _MARGIN = 48
 _PANEL, _HEIGHT = 500, 330  # a panel's width and height, axis labels included
@@ -83,7 +84,7 @@ def _panel(
     styles: dict[str, Style],
     behind: Sequence[str],
 ) -> None:
-    top = 10.0 if task is not None and table.score_name(task) == "CIDEr" else 1.0
+    top = 10.0 if task is not None and score_name(task) == "CIDEr" else 1.0
     name = "Mean of all tasks, of the full cache's score" if task is None else table.title(task)
     sheet.text(x, y + 22, name, 20)
     left, right, upper, lower = x + 44, x + _PANEL - 8, y + 42, y + _HEIGHT

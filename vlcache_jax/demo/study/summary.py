@@ -1,6 +1,6 @@
 """The results as tables: means, and paired intervals of the difference to the full cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,10 +51,6 @@ class Table:
         title = _TITLES.get(task, task.replace("_", " ").capitalize())
         return title if short else f"{title} ({score_name(task)})"
 
-    def score_name(self, task: str) -> str:
-        """See `tasks.score_name`."""
-        return score_name(task)
-
     def value(self, task: str | None, method: str, budget: float) -> float | None:
         """Mean score; of all tasks, None, the mean of what `relative` gives."""
         if task is None:
@@ -90,54 +86,52 @@ class Table:
 def tables(table: Table) -> str:
     """All tables as Markdown."""
     budgets = [budget for budget in table.budgets if budget < 1]
-    heads = [f"{100 * budget:g} %" for budget in budgets]
+    heads = ["method", *(f"{100 * budget:g} %" for budget in budgets)]
+
+    def of_methods(cell: Callable[[str, float], str]) -> str:
+        rows = ([Method(m).label, *(cell(m, b) for b in budgets)] for m in table.by_rank())
+        lines = [heads, ["---", *["---:"] * len(budgets)], *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def relative(method: str, budget: float) -> str:
+        value = table.relative(None, method, budget)
+        return "" if value is None else f"{100 * value:.1f}"
+
     blocks = [
         f"{table.samples} held-out samples a task. Methods by their mean over tasks and budgets.",
         "## Mean of all tasks, in per cent of the full cache's score",
-        _markdown(["method", *heads], [[Method(m).label, *_cells(table, None, m, budgets)] for m in table.by_rank()]),
+        of_methods(relative),
     ]
     for task in table.tasks:
         full = table.full(task)
         assert full is not None
-        scale, unit = (1, "") if table.score_name(task) == "CIDEr" else (100, " %")
-        blocks.append(f"## {table.title(task)}")
-        blocks.append(
-            f"Full cache: {table.score_name(task)} {scale * full.score.mean():.4g}{unit}, exact match "
+        scale, unit = (1, "") if score_name(task) == "CIDEr" else (100, " %")
+        blocks += [
+            f"## {table.title(task)}",
+            f"Full cache: {score_name(task)} {scale * full.score.mean():.4g}{unit}, exact match "
             f"{100 * full.exact.mean():.1f} %. Score, and below it the 95 % interval of its difference to the full "
-            "cache on the same samples; **bold** where that interval holds 0."
-        )
-        rows = [[Method(m).label, *(_difference(table, task, m, b, scale) for b in budgets)] for m in table.by_rank()]
-        blocks.append(_markdown(["method", *heads], rows))
-        blocks.append(f"### {table.title(task, short=True)}: exact match, and answers equal to the full cache's, in %")
-        rows = [
-            [Method(m).label, *(_pair(table.result(task, m, b), "exact", "agrees") for b in budgets)]
-            for m in table.by_rank()
+            "cache on the same samples; **bold** where that interval holds 0.",
+            of_methods(lambda m, b: _difference(table.result(task, m, b), full, scale)),  # noqa: B023
+            f"### {table.title(task, short=True)}: exact match, and answers equal to the full cache's, in %",
+            of_methods(lambda m, b: _means([table.result(task, m, b)], ("exact", "agrees"))),  # noqa: B023
         ]
-        blocks.append(_markdown(["method", *heads], rows))
-    blocks.append("## Attention of the answer that is kept, and hits among the tokens it attends to most, in %")
-    blocks.append("Means over tasks. See [the measures](../command_line.md#study).")
-    rows = [[Method(m).label, *(_means(table, m, b, ("mass", "hits")) for b in budgets)] for m in table.by_rank()]
-    blocks.append(_markdown(["method", *heads], rows))
-    blocks.append("## Kept fraction of the prompt's cache, and bytes of the buffers, in % of the full cache's")
-    blocks.append("Means over tasks. Buffers have room for the padded prompts, and segments are aligned.")
-    rows = [[Method(m).label, *(_cost(table, m, b) for b in budgets)] for m in table.by_rank()]
-    blocks.append(_markdown(["method", *heads], rows))
+
+    def results(method: str, budget: float) -> list[Result | None]:
+        return [table.result(task, method, budget) for task in table.tasks]
+
+    blocks += [
+        "## Attention of the answer that is kept, and hits among the tokens it attends to most, in %",
+        "Means over tasks. See [the measures](../command_line.md#study).",
+        of_methods(lambda m, b: _means(results(m, b), ("mass", "hits"))),
+        "## Kept fraction of the prompt's cache, and bytes of the buffers, in % of the full cache's",
+        "Means over tasks. Buffers have room for the padded prompts, and segments are aligned.",
+        of_methods(lambda m, b: _cost(results(m, b))),
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cells(table: Table, task: str | None, method: str, budgets: Sequence[float]) -> list[str]:
-    values = [table.relative(task, method, budget) for budget in budgets]
-    return ["" if value is None else f"{100 * value:.1f}" for value in values]
-
-
-def _difference(table: Table, task: str, method: str, budget: float, scale: float) -> str:
-    result, full = table.result(task, method, budget), table.full(task)
-    if result is None or full is None:
+def _difference(result: Result | None, full: Result, scale: float) -> str:
+    if result is None:
         return ""
     _, low, high = bootstrap_interval(scale * (result.score - full.score))
     digits = 1 if scale > 1 else 2
@@ -146,12 +140,7 @@ def _difference(table: Table, task: str, method: str, budget: float, scale: floa
     return f"{score}<br>{low:+.{digits}f} to {high:+.{digits}f}"
 
 
-def _pair(result: Result | None, *names: str) -> str:
-    return "" if result is None else " / ".join(f"{100 * getattr(result, name).mean():.1f}" for name in names)
-
-
-def _means(table: Table, method: str, budget: float, names: Sequence[str]) -> str:
-    results = [table.result(task, method, budget) for task in table.tasks]
+def _means(results: Sequence[Result | None], names: Sequence[str]) -> str:
     known = [result for result in results if result is not None]
     if not known:
         return ""
@@ -159,10 +148,10 @@ def _means(table: Table, method: str, budget: float, names: Sequence[str]) -> st
     return " / ".join(f"{100 * mean:.1f}" for mean in means)
 
 
-def _cost(table: Table, method: str, budget: float) -> str:
-    results = [result for task in table.tasks if (result := table.result(task, method, budget)) is not None]
-    if not results:
+def _cost(results: Sequence[Result | None]) -> str:
+    known = [result for result in results if result is not None]
+    if not known:
         return ""
-    kept = np.mean([result.kept.mean() for result in results])
-    share = np.mean([result.state_bytes / result.full_bytes for result in results])
+    kept = np.mean([result.kept.mean() for result in known])
+    share = np.mean([result.state_bytes / result.full_bytes for result in known])
     return f"{100 * kept:.2f} / {100 * share:.1f}"
