@@ -1,5 +1,6 @@
 """Choosing the implementation of an op."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,20 +9,26 @@ import jax
 
 Implementation = Callable[..., Any]
 
+_SCOPE = re.compile(r"\b\w+=\w+(?: <[^>]*>)?")
+
 
 def dispatch(
-    name: str | None,
+    op: str,
+    wanted: str | tuple[str, ...] | None,
     implementations: Mapping[str, Implementation],
     order: Mapping[str, Sequence[str]],
     *args: Any,
 ) -> Any:
-    """Calls the named implementation, or the first one in the platform's order that serves the arguments.
+    """Calls the first of the wanted implementations, or of the platform's order, that serves the arguments.
 
     The platform is the one that the program is lowered for, not the device that happens to be attached: a machine
-    without a TPU compiles programs for one.
+    without a TPU compiles programs for one. What was chosen, and why what comes before it was not, is a name scope of
+    its operations, such as "decode_attention=xla <pallas_tpu: 1000 slots ...>": a compiled program tells
+    (`implementations`), and so does a profile.
 
     Args:
-      name: of the only implementation to try, or None.
+      op: its name.
+      wanted: a name that is tried alone, several that are tried in turn, or None.
       implementations: by name. One that cannot serve the arguments raises NotImplementedError with the reason.
       order: for each platform ("tpu", "cuda", and "default" for all others) the names to try, the best first. The last
         one must serve every argument.
@@ -29,29 +36,50 @@ def dispatch(
 
     Raises:
       ValueError: an unknown name.
-      NotImplementedError: the named implementation cannot serve the arguments.
+      NotImplementedError: none of the wanted implementations can serve the arguments.
     """
-    if name is not None:
-        if name not in implementations:
-            raise ValueError(f"implementation {name!r} is not one of {sorted(implementations)}")
-        return _in_32_bits(implementations[name])(*args)
 
     def first_of(names: Sequence[str]) -> Implementation:
         def call(*args: Any) -> Any:
-            for choice in names[:-1]:
+            reasons: list[str] = []
+            for name in names:
                 try:
-                    return implementations[choice](*args)
-                except NotImplementedError:
-                    continue
-            return implementations[names[-1]](*args)
+                    with jax.enable_x64(False), jax.named_scope(_scope(op, name, reasons)):
+                        return implementations[name](*args)
+                except NotImplementedError as error:
+                    if isinstance(wanted, str):
+                        raise
+                    reasons.append(str(error) if str(error).startswith(f"{name}:") else f"{name}: {error}")
+            raise NotImplementedError("no implementation serves the arguments. " + "; ".join(reasons))
 
-        return _in_32_bits(call)
+        return call
 
+    if wanted is not None:
+        names = wanted if isinstance(wanted, tuple) else (wanted,)
+        for name in names:
+            if name not in implementations:
+                raise ValueError(f"implementation {name!r} is not one of {sorted(implementations)}")
+        return first_of(names)(*args)
     default = order["default"]
     special = {platform: first_of(names) for platform, names in order.items() if names != default}
     if not special:
         return first_of(default)(*args)
     return jax.lax.platform_dependent(*args, default=first_of(default), **special)
+
+
+def _scope(op: str, name: str, reasons: Sequence[str]) -> str:
+    because = "; ".join(reasons).translate({ord(x): None for x in '<>"\\'}).replace("/", " by ")
+    return f"{op}={name}" + (f" <{because}>" if reasons else "")
+
+
+def implementations(text: str) -> tuple[str, ...]:
+    """How each op runs in a compiled program (`compiled.as_text()`), and why not by what is tried before.
+
+    Example:
+      implementations(compiled.as_text())  # ("append=pallas_tpu", "attention=xla_wide <splash_tpu: ...>")
+    """
+    found = (_SCOPE.search(place) for place in re.findall(r'op_name="([^"]*)"', text))
+    return tuple(sorted({match[0] for match in found if match}))
 
 
 def bound(implementations: Mapping[str, Implementation], interpret: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -61,11 +89,3 @@ def bound(implementations: Mapping[str, Implementation], interpret: Any, *args: 
         name: partial(function, *args, **options, **(pallas if name.startswith(("pallas", "splash")) else {}))
         for name, function in implementations.items()
     }
-
-
-def _in_32_bits(function: Implementation) -> Implementation:
-    def call(*args: Any) -> Any:
-        with jax.enable_x64(False):
-            return function(*args)
-
-    return call

@@ -96,7 +96,7 @@ def test_json(folder, capsys):
         }  # fmt: skip
         assert set(policy["prefill"]) == {
             "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "compile_seconds",
-            "refused",
+            "implementations", "refused",
         }  # fmt: skip
         assert policy["largest_batch"]["fits"] == 252  # 15.75 GiB at 64 MiB a row
     assert set(found["versions"]) == {"jax", "libtpu"}

@@ -1,10 +1,16 @@
 """The choice of implementations reaches from the public functions to the ops."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.kernels.attention import attention
+from vlcache_jax.kernels.dispatch import implementations
 
 REFERENCE = vlc.Kernels(attention="reference", column_statistics="reference", decode_attention="reference")
 
@@ -32,3 +38,21 @@ def test_the_choice_arrives_at_every_op(op):
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(vlc.InputError, match=r"decode_attention='palas_tpu'.*did you mean 'pallas_tpu'"):
         vlc.Kernels(decode_attention="palas_tpu")
+
+
+def test_a_program_tells_which_implementation_runs_and_why():
+    """Of the platform that it is lowered for; of all names, where several are wanted."""
+
+    def run(query, wanted=None):
+        return attention(query, query, query, with_lse=True, implementation=wanted)[0]
+
+    query = jnp.zeros((1, 256, 2, 64), jnp.float32)
+    here = jax.jit(run).lower(query).compile().as_text()
+    assert implementations(here) == ("attention=xla",)
+    several = jax.jit(partial(run, wanted=("cudnn", "xla_wide"))).lower(query).compile().as_text()
+    reason = "cudnn: JAX rounds its log-sum-exp to half precision: pass with_lse=False"
+    assert implementations(several) == (f"attention=xla_wide <{reason}>",)
+    with pytest.raises(NotImplementedError, match=r"^cudnn: JAX rounds"):
+        run(query, "cudnn")
+    with pytest.raises(NotImplementedError, match=r"^no implementation serves the arguments\. cudnn: JAX rounds"):
+        run(query, ("cudnn", "cudnn"))

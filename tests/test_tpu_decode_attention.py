@@ -7,6 +7,7 @@ import pytest
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attention, union_attention
+from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 from vlcache_jax.kernels.shapes import SHAPES
 
@@ -90,7 +91,11 @@ def test_large_blocks_of_queries(queries):
 def test_a_store_that_the_kernel_cannot_read_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "SLOTS", 8192 + 16)
     call = arguments(*SHAPES["qwen2-0.5b"], "bfloat16")
-    assert "tpu_custom_call" not in compiled("v5e:2x2", [(call, {})]).as_text()
+    text = compiled("v5e:2x2", [(call, {}), (arguments(*SHAPES["llava-1.5-7b"], "bfloat16"), {})]).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    read, left = implementations(text)  # the program says which ran, and why not the better one
+    reason = "pallas_tpu: 8208 slots are not a multiple of 128: copies of a TPU are whole tiles"
+    assert (read, left) == ("decode_attention=pallas_tpu", f"decode_attention=xla <{reason}>")
 
 
 @pytest.mark.parametrize("tokens", [0, 32], ids=["decoding", "a block"])

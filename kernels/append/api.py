@@ -59,7 +59,7 @@ def append(
 
     @jax.custom_jvp
     def run(buffers: Buffers, new: Buffers, slots: jax.Array) -> Buffers:
-        return dispatch(implementation, implementations, _ORDER, buffers, new, slots)
+        return dispatch("append", implementation, implementations, _ORDER, buffers, new, slots)
 
     @run.defjvp
     def derivative(primals: Any, tangents: Any) -> tuple[Buffers, Buffers]:

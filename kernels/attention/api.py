@@ -83,13 +83,4 @@ def attention(
         raise ValueError(f"lengths {lengths.shape} must be [{batch}]")
     scale = head_dim**-0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, with_lse=with_lse)
-    args = query, key, value, mask, lengths
-    if not isinstance(implementation, tuple):
-        return dispatch(implementation, implementations, _ORDER, *args)
-    reasons = []
-    for name in implementation:
-        try:
-            return dispatch(name, implementations, _ORDER, *args)
-        except NotImplementedError as error:
-            reasons.append(f"{name}: {error}")
-    raise NotImplementedError("no implementation serves the arguments. " + "; ".join(reasons))
+    return dispatch("attention", implementation, implementations, _ORDER, query, key, value, mask, lengths)

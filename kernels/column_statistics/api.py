@@ -101,7 +101,7 @@ def column_statistics(
         column_maximum=column_maximum,
     )
     implementations = bound(IMPLEMENTATIONS, interpret, options)
-    return dispatch(implementation, implementations, _ORDER, query, key, rows, lse, maximum)
+    return dispatch("column_statistics", implementation, implementations, _ORDER, query, key, rows, lse, maximum)
 
 
 def _slice(query, lse, maximum, last, first, count, size):

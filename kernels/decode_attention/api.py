@@ -75,7 +75,7 @@ def decode_attention(
     _check(query, store, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, causal=causal and query.shape[1] > 1)
-    out, lse = dispatch(implementation, implementations, ORDER, query, store, segments)
+    out, lse = dispatch("decode_attention", implementation, implementations, ORDER, query, store, segments)
     return (out[:, 0], lse[:, 0]) if single else (out, lse)
 
 

@@ -114,7 +114,7 @@ def union_attention(
 
     @jax.custom_jvp
     def attend(query: jax.Array, parts: Sequence[Part]) -> Attention:
-        return dispatch(implementation, implementations, ORDER, query, parts)
+        return dispatch("decode_attention", implementation, implementations, ORDER, query, parts)
 
     @attend.defjvp
     def derivative(primals: Any, tangents: Any) -> tuple[Attention, Attention]:

@@ -106,9 +106,10 @@ def describe(found: Plan) -> str:
     if any(limit is not None and limit.refused is None for p in plans for limit in (p.largest_batch, p.longest_prompt)):
         notes.append("+  nothing larger was tried: the ceiling of the search, or the end of its compilations")
     notes += [f"#  {note}" for note in dict.fromkeys(note for p in plans for note in p.replicated)]
-    reasons = sorted(
-        {program.refused for p in plans for program in (p.prefill, p.decode, p.decode_step) if program.refused}
-    )
+    programs = [program for p in plans for program in (p.prefill, p.decode, p.decode_step)]
+    declined = {found for program in programs for found in program.implementations if "<" in found}
+    notes += [f"=  {found}" for found in sorted(declined)]
+    reasons = sorted({program.refused for program in programs if program.refused})
     notes += [f"!  the compiler: {reason}" for reason in reasons]
     return "\n".join([*head, "", table(rows), "", *notes])
 

@@ -16,6 +16,7 @@ from vlcache_jax.inference.decode import decode
 from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
+from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
@@ -53,6 +54,8 @@ class Program:
       temporary_bytes: everything else it needs while it runs.
       peak_bytes: the most memory in use at any moment, arguments included.
       compile_seconds: of tracing, lowering and compiling.
+      implementations: how each op runs, and why not by a better implementation: "append=pallas_tpu",
+        "attention=xla_wide <splash_tpu: the reason>".
       refused: None, or the compiler's reason for not compiling it: then the other numbers are None, except the peak
         where the reason names it.
     """
@@ -63,6 +66,7 @@ class Program:
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
     compile_seconds: float
+    implementations: tuple[str, ...] = ()
     refused: str | None = None
 
     @property
@@ -155,6 +159,7 @@ class Programs:
             temporary_bytes=memory.temp_size_in_bytes,
             peak_bytes=memory.peak_memory_in_bytes,
             compile_seconds=time.monotonic() - start,
+            implementations=implementations(compiled.as_text()),
         )
         return program, compiled
 
