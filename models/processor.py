@@ -17,7 +17,7 @@ from vlcache_jax.models.text.arguments import check_room, continuation_texts, im
 from vlcache_jax.models.text.buckets import bucket_length, check_buckets
 from vlcache_jax.models.text.chat import split_conversation
 from vlcache_jax.models.text.chat_template import ChatTemplate
-from vlcache_jax.models.text.rows import check_rows, check_vocabulary, padding_id
+from vlcache_jax.models.text.rows import check_rows, check_vocabulary
 from vlcache_jax.models.text.tokenizer import Tokenizer
 from vlcache_jax.parallel.mesh import check_known
 
@@ -96,7 +96,8 @@ class Processor:
     @property
     def padding_id(self) -> int:
         """The id that fills padded rows: it always has a row, which the tokenizer's padding token need not."""
-        return padding_id(self.tokenizer, self.embedding_rows)
+        own = self.tokenizer.pad_token_id
+        return own if own < self.embedding_rows else 0
 
     @property
     def has_chat_template(self) -> bool:

@@ -107,6 +107,6 @@ def test_incomplete_assets(assets: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_table() -> None:
-    assert table([["a", "bb", "1"], ["ccc", "d", "22"]], indent="") == "a    bb   1\nccc   d  22"
+    assert table([["a", "bb", "1"], ["ccc", "d", "22"]]) == "  a    bb   1\n  ccc   d  22"
     assert [megabytes(n) for n in (1_234_567, 12_345_678, 1_234_567_890)] == ["1.23 MB", "12.3 MB", "1,235 MB"]
     assert [percent(x) for x in (0.1, 0.1276, 0.0996, 1.0, 0.005)] == ["10 %", "12.8 %", "9.96 %", "100 %", "0.5 %"]

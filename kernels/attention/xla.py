@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.attention.mask import Mask
+from vlcache_jax.kernels.chunks import in_chunks
 
 _CHUNK = 128  # query rows whose logits exist at once
 _SPANS = 8  # static slices of the triangle: bounds the size of the program for long prompts
@@ -73,16 +74,7 @@ def _whole(q, k, v, scale, with_lse):  # q [group, length, d], k v [length, d]
 
 
 def _rows(q, first, k, v, left, mask, scale):  # of one head; columns from `left` on
-    group, rows, head_dim = q.shape
-    if rows <= _CHUNK:
-        return _chunk(q, first, k, v, left, mask, scale)
-    pad = -rows % _CHUNK
-    chunks = (rows + pad) // _CHUNK
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0))).reshape(group, chunks, _CHUNK, head_dim).swapaxes(0, 1)
-    starts = first + _CHUNK * jax.lax.iota(jnp.int32, chunks)
-    out, lse = jax.lax.map(lambda chunk: _chunk(chunk[0], chunk[1], k, v, left, mask, scale), (q, starts))
-    out = out.swapaxes(0, 1).reshape(group, -1, head_dim)
-    return out[:, :rows], lse.swapaxes(0, 1).reshape(group, -1)[:, :rows]
+    return in_chunks(lambda part, start: _chunk(part, first + start, k, v, left, mask, scale), q, _CHUNK)
 
 
 def _chunk(q, first, k, v, left, mask, scale):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.attention.mask import Mask
+from vlcache_jax.kernels.chunks import in_chunks
 
 _LOGITS = 2**30  # bytes of the logits that exist at once
 _SPANS = 8  # static slices of the triangle: bounds the size of the program for long prompts
@@ -57,16 +58,8 @@ def _rows(
     q, first, k, v, left, mask, scale, chunk
 ):  # q [batch, rows, kv_heads, group, d], k v [batch, columns, kv_heads, d]
     rows = q.shape[1]
-    if rows <= chunk:
-        return _chunk(q, first, k, v, left, mask, scale)
-    chunks = -(-rows // chunk)
-    chunk = -(-rows // (chunks * _SUBLANES)) * _SUBLANES  # of equal size, so that few rows are computed for nothing
-    padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - rows), *[(0, 0)] * 3))
-    # Parts of the loop's input, not slices that it cuts: the backward pass stacks what it made of each.
-    parts = jnp.moveaxis(padded.reshape(q.shape[0], chunks, chunk, *q.shape[2:]), 1, 0)
-    starts = first + chunk * jax.lax.iota(jnp.int32, chunks)
-    found = jax.lax.map(lambda part: _chunk(part[0], part[1], k, v, left, mask, scale), (parts, starts))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1, *x.shape[3:])[:, :rows] for x in found)
+    chunk = -(-rows // (-(-rows // chunk) * _SUBLANES)) * _SUBLANES  # of equal size: few rows are computed for nothing
+    return in_chunks(lambda part, start: _chunk(part, first + start, k, v, left, mask, scale), q, chunk)
 
 
 def _chunk(q, first, k, v, left, mask, scale):

@@ -8,13 +8,14 @@ of the store become one block of queries of that row.
     answers, 6 rows | 0  1  2   3  4  5 |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.kernels.decode_attention import xla
 from vlcache_jax.kernels.decode_attention.api import ORDER, decode_attention
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
@@ -91,7 +92,8 @@ def union_attention(
         most = _MOST_GPU_ROWS * kv_heads // heads if name == "pallas_gpu" else _MOST_ROWS // heads
         block = query.reshape(store.keys.shape[0], -1, heads, head_dim)
         skip = None if segments.skip is None else segments.skip.reshape(block.shape[:2])
-        out, lse = _in_chunks(attend, (block, skip), max(1, most))
+        size = -(-block.shape[1] // -(-block.shape[1] // max(1, most)))  # parts of equal size
+        out, lse = in_chunks(lambda part, _: attend(*part), (block, skip), size)
         return out.reshape(query.shape), lse.reshape(query.shape[:-1])
 
     def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> Attention:
@@ -134,20 +136,3 @@ def _begun(query: jax.Array, store: Store, segments: Segments) -> Segments:
         return segments
     skip = segments.skip[:, None]
     return Segments(segments.offsets + skip, segments.lengths - skip)
-
-
-def _in_chunks(attend: Callable[..., Attention], arguments: Any, most: int) -> Attention:
-    """`attend` of a block of queries [rows, n, heads, head_dim] and more [rows, n], at most `most` of n at a time."""
-    rows, n, *rest = arguments[0].shape
-    chunks = -(-n // most)
-    if chunks == 1:
-        return attend(*arguments)
-    size = -(-n // chunks)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, chunks * size - n), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
-
-    results = jax.lax.map(lambda chunk: attend(*chunk), jax.tree.map(cut, arguments))
-    out, lse = (jnp.moveaxis(x, 0, 1) for x in results)
-    return out.reshape(rows, chunks * size, *rest)[:, :n], lse.reshape(rows, chunks * size, rest[0])[:, :n]

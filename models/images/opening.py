@@ -113,7 +113,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # decoders raise all sorts of errors on broken data
-        if "closed" in str(error) or _lacks_its_file(image):
+        # Pixels are read when they are first needed; a `with` block has closed the file by then.
+        lacks_its_file = isinstance(image, ImageFile.ImageFile) and image.fp is None and bool(image.tile)
+        if "closed" in str(error) or lacks_its_file:
             raise InputError(
                 f"{name} is closed, or its file is ({error}): use it inside `with Image.open(...)`, give a copy() made "
                 "there, or give the path"
@@ -121,11 +123,6 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise InputError(
             f"{name} cannot be decoded ({error}): the file is truncated or corrupt, so fetch it again"
         ) from error
-
-
-def _lacks_its_file(image: Image.Image) -> bool:
-    # Pixels are read when they are first needed; a `with` block has closed the file by then.
-    return isinstance(image, ImageFile.ImageFile) and image.fp is None and bool(image.tile)
 
 
 def _from_array_like(source: Any, name: str) -> Image.Image:

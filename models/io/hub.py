@@ -51,7 +51,7 @@ def find_checkpoint(
     text = str(source)
     if revision is not None and not isinstance(revision, str):
         raise CheckpointError(f"revision={revision!r} is no text: give the name of a branch or tag, or a commit")
-    if not isinstance(source, str) or _exists(text) or not _ID.fullmatch(text):
+    if not isinstance(source, str) or os.path.lexists(text) or not _ID.fullmatch(text):
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision!r} is one of the Hugging Face Hub, but {text!r} is a local path: leave it out"
@@ -66,13 +66,6 @@ def find_checkpoint(
     if not any(folder.path.glob("model*.safetensors")):
         raise no_weights(folder, _remote_names(text, folder.path.name))
     return folder
-
-
-def _exists(text: str) -> bool:
-    try:
-        return os.path.lexists(text)
-    except ValueError:
-        return False
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> CheckpointFolder:

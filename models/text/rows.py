@@ -47,8 +47,3 @@ def check_rows(token_ids: Iterable[int], rows: int, tokenizer: Tokenizer, where:
             f"has {rows} rows (0 to {rows - 1}): leave it out of the prompt, or resize the embeddings of the "
             "fine-tuned model and save it again"
         )
-
-
-def padding_id(tokenizer: Tokenizer, rows: int) -> int:
-    """An id with a row, for the end of a padded prompt: the tokenizer's if it has one, else 0. It is never attended."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id < rows else 0

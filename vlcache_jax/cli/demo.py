@@ -16,7 +16,6 @@ from vlcache_jax.demo.assets import IMAGES, MODEL, Question, demo_assets, make_b
 from vlcache_jax.demo.page import Outcome
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.answering import answer
-from vlcache_jax.explain.pictures import explain
 from vlcache_jax.files.writing import write_picture
 from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.policies import FullCache, policy_by_name
@@ -66,14 +65,5 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     else:
         emit(outcome.page(vlm.model.spec, opened.dtype))
     if picture_path is not None:
-        first, compressed = questions[0], runs["compressed"]
-        picture = explain(
-            first.images,
-            batch,
-            compressed.kept[0],
-            compressed.report,
-            vlm.processor.layout,
-            question=first.question,
-            answer=texts["compressed"][0],
-        )
-        write_picture(picture_path, picture)
+        first, text = questions[0], texts["compressed"][0]
+        write_picture(picture_path, runs["compressed"].picture(vlm, first.images, batch, first.question, text))

@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
-from vlcache_jax.cli.options import build_sampling, check_picture_path
+from vlcache_jax.cli.options import check_picture_path
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.answering import Answers, answer
-from vlcache_jax.explain.pictures import explain
 from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.processor import Processor
@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
     policy = policy_by_name(arguments.policy)
-    sampling = build_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    sampling = Sampling(**drawn) if drawn else None
     if not arguments.prompt.strip():
         raise InputError("the prompt is empty: give --prompt a text")
     progress.step("reading the prompt")
@@ -58,16 +60,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         emit(printer.rest() if printer else text)
         remark(_summary(batch, answers))
     if picture_path is not None:
-        picture = explain(
-            images,
-            batch,
-            answers.kept[0],
-            answers.report,
-            vlm.processor.layout,
-            question=arguments.prompt,
-            answer=text,
-        )
-        write_picture(picture_path, picture)
+        write_picture(picture_path, answers.picture(vlm, images, batch, arguments.prompt, text))
 
 
 def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str, raw: bool) -> Batch:

@@ -1,20 +1,12 @@
-"""From what was typed to sampling and files; everything wrong is refused before any work."""
+"""From what was typed to files; everything wrong is refused before any work."""
 
 import tempfile
 from pathlib import Path
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.writing import check_target, make_folder
-from vlcache_jax.inference.sampling import Sampling
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf"}
-
-
-def build_sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling | None:
-    """Greedy (None) unless one of the three is given. Raises InputError for a value out of range."""
-    if temperature is None and top_k is None and top_p is None:
-        return None
-    return Sampling(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
 
 
 def check_picture_path(text: str | None) -> Path | None:

@@ -1,19 +1,21 @@
 """Answering a batch in two timed steps, prefill and decoding."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from PIL.Image import Image
 
 from vlcache_jax.evaluation.stopwatch import Stopwatch
-from vlcache_jax.explain.pictures import Kept, kept_by_layer
+from vlcache_jax.explain.pictures import Kept, explain, kept_by_layer
 from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
+from vlcache_jax.models.images.opening import ImageLike
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import Policy
 from vlcache_jax.policies.budget import policy_text
@@ -37,6 +39,11 @@ class Answers:
     report: Report
     kept: list[Kept]
     seconds: dict[str, float]
+
+    def picture(self, vlm: VLM, images: Sequence[ImageLike], batch: Batch, question: str, answer: str) -> Image:
+        """See `explain`; of the first row, whose images, question and answer these are."""
+        kept, layout = self.kept[0], vlm.processor.layout
+        return explain(images, batch, kept, self.report, layout, question=question, answer=answer)
 
     def costs(self) -> dict[str, Any]:
         """Bytes of the buffers, and seconds."""

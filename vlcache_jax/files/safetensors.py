@@ -186,6 +186,19 @@ def as_bytes(tensor: np.ndarray) -> memoryview:
     return tensor.reshape(-1).view(np.uint8).data
 
 
+def dtype_name(name: str, x: Any) -> str:
+    """The format's name of an array's element type.
+
+    Raises:
+      InputError: it has none, as that of a typed PRNG key.
+    """
+    if x.dtype not in NAMES:
+        raise InputError(
+            f"{name} has dtype {x.dtype}, which no file holds: convert it first, a PRNG key by jax.random.key_data"
+        )
+    return NAMES[x.dtype]
+
+
 def to_host(name: str, x: Any) -> np.ndarray:
     """An array as NumPy's.
 

@@ -25,6 +25,7 @@ from vlcache_jax.files.safetensors import (
     Entry,
     TensorInfo,
     as_bytes,
+    dtype_name,
     parse_header,
     to_host,
     write_tensors,
@@ -70,10 +71,7 @@ def write_tensor_file(
     """
     entries, checksums = [], {}
     for name, x in arrays.items():
-        if x.dtype not in NAMES:
-            raise InputError(
-                f"{name} has dtype {x.dtype}, which no file holds: convert it first, a PRNG key by jax.random.key_data"
-            )
+        dtype_name(name, x)
         if len(name) > TENSOR_NAME or len(x.shape) > TENSOR_AXES:
             raise InputError(
                 f"{name[:200]} has {len(x.shape)} axes and a name of {len(name)} characters; a file holds arrays of up "

@@ -73,10 +73,7 @@ def check_known(x: Any, what: str) -> None:
 
 def split_axes(rows: int, heads: int = 1) -> tuple[tuple[str, ...] | None, str | None]:
     """The mesh axes over which so many rows and heads are split; None where they are not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None, None
-    free = _free(mesh)
+    free = free_axes()
     over = tuple(name for name in free if name != MODEL_AXIS)
     split_rows = over and rows % math.prod(free[name] for name in over) == 0
     split_heads = MODEL_AXIS in free and heads % free[MODEL_AXIS] == 0
@@ -96,10 +93,10 @@ def local(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[.
       inputs: a `PartitionSpec`, or a prefix of such a tree, for every argument; see `split_axes`.
       outputs: the same for the result.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not _free(mesh) or is_checked():  # where no Pallas kernel runs, the compiler shares out the rest
+    free = free_axes()
+    if not free or is_checked():  # where no Pallas kernel runs, the compiler shares out the rest
         return function
-    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(_free(mesh)), check_vma=False)
+    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, axis_names=set(free), check_vma=False)
 
 
 def by_row(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
@@ -119,11 +116,7 @@ def refuse_partly_checked() -> None:
 
 def free_axes() -> dict[str, int]:
     """Sizes of the axes of the mesh that are not those of an outer `shard_map`; none without a mesh."""
-    return _free(jax.sharding.get_abstract_mesh())
-
-
-def _free(mesh: AbstractMesh) -> dict[str, int]:
-    """Sizes of the axes that are not those of an outer `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind != AxisType.Manual}
 

@@ -47,7 +47,7 @@ def seed_words(seeds: Any, shape: tuple[int, ...], samples: int | None = None, w
     """
     words = _as_words(seeds, shape)
     if samples is not None and words.ndim == 1:
-        words = _following(words, samples)
+        words = _following(words if isinstance(words, jax.Array) else jax.device_put(words), samples)
     try:
         np.broadcast_shapes(words.shape[:-1], shape)
         return (np if isinstance(words, np.ndarray) else jnp).broadcast_to(words, (*shape, 2))
@@ -130,13 +130,9 @@ def _hashed(data: jax.Array) -> jax.Array:
     return words
 
 
-def _following(words: Words, count: int) -> jax.Array:
-    """The `count` numbers of 64 bits from one on, u32 [2] -> u32 [count, 2]."""
-    return _counted(words if isinstance(words, jax.Array) else jax.device_put(words), count)
-
-
 @partial(jax.jit, static_argnames="count")
-def _counted(words: jax.Array, count: int) -> jax.Array:
+def _following(words: jax.Array, count: int) -> jax.Array:
+    """The `count` numbers of 64 bits from one on, u32 [2] -> u32 [count, 2]."""
     low = words[1] + jax.lax.iota(jnp.uint32, count)
     return jnp.stack([words[0] + (low < words[1]).astype(jnp.uint32), low], axis=-1)
 

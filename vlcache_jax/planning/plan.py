@@ -213,6 +213,7 @@ class _Planner:
         step = self._compile("decode step", work, policy)
         peaks = [program.peak_bytes for program in (prefill, decode)]
         read = self.decoder_weights + kept + tail
+        room = programs.model.spec.max_positions - work.new_tokens
         return PolicyPlan(
             policy=policy.name,
             budget=policy.budget,
@@ -232,22 +233,16 @@ class _Planner:
                 lanes=policy.shared_lanes,
                 policy=policy.name,
             ),
-            largest_batch=self._largest_batch(policy, prefill) if self._searchable(prefill) else None,
-            longest_prompt=self._longest_prompt(policy, prefill) if self._searchable(prefill) else None,
+            largest_batch=self._largest(
+                policy, prefill, "batch", programs.mesh.shape[DATA_AXIS], max(_LARGEST_BATCH, work.batch)
+            ),
+            longest_prompt=self._largest(policy, prefill, "prompt", _PROMPT_STEP if room >= _PROMPT_STEP else 1, room),
         )
 
-    def _searchable(self, prefill: Program) -> bool:
-        return self.search and (prefill.refused is None or prefill.out_of_memory)
+    def _largest(self, policy: Policy, prefill: Program, field: str, step: int, ceiling: int) -> Limit | None:
+        if not self.search or (prefill.refused is not None and not prefill.out_of_memory):
+            return None
 
-    def _largest_batch(self, policy: Policy, prefill: Program) -> Limit:
-        step = self.programs.mesh.shape[DATA_AXIS]
-        return self._largest(policy, prefill, "batch", step, max(_LARGEST_BATCH, self.work.batch))
-
-    def _longest_prompt(self, policy: Policy, prefill: Program) -> Limit:
-        room = self.programs.model.spec.max_positions - self.work.new_tokens
-        return self._largest(policy, prefill, "prompt", _PROMPT_STEP if room >= _PROMPT_STEP else 1, room)
-
-    def _largest(self, policy: Policy, prefill: Program, field: str, step: int, ceiling: int) -> Limit:
         def peak(size: int) -> tuple[bool, int | None]:
             # Decoding is compiled only where the prefill, which needs more as a rule, fits.
             work = dataclasses.replace(self.work, **{field: size})

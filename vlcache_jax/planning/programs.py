@@ -86,7 +86,9 @@ class Programs:
     def __init__(self, model: FamilyModel, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
         shapes = model.abstract_params()
-        self.params: Params = place_params(jax.tree.map(lambda x: _struct(x.shape, model.dtype), shapes), mesh)
+        self.params: Params = place_params(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes), mesh
+        )
 
     def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`prefill` and room for answers, the state split over devices; with the compiled program."""
@@ -97,7 +99,7 @@ class Programs:
 
     def decode_step(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`vlcache_jax.decode_step`, with the state donated."""
-        tokens = place_rows(_struct((work.batch,), jnp.int32), self.mesh)
+        tokens = place_rows(jax.ShapeDtypeStruct((work.batch,), jnp.int32), self.mesh)
         state = self.state(work, policy)
 
         def step(params: Params, tokens: jax.Array, state: KVState) -> Any:
@@ -126,7 +128,7 @@ class Programs:
 
     def available_bytes(self) -> int:
         """Memory of one device that programs may use: what the compiler names when it refuses one that is too large."""
-        too_large = abstract(_struct((2**13, 2**30), jnp.int8), self.mesh)
+        too_large = abstract(jax.ShapeDtypeStruct((2**13, 2**30), jnp.int8), self.mesh)
         program, _ = self._compile(lambda x: x + 1, too_large)
         found = re.search(r"available HBM \(([\d.]+)([KMGT]?)\)|of ([\d.]+)([KMGT]?) hbm", program.refused or "")
         if found is None:
@@ -149,8 +151,9 @@ class Programs:
             # Decoding uses no vision tower, yet it stays where it is.
             compiled = compile_on(self.mesh, function, *args, keep_unused=True, **options)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            seconds = time.monotonic() - start
-            return Program(compile_seconds=seconds, refused=_reason(error), peak_bytes=_needed(str(error))), None
+            message, seconds = str(error), time.monotonic() - start
+            refused = message.strip().splitlines()[0]
+            return Program(compile_seconds=seconds, refused=refused, peak_bytes=_needed(message)), None
         memory = compiled.memory_analysis()
         program = Program(
             argument_bytes=memory.argument_size_in_bytes,
@@ -162,14 +165,6 @@ class Programs:
             implementations=implementations(compiled.as_text()),
         )
         return program, compiled
-
-
-def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _needed(message: str) -> int | None:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  ", gap: str = "  ") -> str:
-    """Aligned columns: the first `left` to the left, the others to the right. Rows may differ in length."""
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first one to the left, the others to the right. Rows may differ in length."""
     width = max(map(len, rows))
     sizes = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(width)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(size) if i < left else cell.rjust(size) for i, (cell, size) in enumerate(zip(row, sizes))]
-        lines.append((indent + gap.join(cells)).rstrip())
+        cells = [cell.rjust(size) if i else cell.ljust(size) for i, (cell, size) in enumerate(zip(row, sizes))]
+        lines.append(("  " + "  ".join(cells)).rstrip())
     return "\n".join(lines)
 
 

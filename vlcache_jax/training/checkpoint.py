@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.reading import open_plain
-from vlcache_jax.files.safetensors import NAMES
+from vlcache_jax.files.safetensors import NAMES, dtype_name
 from vlcache_jax.files.tensor_files import Kind, TensorFile, write_tensor_file
 from vlcache_jax.files.writing import check_target, make_folder, remove_folder
 
@@ -47,11 +47,7 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
       save_state("run/state", state, {"epoch": 1})
     """
     arrays = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in _named(state).items()}
-    for name, x in arrays.items():
-        if x.dtype not in NAMES:
-            raise InputError(
-                f"{name} has dtype {x.dtype}, which no file holds: convert it first, a PRNG key by jax.random.key_data"
-            )
+    shapes = {name: [dtype_name(name, x), list(x.shape)] for name, x in arrays.items()}
     try:
         progress = json.loads(json.dumps(progress or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -65,7 +61,6 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
     try:
         _write_arrays(new, {name: x for name, x in arrays.items() if x.size})
         if jax.process_index() == 0:
-            shapes = {name: [NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()}
             description = {"progress": progress, "arrays": shapes, "folder": new.name, "files": _checksums(new)}
             write_tensor_file(folder / _FILE, _KIND, description, {})
     except (OSError, ValueError) as error:

@@ -55,13 +55,8 @@ def ahead_targets(batch: TrainBatch, questions: int, depth: int, tokens: int) ->
     return Ahead(rows, targets)
 
 
-def init_ahead(width: int, tokens: int, vocab: int) -> jax.Array:
-    """Heads f32 [tokens, width, vocab], at zero: they start with every token equally likely."""
-    return jnp.zeros((tokens, width, vocab))
-
-
 def ahead_loss(heads: jax.Array, hidden: jax.Array, ahead: Ahead) -> tuple[jax.Array, jax.Array]:
-    """(mean cross entropy, accuracy) of the heads on hidden states [batch, length, width]."""
+    """(mean cross entropy, accuracy) of heads f32 [tokens, width, vocab] on hidden states [batch, length, width]."""
     rows = take(hidden, jnp.asarray(ahead.rows))
     logits = jnp.einsum("bqdw,twv->bqdtv", rows, heads.astype(rows.dtype), preferred_element_type=jnp.float32)
     targets = jnp.broadcast_to(jnp.asarray(ahead.targets)[:, :, None], logits.shape[:-1])

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,10 @@ from vlcache_jax.demo.data.conversations import conversation, patch_hints
 from vlcache_jax.demo.data.export import export_demo, write_examples
 from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.recipe import init as demo_init
-from vlcache_jax.demo.recipe.ahead import Ahead, ahead_loss, ahead_targets, init_ahead
+from vlcache_jax.demo.recipe.ahead import Ahead, ahead_loss, ahead_targets
 from vlcache_jax.demo.recipe.alignment import alignment
 from vlcache_jax.demo.recipe.eviction import evicted_attention
-from vlcache_jax.demo.recipe.recipe import FULL, Recipe, Shape, Stage
+from vlcache_jax.demo.recipe.recipe import FULL, Recipe, Shape
 from vlcache_jax.demo.recipe.vision import init_head, normalise, patch_batches, patch_loss, window
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
@@ -197,7 +196,8 @@ def initial_params(recipe: Recipe, trained: Params) -> Params:
     decoder["layers"]["attention"] = demo_init.matching_attention(
         jax.random.key(recipe.seed + 4), decoder["layers"]["attention"], recipe.config.decoder
     )
-    params["ahead"] = init_ahead(recipe.config.decoder.hidden_size, _AHEAD, recipe.config.decoder.vocab_size)
+    # At zero, these heads start with every token equally likely.
+    params["ahead"] = jnp.zeros((_AHEAD, recipe.config.decoder.hidden_size, recipe.config.decoder.vocab_size))
     return params
 
 
@@ -282,7 +282,10 @@ def train_demo(
 
     while (share := clock.share(reached["step"])) < 1:
         stage = recipe.stages[reached["stage"]]
-        batches = prefetch(_stage_batches(recipe, stage, reached["step"]))
+        batches = prefetch(
+            demo_batch(recipe, stage.shapes[number % len(stage.shapes)], recipe.seed, number)
+            for number in itertools.count(reached["step"])
+        )
         while (share := clock.share(reached["step"])) < 1:
             batch = next(batches)
             warm = min(1.0, (reached["step"] + 1) / recipe.warmup)
@@ -326,8 +329,3 @@ def _check_reached(path: Path, reached: dict[str, Any], begin: dict[str, Any], s
             f"{path} was not saved by a run of this recipe (its progress is {shorten(reached)}): delete it to start "
             "afresh"
         )
-
-
-def _stage_batches(recipe: Recipe, stage: Stage, start: int) -> Iterator[DemoBatch]:
-    for number in itertools.count(start):
-        yield demo_batch(recipe, stage.shapes[number % len(stage.shapes)], recipe.seed, number)

@@ -28,15 +28,11 @@ class PostVision:
     """
 
     fallback: int = 32
+    most = None
 
     def __post_init__(self) -> None:
         if self.fallback < 1:
             raise PolicyError(f"PostVision(fallback={self.fallback}): give at least 1 row")
-
-    @property
-    def most(self) -> int | None:
-        """See `Rows.most`."""
-        return None
 
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
@@ -72,10 +68,7 @@ class LastRows:
 class AllRows:
     """Every row of the prompt (accumulated attention, as H2O uses it)."""
 
-    @property
-    def most(self) -> int | None:
-        """See `Rows.most`."""
-        return None
+    most = None
 
     def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Rows.span`."""
