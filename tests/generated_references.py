@@ -26,6 +26,12 @@ class ScriptedModel(StubModel):
     its own length. Its logits are the attention outputs of all layers, [batch, layers * heads * d].
     """
 
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def spec(self):
+        return dataclasses.replace(super().spec, windows=self.windows)
+
     def embed_tokens(self, params, tokens):
         return jnp.zeros((*tokens.shape, 1))
 
@@ -57,12 +63,12 @@ def scripted_params(batch, steps, seed=0, dtype="float32"):
 
 
 @functools.cache
-def program(policy, steps):
+def program(policy, steps, windows=()):
     """(params, batch, poison=False) -> (logits [steps, batch, ...], state after prefill, last state), compiled once.
 
     `poison` fills all free slots with NaN.
     """
-    model = ScriptedModel()
+    model = ScriptedModel(windows=windows)
 
     @jax.jit
     def run(params, batch, poison=False):

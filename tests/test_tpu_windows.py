@@ -62,3 +62,17 @@ def test_prefill_runs_the_kernels_of_both_kinds():
     assert "splash" in text
     assert "column_statistics" in text
     assert " conditional(" in text
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [vlc.H2O(budget=0.1, decoding="evict"), vlc.SnapKV(budget=0.1, decoding=vlc.Recompress(WINDOW))],
+    ids=["evict", "recompress"],
+)
+def test_a_step_of_a_rule_that_rewrites_copies_no_state(policy):
+    params, batch = shapes()
+    _, state = jax.eval_shape(lambda p, b: vlc.prefill(MODEL, p, b, policy).start(256), params, batch)
+    tokens = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    step = lambda p, t, s: vlc.decode_step(MODEL, p, t, s)  # noqa: E731
+    program = compile_for("v5e:2x2", step, params, tokens, state, donate=(2,))
+    assert temporaries(program) < 0.3 * state.context.nbytes

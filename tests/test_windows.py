@@ -12,6 +12,7 @@ from text_model import TextModel, by_definition, text_batch
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.policies.decoding.rule import DecodingRule
 
 WINDOW, LENGTH, NEW = 9, 48, 12
 LENGTHS = [40, 5, 48, 27]  # one shorter than the window
@@ -158,13 +159,14 @@ def test_a_model_of_windows_alone_has_nothing_to_evict():
     np.testing.assert_array_equal(full.tokens, small.tokens)
 
 
-def test_what_does_not_know_windows_says_so(tiny):
+def test_a_rule_that_does_not_know_windows_says_so(tiny):
+    class Own(DecodingRule):
+        def tail_tokens(self, max_new_tokens):
+            return max_new_tokens
+
     _, model, params = tiny
-    batch = text_batch(LENGTHS, LENGTH)
-    with pytest.raises(vlc.PolicyError, match="Evict does not know how to move the windows on"):
-        vlc.prefill(model, params, batch, vlc.H2O(budget=0.5, decoding="evict"))
-    with pytest.raises(vlc.PolicyError, match="RollingWindow does not know"):
-        vlc.prefill(model, params, batch, vlc.SnapKV(budget=0.5, decoding=vlc.RollingWindow(4)))
+    with pytest.raises(vlc.PolicyError, match="'snap_kv': Own does not know how to move the windows on"):
+        vlc.prefill(model, params, text_batch(LENGTHS, LENGTH), vlc.SnapKV(budget=0.5, decoding=Own()))
 
 
 def test_a_family_with_windows():

@@ -27,7 +27,7 @@ def pack(
     lanes: int | None = None,
     bits: int | None = None,
     channels: jax.Array | None = None,
-    room: int | None = None,
+    rooms: tuple[int, ...] | None = None,
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and lane.
 
@@ -46,7 +46,7 @@ def pack(
         that cannot split them every device holds all.
       bits: 8, 4 or 2 for a quantised store.
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
-      room: distance from one segment to the next; by default they follow one another.
+      rooms: of each layer, the distance from its segments to the next; by default they follow one another.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
@@ -56,7 +56,7 @@ def pack(
     per_device = lanes and lanes // axis_size(over)
 
     def run(*arrays: Any) -> PackedStore:
-        return _pack(*arrays, pool=pool, lanes=per_device, bits=bits, room=room)
+        return _pack(*arrays, pool=pool, lanes=per_device, bits=bits, rooms=rooms)
 
     def place(x: jax.Array | None) -> Any:  # [layers, batch, heads or 1, ...]
         if x is None:
@@ -85,7 +85,7 @@ def _pack(
     pool: int,
     lanes: int | None,
     bits: int | None,
-    room: int | None,
+    rooms: tuple[int, ...] | None,
 ) -> PackedStore:
     """`pack` on one device, for its rows and lanes."""
     layers, batch, kv_heads, entries, _ = keys.shape
@@ -93,7 +93,9 @@ def _pack(
     shared = 1 if lanes is None else lanes  # tables of segments
     group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
     counts = slots.reshape(layers, batch, shared, group).transpose(1, 2, 0, 3).reshape(batch, shared, layers * group)
-    sizes = align(counts, segment_alignment(bits)) if room is None else jnp.full_like(counts, room)
+    sizes = align(counts, segment_alignment(bits))
+    if rooms is not None:
+        sizes = jnp.broadcast_to(jnp.repeat(jnp.asarray(rooms, jnp.int32), group), counts.shape)
     ends = jnp.cumsum(sizes, axis=2, dtype=jnp.int32)
     offsets = ends - sizes
     slot = jax.lax.iota(jnp.int32, pool)[None, None, None]
@@ -233,9 +235,9 @@ class Selected:
         """KV heads of a lane."""
         return self.keys.shape[2] // self.lanes if self.lanes else 1
 
-    def pack(self, pool: int, bits: int | None = None, room: int | None = None) -> PackedStore:
+    def pack(self, pool: int, bits: int | None = None, rooms: tuple[int, ...] | None = None) -> PackedStore:
         """See `pack`; what is quantised has no derivative."""
         keys, values, channels = self.keys, self.values, None
         if bits is not None:
             keys, values, channels = jax.lax.stop_gradient((keys, values, self.channels))
-        return pack(keys, values, self.positions, self.order, self.slots, pool, self.lanes, bits, channels, room)
+        return pack(keys, values, self.positions, self.order, self.slots, pool, self.lanes, bits, channels, rooms)

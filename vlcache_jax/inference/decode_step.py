@@ -82,7 +82,7 @@ def advance(
 ) -> tuple[jax.Array, KVState]:
     """`decode_step` without checks and compilation of its own, to be traced inside other programs."""
     fits = _fits(state)
-    state = state.decoding.make_room(state)
+    state = state.decoding.make_room(state, model.spec)
     attend, carry, close = state.decoding.attend(state, kernels, model.spec)
     one = jnp.ones_like(state.next_position)
     embedded = embed_text(model, params, tokens[:, None], state.next_position, one)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment, whole_tiles, window_rooms
+from vlcache_jax.cache.geometry import align, capacity, segment_alignment, whole_tiles, window_rooms
 from vlcache_jax.cache.packing import Selected, empty_codes, quantise_into, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.cache.state import Allocation
@@ -356,13 +356,13 @@ def _compress(
         keys, values, positions, order, slots, lengths, lanes, channels, others, windowed if spec.windows else None
     )
     selected = policy.evicted.applied(selected)
-    room, group = rule.layer_room(policy, budget, length), selected.group
-    if room is None:
+    rooms, group = rule.layer_rooms(policy, budget, windows, length), selected.group
+    if rooms is None:
         most_slots = allocate.capacity(length, budget) + sum(held)
         pool = capacity(group * most_slots, group * layers, segment_alignment(policy.bits))
     else:
-        pool = regular_slots(layers, room)
-    context = selected.pack(pool, policy.bits, room)
-    observed = rule.remember(policy, Prompt(scores, order, requested, context, room, noted))
+        pool = whole_tiles(sum(rooms[:-1]) + max(rooms))  # behind every start, a slice of the largest
+    context = selected.pack(pool, policy.bits, rooms)
+    observed = rule.remember(policy, Prompt(scores, order, requested, context, rooms, windows, noted))
     allocation = Allocation(requested=requested, density=density.T)
     return logits, [context, *policy.evicted.stores(selected, budget.layers)], allocation, observed

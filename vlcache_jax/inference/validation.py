@@ -29,10 +29,16 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
     _check_grid(spec, policy)
-    if spec.windows and not policy.rule.moves_windows:
+    windows = [window for window in spec.windows if window is not None]
+    if windows:
+        try:
+            policy.rule.check_windows(max(windows))
+        except PolicyError as error:
+            raise PolicyError(f"policy {policy.name!r}: {error}") from None
+    if not spec.full_layers and policy.rule.rewrites_context:
         raise PolicyError(
-            f"policy {policy.name!r}: {type(policy.rule).__name__} does not know how to move the windows on that some "
-            "layers of this model have: use decoding=vlc.Append()"
+            f"policy {policy.name!r}: {type(policy.rule).__name__} rewrites what layers keep, but all layers of this "
+            "model have a window, which they keep as it is: use decoding=vlc.Append()"
         )
     if policy.sharing.per_head and spec.num_kv_heads % policy.lanes:
         raise PolicyError(

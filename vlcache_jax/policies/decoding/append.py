@@ -25,10 +25,8 @@ class Append(DecodingRule):
         """See `DecodingRule`."""
         return False
 
-    @property
-    def moves_windows(self) -> bool:
-        """See `DecodingRule`."""
-        return True
+    def check_windows(self, largest: int) -> None:
+        """See `DecodingRule.check_windows`."""
 
     def tail_tokens(self, max_new_tokens: int) -> int:
         """See `DecodingRule.tail_tokens`."""
@@ -50,6 +48,7 @@ def appending(
     slot: jax.Array,
     count: jax.Array,
     note: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] | None = None,
+    ring: tuple[int, jax.Array] | None = None,
 ) -> Step:
     """A step that writes each row's token to the tail, and attends to the read-only stores and the tail.
 
@@ -61,6 +60,8 @@ def appending(
       count: i32 [batch], how many slots of the segment it then reads.
       note: (observed, query [batch, heads, head_dim], lse f32 [batch, heads], layer) -> observed, for a rule that
         remembers something of every step.
+      ring: (tokens, generated i32 [batch]) of a rule whose tail is a ring of so many slots a layer, at least the
+        largest window, after so many generated tokens, the step's own included; None where it is in order.
     """
     tail = state.tail
 
@@ -68,12 +69,18 @@ def appending(
         pools, observed = carry
         start = layer * tail.capacity
         pools = ops.append(kernels, pools, (key[:, 0], value[:, 0]), start + slot)
-        since, passed = None, jnp.zeros_like(count)
+        since, runs = None, [(jnp.zeros_like(count), count)]  # of the tail: first slot, slots
         if spec.windows:  # a layer with a window sees nothing before `since`, be it of the prompt or of the answer
             window = jnp.asarray([w or spec.max_positions for w in spec.windows], jnp.int32)[layer]
             since, passed = state.next_index + 1 - window, jnp.clip(count - window, 0, None)
-        new = Segments((start + passed)[:, None], (count - passed)[:, None])
-        parts = [*(store.layer(layer, since) for store in state.stores), (Store(*pools), new)]
+            runs = [(passed, count - passed)]
+            if ring is not None:  # the latest up to this slot, and those before them at the ring's end
+                windowed = jnp.asarray([w is not None for w in spec.windows])[layer]
+                seen = jnp.where(windowed, jnp.minimum(window, ring[1]), count)
+                here = jnp.minimum(seen, slot + 1)
+                runs = [(slot + 1 - here, here), (ring[0] - (seen - here), seen - here)]
+        new = [Segments((start + first)[:, None], held[:, None]) for first, held in runs]
+        parts = [*(store.layer(layer, since) for store in state.stores), *((Store(*pools), run) for run in new)]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if note is not None:
             observed = note(observed, query[:, 0], lse, layer)

@@ -4,7 +4,8 @@
                            <-----------> lengths           <-- capacity for each layer -->
 
 A layer holds C tokens between two steps and C + 1 within one, its own included. The token that a step gives up is
-overwritten by the next: it lies in the store until then, and nothing reads it.
+overwritten by the next: it lies in the store until then, and nothing reads it. A layer with a window holds that, in the
+same way: C is one less than the window, and the oldest token is the weakest.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align
@@ -37,17 +39,17 @@ class SlotWeights:
     Attributes:
       scores: f32 [batch, lanes, slots]. Attention received by the token of each slot.
       sizes: i32 [batch, layers]. Tokens a layer holds between two steps.
-      room: slots of a layer in the context (static).
+      rooms: slots of each layer in the context (static).
     """
 
     scores: jax.Array
     sizes: jax.Array
-    room: int = dataclasses.field(metadata={"static": True})
+    rooms: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def partition_specs(self) -> "SlotWeights":
         """See `PackedStore.partition_specs`."""
         spec = lanes_spec(*self.scores.shape[:2])
-        return SlotWeights(spec, PartitionSpec(spec[0]), self.room)  # type: ignore[arg-type]
+        return SlotWeights(spec, PartitionSpec(spec[0]), self.rooms)  # type: ignore[arg-type]
 
 
 @named("evict", methods="h2o, tova and streaming_llm")
@@ -82,26 +84,33 @@ class Evict(WeighingRule):
             raise PolicyError(f"Evict(heads={self.heads!r}) is not known: use 'each' or 'shared'")
         super().__post_init__()
 
-    def layer_room(self, policy: Parts, budget: SlotBudget, length: int) -> int:
-        """See `DecodingRule.layer_room`: C, one more, and alignment."""
+    def check_windows(self, largest: int) -> None:
+        """See `DecodingRule.check_windows`."""
+
+    def layer_rooms(
+        self, policy: Parts, budget: SlotBudget, windows: tuple[int | None, ...], length: int
+    ) -> tuple[int, ...]:
+        """See `DecodingRule.layer_rooms`: C, one more, and alignment; or the window, to which a short prompt grows."""
         most = policy.budget.count if isinstance(policy.budget, Tokens) else -(-budget.total(length) // budget.layers)
-        return int(align(most + 1))
+        return tuple(int(align(window or most + 1)) for window in windows)
 
     def remember(self, policy: Parts, prompt: Prompt) -> SlotWeights:
         """See `DecodingRule.remember`: the weights of what was kept of the prompt, which the prefill's scores are."""
-        assert prompt.room is not None
-        layers, batch, heads, entries = prompt.scores.shape
+        assert prompt.rooms is not None
+        _, batch, _, entries = prompt.scores.shape
         _, lanes, slots = prompt.context.positions.shape
-        order = jnp.minimum(prompt.order[..., : prompt.room], entries - 1)
+        most = max(prompt.rooms)
+        order = jnp.minimum(prompt.order[..., :most], entries - 1)
         kept = jnp.take_along_axis(prompt.scores, order, axis=3)
-        kept = jnp.pad(kept, [(0, 0)] * 3 + [(0, prompt.room - kept.shape[3])])
-        kept = kept.transpose(1, 2, 0, 3).reshape(batch, heads, layers * prompt.room)
-        kept = jnp.pad(kept, [(0, 0)] * 2 + [(0, slots - layers * prompt.room)])
+        kept = jnp.pad(kept, [(0, 0)] * 3 + [(0, most - kept.shape[3])])
+        kept = jnp.concatenate([of_layer[..., :room] for of_layer, room in zip(kept, prompt.rooms)], axis=2)
+        kept = jnp.pad(kept, [(0, 0)] * 2 + [(0, slots - kept.shape[2])])
         kept = split(jnp.broadcast_to(kept, (batch, lanes, slots)).astype(jnp.float32))
         sizes = prompt.requested
         if isinstance(policy.budget, Tokens):
             sizes = jnp.full_like(sizes, policy.budget.count)
-        return SlotWeights(kept, sizes, prompt.room)
+        window = jnp.asarray([window or 0 for window in prompt.windows], jnp.int32)
+        return SlotWeights(kept, jnp.where(window > 0, window - 1, sizes), prompt.rooms)
 
     def tail_tokens(self, max_new_tokens: int) -> int:
         """See `DecodingRule.tail_tokens`."""
@@ -143,14 +152,18 @@ class Evict(WeighingRule):
         """
         context, weights = state.context, state.observed
         assert isinstance(weights, SlotWeights)
-        room = weights.room
+        room = max(weights.rooms)  # of a layer with fewer slots, the next one's are carried along
+        starts = np.cumsum((0, *weights.rooms[:-1]))
         recent, sinks = self.forced
         held = jnp.minimum(context.lengths[..., 0] + 1, weights.sizes + 1)  # within the step
         here = state.next_index[:, None, None]
 
         def attend(query, key, value, carry, layer):
+            start = layer * room
+            if spec.windows:
+                start = jnp.asarray(starts, jnp.int32)[layer]
             keys, values, positions, scores = (
-                jax.lax.dynamic_slice_in_dim(x, layer * room, room, axis=2) for x in carry
+                jax.lax.dynamic_slice_in_dim(x, start, room, axis=2) for x in carry
             )  # [batch, kv_heads, room, ...]
             batch, kv_heads, _, head_dim = keys.shape
             length, size, count = (x[:, layer, None, None] for x in (context.lengths[..., 0], weights.sizes, held))
@@ -161,8 +174,13 @@ class Evict(WeighingRule):
                 & (positions < here - latest)
                 & (positions >= first)
             )
-            lowest = jnp.min(jnp.where(weak, scores, jnp.inf), axis=2, keepdims=True)
-            weakest = jnp.where(weak & (scores <= lowest), positions, -1)
+            ranks = scores
+            if spec.windows:  # a layer with one gives up its oldest token
+                windowed = jnp.asarray([window is not None for window in spec.windows])[layer]
+                weak = jnp.where(windowed, jax.lax.iota(jnp.int32, room)[None, None] < length, weak)
+                ranks = jnp.where(windowed, positions.astype(jnp.float32), scores)
+            lowest = jnp.min(jnp.where(weak, ranks, jnp.inf), axis=2, keepdims=True)
+            weakest = jnp.where(weak & (ranks <= lowest), positions, -1)
             last_of_lowest = jnp.argmax(weakest, axis=2, keepdims=True).astype(jnp.int32)
             slot = jnp.where(length <= size, length, last_of_lowest)  # [batch, kv_heads, 1]
             new = jax.lax.iota(jnp.int32, room)[None, None] == slot
@@ -182,10 +200,10 @@ class Evict(WeighingRule):
             if self.heads == "shared":
                 received = jnp.broadcast_to(jnp.mean(received, axis=1, keepdims=True), received.shape)
             old = jnp.where(new, 0, scores) if self.weigh == "sum" else 0
-            scores = jnp.where(inside, old + received, 0)
+            scores = jnp.where(inside, old + received, scores)
 
             carry = tuple(
-                split(jax.lax.dynamic_update_slice_in_dim(x, part, layer * room, axis=2))
+                split(jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=2))
                 for x, part in zip(carry, (keys, values, positions, scores))
             )
             return out.reshape(batch, 1, -1, head_dim), carry, None

@@ -28,7 +28,7 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import local
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies.decoding.append import appending
-from vlcache_jax.policies.decoding.rule import Prompt, Step, WeighingRule, check_count, named
+from vlcache_jax.policies.decoding.rule import Prompt, Step, WeighingRule, check_count, check_ring, named
 from vlcache_jax.policies.parts import Parts
 from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.policies.window import forced
@@ -116,6 +116,10 @@ class Recompress(WeighingRule):
         """See `DecodingRule.tail_tokens`."""
         return self.every
 
+    def check_windows(self, largest: int) -> None:
+        """See `DecodingRule.check_windows`."""
+        check_ring("Recompress", "every", self.every, largest)
+
     def check(self, policy: Parts) -> None:
         """See `DecodingRule.check`."""
         if policy.bits is not None or policy.evicted.bits is not None:
@@ -137,14 +141,18 @@ class Recompress(WeighingRule):
         empty = empty.astype(prompt.context.keys.dtype)
         return RecentQueries(split(empty), split(jnp.zeros(empty.shape[:3], jnp.float32)), rows)
 
-    def make_room(self, state: KVState) -> KVState:
-        """See `DecodingRule.make_room`: recompresses the rows whose tail is full."""
+    def make_room(self, state: KVState, spec: ModelSpec) -> KVState:
+        """See `DecodingRule.make_room`: recompresses the rows whose tail is full.
+
+        A layer with a window keeps out of it: it goes on reading the tail as a ring, in which the step that follows
+        overwrites nothing that it still sees.
+        """
         context, tail, observed = state.context, state.tail, state.observed
         full = tail.length >= self.every
 
         def rewritten(keys: jax.Array, values: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
             store = dataclasses.replace(context, keys=keys, values=values, positions=positions)
-            return recompress(self, store, tail, observed, state.next_index, full)
+            return recompress(self, store, tail, observed, state.next_index, full, spec.windows)
 
         def same(*buffers: jax.Array) -> tuple[jax.Array, ...]:
             return buffers
@@ -164,7 +172,16 @@ class Recompress(WeighingRule):
         def note(observed: RecentQueries, query: jax.Array, lse: jax.Array, layer: jax.Array) -> RecentQueries:
             return observed.note(kernels, query, lse, layer, slot % self.scoring_rows)
 
-        return appending(state, kernels, spec, slot, slot + 1, note)
+        return appending(state, kernels, spec, slot, slot + 1, note, self._ring(state, spec))
+
+    def _ring(self, state: KVState, spec: ModelSpec) -> tuple[int, jax.Array] | None:
+        windowed = [layer for layer, window in enumerate(spec.windows) if window is not None]
+        if not windowed:
+            return None
+        context, layer = state.context, windowed[0]  # which holds the end of the prompt
+        end = context.offsets[:, layer, :1] + context.lengths[:, layer, :1] - 1
+        last = jnp.take_along_axis(context.positions[:, 0], end, axis=1)[:, 0]
+        return self.every, state.next_index - last  # tokens behind it, the step's own included
 
 
 def recompress(
@@ -174,17 +191,22 @@ def recompress(
     observed: RecentQueries,
     next_index: jax.Array,
     full: jax.Array,
+    windows: tuple[int | None, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The context's keys, values and positions after it has taken in the tails that are full, bool [batch]."""
+    """The context's keys, values and positions after it has taken in the tails that are full, bool [batch].
+
+    Layers with one of `windows` (`ModelSpec.windows`) stay as they are.
+    """
     spec: Any = lanes_spec(*context.keys.shape[:2])  # heads that share a lane stay together
     row: Any = PartitionSpec(spec[0])
     of_tail = dataclasses.replace(tail, keys=spec, values=spec, length=row)
     inputs = (context.partition_specs(), of_tail, RecentQueries(spec, spec, observed.rows), row, row)
-    return local(partial(_recompress, rule), inputs, (spec,) * 3)(context, tail, observed, next_index, full)
+    return local(partial(_recompress, rule, windows), inputs, (spec,) * 3)(context, tail, observed, next_index, full)
 
 
 def _recompress(
     rule: Recompress,
+    windows: tuple[int | None, ...],
     context: PackedStore,
     tail: TailStore,
     observed: RecentQueries,
@@ -236,6 +258,9 @@ def _recompress(
     stays, enters = _keep((old, new), (context.positions, new_positions), used, known, offsets, lengths, end, rule)
 
     leaves = used & ~stays & full[:, None, None]
+    if windows:
+        evicts = jnp.asarray([window is None for window in windows] * (kv_heads // lanes))
+        leaves &= evicts[segment]
     before = jnp.cumsum(leaves, axis=2, dtype=jnp.int32) - leaves.astype(jnp.int32)  # in the lane
     first = jnp.take_along_axis(before, jnp.take_along_axis(offsets, segment, axis=2), axis=2)
     entering = _flat(indices(enters, every))  # their slots in the tail, then `every`

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies.decoding.append import appending
-from vlcache_jax.policies.decoding.rule import DecodingRule, Step, check_count, named
+from vlcache_jax.policies.decoding.rule import DecodingRule, Step, check_count, check_ring, named
 from vlcache_jax.typing import ModelSpec
 
 
@@ -28,6 +28,10 @@ class RollingWindow(DecodingRule):
     def __post_init__(self) -> None:
         check_count("RollingWindow", "tokens", self.tokens)
 
+    def check_windows(self, largest: int) -> None:
+        """See `DecodingRule.check_windows`."""
+        check_ring("RollingWindow", "tokens", self.tokens, largest)
+
     def tail_tokens(self, max_new_tokens: int) -> int:
         """See `DecodingRule.tail_tokens`."""
         return self.tokens
@@ -35,4 +39,5 @@ class RollingWindow(DecodingRule):
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
         """See `DecodingRule.attend`."""
         length = state.tail.length
-        return appending(state, kernels, spec, length % self.tokens, jnp.minimum(length + 1, self.tokens))
+        slot, count = length % self.tokens, jnp.minimum(length + 1, self.tokens)
+        return appending(state, kernels, spec, slot, count, ring=(self.tokens, length + 1))

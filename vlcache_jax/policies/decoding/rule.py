@@ -1,7 +1,8 @@
 """What becomes of generated tokens: what a rule says and does, and the names by which rules are known.
 
 check, of           when a policy is made
-layer_room          where the context must leave room for generated tokens
+check_windows       when a model has layers with a window
+layer_rooms         where the context must leave room for generated tokens
 note, remember      at the end of prefill: what the rule wants to know of the prompt's attention
 tail_tokens         when an answer starts
 make_room, attend   in every step
@@ -49,7 +50,8 @@ class Prompt:
       order: i32 [layers, batch, heads or 1, entries], from `selection.select_layers`.
       requested: i32 [batch, layers] or [batch, layers, kv_heads], slots that the allocator gave.
       context: the packed store.
-      room: slots of a layer in it, from `DecodingRule.layer_room`.
+      rooms: slots of each layer in it, from `DecodingRule.layer_rooms`.
+      windows: of each layer, from `ModelSpec.layer_windows`.
       noted: what `DecodingRule.note` returned, stacked over layers.
     """
 
@@ -57,7 +59,8 @@ class Prompt:
     order: jax.Array
     requested: jax.Array
     context: PackedStore
-    room: int | None
+    rooms: tuple[int, ...] | None
+    windows: tuple[int | None, ...]
     noted: Any
 
 
@@ -79,11 +82,6 @@ class DecodingRule:
         return False
 
     @property
-    def moves_windows(self) -> bool:
-        """Whether its steps move on the windows that layers of a model may have (`ModelSpec.windows`)."""
-        return False
-
-    @property
     def forced(self) -> tuple[Recent, int] | None:
         """The window of latest tokens and the sinks that it keeps of what it weighs; None if it weighs nothing."""
         return None
@@ -91,12 +89,27 @@ class DecodingRule:
     def check(self, policy: Parts) -> None:
         """Raises PolicyError if it cannot go with the rest of a policy; called when the policy is made."""
 
+    def check_windows(self, largest: int) -> None:
+        """Raises PolicyError if its steps cannot move on the windows of a model's layers, the largest of `largest`.
+
+        A layer with a window sees its latest tokens, whatever the rule does in the others.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} does not know how to move the windows on that some layers of this model have: use "
+            "decoding=vlc.Append()"
+        )
+
     def of(self, policy: Parts) -> Self:
         """The rule with everything filled in that it takes from its policy."""
         return self
 
-    def layer_room(self, policy: Parts, budget: SlotBudget, length: int) -> int | None:
-        """Slots of every layer in the context, for prompts of up to `length` tokens; None packs what is kept."""
+    def layer_rooms(
+        self, policy: Parts, budget: SlotBudget, windows: tuple[int | None, ...], length: int
+    ) -> tuple[int, ...] | None:
+        """Slots of each layer in the context, for prompts of up to `length` tokens; None packs what is kept.
+
+        `windows` are those of the layers, as in `Prompt`.
+        """
         return None
 
     def note(self, inputs: LayerInputs) -> Any:
@@ -114,7 +127,7 @@ class DecodingRule:
         """Tokens of a layer that the tail must hold."""
         raise NotImplementedError
 
-    def make_room(self, state: KVState) -> KVState:
+    def make_room(self, state: KVState, spec: ModelSpec) -> KVState:
         """Called before every step."""
         return state
 
@@ -181,6 +194,15 @@ def rule_by_name(decoding: str | DecodingRule, **own: DecodingRule) -> DecodingR
     known = ", ".join([text for name, text in names.items() if not RULES[name].methods] + list(own))
     hint = f" ({word!r} is a part of {found.methods})" if found is not None and found.methods and not own else ""
     raise PolicyError(f"decoding={decoding!r} is not known: use one of {known}{hint}")
+
+
+def check_ring(rule: str, field: str, value: int, largest: int) -> None:
+    """Raises PolicyError unless a tail of `value` slots, the step's own included, holds a window of `largest`."""
+    if value < largest:
+        raise PolicyError(
+            f"{rule}({field}={value}) holds fewer generated tokens than the {largest} that layers of this model with a "
+            f"window see: give {field}={largest} or more, or use decoding=vlc.Append()"
+        )
 
 
 def check_count(rule: str, field: str, value: Any) -> None:
