@@ -55,6 +55,10 @@ _FIRST = [
 def pytest_addoption(parser):
     """`--core`: leave out the files that compare with torch and transformers or compile whole models for TPUs."""
     parser.addoption("--every", type=int, default=1, help="of the cases of a test only every so-manieth")
+    parser.addoption("--thorough-every", type=int, default=1, help="of the thorough tier only every so-manieth case")
+    parser.addoption(
+        "--turn", type=int, default=0, help="which ones the two options above take: another number, others"
+    )
     parser.addoption("--core", action="store_true", help="leave out what needs torch, transformers or much time")
     parser.addoption("--users-compiler", action="store_true", help="compile with XLA's default settings, slowly")
 
@@ -86,19 +90,28 @@ def pytest_ignore_collect(collection_path: Path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest files first; with `--every N` only each Nth case of a test, from one on that its name decides."""
-    every, cases, left_out = config.getoption("--every"), collections.Counter(), []
-    if every > 1:
-        for item in list(items):
-            name = item.nodeid.partition("[")[0]
-            if (cases[name] - zlib.crc32(name.encode())) % every and (item.nodeid != name):
-                left_out.append(item)
-            cases[name] += 1
-        alone = {name for name, count in cases.items() if count < every}
-        left_out = [item for item in left_out if item.nodeid.partition("[")[0] not in alone]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """The longest files first; of many cases only a share, where one is asked for (`pytest_addoption`)."""
+    left_out = _but_every(items, config.getoption("--every"), config.getoption("--turn"))
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    share = config.getoption("--thorough-every")
+    left_out |= {item for i, item in enumerate(thorough) if (i + config.getoption("--turn")) % share}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+
+
+def _but_every(items, every, turn):
+    """The cases that `--every` leaves out: of a test with at least so many all but each Nth, from its name's on."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    many = {name: of_test for name, of_test in cases.items() if len(of_test) >= every}
+    return {
+        item
+        for name, of_test in many.items()
+        for i, item in enumerate(of_test)
+        if (i + turn - zlib.crc32(name.encode())) % every
+    }
 
 
 @pytest.hookimpl(optionalhook=True)
