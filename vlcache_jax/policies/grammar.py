@@ -32,9 +32,6 @@ def policy_by_name(text: str, **options: Any) -> Policy:
       **options: more of them, as Python values. Every method takes `decoding`, too, here and in the text: "append",
         "window:256" or "recompress:128" (h2o, tova and streaming_llm also "evict"), see `Policy.decoding`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: a name or option that does not exist (with the nearest), an option that is given twice, or a value
         that is no budget, out of range or of the wrong type.

@@ -139,9 +139,6 @@ def AdaKV(
       lanes: groups of KV heads; slots are shared within a group only. 1: all heads of a layer. See `Policy.lanes`.
       **options: see `Options`. `candidate_fraction` bounds the slots of a head, too.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
 

@@ -144,9 +144,6 @@ def AirCache(budget: Budget = DEFAULT_BUDGET, *, ratio: float = 0.9, **options: 
       ratio: a text row is elite if the last one attends to it at least `ratio` times as much as to its best.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

@@ -11,9 +11,6 @@ def FullCache(*, bits: int | None = None) -> Policy:
     Args:
       bits: see `Policy`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: bits that cannot be stored.
 

@@ -44,9 +44,6 @@ def H2O(
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.decoding`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

@@ -57,9 +57,6 @@ def KeyDifference(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **opt
       recent: fraction of a layer's slots for its most recent tokens.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

@@ -46,9 +46,6 @@ def KeyNorm(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **options: 
       recent: fraction of a layer's slots for its most recent tokens.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

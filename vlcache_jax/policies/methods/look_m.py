@@ -85,9 +85,6 @@ def LookM(
       selection: "paper" or "code".
       **options: see `StoreOptions`; with merge=None only.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

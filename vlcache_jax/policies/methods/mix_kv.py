@@ -92,9 +92,6 @@ def MixKV(
       recent: recent tokens to keep, as in `Policy`; the window by default.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
 

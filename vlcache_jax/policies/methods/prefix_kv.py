@@ -36,9 +36,6 @@ def PrefixKV(
       recent: fraction of a layer's slots for its most recent tokens; the last token is kept in any case.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

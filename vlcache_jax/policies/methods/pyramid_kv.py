@@ -86,9 +86,6 @@ def PyramidKV(
       recent: recent tokens to keep, as in `Policy`; the window by default.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
 

@@ -19,8 +19,5 @@ def RandomEviction(
       recent: fraction of each layer's slots for its most recent tokens.
       seed: of the random scores; they depend on layer, KV head and position only.
       **options: see `Options`.
-
-    Returns:
-      The policy.
     """
     return Policy(name="random", budget=budget, score=RandomScore(seed), recent=recent, **options)

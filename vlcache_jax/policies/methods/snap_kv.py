@@ -56,9 +56,6 @@ def SnapKV(
       mask_visual_sinks: see `MaskVisualSinks`.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or a window that does not fit into a budget in tokens.
 

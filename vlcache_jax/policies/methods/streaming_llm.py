@@ -38,9 +38,6 @@ def StreamingLLM(
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.decoding`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or sinks that leave no room for the last token.
 

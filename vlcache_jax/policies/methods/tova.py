@@ -34,9 +34,6 @@ def TOVA(
       decoding: what becomes of generated tokens: "append", "evict", "window:TOKENS", "recompress:TOKENS" or a rule, see
         `Policy.decoding`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

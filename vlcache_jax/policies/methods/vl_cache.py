@@ -54,9 +54,6 @@ def VLCache(
       mask_visual_sinks: see `MaskVisualSinks`; not the paper's.
       **options: see `Options`.
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range.
 

@@ -80,9 +80,6 @@ def ZipVL(
       evicted: "quantise" keeps the others at `evicted_bits` (ZipVL's first version), "drop" evicts them (its second).
       evicted_bits: fewer than `bits`; of no effect with "drop".
 
-    Returns:
-      The policy.
-
     Raises:
       PolicyError: an option out of range, or a combination that cannot work.
 

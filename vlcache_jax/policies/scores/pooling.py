@@ -20,9 +20,6 @@ def pooled(score: Score, size: int, kind: str = "mean", grid_side: int | None = 
       grid_side: patches along one side of a tile (24 for LLaVA-1.5); None pools in the sequence.
       skip: see `SequencePooled`.
 
-    Returns:
-      The pooled score.
-
     Raises:
       PolicyError: an even size, an unknown kind, or a grid smaller than the pool.
     """
