@@ -90,7 +90,7 @@ class Apart(Evicted):
     def stores(self, selected, layers):
         length = selected.keys.shape[3]
         rest = dataclasses.replace(
-            selected, order=selected.others, slots=selected.lengths[None] - selected.slots, others=None
+            selected, order=selected.others, slots=selected.lengths - selected.slots, others=None
         )
         return (rest.pack(regular_slots(layers, int(align(length)))),)
 

@@ -32,7 +32,12 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 def shared_out(floor, lanes, slots):
     rule = AdaptiveHeads(floor=floor, recent=vlc.Tokens(3))
     budget = SlotBudget(2, per_layer=slots, lanes=lanes)
-    return jax.jit(lambda scores, lengths: rule.slots((scores, scores[:, :, 0, 0]), lengths, budget))
+
+    def slots(scores, lengths):
+        held = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
+        return rule.slots((scores, held, scores[:, :, 0, 0]), lengths, budget)
+
+    return jax.jit(slots)
 
 
 @pytest.mark.parametrize(("floor", "lanes", "slots"), [(0.2, 1, 9), (0.0, 2, 9), (0.37, 2, 5), (1.0, 1, 2)])

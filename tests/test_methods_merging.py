@@ -126,7 +126,7 @@ def test_any_kept_set(seed, kind, shared, copies, counts):
             n = int(lengths[cell[1]])
             own = np.sort(rng.permutation(n)[:count])
             order[(*cell, head, slice(len(own)))] = own
-    found = COMPILED[kind](keys, values, order, lengths)
+    found = COMPILED[kind](keys, values, order, np.tile(lengths, (len(keys), 1)))
     for cell in np.ndindex(layers, batch, heads):
         own = order[(*cell[:2], min(cell[2], order.shape[2] - 1))]
         own = own[own < tokens]
@@ -142,7 +142,7 @@ def test_what_nothing_went_to_stays_as_it_is():
     keys, values = rng.normal(size=(2, 1, 1, 2, 2 * BLOCK + 3, 4)).astype(np.float32)
     keys[0, 0, 0, 5] = -0.0
     order = np.broadcast_to(np.arange(keys.shape[3]), keys.shape[:4])
-    found = COMPILED["pivotal"](keys, values, order, np.array([keys.shape[3]]))
+    found = COMPILED["pivotal"](keys, values, order, np.array([[keys.shape[3]]]))
     for x, y in zip(found, (keys, values)):
         assert np.asarray(x).tobytes() == y.tobytes()
 
@@ -211,6 +211,7 @@ def test_on_a_mesh(shape, shared):
     scores = rng.normal(size=(layers, batch, 1 if shared else KV_HEADS, tokens))
     rank = np.argsort(np.argsort(np.where(np.arange(tokens) < lengths[:, None, None], -scores, 9)))
     order = np.sort(np.where(rank < 6, np.arange(tokens), tokens)).astype(np.int32)
+    lengths = np.tile(lengths, (len(keys), 1))
     plain = COMPILED["weighted"](keys, values, order, lengths)
     devices = jax.devices()[: shape[0] * shape[1]]
     mesh = jax.make_mesh(shape, ("data", "model"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -230,7 +231,7 @@ def test_memory_grows_with_the_length_not_its_square():
     def temporary(tokens, batch=2, layers=4):
         buffer = jax.ShapeDtypeStruct((layers, batch, KV_HEADS, tokens, 64), jnp.float32)
         order = jax.ShapeDtypeStruct((layers, batch, KV_HEADS, tokens), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((layers, batch), jnp.int32)
         run = jax.jit(lambda k, v, o, n: merge_evicted(k, v, o, n, "pivotal"), donate_argnums=(0, 1))
         memory = run.lower(buffer, buffer, order, lengths).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= 2 * 4 * np.prod(buffer.shape)  # written in place

@@ -11,7 +11,7 @@ def test_merging_works_in_place():
     layers, batch, kv_heads, tokens, head_dim = 32, 8, 8, 8192, 128
     keys = shape(layers, batch, kv_heads, tokens, head_dim)
     order = shape(layers, batch, kv_heads, tokens, dtype="int32")
-    lengths = shape(batch, dtype="int32")
+    lengths = shape(layers, batch, dtype="int32")
     run = lambda *x: merge_evicted(*x, "pivotal")  # noqa: E731
     program = compile_for("v5e:2x2", run, keys, keys, order, lengths, donate=(0, 1))
     assert program.memory_analysis().alias_size_in_bytes >= 2 * layers * batch * kv_heads * tokens * head_dim * 2

@@ -84,8 +84,9 @@ class VisionLanguageModel(Protocol):
         """Linen's `apply`; `method` is one of
 
         embed(batch) -> Embedded, embed_tokens(tokens) -> [batch, length, hidden],
-        decode(hidden, positions, attend, carry, xs, layer_inputs=None) -> (hidden, carry, ys): `positions` and
-        `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes;
+        decode(hidden, positions, attend, carry, xs, layer_inputs=None, layers=None) -> (hidden, carry, ys): `positions`
+        and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes;
+        `layers` (first, end) runs a part of them, which only pruning asks for;
         unembed(hidden) -> f32 logits,
         rotate(x, positions) -> x with rotary positions (without parameters; only expected attention asks for it).
         """

@@ -162,8 +162,9 @@ class Decoder(nn.Module):
         carry: Any = None,
         xs: Any = None,
         layer_inputs: jax.Array | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, Any, Any]:
-        """Runs all layers.
+        """Runs all layers, or a range of them.
 
         Args:
           hidden: [batch, length, hidden_size].
@@ -171,19 +172,21 @@ class Decoder(nn.Module):
             model with three axes (`RopeConfig.sections`) also [batch, 3, length]: time, height, width.
           attend: see the module's description.
           carry: first layer's carry.
-          xs: pytree stacked over layers, or None.
+          xs: pytree stacked over the layers that run, or None.
           layer_inputs: [n, batch, length, hidden_size], added to the hidden state behind each of the first n layers.
+          layers: the first layer to run, and the one before which to stop (static); all by default.
 
         Returns:
-          (hidden after the final norm, last layer's carry, ys stacked over layers).
+          (hidden, after the final norm if the last layer ran, last carry, ys stacked over the layers that ran).
         """
         c = self.config
+        first, end = layers or (0, c.num_layers)
         rotations = self._rotations(positions)
         mixed = len(rotations) > 1
         # Layers of every kind are in one scan, which compiles one layer: what differs is data, or a branch in `attend`.
         table = jax.tree.map(lambda *x: jnp.stack(x), *rotations) if mixed else rotations[0]
-        windowed = jnp.asarray([w is not None for w in c.windows], jnp.int32) if mixed else None
-        numbers = None if layer_inputs is None else jax.lax.iota(jnp.int32, c.num_layers)
+        windowed = jnp.asarray([w is not None for w in c.windows[first:end]], jnp.int32) if mixed else None
+        numbers = None if layer_inputs is None else first + jax.lax.iota(jnp.int32, end - first)
 
         def body(layer: DecoderLayer, state, item):
             (x, carry), (xs, kind, number) = state, item
@@ -196,16 +199,32 @@ class Decoder(nn.Module):
 
         if self.remat:
             body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
-        if isinstance(self.layers, DecoderLayer):
+        state, items = (hidden, carry), (xs, windowed, numbers)
+        if not isinstance(self.layers, DecoderLayer):
+            outputs = []
+            for number, layer in enumerate(self.layers[first:end]):
+                state, ys = body(layer, state, jax.tree.map(lambda x: x[number], items))  # noqa: B023
+                outputs.append(ys)
+            ys = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+        elif (first, end) == (0, c.num_layers):
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
-            (hidden, carry), ys = scan(self.layers, (hidden, carry), (xs, windowed, numbers))
-            return self.final_norm(hidden), carry, ys
-        outputs = []
-        for number, layer in enumerate(self.layers):
-            item = jax.tree.map(lambda x: x[number], (xs, windowed, numbers))  # noqa: B023
-            (hidden, carry), ys = body(layer, (hidden, carry), item)
-            outputs.append(ys)
-        return self.final_norm(hidden), carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+            state, ys = scan(self.layers, state, items)
+        else:
+            state, ys = self._run_some(body, first, end, state, items)
+        hidden, carry = state
+        return self.final_norm(hidden) if end == c.num_layers else hidden, carry, ys
+
+    def _run_some(self, body: Any, first: int, end: int, state: Any, items: Any) -> tuple[Any, Any]:
+        """A scan over some of the stacked layers. Each takes its weights where they lie: a slice would be a copy."""
+        stacked = self.layers.variables["params"]
+        layer = DecoderLayer(self.config, self.dtype, layout_of(self.layout), parent=None)
+
+        def step(state: Any, item: Any) -> tuple[Any, Any]:
+            number, item = item
+            params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked)
+            return layer.apply({"params": params}, state, item, method=body)
+
+        return jax.lax.scan(step, state, (first + jax.lax.iota(jnp.int32, end - first), items))
 
     def _rotations(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         """cos and sin of the layers without a window, and, where those with one have their own, theirs."""

@@ -97,9 +97,10 @@ class FamilyModule(nn.Module):
         carry: Any = None,
         xs: Any = None,
         layer_inputs: jax.Array | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, Any, Any]:
-        """Runs the decoder layers with `attend`; see `Decoder.__call__`."""
-        return self.decoder(hidden, positions, attend, carry, xs, layer_inputs)
+        """Runs decoder layers with `attend`; see `Decoder.__call__`."""
+        return self.decoder(hidden, positions, attend, carry, xs, layer_inputs, layers)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeddings of generated tokens, i32 [batch, length] -> [batch, length, hidden]."""

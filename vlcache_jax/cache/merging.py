@@ -27,7 +27,7 @@ def merge_evicted(
       keys: [layers, batch, kv_heads, length, head_dim], all tokens of the prompts.
       values: like `keys`.
       order: i32 [layers, batch, kv_heads or 1, length], from `selection.select_layers`: the kept tokens, then `length`.
-      lengths: i32 [batch], true prompt lengths; padding is not looked at.
+      lengths: i32 [layers, batch], tokens of a layer; padding is not looked at.
       kind: as in `Merge`.
 
     Returns:
@@ -37,7 +37,7 @@ def merge_evicted(
     rows, heads = lanes_spec(*keys.shape[1:3])
     of_heads = PartitionSpec(None, rows, heads)
     of_order = of_heads if order.shape[2] > 1 else PartitionSpec(None, rows)
-    inputs = (of_heads, of_heads, of_order, PartitionSpec(rows))
+    inputs = (of_heads, of_heads, of_order, PartitionSpec(None, rows))
     return local(partial(_merge, kind=kind), inputs, (of_heads, of_heads))(keys, values, order, lengths)
 
 
@@ -50,7 +50,7 @@ def _merge(
     def cell(i: jax.Array, buffers: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         layer, row = i // batch, i % batch
         key, value = (x[layer, row] for x in buffers)
-        merged = _merge_row(key, value, order[layer, row], lengths[row], kind)
+        merged = _merge_row(key, value, order[layer, row], lengths[layer, row], kind)
         new_key, new_value = (x.at[layer, row].set(y) for x, y in zip(buffers, merged))
         return new_key, new_value
 

@@ -28,6 +28,7 @@ def pack(
     bits: int | None = None,
     channels: jax.Array | None = None,
     rooms: tuple[int, ...] | None = None,
+    places: jax.Array | None = None,
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and lane.
 
@@ -37,7 +38,7 @@ def pack(
     Args:
       keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer.
       values: like `keys`.
-      positions: i32 [layers, batch, heads or 1, entries], their prompt positions.
+      positions: i32 [layers, batch, heads or 1, entries], their positions.
       order: i32 [layers, batch, heads, entries], from `selection.select_layers`; heads is kv_heads, or 1 if they all
         keep the same tokens.
       slots: i32 [layers, batch]; [layers, batch, kv_heads] if lanes are shared.
@@ -47,6 +48,7 @@ def pack(
       bits: 8, 4 or 2 for a quantised store.
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
       rooms: of each layer, the distance from its segments to the next; by default they follow one another.
+      places: i32 [layers, batch, length], the place in the prompt of each position; None: they are the same.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
@@ -63,7 +65,8 @@ def pack(
             return None
         return PartitionSpec(None, rows, over) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
 
-    arrays = (keys, values, positions, order, slots, channels)
+    arrays = (keys, values, positions, order, slots, channels, places)
+    inputs = (*map(place, arrays[:-1]), None if places is None else PartitionSpec(None, rows))
     specs = store_specs(
         keys.shape[1],
         lanes or keys.shape[2],
@@ -71,7 +74,7 @@ def pack(
         quantised=bits is not None,
         channels=channels is not None,
     )
-    return local(run, tuple(map(place, arrays)), specs)(*arrays)
+    return local(run, inputs, specs)(*arrays)
 
 
 def _pack(
@@ -81,6 +84,7 @@ def _pack(
     order: jax.Array,
     slots: jax.Array,
     channels: jax.Array | None,
+    places: jax.Array | None,
     *,
     pool: int,
     lanes: int | None,
@@ -111,6 +115,8 @@ def _pack(
     entry = order[layer, row, head if order.shape[2] > 1 else 0, jnp.minimum(index, entries - 1)]
     entry = jnp.minimum(entry, entries - 1)  # free slots
     where = positions[layer, row, head if positions.shape[2] > 1 else 0, entry]
+    if places is not None:
+        where = places[layer, row, jnp.minimum(where, places.shape[2] - 1)]
     where = jnp.where(used, where, -1)
 
     def table(x: jax.Array) -> jax.Array:  # [batch, layers, kv_heads or 1]
@@ -214,9 +220,10 @@ class Selected:
 
     Attributes:
       keys, values, positions, order, slots, lanes, channels: as in `pack`.
-      lengths: i32 [batch], of the prompts.
+      lengths: i32 [layers, batch], tokens that a layer had to choose from.
       others: like `order`, the tokens of the prompt that were not chosen; None where nobody wants them.
       windowed: bool [layers], which have a window: what that has left behind is never seen again. None if none has.
+      places: as in `pack`.
     """
 
     keys: jax.Array
@@ -229,6 +236,7 @@ class Selected:
     channels: jax.Array | None = None
     others: jax.Array | None = None
     windowed: jax.Array | None = None
+    places: jax.Array | None = None
 
     @property
     def group(self) -> int:
@@ -240,4 +248,5 @@ class Selected:
         keys, values, channels = self.keys, self.values, None
         if bits is not None:
             keys, values, channels = jax.lax.stop_gradient((keys, values, self.channels))
-        return pack(keys, values, self.positions, self.order, self.slots, pool, self.lanes, bits, channels, rooms)
+        chosen = (keys, values, self.positions, self.order, self.slots)
+        return pack(*chosen, pool, self.lanes, bits, channels, rooms, self.places)

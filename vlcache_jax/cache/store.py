@@ -144,6 +144,42 @@ class PackedStore:
             **scales,
         )
 
+    @classmethod
+    def by_layer(
+        cls,
+        keys: jax.Array,
+        values: jax.Array,
+        groups: Sequence[tuple[jax.Array, jax.Array, int]],
+        rooms: Sequence[int],
+        **scales: jax.Array | None,
+    ) -> "PackedStore":
+        """Segments of `rooms[layer]` slots, one after another; groups of layers hold tokens of their own.
+
+        Args:
+          keys: [batch, kv_heads, slots, head_dim], or codes.
+          values: like `keys`.
+          groups: of the layers, in their order: positions i32 [batch, n], -1 in free slots, how many tokens i32
+            [batch], and the number of layers.
+          rooms: of every layer, at least its n.
+          **scales: of a quantised store.
+        """
+        (batch, heads, *_), starts, parts, layer = keys.shape, np.cumsum((0, *rooms)), [], 0
+        for positions, _, size in groups:
+            padded = jnp.pad(positions, ((0, 0), (0, rooms[layer] - positions.shape[1])), constant_values=-1)
+            parts.append(jnp.tile(padded, (1, size)))
+            layer += size
+        slots = regular_slots(1, int(starts[-1]))
+        parts.append(jnp.full((batch, slots - int(starts[-1])), -1, jnp.int32))
+        lengths = [jnp.broadcast_to(count[:, None], (batch, size)) for _, count, size in groups]
+        return cls(
+            keys=keys,
+            values=values,
+            positions=jnp.broadcast_to(jnp.concatenate(parts, axis=1)[:, None], (batch, heads, slots)),
+            offsets=jnp.broadcast_to(starts[:-1, None].astype(np.int32), (batch, layer, 1)),
+            lengths=jnp.concatenate(lengths, axis=1)[..., None],
+            **scales,
+        )
+
     def layer(self, layer: jax.Array | int, since: jax.Array | None = None) -> tuple[Store, Segments]:
         """What the attention of a layer reads.
 

@@ -55,7 +55,7 @@ class Quantise(Evicted):
     def stores(self, selected: Selected, layers: int) -> tuple[PackedStore, ...]:
         """See `Evicted.stores`: a prompt may keep next to nothing, so that there is room for all of it."""
         pool = regular_slots(selected.group * layers, int(align(selected.keys.shape[3], segment_alignment(self.bits))))
-        left = jnp.expand_dims(selected.lengths, (0, *range(2, selected.slots.ndim))) - selected.slots
+        left = jnp.expand_dims(selected.lengths, range(2, selected.slots.ndim)) - selected.slots
         if selected.windowed is not None:
             left = jnp.where(jnp.expand_dims(selected.windowed, range(1, left.ndim)), 0, left)
         assert selected.others is not None

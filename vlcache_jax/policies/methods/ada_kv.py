@@ -64,20 +64,20 @@ class AdaptiveHeads(Allocate):
         return self.layers.capacity(length, budget)
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> Any:
-        """The scores, f32 [batch, kv_heads, length], and what the layers' rule measures."""
+        """The scores, f32 [batch, kv_heads, length], how many tokens there are, and what the layers' rule measures."""
         batch, length, kv_heads, _ = inputs.key.shape
         every = jnp.broadcast_to(scores.astype(jnp.float32), (batch, kv_heads, length))
-        return every, self.layers.measure(inputs, scores)
+        return every, inputs.lengths, self.layers.measure(inputs, scores)
 
     def slots(self, measured: Any, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        scores, of_layers = measured
+        scores, held, of_layers = measured
         batch, layers, kv_heads, length = scores.shape
         group = kv_heads // budget.lanes
         slots = self.layers.slots(of_layers, lengths, budget)  # [batch, layers]
         mean = jnp.asarray(budget.total(lengths)) // budget.layers
         window = forced(slots, settled(self.recent, mean))[0]
         rest = slots - window
-        before = jax.lax.iota(jnp.int32, length)[None, None] < (lengths[:, None] - window)[..., None]
+        before = jax.lax.iota(jnp.int32, length)[None, None] < (held - window)[..., None]
         candidates = jnp.where(before[:, :, None], jnp.nan_to_num(scores), -jnp.inf)
         best = largest(candidates.reshape(batch, layers, budget.lanes, -1), (group * rest)[..., None, None])
         found = jnp.sum(best.reshape(batch, layers, budget.lanes, group, length), axis=-1, dtype=jnp.int32)

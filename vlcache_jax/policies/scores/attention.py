@@ -32,6 +32,8 @@ class LayerInputs:
         tokens (`Tokens`, `Window`, `AverageShare`); None where `Policy.recent` is a fraction of a layer's own slots.
       rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
       mask: which tokens saw each other. `statistics` know it; a score that works out attention itself must, too.
+      index: i32 [batch, length], the place in the prompt of each token, where some were dropped between layers
+        (`pruning.stage`); `lengths` and `rows` count those that are left. None: 0, 1, 2 ...
     """
 
     query: jax.Array
@@ -46,6 +48,42 @@ class LayerInputs:
     window: jax.Array | None = None
     rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     mask: Mask = CAUSAL
+    index: jax.Array | None = None
+
+    @property
+    def places(self) -> jax.Array:
+        """i32 [batch, length]: `index`, filled in."""
+        plain = jax.lax.iota(jnp.int32, self.key.shape[1])
+        return jnp.broadcast_to(plain, self.valid.shape) if self.index is None else self.index
+
+    @property
+    def prompt_lengths(self) -> jax.Array:
+        """i32 [batch]: tokens of the prompts, those that were dropped included."""
+        if self.index is None:
+            return self.lengths
+        return jnp.take_along_axis(self.index, self.lengths[:, None] - 1, axis=1)[:, 0] + 1  # the last one stays
+
+    def padded(self, length: int) -> "LayerInputs":
+        """With padding up to `length` tokens."""
+        more = length - self.key.shape[1]
+
+        def pad(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+            return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=value)
+
+        statistics = self.statistics
+        if statistics is not None:
+            columns = {name: getattr(statistics, name) for name in ("sums", "column_maximum")}
+            statistics = statistics._replace(**{name: pad(x, -1) for name, x in columns.items() if x is not None})
+        return dataclasses.replace(
+            self,
+            query=pad(self.query, 1),
+            key=pad(self.key, 1),
+            value=pad(self.value, 1),
+            vision_index=pad(self.vision_index, 1, TEXT),
+            index=None if self.index is None else pad(self.index, 1),
+            mask=self.mask if self.mask.blocks is None else Mask(blocks=pad(self.mask.blocks, 1, -1)),
+            statistics=statistics,
+        )
 
     @property
     def vision_mask(self) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Dropping visual tokens between layers: a method a file."""

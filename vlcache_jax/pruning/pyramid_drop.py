@@ -1,0 +1,77 @@
+"""PyramidDrop (arXiv 2410.17247): visual tokens are dropped in stages, by the attention of the prompt's last token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vlcache_jax.cache.fractions import floor_fraction
+from vlcache_jax.errors import PolicyError
+from vlcache_jax.pruning.method import Between, Count, Pruning, named
+
+
+@named("pyramid_drop")
+@dataclasses.dataclass(frozen=True)
+class PyramidDrop(Pruning):
+    """Behind some layers, only the visual tokens that the prompt's last token attends to most go on.
+
+    With N visual tokens in a prompt, the rows of a batch keep floor(keep N) of them behind each of the layers, those
+    with the largest
+
+        mean over query heads of A[n - 1, j],    A = softmax over all tokens j of q_(n-1) . k_j / sqrt(d)
+
+    where q and k are what the next layer makes of the hidden states. All visual tokens of a prompt are in one ranking.
+
+    Deviates from the authors' code in one point: kept tokens keep their rotary positions, and answers go on where the
+    prompt ended. There, tokens are numbered anew after each drop. So keys of earlier layers, later layers and
+    answers agree about distances, and what a policy keeps of the cache keeps its meaning.
+
+    Attributes:
+      layers: behind how many layers tokens are dropped; None for a quarter, half and three quarters of them (8, 16, 24
+        of 32).
+      keep: which part of the prompt's visual tokens goes on, behind each of them; it must not rise.
+      rooms: see `pruning.method.Pruning`.
+
+    Raises:
+      PolicyError: numbers that are not in order or out of range.
+
+    Example:
+      out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.1), pruning=vlc.PyramidDrop())
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep: tuple[float, ...] = (0.5, 0.25, 0.125)
+
+    def __post_init__(self) -> None:
+        parts = self.keep
+        for value in parts:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise PolicyError(f"PyramidDrop(keep={parts}): give fractions of the visual tokens, from 0 to 1")
+        if not parts or list(parts) != sorted(parts, reverse=True):
+            raise PolicyError(f"PyramidDrop(keep={parts}): give one fraction or more, none above the one before")
+        if len(parts) != (3 if self.layers is None else len(self.layers)):
+            raise PolicyError(f"PyramidDrop(layers={self.layers}, keep={parts}): give as many layers as fractions")
+
+    def _parts(self, layers: int) -> list[tuple[int, float]]:
+        """(layer, part) of every cut; one that keeps all is none."""
+        where = self.layers or tuple(layers * i // 4 for i in (1, 2, 3))
+        return [(layer, part) for layer, part in zip(where, self.keep, strict=True) if part < 1]
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        """See `Pruning.cuts`."""
+        return tuple(layer for layer, _ in self._parts(layers))
+
+    def kept(self, cut: int, visual: Count) -> Count:
+        """See `Pruning.kept`."""
+        return floor_fraction(visual, [part for part in self.keep if part < 1][cut])
+
+    def scores(self, cut: int, between: Between) -> jax.Array:
+        """See `Pruning.scores`."""
+        stage = between.stage
+        query, _, _ = between.project(stage.layers[1], *stage.tokens(stage.lengths[:, None] - 1))
+        _, key, _ = between.project(stage.layers[1], stage.hidden, stage.positions)
+        batch, head_dim = query.shape[0], query.shape[-1]
+        query = query.reshape(batch, key.shape[2], -1, head_dim)
+        logits = jnp.einsum("bhgd,bshd->bhgs", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+        attention = jax.nn.softmax(jnp.where(stage.valid[:, None, None], logits, -jnp.inf), axis=-1)
+        return jnp.mean(attention, axis=(1, 2))
