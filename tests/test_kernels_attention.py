@@ -147,7 +147,7 @@ def test_window(length, window, implementation):
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 4, 30])
 def test_images_that_see_each_other(window, implementation):
     """Two images in one row, one that begins it in the other, as a prefix does; some longer than the window."""
@@ -222,14 +222,16 @@ def test_without_lse(shape, implementation):
     np.testing.assert_allclose(out, compiled(implementation)(*inputs(shape))[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("with_lse", [True, False])
-def test_gradients_of_splash_attention(with_lse):
+def test_gradients_of_splash_attention(with_lse, images):
     q, k, v = inputs((1, 150, 2, 1, 8), seed=3)
     rng = np.random.default_rng(4)
     weight, lse_weight = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
+    mask = Mask(blocks=jnp.where(jnp.arange(150) % 50 > 9, jnp.arange(150) // 50, -1)[None]) if images else CAUSAL
 
     def loss(implementation, q, k, v):
-        out, lse = compiled(implementation, with_lse=with_lse)(q, k, v)
+        out, lse = compiled(implementation, with_lse=with_lse)(q, k, v, mask)
         return jnp.sum(out * weight) + (jnp.sum(lse * lse_weight) if with_lse else 0)
 
     gradients = [

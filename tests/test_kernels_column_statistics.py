@@ -111,7 +111,7 @@ def cases(draw, shapes=tuple(SHAPES), most=None):
     return shape, first, count
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:3])
+@every_implementation
 @quick
 @given(case=cases(), seed=st.integers(0, 3), bound=st.sampled_from([None, 8]))
 def test_rows_that_see_later_columns(implementation, case, seed, bound):
@@ -127,13 +127,6 @@ def test_rows_that_see_later_columns(implementation, case, seed, bound):
     count = count if bound is None else np.minimum(count, bound)
     statistics = compiled(implementation, column_maximum=True, max_rows=bound)(q, k, first, count, last=last)
     check(statistics, maps(q, k, last=np.asarray(last)), first, count, bounded=bound is not None)
-
-
-def test_the_tpu_kernel_declines_them():
-    q, k = inputs(SHAPES[0])
-    zero = jnp.zeros(2, jnp.int32)
-    with pytest.raises(NotImplementedError, match="pallas_tpu is causal"):
-        column_statistics(q, k, zero, zero, last=jnp.zeros((2, 19), jnp.int32), implementation="pallas_tpu")
 
 
 @every_implementation

@@ -49,14 +49,16 @@ def test_backward_kernel():
     assert program.as_text().count("tpu_custom_call") >= 3  # forward, and the gradients of queries, and of keys
 
 
-def test_window():
-    """Gemma 3's layers with a window, which the kernel skips to; with images that see each other plain XLA serves."""
-    arrays = [shape(1, 4096, heads, 256) for heads in (8, 4, 4)]
-    program = compile_for("v5e:2x2", lambda *x: attention(*x, Mask(window=1024)), *arrays)
-    assert "tpu_custom_call" in program.as_text()
-    with pytest.raises(NotImplementedError, match="splash_tpu has no blocks that see each other"):
-        attention(
-            *[jnp.zeros(x.shape) for x in arrays],
-            Mask(blocks=jnp.zeros((1, 4096), jnp.int32)),
-            implementation="splash_tpu",
-        )
+@pytest.mark.parametrize("window", [None, 1024])
+def test_images_that_see_each_other(window):
+    """The layers of Gemma 3, of both kinds: the kernel twice, and nothing that follows the square of the length."""
+    arrays, blocks = [shape(2, 4096, heads, 256) for heads in (8, 4, 4)], shape(2, 4096, dtype="int32")
+
+    def run(blocks, *arrays):
+        return attention(*arrays, Mask(blocks=blocks, window=window), with_lse=False)[0]
+
+    program = compile_for("v5e:2x2", run, blocks, *arrays)
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert " while(" not in text
+    assert temporaries(program) < 12 * 2 * 4096 * 8 * 256 * 2  # a few copies of the queries; the logits: 1 GB

@@ -19,6 +19,8 @@ def compiled(chip, model, length=4096, dtype="bfloat16", batch=2, **options):
     key = shape(batch, length, kv_heads, head_dim, dtype=dtype)
     index = shape(batch, dtype="int32")
     given = {name: shape(batch, length, heads, dtype="float32") for name in options.pop("given", ())}
+    if options.pop("images", False):
+        given["last"] = shape(batch, length, dtype="int32")
 
     def run(query, key, first, count, given):
         return column_statistics(query, key, first, count, **given, **options)
@@ -40,6 +42,12 @@ def test_all_rows(model, length, chip):
     heads, kv_heads, head_dim = SHAPES[model]
     copies = 2 * 2 * length * (heads + kv_heads) * head_dim  # query and key with heads before rows, in bfloat16
     assert temporaries(program) < 2 * copies  # for another layout, and some numbers a row; never rows x length
+
+
+@pytest.mark.parametrize("max_rows", [50, None])
+def test_rows_that_see_later_columns(max_rows):
+    program = compiled("v5e:2x2", "gemma-3-4b", 2880, max_rows=max_rows, images=True, implementation="pallas_tpu")
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.parametrize(("length", "max_rows", "dtype"), [(1000, 17, "bfloat16"), (40, None, "float32")])

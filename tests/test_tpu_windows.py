@@ -66,7 +66,10 @@ def test_prefill_runs_the_kernels_of_both_kinds():
 
 @pytest.mark.parametrize(
     "policy",
-    [vlc.H2O(budget=0.1, decoding="evict"), vlc.SnapKV(budget=0.1, decoding=vlc.Recompress(WINDOW))],
+    [
+        vlc.H2O(budget=0.1, decoding="evict"),
+        pytest.param(vlc.SnapKV(budget=0.1, decoding=vlc.Recompress(WINDOW)), marks=pytest.mark.thorough),
+    ],
     ids=["evict", "recompress"],
 )
 def test_a_step_of_a_rule_that_rewrites_copies_no_state(policy):

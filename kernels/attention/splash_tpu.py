@@ -1,4 +1,8 @@
-"""JAX's splash attention for TPUs: grouped queries, blocks above the diagonal skipped, the log-sum-exp returned."""
+"""JAX's splash attention for TPUs: grouped queries, blocks above the diagonal skipped, the log-sum-exp returned.
+
+Its mask must be static, and which tokens are an image is data. So what a token sees of its image behind itself is a
+second attention, above the diagonal, with images for segments; the two are merged by their log-sum-exps.
+"""
 
 from functools import cache, partial
 from typing import Any
@@ -10,6 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlcache_jax.kernels.attention import xla_wide
 from vlcache_jax.kernels.attention.mask import Mask
+from vlcache_jax.kernels.merge import merge
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 _SHORTEST = 128  # the smallest block; shorter prompts are cheap in XLA
@@ -31,8 +36,6 @@ def attention(
     length, head_dim = query.shape[1], query.shape[3]
     if mask.segments is not None:
         raise NotImplementedError("splash_tpu has no segments with a shared prefix: use implementation='xla_wide'")
-    if mask.blocks is not None:  # a mask that is data: splash takes none under jit
-        raise NotImplementedError("splash_tpu has no blocks that see each other: use implementation='xla_wide'")
     if not mask.causal:
         raise NotImplementedError("splash_tpu is causal here: use implementation='xla_wide'")
     refuse_if_checked("splash_tpu")
@@ -40,8 +43,9 @@ def attention(
         raise NotImplementedError(f"splash_tpu takes prompts of at least {_SHORTEST} tokens, not {length}")
     if head_dim > 256:
         raise NotImplementedError(f"splash_tpu serves heads of up to 256, not {head_dim}")
-    if with_lse:
-        return _attention(query, key, value, mask.window, scale, interpret)
+    if with_lse or mask.blocks is not None:
+        out, lse = _attention(query, key, value, mask.blocks, mask.window, scale, interpret)
+        return out, lse if with_lse else None
     return _without_lse(query, key, value, mask.window, scale, interpret), None
 
 
@@ -63,6 +67,16 @@ class _CausalMask(splash.CausalMask):
         return _block(self, index, None)
 
 
+class _AheadMask(splash.LocalMask):
+    """The opposite: what comes after a token."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(shape, (-1, None), 0)  # from one token after its own on
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return ~_block(self, index, None)
+
+
 class _WindowMask(splash.LocalMask):
     """A causal mask with a window, its blocks like those of `_CausalMask`; blocks out of the window are skipped."""
 
@@ -81,41 +95,48 @@ def _causal_block(height: int, width: int, ahead: int, window: int | None) -> np
     return block
 
 
-def _forward(query, key, value, window, scale, interpret, with_lse=True):
+def _forward(query, key, value, blocks, window, scale, interpret, with_lse=True):
     length, heads = query.shape[1:3]
     block = 512 if length >= 1024 else 256 if length >= 512 else 128
     padded = -(-length // block) * block
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel has no scale of its own
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
     shape = padded, padded
-    mask = splash.MultiHeadMask(
-        [_CausalMask(shape) if window is None else _WindowMask(shape, (window - 1, 0), 0)] * heads
-    )
     names: tuple[str, ...] = ("block_q", "block_kv")
     if not with_lse:  # with it there is no backward kernel
         names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     sizes = splash.BlockSizes(**dict.fromkeys(names, block))  # type: ignore[arg-type]
-    make = splash.make_splash_mha_single_device
-    kernel = jax.vmap(make(mask, block_sizes=sizes, save_residuals=with_lse, interpret=interpret))
+
+    def kernel(mask: splash.Mask, *arrays: Any) -> Any:
+        make = splash.make_splash_mha_single_device
+        masks = splash.MultiHeadMask([mask] * heads)
+        return jax.vmap(make(masks, block_sizes=sizes, save_residuals=with_lse, interpret=interpret))(*arrays)
 
     def by_row(x: jax.Array) -> jax.Array:  # [batch, heads, padded, ...] -> [batch, length, heads, ...]
         return x[:, :, :length].swapaxes(1, 2)
 
     with jax.enable_x64(False):  # where a gradient traces this once more, `dispatch` has left the 64-bit mode on
+        before = _CausalMask(shape) if window is None else _WindowMask(shape, (window - 1, 0), 0)
         if not with_lse:
-            return by_row(kernel(q, k, v)).astype(value.dtype), None
-        out, (lse,) = kernel(q, k, v)
-    return by_row(out).astype(value.dtype), by_row(lse)
+            return by_row(kernel(before, q, k, v)).astype(value.dtype), None
+        out, (lse,) = kernel(before, q, k, v)
+        out, lse = by_row(out), by_row(lse)
+        if blocks is not None:
+            ids = jnp.pad(blocks, ((0, 0), (0, padded - length)), constant_values=-1)
+            images = splash.SegmentIds(jnp.where(ids < 0, -1, ids), jnp.where(ids < 0, -2, ids))  # text meets nothing
+            behind, (weight,) = kernel(_AheadMask(shape), q, k, v, images)  # the weight of nothing is exp(-2e38)
+            out, lse = merge([(out.astype(jnp.float32), lse), (by_row(behind).astype(jnp.float32), by_row(weight))])
+    return out.astype(value.dtype), lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _without_lse(query, key, value, window, scale, interpret):
-    return _forward(query, key, value, window, scale, interpret, with_lse=False)[0]
+    return _forward(query, key, value, None, window, scale, interpret, with_lse=False)[0]
 
 
 def _pull_back(query, key, value, window, scale, interpret):
     with jax.enable_x64(False):  # JAX's kernel and its gradient fail in 64-bit mode
-        forward = partial(_forward, window=window, scale=scale, interpret=interpret, with_lse=False)
+        forward = partial(_forward, blocks=None, window=window, scale=scale, interpret=interpret, with_lse=False)
         return jax.vjp(lambda q, k, v: forward(q, k, v)[0], query, key, value)
 
 
@@ -127,20 +148,21 @@ def _pulled_back(window, scale, interpret, pull_back, cotangent):
 _without_lse.defvjp(_pull_back, _pulled_back)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _attention(query, key, value, window, scale, interpret):
-    return _forward(query, key, value, window, scale, interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(query, key, value, blocks, window, scale, interpret):
+    return _forward(query, key, value, blocks, window, scale, interpret)
 
 
-def _with_inputs(query, key, value, window, scale, interpret):
-    return _forward(query, key, value, window, scale, interpret), (query, key, value)
+def _with_inputs(query, key, value, blocks, window, scale, interpret):
+    return _forward(query, key, value, blocks, window, scale, interpret), (query, key, value, blocks)
 
 
 def _gradient(window, scale, interpret, inputs, cotangents):
     """JAX's kernel has no gradient where it returns the log-sum-exp; the one in plain XLA has."""
-    mask = Mask(window=window)
+    *inputs, blocks = inputs
+    mask = Mask(window=window, blocks=blocks)
     _, pull_back = jax.vjp(lambda q, k, v: xla_wide.attention(q, k, v, mask, None, scale=scale), *inputs)
-    return pull_back(cotangents)
+    return *pull_back(cotangents), None
 
 
 _attention.defvjp(_with_inputs, _gradient)

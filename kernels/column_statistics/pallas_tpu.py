@@ -8,6 +8,9 @@
 (rows outermost, softmax statistics kept in VMEM) computes them first. All query heads of a KV head share a block of
 keys. Row statistics travel as [group, rows], rows along the lanes: one number in each row of a tile would take 128
 times the memory.
+
+Where rows see columns after their own (`Rows.last`, images), how far the prompt's rows do at most is one more scalar,
+which widens the range of blocks; within them each row's own last column decides.
 """
 
 from typing import Any
@@ -38,8 +41,6 @@ def column_statistics(
     interpret: Any = False,
 ) -> ColumnStatistics:
     """See `api.column_statistics`."""
-    if rows.last is not None:
-        raise NotImplementedError("pallas_tpu is causal: rows that see later columns want implementation='xla_columns'")
     batch, size, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads
@@ -57,14 +58,20 @@ def column_statistics(
         return jnp.pad(x, [(0, -size % height if axis == 3 else 0) for axis in range(x.ndim)])
 
     q, k = by_head(query), key.swapaxes(1, 2)
-    tables = (rows.start, rows.low, rows.high)
+    last, reach = None, jnp.zeros_like(rows.start)  # how many columns after its own a row sees, at most
+    if rows.last is not None:
+        index = jax.lax.iota(jnp.int32, size)[None]
+        inside = (index >= rows.low[:, None]) & (index < rows.high[:, None])
+        reach = jnp.max(jnp.where(inside, rows.last - rows.start[:, None] - index, 0), axis=1)
+        last = jnp.pad(rows.last, ((0, 0), (0, -size % height)))[:, None]
+    tables = (rows.start, rows.low, rows.high, reach)
     given_lse, given_maximum = (None if x is None else by_head(x.astype(jnp.float32)) for x in (lse, maximum))
     need_maximum = given_maximum is None and (given_lse is None or options.log_threshold is not None)
     if given_lse is None or need_maximum:
-        found = _measure(options, q, k, tables, height, width, given_lse is None, interpret)
+        found = _measure(options, q, k, tables, last, height, width, given_lse is None, interpret)
         given_lse = found[1] if given_lse is None else given_lse
         given_maximum = found[0] if given_maximum is None else given_maximum
-    sums, counts, column_maximum = _add(options, q, k, tables, given_lse, given_maximum, height, width, interpret)
+    sums, counts, column_maximum = _add(options, q, k, tables, last, given_lse, given_maximum, height, width, interpret)
 
     def by_row(x: jax.Array) -> jax.Array:
         return spread(rows, x.reshape(batch, heads, -1)[..., :size].swapaxes(1, 2))
@@ -84,15 +91,15 @@ def column_statistics(
 # Integer divisions below are `lax.div`: `//` corrects the sign of what is never negative.
 
 
-def _last_column_block(start, low, high, r, height, width):
+def _last_column_block(start, low, high, reach, r, height, width):
     """The last block of columns that the block r of rows sees; -1 if none of its rows counts."""
     end = jnp.minimum(high, (r + 1) * height)  # local
-    return jnp.where(end > jnp.maximum(low, r * height), jax.lax.div(start + end - 1, width), -1)
+    return jnp.where(end > jnp.maximum(low, r * height), jax.lax.div(start + end - 1 + reach, width), -1)
 
 
-def _row_blocks(start, low, high, c, height, width):
+def _row_blocks(start, low, high, reach, c, height, width):
     """First and last block of rows that see the block c of columns; an empty range if none does."""
-    first = jnp.maximum(low, c * width - start)
+    first = jnp.maximum(low, c * width - start - reach)
     block = jax.lax.div(first, height)
     return block, jnp.where(high > first, jax.lax.div(high - 1, height), block - 1)
 
@@ -107,11 +114,12 @@ def _logits(options, q_ref, k_ref):
     return product * options.scale
 
 
-def _visible(start, low, high, r, c, height, width):
-    """bool [rows, columns] of block (r, c)."""
+def _visible(start, low, high, r, c, height, width, last_ref):
+    """bool [rows, columns] of block (r, c); last_ref [1, rows], or None."""
     row = r * height + jax.lax.broadcasted_iota(jnp.int32, (height, width), 0)
     column = c * width + jax.lax.broadcasted_iota(jnp.int32, (height, width), 1)
-    return (column <= start + row) & (row >= low) & (row < high)
+    last = start + row if last_ref is None else _stand(last_ref[...])
+    return (column <= last) & (row >= low) & (row < high)
 
 
 def _stand(row):
@@ -119,16 +127,17 @@ def _stand(row):
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
-def _measure(options, q, k, tables, height, width, with_lse, interpret):
+def _measure(options, q, k, tables, last, height, width, with_lse, interpret):
     """Row maxima, and log-sum-exps if asked for: f32 [batch, kv_heads, group, rows], arbitrary outside the slice."""
     batch, kv_heads, group, size, head_dim = q.shape
     blocks = pl.cdiv(k.shape[2], width)
 
-    def kernel(start_ref, low_ref, high_ref, q_ref, k_ref, *refs):
+    def kernel(start_ref, low_ref, high_ref, reach_ref, q_ref, k_ref, *refs):
         # q_ref [group, rows, d], k_ref [columns, d], outputs [group, rows], scratch [group * rows, 128]
+        last_ref, refs = (None, refs) if last is None else (refs[0], refs[1:])
         outputs, scratch = refs[: len(refs) // 2], refs[len(refs) // 2 :]
         b, r, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-        bounds = start_ref[b], low_ref[b], high_ref[b]
+        bounds = start_ref[b], low_ref[b], high_ref[b], reach_ref[b]
 
         @pl.when(c == 0)
         def _():
@@ -139,7 +148,7 @@ def _measure(options, q, k, tables, height, width, with_lse, interpret):
         @pl.when(c <= _last_column_block(*bounds, r, height, width))
         def _():
             logits = _logits(options, q_ref, k_ref)
-            visible = _visible(*bounds, r, c, height, width)
+            visible = _visible(*bounds[:3], r, c, height, width, last_ref)
             for g in range(group):
                 part = slice(g * height, (g + 1) * height)
                 part_logits = jnp.where(visible, logits[part], _LOWEST)
@@ -159,20 +168,21 @@ def _measure(options, q, k, tables, height, width, with_lse, interpret):
                 if with_lse:
                     outputs[1][g : g + 1] = (highest + jnp.log(scratch[1][part])).T[:1]
 
-    def key_block(b, h, r, c, start, low, high):
-        last = _last_column_block(start[b], low[b], high[b], r, height, width)
-        return b, h, jnp.clip(c, 0, jnp.maximum(last, 0)), 0
+    def key_block(b, h, r, c, start, low, high, reach):
+        end = _last_column_block(start[b], low[b], high[b], reach[b], r, height, width)
+        return b, h, jnp.clip(c, 0, jnp.maximum(end, 0)), 0
 
     count = 2 if with_lse else 1
     return pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)] * count,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(batch, kv_heads, size // height, blocks),
             in_specs=[
                 pl.BlockSpec((None, None, group, height, head_dim), lambda b, h, r, c, *_: (b, h, 0, r, 0)),
                 pl.BlockSpec((None, None, width, head_dim), key_block),
+                *([] if last is None else [pl.BlockSpec((None, 1, height), lambda b, h, r, c, *_: (b, 0, r))]),
             ],
             out_specs=[pl.BlockSpec((None, None, group, height), lambda b, h, r, c, *_: (b, h, 0, r))] * count,
             scratch_shapes=[pltpu.VMEM((group * height, LANES), jnp.float32)] * count,
@@ -180,24 +190,25 @@ def _measure(options, q, k, tables, height, width, with_lse, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="column_statistics_rows",
-    )(*tables, q, k)
+    )(*tables, q, k, *([] if last is None else [last]))
 
 
-def _add(options, q, k, tables, lse, maximum, height, width, interpret):
+def _add(options, q, k, tables, last, lse, maximum, height, width, interpret):
     """Sums [batch, kv_heads, group, length], counts i32 [..., 128], and column maxima over rows; None if unwanted."""
     batch, kv_heads, group, size, head_dim = q.shape
     length, row_blocks = k.shape[2], size // height
     count = options.log_threshold is not None
 
-    def kernel(start_ref, low_ref, high_ref, q_ref, k_ref, lse_ref, *refs):
+    def kernel(start_ref, low_ref, high_ref, reach_ref, q_ref, k_ref, lse_ref, *refs):
         # q_ref [group, rows, d], k_ref [columns, d], lse_ref and maximum_ref [group, rows]; sums_ref [group, columns]
         refs = list(refs)
+        last_ref = None if last is None else refs.pop(0)  # [1, rows]
         maximum_ref = refs.pop(0) if count else None
         sums_ref = refs.pop(0)
         counts_ref = refs.pop(0) if count else None  # [group, 128]
         top_ref = refs.pop(0) if options.column_maximum else None  # [group, columns]
         b, c, r = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-        bounds = start_ref[b], low_ref[b], high_ref[b]
+        bounds = start_ref[b], low_ref[b], high_ref[b], reach_ref[b]
 
         @pl.when(r == 0)
         def _():
@@ -211,12 +222,12 @@ def _add(options, q, k, tables, lse, maximum, height, width, interpret):
             def _():
                 counts_ref[...] = jnp.zeros_like(counts_ref)
 
-        first, last = _row_blocks(*bounds, c, height, width)
+        first, end = _row_blocks(*bounds, c, height, width)
 
-        @pl.when((r >= first) & (r <= last))
+        @pl.when((r >= first) & (r <= end))
         def _():
             logits = _logits(options, q_ref, k_ref)
-            visible = _visible(*bounds, r, c, height, width)
+            visible = _visible(*bounds[:3], r, c, height, width, last_ref)
             for g in range(group):
                 part = logits[g * height : (g + 1) * height]
                 weights = jnp.where(visible, jnp.exp(part - _stand(lse_ref[g : g + 1])), 0)
@@ -228,16 +239,20 @@ def _add(options, q, k, tables, lse, maximum, height, width, interpret):
                     columns = jnp.sum(large.astype(jnp.int32), axis=0, keepdims=True)
                     counts_ref[g : g + 1] += sum(columns[:, i : i + LANES] for i in range(0, width, LANES))
 
-    def row_block(b, c, r, start, low, high):
-        first, last = _row_blocks(start[b], low[b], high[b], c, height, width)
-        return jnp.clip(r, jnp.clip(first, 0, row_blocks - 1), jnp.clip(last, 0, row_blocks - 1))
+    def row_block(b, c, r, start, low, high, reach):
+        first, end = _row_blocks(start[b], low[b], high[b], reach[b], c, height, width)
+        return jnp.clip(r, jnp.clip(first, 0, row_blocks - 1), jnp.clip(end, 0, row_blocks - 1))
 
-    def key_block(b, h, c, r, start, low, high):
-        return b, h, jnp.minimum(c, jax.lax.div(jnp.maximum(start[b] + high[b] - 1, 0), width)), 0
+    def key_block(b, h, c, r, start, low, high, reach):
+        return b, h, jnp.minimum(c, jax.lax.div(jnp.maximum(start[b] + high[b] - 1 + reach[b], 0), width)), 0
 
     in_statistics = pl.BlockSpec(
         (None, None, group, height), lambda b, h, c, r, *tables: (b, h, 0, row_block(b, c, r, *tables))
     )
+
+    def in_last(b, h, c, r, *tables):
+        return b, 0, row_block(b, c, r, *tables)
+
     out_columns = pl.BlockSpec((None, None, group, width), lambda b, h, c, r, *_: (b, h, 0, c))
     out_specs = [out_columns]
     out_shape = [jax.ShapeDtypeStruct((batch, kv_heads, group, length), jnp.float32)]
@@ -251,7 +266,7 @@ def _add(options, q, k, tables, lse, maximum, height, width, interpret):
         kernel,
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(batch, kv_heads, pl.cdiv(length, width), row_blocks),
             in_specs=[
                 pl.BlockSpec(
@@ -260,6 +275,7 @@ def _add(options, q, k, tables, lse, maximum, height, width, interpret):
                 ),
                 pl.BlockSpec((None, None, width, head_dim), key_block),
                 in_statistics,
+                *([] if last is None else [pl.BlockSpec((None, 1, height), in_last)]),
                 *([in_statistics] if count else []),
             ],
             out_specs=out_specs,
@@ -267,6 +283,6 @@ def _add(options, q, k, tables, lse, maximum, height, width, interpret):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="column_statistics",
-    )(*tables, q, k, lse, *([maximum] if count else []))
+    )(*tables, q, k, lse, *([] if last is None else [last]), *([maximum] if count else []))
     outputs = list(outputs)
     return outputs.pop(0), outputs.pop(0) if count else None, outputs.pop(0) if options.column_maximum else None
