@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax.kernels.attention import CAUSAL, FULL, Mask, attention, splash_tpu, xla, xla_wide
+from vlcache_jax.kernels.attention import CAUSAL, FULL, Mask, attention, places_of, splash_tpu, xla, xla_wide
 from vlcache_jax.kernels.column_statistics import column_statistics
 
 CHUNK, SPANS = 8, 3
@@ -159,6 +159,21 @@ def test_images_that_see_each_other(window, implementation):
     assert_close(out, wanted, 2e-6, 1e-5)
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
     assert np.abs(wanted - expected(q, k, v, window=window)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_a_window_within_packed_texts(implementation):
+    """Texts behind one prefix: each sees what it would see alone, in a window that reaches into the prefix."""
+    q, k, v = inputs((1, 70, 4, 2, 4), seed=5)
+    segments = np.asarray([0] * 9 + [1] * 20 + [2] * 33 + [3] * 8, np.int32)[None]
+    given = jnp.asarray(segments)
+    out, lse = compiled(implementation)(q, k, v, Mask(segments=given, window=12, places=places_of(given)))
+    for segment in (0, 1, 2, 3):
+        own = np.flatnonzero((segments[0] == 0) | (segments[0] == segment))
+        wanted, wanted_lse = expected(*(np.asarray(x)[:, own] for x in (q, k, v)), window=12)
+        asked = segments[0, own] == segment
+        assert_close(out[:, own[asked]], wanted[:, asked], 2e-6, 1e-5)
+        assert_close(lse[:, own[asked]], wanted_lse[:, asked], 2e-6, 1e-5)
 
 
 def test_long_prompts_with_a_window_on_tpus_need_not_make_every_block():

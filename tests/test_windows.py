@@ -9,14 +9,17 @@ import pytest
 import torch
 from text_decoders import gemma3
 from text_model import TextModel, by_definition, text_batch
-from tiny_models import ragged_batch, tiny_llava
+from tiny_models import IMAGE_TOKEN, PATCHES, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.inputs import TEXT
 from vlcache_jax.policies.decoding.rule import DecodingRule
+from vlcache_jax.training.batch import Conversation, pack
 
 WINDOW, LENGTH, NEW = 9, 48, 12
 LENGTHS = [40, 5, 48, 27]  # one shorter than the window
 FULL, WINDOWED = [2, 5], [0, 1, 3, 4, 6]
+SIZES = [(5, 6), (3, 9), (7, 2)]  # questions and answers behind one image, each shorter than the window or longer
 
 
 @pytest.fixture(scope="module")
@@ -184,5 +187,29 @@ def test_a_family_with_windows():
     full, _ = tiny_llava()
     other = full.apply({"params": params}, batch, method="forward")
     assert np.abs(np.asarray(other) - np.asarray(every)).max() > 1e-3
-    with pytest.raises(vlc.InputError, match=r"segments pack several texts.*windows"):
-        model.apply({"params": params}, batch, segments=jnp.zeros(batch.tokens.shape, jnp.int32), method="forward")
+
+
+def test_packed_texts_are_what_they_are_alone():
+    """The window of a question's tokens reaches past the questions before it, to the images that all of them see."""
+    model, params = tiny_llava(windows=(WINDOW, None, WINDOW))
+    rng = np.random.default_rng(8)
+    prefix = [*rng.integers(6, 64, 4), *[IMAGE_TOKEN] * PATCHES]
+    index = [*[TEXT] * 4, *range(PATCHES)]
+    texts = [([int(x) for x in rng.integers(6, 64, a)], [int(x) for x in rng.integers(6, 64, b)]) for a, b in SIZES]
+    pixels = rng.normal(size=(1, 16, 16, 3)).astype(np.float32)
+    packed, *alone = (
+        pack([Conversation(prefix, index, some, pixels)], 64) for some in (texts, *([text] for text in texts))
+    )
+
+    def run(train):
+        given = train.batch, train.positions, train.segments
+        return np.asarray(model.apply({"params": params}, *given, method="forward"))[0]
+
+    together, at = run(packed), len(prefix)
+    for (question, answer), single in zip(texts, alone):
+        size, end = len(question) + len(answer), len(prefix)
+        np.testing.assert_allclose(together[at : at + size], run(single)[end : end + size], atol=2e-5)
+        at += size
+    assert at > len(prefix) + 2 * WINDOW
+    plain, n = model.apply({"params": params}, alone[1].batch, method="forward")[0], int(alone[1].batch.lengths[0])
+    np.testing.assert_allclose(run(alone[1])[:n], plain[:n], atol=2e-5)

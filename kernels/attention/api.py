@@ -77,6 +77,8 @@ def attention(
         raise ValueError(f"segments {mask.segments.shape} must be [{batch}, {length}]")
     if mask.blocks is not None and mask.blocks.shape != (batch, length):
         raise ValueError(f"blocks {mask.blocks.shape} must be [{batch}, {length}]")
+    if mask.places is not None and (mask.segments is None or mask.places.shape != (batch, length)):
+        raise ValueError(f"places {mask.places.shape} must be [{batch}, {length}], and beside segments")
     if mask.window is not None and mask.window < 1:
         raise ValueError(f"window={mask.window} hides a token from itself: give at least 1")
     if lengths is not None and lengths.shape != (batch,):

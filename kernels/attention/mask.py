@@ -22,6 +22,8 @@ class Mask:
       blocks: i32 [batch, length], or None. Consecutive tokens of the same block, a number from 0 on, see each other
         whatever their order: an image, or a prefix of the prompt. Others, -1 say, are in none.
       window: row t sees no column before t - window + 1, not even of its block: so many tokens, itself included.
+      places: i32 [batch, length], or None. Numbers by which the window counts, in the stead of t and of the column's
+        index: of a token in its own text, where segments pack several into a row (`places_of`).
 
     Example:
       >>> Mask().as_array(3)[0].astype(int).tolist()
@@ -34,6 +36,7 @@ class Mask:
     segments: jax.Array | None = None
     blocks: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    places: jax.Array | None = None
 
     @property
     def full(self) -> bool:
@@ -47,7 +50,7 @@ class Mask:
 
     def span(self, first: int, last: int, length: int) -> tuple[int, int]:
         """All columns that the rows first .. last - 1 of a sequence see lie between these two, the second excluded."""
-        start = 0 if self.window is None else max(0, first - self.window + 1)
+        start = 0 if self.window is None or self.places is not None else max(0, first - self.window + 1)
         return start, min(last, length) if self.triangular else length
 
     def last(self) -> jax.Array | None:
@@ -90,7 +93,24 @@ class Mask:
         if self.segments is not None:
             of_row, of_column = pairs(self.segments)
             seen = seen & ((of_column == 0) | (of_column == of_row))
-        return seen if self.window is None else seen & (column > row - self.window)[None]
+        if self.window is None:
+            return seen
+        of_row, of_column = (row[None], column[None]) if self.places is None else pairs(self.places)
+        return seen & (of_column > of_row - self.window)
+
+
+def places_of(segments: jax.Array) -> jax.Array:
+    """`Mask.places` of rows that begin with what all segments see (0), behind which each segment is one run.
+
+    Example:
+      >>> places_of(jnp.asarray([[0, 0, 1, 1, 1, 2, 2]]))[0].tolist()
+      [0, 1, 2, 3, 4, 2, 3]
+    """
+    index = jax.lax.iota(jnp.int32, segments.shape[1])[None]
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    prefix = jnp.argmax(segments != 0, axis=1).astype(jnp.int32)[:, None]
+    return jnp.where(segments == 0, index, prefix + index - start)
 
 
 CAUSAL = Mask()

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
-from vlcache_jax.kernels.attention import Mask
+from vlcache_jax.kernels.attention import Mask, places_of
 from vlcache_jax.models.decoder.decoder import Attend
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
@@ -125,13 +124,8 @@ class FamilyModule(nn.Module):
         embedded = self.embed(batch, position_ids)
         positions = embedded.positions if positions is None else positions
         windows = self.spec.layer_windows
-        if segments is not None and self.spec.windows:
-            raise InputError(
-                "segments pack several texts into a row, but layers of this model have windows, which count a row's "
-                "tokens: give each text a row of its own"
-            )
-
-        mask = Mask(segments=segments, blocks=embedded.blocks)
+        places = None if segments is None or not self.spec.windows else places_of(segments)
+        mask = Mask(segments=segments, blocks=embedded.blocks, places=places)
 
         def attend(query, key, value, carry, layer):
             out, _ = ops.layer_attention(Kernels(), windows, layer, query, key, value, mask=mask, with_lse=False)
@@ -152,13 +146,10 @@ class FamilyModule(nn.Module):
         Args:
           batch: prompts, answers included when training.
           positions: i32 [batch, length] rotary positions; by default those of the model.
-          segments: i32 [batch, length]; see `kernels.attention`.
+          segments: i32 [batch, length]; see `kernels.attention.Mask`, and `places_of` where layers have a window.
           position_ids: i32 [patches], rows of the tower's position table, for tiles smaller than its full size.
 
         Returns:
           f32 [batch, length, vocab].
-
-        Raises:
-          InputError: segments for a model of which layers have windows.
         """
         return self.unembed(self.hidden_states(batch, positions, segments, position_ids))
