@@ -39,6 +39,10 @@ class Case:
         return quantisation.group_size(BITS[self.store]) if self.store in BITS else 16
 
     @property
+    def bits(self):
+        return BITS.get(self.store)
+
+    @property
     def dtype(self):
         return jnp.bfloat16 if self.store == "bfloat16" else jnp.float32
 
@@ -51,7 +55,7 @@ class Case:
         inside = inside_segments(self, offsets, lengths)
         named = {}
         if self.store in BITS:
-            bits = BITS[self.store]
+            bits = self.bits
             keys, named["key_scales"] = quantise_keys(jnp.asarray(keys, jnp.float32), bits=bits)
             values, value_scales = quantise_values(jnp.asarray(values, jnp.float32), bits=bits)
             named["value_scales"] = np.where(inside[:, :, None], value_scales, outside)

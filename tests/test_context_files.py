@@ -55,7 +55,7 @@ def quantised(ctx):
     index = jnp.arange(slots)[None] % 64
     held = index < jnp.repeat(store.lengths[:, :, 0], 64, axis=1)  # of each layer its first positions
     positions = jnp.broadcast_to(jnp.where(held, index, -1)[:, None], (ctx.rows, KV_HEADS, slots))
-    packed = PackedStore(keys, values, positions, offsets, store.lengths, key_scales, value_scales)
+    packed = PackedStore(keys, values, positions, offsets, store.lengths, key_scales, value_scales, bits=4)
     return dataclasses.replace(ctx, stores=(packed,))
 
 
@@ -145,9 +145,12 @@ def both(*changes):
 
 
 TAMPERED = {
-    "stores": (describe(stores=2), r"'stores.1.keys' is missing"),
-    "no stores": (describe(stores=0), "claims 0 stores"),
-    "huge": (describe(stores=10**9), "claims 1000000000 stores"),
+    "stores": (describe(stores=[None, None]), r"'stores.1.positions' is missing"),
+    "no stores": (describe(stores=[]), "its stores are of \\[\\] bits"),
+    "huge": (describe(stores=10**9), "its stores are of 1000000000 bits"),
+    "precision": (describe(stores=["float6"]), "its stores are of .*float6.* bits"),
+    "no precision": (describe(stores=[[8]]), "its stores are of"),
+    "precise": (describe(stores=[8]), r"'stores.0.keys' is float32 .*, not int8"),
     "room": (describe(room=16), "room for 16 appended tokens"),
     "negative": (describe(room=-1), "its room is -1"),
     "endless": (describe(full_bytes=10**30), "its full_bytes is 1000"),
@@ -177,7 +180,7 @@ TAMPERED = {
     "fraction": (put("report.kept_fraction", 0, -0.5), "kept_fraction reach from -0.5"),
     "stored twice": (
         both(
-            describe(stores=2),
+            describe(stores=[None, None]),
             lambda _, arrays: arrays.update(
                 {n.replace(".0.", ".1."): x.copy() for n, x in arrays.items() if n.startswith("stores.0.")}
             ),
@@ -189,7 +192,7 @@ TAMPERED = {
     "shape": (replace("stores.0.values", lambda x: x[:, :, :-1]), r"'stores.0.values' is float32 .*, not float32"),
     "rows": (replace("next_position", lambda x: x[:3]), r"'logits' is float32 \[5, 11\], not float32 \[3, \?\]"),
     "dtype": (replace("stores.0.keys", lambda x: x.astype(np.float16)), "'stores.0.keys' is float16"),
-    "codes": (replace("stores.0.keys", lambda x: x.astype(np.int8)), "'stores.0.values' is float32"),
+    "codes": (replace("stores.0.keys", lambda x: x.astype(np.int8)), "'stores.0.keys' is int8"),
     "kept": (replace("report.kept", lambda x: x[:, :1]), "'report.kept' is int32"),
     "strange": (lambda _, arrays: arrays.update(x=np.zeros(1, np.int64)), r"\['x'\] have no place"),
     "extra": (lambda _, arrays: arrays.update(x=np.zeros(1, np.int32)), r"\['x'\] have no place"),
@@ -214,7 +217,7 @@ def test_untrusted_files(ctx, saved, name):
 def test_versions(ctx, saved):
     tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=2))
     with pytest.raises(
-        vlc.CheckpointError, match=r"format version 2, this library reads version 4.*rule for generated tokens.*again"
+        vlc.CheckpointError, match=r"format version 2, this library reads version 5.*precision of each store.*again"
     ):
         vlc.load_context(saved, ctx.model, ctx.params)
 

@@ -15,6 +15,7 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.geometry import align, regular_slots
+from vlcache_jax.kernels.precision import PRECISIONS, Coded, Precision
 from vlcache_jax.policies import Allocate, DecodingRule, Evicted, Score
 from vlcache_jax.policies.decoding.append import appending
 from vlcache_jax.policies.decoding.rule import RULES, named
@@ -148,3 +149,82 @@ def test_a_score_and_an_allocation():
                 size = np.linalg.norm(params["value"][layer, row, : n - 1, head], axis=-1)
                 best = np.argsort(-size, kind="stable")[: len(tokens) - 1]
                 assert tokens == [*sorted(best.tolist()), n - 1]
+
+
+class Float8(Precision):
+    """float8_e4m3fn, scaled per slot."""
+
+    width, group, spans = 8, 1, ((2, 1), (2, 1), (2, 1), (2, 1))
+
+    def encode(self, keys, values, valid):
+        def scaled(x):
+            x = jnp.where(valid[..., None], x.astype(jnp.float32), 0)
+            scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), 1e-6) / 448
+            return (x / scale[..., None]).astype(jnp.float8_e4m3fn), scale
+
+        (keys, key_scales), (values, value_scales) = scaled(keys), scaled(values)
+        return Coded(keys, values, key_scales, value_scales)
+
+    def decode(self, coded):
+        def whole(x, scale):
+            return x.astype(jnp.float32) * scale[..., None]
+
+        return whole(coded.keys, coded.key_scales), whole(coded.values, coded.value_scales)
+
+
+class Half(Precision):
+    """bfloat16, without scales."""
+
+    width, group, spans = 16, 1, ((2, 1), (2, 1), None, None)
+
+    def encode(self, keys, values, valid):
+        return Coded(keys.astype(jnp.bfloat16), values.astype(jnp.bfloat16))
+
+    def decode(self, coded):
+        return coded.keys.astype(jnp.float32), coded.values.astype(jnp.float32)
+
+
+@pytest.fixture(params=["float8", "half"])
+def precision(request, monkeypatch):
+    monkeypatch.setitem(PRECISIONS, request.param, {"float8": Float8(), "half": Half()}[request.param])
+    return request.param
+
+
+def test_a_precision(precision, llava, tmp_path):
+    """Known by its word: the same tokens kept, what is stored near, bytes counted, saved, read and refused."""
+    model, params = llava
+    batch, width = ragged_batch(rows=3), PRECISIONS[precision].width
+    plain, policy = (vlc.policies.policy_by_name(f"vl_cache:0.4{more}") for more in ("", f",bits={precision}"))
+    ctx, exact = (vlc.compress(model, params, batch, p) for p in (policy, plain))
+    (store,), (wanted,) = ctx.stores, exact.stores
+    assert store.bits == precision
+    assert store.keys.dtype == {"float8": jnp.float8_e4m3fn, "half": jnp.bfloat16}[precision]
+    np.testing.assert_array_equal(store.positions, wanted.positions)
+    assert store.keys.nbytes == wanted.keys.nbytes * width // 32
+    keys, values = (np.asarray(x) for x in PRECISIONS[precision].decode(Coded(*store.layer(0)[0].coded)))
+    used = np.asarray(store.positions) >= 0
+    np.testing.assert_allclose(keys[used], np.asarray(wanted.keys)[used], rtol=0.07, atol=0.03)
+    assert np.isfinite(values[used]).all()
+    answers = [
+        vlc.generate(model, params, batch, policy, 12, eos_token_ids=[], kernels=kernels).tokens
+        for kernels in (None, vlc.Kernels(decode_attention="reference"))
+    ]
+    np.testing.assert_array_equal(*answers)
+    np.testing.assert_array_equal(vlc.answer(ctx, None, 12, eos_token_ids=[]).tokens, answers[0])
+    if precision == "half":  # the format of files has no other 8-bit floats
+        vlc.save_context(ctx, tmp_path / "ctx")
+        again = vlc.load_context(tmp_path / "ctx", model, params)
+        assert again.stores[0].bits == precision
+        np.testing.assert_array_equal(vlc.answer(again, None, 12, eos_token_ids=[]).tokens, answers[0])
+    whole = vlc.prefill(model, params, batch, vlc.FullCache(bits=precision))
+    assert whole.stores[0].bits == precision
+    others = vlc.prefill(model, params, batch, dataclasses.replace(plain, evicted=vlc.Quantise(precision)))
+    assert [x.bits for x in others.stores] == [None, precision]
+    small = dataclasses.replace(policy, budget=vlc.Bytes(40_000))
+    assert vlc.prefill(model, params, batch, small).report.state_bytes <= 3 * 40_000
+    with pytest.raises(vlc.PolicyError, match="is not below bits"):
+        dataclasses.replace(policy, evicted=vlc.Quantise(precision))
+    with pytest.raises(NotImplementedError, match=f"not bits='{precision}'"):
+        vlc.generate(model, params, batch, policy, 2, kernels=vlc.Kernels(decode_attention="pallas_tpu"))
+    with pytest.raises(vlc.PolicyError, match=rf"bits='float6' cannot be stored: use 8, 4, 2 or {precision}"):
+        vlc.FullCache(bits="float6")

@@ -60,6 +60,7 @@ def compiled(implementation, case, scale=None, interpret=True):
                 **named,
                 **options,
                 scale=scale,
+                bits=case.bits,
                 causal=case.causal,
                 implementation=implementation,
             )
@@ -236,9 +237,9 @@ def test_a_step_touches_one_block_of_the_store(name, implementation, block):
     case = CASES[name]
     case = Case(**{**vars(case), "slots": 8192})
     arguments, named = case.arguments(*ragged(case))
-    jaxpr = jax.make_jaxpr(lambda a, n: decode_attention(*a, **n, causal=case.causal, implementation=implementation))(
-        arguments, named
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda a, n: decode_attention(*a, **n, bits=case.bits, causal=case.causal, implementation=implementation)
+    )(arguments, named)
     (loop,) = [e for e in jaxpr.eqns if e.primitive.name == "while"]
     made = [out.aval.shape for e in loop.params["body_jaxpr"].jaxpr.eqns for out in e.outvars]
     assert any(block in shape for shape in made)
@@ -305,11 +306,11 @@ def test_errors(shapes, message):
 def test_errors_of_scales():
     case = CASES["int4, causal"]
     arguments, named = case.arguments(*ragged(case))
-    for missing in named:
+    for missing in ("key_scales", "value_scales"):
         with pytest.raises(ValueError, match="a store of int8 wants both scales"):
-            decode_attention(*arguments, **{k: v for k, v in named.items() if k != missing})
+            decode_attention(*arguments, **{k: v for k, v in named.items() if k != missing}, bits=4)
         with pytest.raises(ValueError, match=f"{missing} .* do not fit"):
-            decode_attention(*arguments, **{k: v[..., :-1] if k == missing else v for k, v in named.items()})
+            decode_attention(*arguments, **{k: v[..., :-1] if k == missing else v for k, v in named.items()}, bits=4)
     plain, _ = CASES["per head"].arguments(*ragged(CASES["per head"]))
     with pytest.raises(ValueError, match="a store of float32 wants no scales"):
         decode_attention(*plain, **named)
@@ -322,9 +323,9 @@ def test_implementations_that_cannot_serve_say_why():
     case = Case(1, 2, 1, 1, 128, 64, store="int4")
     arguments, named = case.arguments(*ragged(case))
     with pytest.raises(NotImplementedError, match="128 slots are not a multiple of 256"):
-        decode_attention(*arguments, **named, implementation="pallas_tpu")
+        decode_attention(*arguments, **named, bits=4, implementation="pallas_tpu")
     with pytest.raises(NotImplementedError, match="only bfloat16"):
-        decode_attention(*arguments, **named, implementation="pallas_gpu")
+        decode_attention(*arguments, **named, bits=4, implementation="pallas_gpu")
     for case, message in [
         (Case(1, 2, 1, 1, 128, 80, store="bfloat16"), "head size 80"),
         (Case(1, 16, 1, 1, 128, 64, queries=5, store="bfloat16"), "80 queries of a KV head"),

@@ -36,7 +36,7 @@ def part(rows, seed, kv_heads=1, quantised=False):
     segments = Segments(jnp.asarray(offsets), jnp.asarray(lengths))
     if quantised:
         codes, scales = zip(quantise_keys(jnp.asarray(keys), 8), quantise_values(jnp.asarray(values), 8))
-        return Store(*codes, *scales), segments
+        return Store(*codes, *scales, bits=8), segments
     slot = np.arange(SLOTS)
     inside = (slot >= offsets[..., None]) & (slot < (offsets + lengths)[..., None])
     return Store(*(jnp.asarray(np.where(inside[..., None], x, np.nan)) for x in (keys, values))), segments

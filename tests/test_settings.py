@@ -114,7 +114,7 @@ def decode(name, bits):
         return decode_attention, (query[:, 0], store, store, *segments), {}
     (keys, key_scales), (values, value_scales) = quantise_keys(store, bits), quantise_values(store, bits)
     scales = {"key_scales": key_scales, "value_scales": value_scales}
-    return decode_attention, (query[:, 0], keys, values, *segments), scales
+    return partial(decode_attention, bits=bits), (query[:, 0], keys, values, *segments), scales
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,13 @@ def arguments(heads, kv_heads, head_dim, store, queries=0, shared=False):
     return (query, keys, keys, segments, segments), scales
 
 
+def bits_of(keys):
+    return 8 * keys.shape[2] // SLOTS if keys.dtype == "int8" else None
+
+
 def compiled(topology, calls):
     """A program of several calls: (positional, named) abstract arguments, and static options."""
-    static = [options for _, options in calls]
+    static = [options | {"bits": bits_of(a[1])} for (a, _), options in calls]
 
     def run(arrays):
         return [decode_attention(*a, **n, **o) for (a, n), o in zip(arrays, static)]

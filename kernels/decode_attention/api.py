@@ -10,7 +10,7 @@ from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla
 from vlcache_jax.kernels.decode_attention.experimental import pallas_gpu
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
-from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.precision import PRECISIONS, Coded
 
 ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
 
@@ -24,6 +24,7 @@ def decode_attention(
     *,
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
+    bits: int | str | None = None,
     scale: float | None = None,
     causal: bool = False,
     skip: jax.Array | None = None,
@@ -44,13 +45,13 @@ def decode_attention(
 
     Args:
       query: [batch, heads, head_dim], or [batch, n, heads, head_dim] for a block of n queries.
-      keys: [batch, lanes, slots, head_dim]; of a quantised store the codes,
-        i8 [batch, lanes, slots * bits / 8, head_dim].
+      keys: [batch, lanes, slots, head_dim]; of a store of codes as `precision.PRECISIONS[bits]` says.
       values: like `keys`.
       offsets: i32 [batch, kv_heads], or [batch, 1] if the heads of a row share one segment. First slot.
       lengths: i32, like `offsets`. Number of slots; 0 is allowed.
-      key_scales: f32 [batch, lanes, slots / group, 2, width], from `quantisation.quantise_keys`, or None.
-      value_scales: f32 [batch, lanes, 2, slots], from `quantisation.quantise_values`, or None.
+      key_scales: what it takes to read codes of keys (`precision.Coded`), or None.
+      value_scales: like `key_scales`.
+      bits: the word of the codes' precision, 8, 4 or 2 say; None for a float store.
       scale: factor of the logits, head_dim ** -0.5 by default.
       causal: the block's own tokens are the last n of the segment, so query i does not see the last n - 1 - i slots.
         Otherwise every query sees the whole segment.
@@ -71,7 +72,7 @@ def decode_attention(
         raise ValueError(f"query {query.shape}: want [batch, heads, head_dim] or [batch, n, heads, head_dim]")
     if single:
         query = query[:, None]
-    store, segments = Store(keys, values, key_scales, value_scales), Segments(offsets, lengths, skip)
+    store, segments = Store(keys, values, key_scales, value_scales, bits=bits), Segments(offsets, lengths, skip)
     _check(query, store, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     implementations = bound(IMPLEMENTATIONS, interpret, scale=scale, causal=causal and query.shape[1] > 1)
@@ -107,14 +108,20 @@ def _check(query: jax.Array, store: Store, segments: Segments) -> None:
 
 
 def _check_scales(store: Store) -> None:
-    quantised = store.keys.dtype == jnp.int8
-    given = [x is not None for x in (store.key_scales, store.value_scales)]
-    if given != [quantised] * 2:
-        raise ValueError(f"a store of {store.keys.dtype} wants {'both' if quantised else 'no'} scales")
-    if store.key_scales is None or store.value_scales is None:
-        return
-    batch, lanes, rows, head_dim = store.keys.shape
-    if store.key_scales.shape != (batch, lanes, rows // 32, 2, scales_width(head_dim)) or rows % 32:
-        raise ValueError(f"key_scales {store.key_scales.shape} do not fit codes {store.keys.shape}")
-    if store.value_scales.shape not in [(batch, lanes, 2, rows * packing) for packing in (1, 2, 4)]:
-        raise ValueError(f"value_scales {store.value_scales.shape} do not fit codes {store.keys.shape}")
+    if store.bits not in (None, *PRECISIONS):
+        raise ValueError(f"bits={store.bits!r} is not one of {list(PRECISIONS)}")
+    dtype, shape = store.keys.dtype, store.keys.shape
+    if store.bits is None:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"a store of {dtype} holds codes: give their bits")
+        wanted = store.coded._replace(key_scales=None, value_scales=None)
+    elif store.slots % PRECISIONS[store.bits].group:
+        raise ValueError(f"{store.slots} slots are not a multiple of {PRECISIONS[store.bits].group}")
+    else:
+        wanted = PRECISIONS[store.bits].shapes((*shape[:2], store.slots, shape[3]))
+    given, expected = ([x is not None for x in coded[2:]] for coded in (store.coded, wanted))
+    if given != expected:
+        raise ValueError(f"a store of {dtype} wants {('no', 'one of the', 'both')[sum(expected)]} scales")
+    for name, x, like in zip(Coded._fields, store.coded, wanted):
+        if x is not None and (x.shape, x.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name} {x.dtype} {x.shape} do not fit codes {shape} of bits={store.bits!r}")

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
-from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.quantisation import BITS, scales_width
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 ALIGNMENT = 16  # of what is read: rows of a TPU tile in bfloat16
@@ -89,6 +89,8 @@ def decode_attention(
     refuse_if_checked("pallas_tpu")
     if segments.skip is not None:
         raise NotImplementedError("pallas_tpu lets all queries of a row see a segment from its first slot on")
+    if store.bits not in (None, *BITS):
+        raise NotImplementedError(f"pallas_tpu reads float stores and those of {BITS} bits, not bits={store.bits!r}")
     batch, n, heads, head_dim = query.shape
     plan = _plan(query, store, segments)
     group_heads = heads // (plan.items * plan.item_lanes)
@@ -158,7 +160,7 @@ def decode_attention(
 def _plan(query: jax.Array, store: Store, segments: Segments) -> _Plan:
     batch, n, heads, head_dim = query.shape
     slots, lanes, packing = store.slots, store.lanes, store.packing
-    quantised = store.key_scales is not None
+    quantised = store.bits is not None
     transposed = head_dim % _LANES != 0
     group = _GROUP_ROWS * packing
     alignment = _LANES * packing if transposed else group if quantised else ALIGNMENT

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
+from vlcache_jax.kernels.precision import PRECISIONS
 
 
 def decode_attention(
@@ -40,9 +41,11 @@ def decode_attention(
 
 def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:
     """Keys and values [batch, lanes, slots, head_dim]."""
-    if store.key_scales is None or store.value_scales is None:
+    if store.bits is None:
         return store.keys, store.values
-    bits = 8 * store.keys.shape[2] // store.value_scales.shape[3]
+    if not isinstance(store.bits, int) or store.key_scales is None or store.value_scales is None:
+        return PRECISIONS[store.bits].decode(store.coded)
+    bits = store.bits  # 8, 4 or 2, once more
     group = 256 // bits
     slot = jax.lax.iota(jnp.int32, store.value_scales.shape[3])
     row = slot // group * 32 + slot % 32

@@ -4,19 +4,22 @@ import dataclasses
 
 import jax
 
+from vlcache_jax.kernels.precision import PRECISIONS, Coded
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Store:
-    """Keys and values, float or quantised.
+    """Keys and values, float or coded.
 
     Attributes:
-      keys: [batch, lanes, slots, head_dim]; codes i8 [batch, lanes, slots * bits / 8, head_dim] of a quantised store.
+      keys: [batch, lanes, slots, head_dim], or codes.
       values: like `keys`.
-      key_scales: f32 [batch, lanes, slots / group, 2, width], or None. See `quantisation.quantise_keys`.
-      value_scales: f32 [batch, lanes, 2, slots], or None. See `quantisation.quantise_values`.
-      value_channels: f32 [batch, kv_heads, head_dim], by which the values of a quantised store were divided, or None.
+      key_scales: what it takes to read codes, see `precision.Coded`; or None.
+      value_scales: like `key_scales`.
+      value_channels: f32 [batch, kv_heads, head_dim], by which the values of a store of codes were divided, or None.
         Attention is linear in the values, so `union_attention` multiplies its output; nothing else reads them.
+      bits: the word of the codes' `precision.PRECISIONS` (static); None for a float store.
     """
 
     keys: jax.Array
@@ -24,6 +27,7 @@ class Store:
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
     value_channels: jax.Array | None = None
+    bits: int | str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def lanes(self) -> int:
@@ -33,12 +37,17 @@ class Store:
     @property
     def slots(self) -> int:
         """Slots of a lane."""
-        return self.keys.shape[2] if self.value_scales is None else self.value_scales.shape[3]
+        return self.keys.shape[2] * self.packing
 
     @property
     def packing(self) -> int:
         """Slots in a row of `keys`."""
-        return self.slots // self.keys.shape[2]
+        return 1 if self.bits is None else PRECISIONS[self.bits].spans[0][1]
+
+    @property
+    def coded(self) -> Coded:
+        """Its arrays."""
+        return Coded(self.keys, self.values, self.key_scales, self.value_scales)
 
 
 @jax.tree_util.register_dataclass

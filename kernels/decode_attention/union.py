@@ -75,6 +75,7 @@ def union_attention(
                 segments.lengths,
                 key_scales=store.key_scales,
                 value_scales=store.value_scales,
+                bits=store.bits,
                 scale=scale,
                 skip=skip,
                 implementation=name,
@@ -101,7 +102,7 @@ def union_attention(
 
     def together(name: str, largest: int, query: jax.Array, parts: Sequence[Part]) -> Attention:
         """All float parts of one query for each of their rows share one softmax."""
-        joint = [part for part in parts if part[0].key_scales is None and _ordinary(query, part)]
+        joint = [part for part in parts if part[0].bits is None and _ordinary(query, part)]
         others = [of_part(name, query, part) for part in parts if not any(part is other for other in joint)]
         if not joint:
             return merge(others)

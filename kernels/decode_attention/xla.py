@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
-from vlcache_jax.kernels.quantisation import dequantise_keys, dequantise_values, group_size
+from vlcache_jax.kernels.precision import PRECISIONS, Coded
 from vlcache_jax.kernels.varying import varying
 
 # Slots read at once: larger blocks fall out of a CPU's cache; on a GPU what a step launches costs more than idle slots.
@@ -53,7 +53,7 @@ def decode_attention(
             for store, segments in parts
         ]
         k, v, seen = (jnp.concatenate(x, axis=a) if len(x) > 1 else x[0] for x, a in zip(zip(*blocks), (3, 3, 4)))
-        k, v = (x.astype(query.dtype) if parts[0][0].key_scales is not None else x for x in (k, v))
+        k, v = (x.astype(query.dtype) if parts[0][0].bits is not None else x for x in (k, v))
         logits = scale * jnp.einsum("bilhd,bilsd->bilhs", q, k, preferred_element_type=jnp.float32)
         logits = jnp.where(seen, logits, _MASKED)
         highest = jnp.maximum(highest, jnp.max(logits, axis=-1))
@@ -95,17 +95,17 @@ def block_size(slots: int, largest: int) -> int:
 
 def _plain(store: Store, queries: int) -> bool:
     """The case of every decoding step."""
-    return queries == 1 and store.key_scales is None
+    return queries == 1 and store.bits is None
 
 
 def _block_of(store: Store, queries: int, largest: int) -> int:
-    """Of several queries, and of a quantised store, whose blocks are whole groups, as many as may be."""
+    """Of several queries, and of a store of codes, whose blocks are whole groups, as many as may be."""
     return block_size(store.slots, largest) if _plain(store, queries) else min(largest, store.slots)
 
 
 def _before(store: Store, segments: Segments) -> jax.Array | int:
     """Slots before a segment that are read with its first block: those of the group that it begins in."""
-    return 0 if store.key_scales is None else segments.offsets % group_size(8 // store.packing)
+    return 0 if store.bits is None else segments.offsets % PRECISIONS[store.bits].group
 
 
 def _block(
@@ -135,7 +135,7 @@ def _block(
         skip = jnp.repeat(segments.skip, group, axis=1)
         seen &= (slot >= (offsets[..., None] + skip[:, None])[..., None])[:, :, None]
 
-    def cut(x: jax.Array, axis: int, divisor: int) -> jax.Array:
+    def cut(x: jax.Array, axis: int = 2, divisor: int = 1) -> jax.Array:
         """The block of [batch, lanes, ...] whose slots lie along an axis, `divisor` to an entry."""
         sizes = [lanes, *x.shape[2:]]
         sizes[axis - 1] = block // divisor
@@ -147,9 +147,10 @@ def _block(
 
         return jax.vmap(jax.vmap(read, (None, 0, 0)), (0, None, 0))(x, lane, start)
 
-    keys, values = (cut(x, 2, store.packing) for x in (store.keys, store.values))
-    if store.key_scales is not None and store.value_scales is not None:
-        bits = 8 // store.packing
-        keys = dequantise_keys(keys, cut(store.key_scales, 2, group_size(bits)), bits)
-        values = dequantise_values(values, cut(store.value_scales, 3, 1), bits)
+    if store.bits is None:
+        keys, values = cut(store.keys), cut(store.values)
+    else:
+        precision = PRECISIONS[store.bits]
+        pieces = (span and cut(x, *span) for x, span in zip(store.coded, precision.spans))
+        keys, values = precision.decode(Coded(*pieces))
     return keys, jnp.where(inside[..., None], values, 0), seen  # 0 * NaN would be NaN

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 
 import jax
 
-from vlcache_jax.kernels.quantisation import group_size
+from vlcache_jax.kernels.precision import PRECISIONS
 
 ALIGNMENT = 16
 """Segments of a float store start at multiples of this many slots."""
 
 
-def segment_alignment(bits: int | None) -> int:
-    """Segments start at multiples of this many slots: `ALIGNMENT`, or a group of a store of 8, 4 or 2 bits.
+def segment_alignment(bits: int | str | None) -> int:
+    """Segments start at multiples of this many slots: `ALIGNMENT`, or a group of a store of codes.
 
     Example:
       >>> [segment_alignment(bits) for bits in (None, 8, 4, 2)]
       [16, 32, 64, 128]
     """
-    return ALIGNMENT if bits is None else group_size(bits)
+    return ALIGNMENT if bits is None else max(ALIGNMENT, PRECISIONS[bits].group)
 
 
 def align(count: jax.Array | int, alignment: int = ALIGNMENT) -> jax.Array | int:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align, segment_alignment
 from vlcache_jax.cache.store import PackedStore, lanes_spec, store_specs
-from vlcache_jax.kernels.quantisation import quantise_keys, quantise_values, scales_width
+from vlcache_jax.kernels.precision import PRECISIONS, Coded
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import axis_size, local
 
@@ -25,7 +25,7 @@ def pack(
     slots: jax.Array,
     pool: int,
     lanes: int | None = None,
-    bits: int | None = None,
+    bits: int | str | None = None,
     channels: jax.Array | None = None,
     rooms: tuple[int, ...] | None = None,
     places: jax.Array | None = None,
@@ -45,7 +45,7 @@ def pack(
       pool: slots of the pool, from `geometry.capacity`.
       lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots. On a mesh
         that cannot split them every device holds all.
-      bits: 8, 4 or 2 for a quantised store.
+      bits: the precision of a store of codes (`kernels.precision`).
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
       rooms: of each layer, the distance from its segments to the next; by default they follow one another.
       places: i32 [layers, batch, length], the place in the prompt of each position; None: they are the same.
@@ -71,7 +71,7 @@ def pack(
         keys.shape[1],
         lanes or keys.shape[2],
         per_head=slots.ndim > 2,
-        quantised=bits is not None,
+        bits=bits,
         channels=channels is not None,
     )
     return local(run, inputs, specs)(*arrays)
@@ -88,7 +88,7 @@ def _pack(
     *,
     pool: int,
     lanes: int | None,
-    bits: int | None,
+    bits: int | str | None,
     rooms: tuple[int, ...] | None,
 ) -> PackedStore:
     """`pack` on one device, for its rows and lanes."""
@@ -122,7 +122,7 @@ def _pack(
     def table(x: jax.Array) -> jax.Array:  # [batch, layers, kv_heads or 1]
         return x.reshape(batch, shared, layers, group).swapaxes(1, 2).reshape(batch, layers, shared * group)
 
-    rest = {
+    rest: dict[str, Any] = {
         "positions": jnp.broadcast_to(where, (batch, kv_heads // group, pool)),
         "offsets": table(offsets),
         "lengths": table(counts),
@@ -138,31 +138,23 @@ def _pack(
             value /= channels[l, row, h]
         return keys[l, row, h, e], value, valid
 
-    buffers = empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits)
-    keys, values, key_scales, value_scales = quantise_into(buffers, read, 0, pool, bits)
+    codes = quantise_into(empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits), read, 0, pool, bits)
     by_row = None if channels is None else channels.swapaxes(0, 1)
-    return PackedStore(keys, values, key_scales=key_scales, value_scales=value_scales, value_channels=by_row, **rest)
+    return PackedStore(**codes._asdict(), value_channels=by_row, bits=bits, **rest)
 
 
-Buffers = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""Codes of keys and values and their scales, as in `PackedStore`."""
-
-
-def empty_codes(shape: tuple[int, ...], bits: int) -> Buffers:
-    """The buffers of a quantised pool [batch, lanes, slots, head_dim]."""
-    batch, lanes, slots, head_dim = shape
-    codes = jnp.zeros((batch, lanes, slots * bits // 8, head_dim), jnp.int8)
-    key_scales = jnp.zeros((batch, lanes, slots // segment_alignment(bits), 2, scales_width(head_dim)), jnp.float32)
-    return codes, codes, key_scales, jnp.zeros((batch, lanes, 2, slots), jnp.float32)
+def empty_codes(shape: tuple[int, ...], bits: int | str) -> Coded:
+    """The buffers of a store of codes [batch, lanes, slots, head_dim]."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), PRECISIONS[bits].shapes(shape))
 
 
 def quantise_into(
-    buffers: Buffers,
+    buffers: Coded,
     read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array, jax.Array]],
     start: jax.Array | int,
     count: int,
-    bits: int,
-) -> Buffers:
+    bits: int | str,
+) -> Coded:
     """Quantises `count` slots into the pool's slots from `start` on, a block at a time.
 
     Args:
@@ -171,27 +163,22 @@ def quantise_into(
         of them count; slots from 0 to `count`.
       start: a multiple of the alignment.
       count: a multiple of the alignment.
-      bits: 8, 4 or 2.
+      bits: see `kernels.precision`.
 
     Returns:
       The buffers, updated in place where the compiler can.
     """
-    group = segment_alignment(bits)
-    size = _BLOCK if count % _BLOCK == 0 else group
+    size = _BLOCK if count % _BLOCK == 0 else segment_alignment(bits)
+    precision = PRECISIONS[bits]
 
-    def step(i: jax.Array, buffers: Buffers) -> Buffers:
+    def step(i: jax.Array, buffers: Coded) -> Coded:
         keys, values, valid = read(i * size, size)
-        valid = jnp.broadcast_to(valid, keys.shape[:-1])
-        key_codes, key_scales = quantise_keys(keys, bits, valid)
-        value_codes, value_scales = quantise_values(values, bits, valid)
-        slot = start + i * size
-        where = (slot * bits // 8, slot * bits // 8, slot // group, slot)
-        axes = (2, 2, 2, 3)
-        new = (key_codes, value_codes, key_scales, value_scales)
-        return tuple(  # type: ignore[return-value]
-            jax.lax.dynamic_update_slice_in_dim(x, n, w, axis)
-            for x, n, w, axis in zip(buffers, new, where, axes, strict=True)
+        new = precision.encode(keys, values, jnp.broadcast_to(valid, keys.shape[:-1]))
+        written = (
+            span and jax.lax.dynamic_update_slice_in_dim(x, n, (start + i * size) // span[1], span[0])
+            for x, n, span in zip(buffers, new, precision.spans, strict=True)
         )
+        return Coded(*written)
 
     return jax.lax.fori_loop(0, count // size, step, varying(buffers, read(jnp.int32(0), size)))
 
@@ -243,7 +230,7 @@ class Selected:
         """KV heads of a lane."""
         return self.keys.shape[2] // self.lanes if self.lanes else 1
 
-    def pack(self, pool: int, bits: int | None = None, rooms: tuple[int, ...] | None = None) -> PackedStore:
+    def pack(self, pool: int, bits: int | str | None = None, rooms: tuple[int, ...] | None = None) -> PackedStore:
         """See `pack`; what is quantised has no derivative."""
         keys, values, channels = self.keys, self.values, None
         if bits is not None:

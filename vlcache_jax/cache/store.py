@@ -32,6 +32,7 @@ from jax.sharding import PartitionSpec
 from vlcache_jax.cache.geometry import regular_slots
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.kernels.decode_attention import Segments, Store
+from vlcache_jax.kernels.precision import PRECISIONS
 from vlcache_jax.parallel.mesh import automatic, is_known, split_axes
 
 
@@ -52,10 +53,11 @@ class PackedStore:
       offsets: i32 [batch, layers, kv_heads]. First slot of a segment; the last axis is 1 if there is one for all heads,
         each in a lane of its own.
       lengths: i32, like `offsets`. Slots in the segment.
-      key_scales: of a quantised store, whose keys and values are codes (`kernels.quantisation`); None otherwise.
+      key_scales: of a store whose keys and values are codes (`kernels.precision`); None otherwise.
       value_scales: like `key_scales`.
       value_channels: f32 [batch, layers, kv_heads, head_dim], by which values were divided before they were quantised;
         None if they were not.
+      bits: the precision of a store of codes, such as 8 (`kernels.precision`; static); None of a float store.
     """
 
     keys: jax.Array
@@ -66,6 +68,7 @@ class PackedStore:
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
     value_channels: jax.Array | None = None
+    bits: int | str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def regular(
@@ -76,7 +79,7 @@ class PackedStore:
         layers: int,
         room: int,
         first: jax.Array | None = None,
-        **scales: jax.Array | None,
+        **codes: Any,
     ) -> "PackedStore":
         """Segments of `room` slots, in every layer the same tokens of a row, in their order.
 
@@ -90,7 +93,7 @@ class PackedStore:
           layers: of the model.
           room: slots of a layer.
           first: i32 [batch], position of the first token; 0 by default.
-          **scales: of a quantised store.
+          **codes: scales, channels and bits of a store of codes.
         """
         batch, heads = keys.shape[:2]
         slot = jax.lax.iota(jnp.int32, regular_slots(layers, room))
@@ -103,7 +106,7 @@ class PackedStore:
             positions=jnp.broadcast_to(positions, (batch, heads, slot.shape[0])),
             offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch, layers, 1)),
             lengths=jnp.broadcast_to(lengths[:, None, None], (batch, layers, 1)),
-            **scales,
+            **codes,
         )
 
     @classmethod
@@ -115,7 +118,7 @@ class PackedStore:
         tokens: Sequence[int],
         rooms: Sequence[int],
         slots: int,
-        **scales: jax.Array | None,
+        **codes: Any,
     ) -> "PackedStore":
         """Segments of `rooms[layer]` slots, one after another, with the last `tokens[layer]` tokens of each row.
 
@@ -126,7 +129,7 @@ class PackedStore:
           tokens: of every layer, at most its room.
           rooms: of every layer.
           slots: of the pool, at least the sum of the rooms.
-          **scales: of a quantised store.
+          **codes: scales, channels and bits of a store of codes.
         """
         batch, heads = keys.shape[:2]
         ends, slot = np.cumsum(rooms), np.arange(slots)
@@ -141,7 +144,7 @@ class PackedStore:
             positions=jnp.broadcast_to(positions, (batch, heads, slots)),
             offsets=jnp.broadcast_to(starts[:, None], (batch, len(rooms), 1)),
             lengths=held[..., None],
-            **scales,
+            **codes,
         )
 
     @classmethod
@@ -151,7 +154,7 @@ class PackedStore:
         values: jax.Array,
         groups: Sequence[tuple[jax.Array, jax.Array, int]],
         rooms: Sequence[int],
-        **scales: jax.Array | None,
+        **codes: Any,
     ) -> "PackedStore":
         """Segments of `rooms[layer]` slots, one after another; groups of layers hold tokens of their own.
 
@@ -161,7 +164,7 @@ class PackedStore:
           groups: of the layers, in their order: positions i32 [batch, n], -1 in free slots, how many tokens i32
             [batch], and the number of layers.
           rooms: of every layer, at least its n.
-          **scales: of a quantised store.
+          **codes: scales, channels and bits of a store of codes.
         """
         (batch, heads, *_), starts, parts, layer = keys.shape, np.cumsum((0, *rooms)), [], 0
         for positions, _, size in groups:
@@ -177,7 +180,7 @@ class PackedStore:
             positions=jnp.broadcast_to(jnp.concatenate(parts, axis=1)[:, None], (batch, heads, slots)),
             offsets=jnp.broadcast_to(starts[:-1, None].astype(np.int32), (batch, layer, 1)),
             lengths=jnp.concatenate(lengths, axis=1)[..., None],
-            **scales,
+            **codes,
         )
 
     def layer(self, layer: jax.Array | int, since: jax.Array | None = None) -> tuple[Store, Segments]:
@@ -190,7 +193,7 @@ class PackedStore:
             the store's.
         """
         channels = None if self.value_channels is None else self.value_channels[:, layer]
-        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels)
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels, self.bits)
         offsets, lengths = self.offsets[:, layer], self.lengths[:, layer]
         if since is None:
             return store, Segments(offsets, lengths)
@@ -220,14 +223,9 @@ class PackedStore:
             batch,
             lanes,
             per_head=self.offsets.shape[2] > 1,
-            quantised=self.key_scales is not None,
+            bits=self.bits,
             channels=self.value_channels is not None,
         )
-
-    @property
-    def bits(self) -> int | None:
-        """Of a quantised store: 8, 4 or 2."""
-        return None if self.key_scales is None else 8 * self.keys.shape[2] // self.positions.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -235,14 +233,14 @@ class PackedStore:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def store_specs(batch: int, lanes: int, *, per_head: bool, quantised: bool, channels: bool) -> PackedStore:
+def store_specs(batch: int, lanes: int, *, per_head: bool, bits: int | str | None, channels: bool) -> PackedStore:
     """`PackedStore.partition_specs` of a store that is yet to be made."""
     of_lanes = lanes_spec(batch, lanes)
     rows, over = of_lanes
     table = PartitionSpec(rows, None, over) if per_head else PartitionSpec(rows)
-    scales = of_lanes if quantised else None
+    scales = (span and of_lanes for span in PRECISIONS[bits].spans[2:]) if bits is not None else (None, None)
     of_channels = PartitionSpec(rows, None, over) if channels else None
-    specs: Any = (of_lanes, of_lanes, of_lanes, table, table, scales, scales, of_channels)
+    specs: Any = (of_lanes, of_lanes, of_lanes, table, table, *scales, of_channels, bits)
     return PackedStore(*specs)
 
 

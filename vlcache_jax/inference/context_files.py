@@ -22,8 +22,8 @@ from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.parallel.mesh import check_known, on_mesh_of
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 
-_SINCE = "the rule for generated tokens and the number of tokens"
-KIND = Kind("vlcache_jax.inference.context", "context", 4, "compress the prompt and save it again", _SINCE)
+_SINCE = "the precision of each store"
+KIND = Kind("vlcache_jax.inference.context", "context", 5, "compress the prompt and save it again", _SINCE)
 _SAMPLES = 64  # numbers of each parameter that the fingerprint reads
 
 
@@ -58,7 +58,7 @@ def save_context(ctx: Context, path: str | os.PathLike[str]) -> None:
         check_known(x, f"{name} of the context")
     description = {
         "model": _describe(ctx.model.spec, ctx.params),
-        "stores": len(ctx.stores),
+        "stores": [store.bits for store in ctx.stores],
         "room": ctx.room,
         "policy": ctx.report.policy,
         "budget": _to_json(ctx.report.budget),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.cache.geometry import ALIGNMENT
+from vlcache_jax.cache.geometry import ALIGNMENT, segment_alignment
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import PolicyError
@@ -16,13 +16,13 @@ from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.tensor_files import TensorFile
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.report import Report
-from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.precision import PRECISIONS, Coded
 from vlcache_jax.parallel.mesh import automatic, free_axes, on_mesh_of, specs_of
 from vlcache_jax.policies.budget import Budget
 from vlcache_jax.policies.decoding.rule import RULES, DecodingRule
 from vlcache_jax.typing import Params, VisionLanguageModel
 
-FIELDS = [field.name for field in dataclasses.fields(PackedStore)]
+FIELDS = [field.name for field in dataclasses.fields(PackedStore) if field.name != "bits"]
 REPORT = (
     "kept",
     "prompt_lengths",
@@ -61,9 +61,11 @@ class ContextReader:
         self.require(logits.shape[1] > 0 and bool(np.isfinite(logits).all()), "logits are not finite")
         next_index = self.take("next_index", "int32", (rows,))
         self.within("next_index", next_index, 1, self.spec.max_positions)
-        count, room = self.count("stores"), self.count("room")
-        self.require(1 <= count <= len(self.arrays), f"it claims {count} stores")
-        stores = tuple(self.store(i, next_index) for i in range(count))
+        words: Any = self.described.get("stores")
+        known = isinstance(words, list) and len(words) > 0 and all(x is None or type(x) in (int, str) for x in words)
+        self.require(known and {*words} <= {None, *PRECISIONS}, f"its stores are of {shorten(words)} bits")
+        stores = tuple(self.store(i, bits, next_index) for i, bits in enumerate(words))
+        room = self.count("room")
         self.require(not _repeated(self.seen), "two of its stores hold the same position of a layer")
         if room:
             self.check_room(stores[-1], room, rows)
@@ -84,34 +86,28 @@ class ContextReader:
             decoding=self.decoding(),
         )
 
-    def store(self, number: int, next_index: np.ndarray) -> PackedStore:
+    def store(self, number: int, bits: int | str | None, next_index: np.ndarray) -> PackedStore:
         def take(name: str, dtype: str, *shape: int | None) -> np.ndarray:
             return self.take(f"stores.{number}.{name}", dtype, shape)
 
         where, spec, rows = f"stores.{number}", self.spec, len(next_index)
-        found = self.arrays.get(f"{where}.keys")
-        quantised = found is not None and found.dtype == np.int8
-        dtype = "int8" if quantised else jnp.dtype(spec.dtype).name
-        keys = take("keys", dtype, None, None, None, spec.head_dim)
-        own, lanes, byte_rows, head_dim = keys.shape
-        self.require(min(keys.shape) > 0 and rows % own == 0, f"{where} has {own} rows for a context of {rows}")
+        positions = take("positions", "int32", None, None, None)
+        own, lanes, slots = positions.shape
+        self.require(min(positions.shape) > 0 and rows % own == 0, f"{where} has {own} rows for a context of {rows}")
         self.require(spec.num_kv_heads % lanes == 0, f"{where} has {lanes} lanes for {spec.num_kv_heads} KV heads")
-        arrays = {"keys": keys, "values": take("values", dtype, *keys.shape)}
-        slots, alignment = byte_rows, ALIGNMENT
-        if quantised:
-            scales = take("value_scales", "float32", own, lanes, 2, None)
-            slots, alignment = scales.shape[3], 32 * scales.shape[3] // byte_rows
-            fits = byte_rows % 32 == 0 and slots in (byte_rows, 2 * byte_rows, 4 * byte_rows)
-            self.require(fits, f"{where}.value_scales are for {slots} slots in {byte_rows} rows of codes")
-            arrays["value_scales"] = scales
-            arrays["key_scales"] = take("key_scales", "float32", own, lanes, byte_rows // 32, 2, scales_width(head_dim))
-            channels = f"{where}.value_channels"
-            if channels in self.arrays:
-                of_heads = (own, spec.num_layers, spec.num_kv_heads, head_dim)
-                arrays["value_channels"] = take("value_channels", "float32", *of_heads)
-                good = np.isfinite(arrays["value_channels"]) & (arrays["value_channels"] > 0)
-                self.require(bool(good.all()), f"{channels} are not finite and positive")
-        arrays["positions"] = take("positions", "int32", own, lanes, slots)
+        alignment, shape = segment_alignment(bits), (own, lanes, slots, spec.head_dim)
+        self.require(slots % (1 if bits is None else alignment) == 0, f"{where} has {slots} slots of bits={bits}")
+        plain = jax.ShapeDtypeStruct(shape, spec.dtype)
+        wanted = Coded(plain, plain) if bits is None else PRECISIONS[bits].shapes(shape)
+        arrays = {name: take(name, x.dtype.name, *x.shape) for name, x in zip(Coded._fields, wanted) if x is not None}
+        finite = dict(zip(Coded._fields, [(2, 1)] * 2 if bits is None else PRECISIONS[bits].spans))
+        channels = f"{where}.value_channels"
+        if bits is not None and channels in self.arrays:
+            of_heads = (own, spec.num_layers, spec.num_kv_heads, spec.head_dim)
+            arrays["value_channels"] = take("value_channels", "float32", *of_heads)
+            good = np.isfinite(arrays["value_channels"]) & (arrays["value_channels"] > 0)
+            self.require(bool(good.all()), f"{channels} are not finite and positive")
+        arrays["positions"] = positions
         self.within(f"{where}.positions", arrays["positions"], -1, spec.max_positions - 1)
         offsets = take("offsets", "int32", own, spec.num_layers, None)
         heads = offsets.shape[2]
@@ -123,11 +119,11 @@ class ContextReader:
         self.require(bool((offsets % alignment == 0).all()), f"{where}.offsets are not multiples of {alignment}")
         self.within(f"{where}: ends of segments", offsets.astype(np.int64) + lengths, 0, slots)
         used = self.segments(where, arrays["positions"], offsets, lengths, next_index.reshape(own, -1).min(axis=1))
-        floats = {name: x for name, x in arrays.items() if x.dtype not in (np.int8, np.int32)}
-        for name, x in floats.items():
-            self.require(_finite(name, x, used), f"{where}.{name} are not finite")
+        for name, span in finite.items():
+            if name in arrays and jnp.issubdtype(arrays[name].dtype, jnp.floating):
+                self.require(_finite(arrays[name], used, *span), f"{where}.{name} are not finite")
         return PackedStore(
-            **{name: jnp.array(x) for name, x in (arrays | {"offsets": offsets, "lengths": lengths}).items()}
+            **{name: jnp.array(x) for name, x in (arrays | {"offsets": offsets, "lengths": lengths}).items()}, bits=bits
         )
 
     def segments(
@@ -168,7 +164,7 @@ class ContextReader:
         offsets, lengths = np.asarray(store.offsets), np.asarray(store.lengths)
         fits = (
             room % ALIGNMENT == 0
-            and store.key_scales is None
+            and store.bits is None
             and store.keys.shape[0] == rows
             and layers * room <= store.keys.shape[2]
             and offsets.shape[2] == 1
@@ -259,17 +255,10 @@ def _by_lane(table: np.ndarray, lanes: int) -> np.ndarray:
     return table.reshape(rows, layers, lanes, -1).swapaxes(1, 2).reshape(rows, lanes, -1)
 
 
-def _finite(name: str, x: np.ndarray, used: np.ndarray) -> bool:
-    """Whether what an array of a store holds for the slots in use [rows, lanes, slots] is finite."""
-    if name == "value_channels":
-        return True  # checked for all
-    finite = np.isfinite(x)
-    if name == "value_scales":  # [rows, lanes, 2, slots]
-        return bool((finite.all(axis=2) | ~used).all())
-    if name == "key_scales":  # [rows, lanes, groups, 2, width]
-        groups = used.reshape(*x.shape[:3], -1).any(axis=3)
-        return bool((finite.all(axis=(3, 4)) | ~groups).all())
-    return bool((finite.all(axis=3) | ~used).all())
+def _finite(x: np.ndarray, used: np.ndarray, axis: int, slots: int) -> bool:
+    """Whether what [rows, lanes, ...] holds for the slots in use [rows, lanes, slots] is finite; see `Precision`."""
+    finite = np.isfinite(x).all(axis=tuple(i for i in range(2, x.ndim) if i != axis))
+    return bool((finite | ~used.reshape(*finite.shape, slots).any(axis=3)).all())
 
 
 def _repeated(seen: dict[int, list[np.ndarray]]) -> bool:

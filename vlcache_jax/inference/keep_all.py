@@ -71,14 +71,14 @@ def keep_all(
         def read(start, size):
             return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (key, value, valid))
 
-        return tuple(split(x) for x in quantise_into(pools, read, start, room, bits))
+        return jax.tree.map(split, quantise_into(pools, read, start, room, bits))
 
     slots = whole_tiles(int(starts[-1]) + widths[-1])
     shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
-    pools = empty_codes(shape, bits) if bits is not None else [jnp.zeros(shape, spec.dtype)] * 2
-    pools = varying(tuple(split(x) for x in pools), prompt.lengths)
+    pools = empty_codes(shape, bits) if bits is not None else (jnp.zeros(shape, spec.dtype),) * 2
+    pools = varying(jax.tree.map(split, pools), prompt.lengths)
     logits, (keys, values, *scales), stages = run(attend_in, pools)
-    of_codes = dict(zip(("key_scales", "value_scales"), scales))
+    of_codes = dict(zip(("key_scales", "value_scales"), scales), bits=bits)
     channels = joined([ys for _, ys in stages])
     if channels is not None:
         of_codes["value_channels"] = channels.swapaxes(0, 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.geometry import segment_alignment, whole_tiles, window_rooms
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.kernels.quantisation import scales_width
+from vlcache_jax.kernels.precision import PRECISIONS
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
 from vlcache_jax.typing import ModelSpec
@@ -60,7 +60,7 @@ class SlotBudget:
 
 
 def slot_budget(
-    budget: Budget, spec: ModelSpec, shared_lanes: int | None = None, bits: int | None = None
+    budget: Budget, spec: ModelSpec, shared_lanes: int | None = None, bits: int | str | None = None
 ) -> SlotBudget:
     """What a budget means for a model.
 
@@ -68,7 +68,7 @@ def slot_budget(
       budget: see `Policy.budget`.
       spec: of the model.
       shared_lanes: lanes of a store in which several KV heads share a lane; None for a lane each.
-      bits: of a quantised store, or None.
+      bits: of a store of codes, or None.
 
     Raises:
       PolicyError: bytes that hold less than one token a layer.
@@ -85,8 +85,9 @@ def slot_budget(
     fixed = 2 * 4 * spec.num_layers * (spec.num_kv_heads if shared_lanes else 1)  # offsets, lengths
     if bits is None:
         unit = alignment * (2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize + 4)  # key and value, position
-    else:  # codes; steps and zeros of a group of keys, and of each value; positions
-        unit = 2 * alignment * bits // 8 * spec.head_dim + 2 * 4 * scales_width(spec.head_dim) + alignment * (2 * 4 + 4)
+    else:  # codes, scales and positions
+        arrays = jax.tree.leaves(PRECISIONS[bits].shapes((1, 1, alignment, spec.head_dim)))
+        unit = sum(x.size * x.dtype.itemsize for x in arrays) + 4 * alignment
         fixed += 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # channels of the values
     unit *= spec.num_kv_heads // group
     pool = (budget.count - fixed) // unit * alignment

@@ -49,7 +49,7 @@ def decode_attention(
     kv_heads = store.lanes if lengths.shape[1] == 1 else lengths.shape[1]
     group = heads // kv_heads
     rows = n * group
-    if store.keys.dtype != jnp.bfloat16 or query.dtype != jnp.bfloat16:
+    if store.bits is not None or store.keys.dtype != jnp.bfloat16 or query.dtype != jnp.bfloat16:
         raise NotImplementedError(f"query of {query.dtype} and store of {store.keys.dtype}: only bfloat16")
     if head_dim % (_SWIZZLE // 2) or head_dim > 256:
         raise NotImplementedError(f"head size {head_dim}: only 64, 128, 192 and 256")

@@ -8,6 +8,7 @@ from vlcache_jax.cache.geometry import align, regular_slots, segment_alignment
 from vlcache_jax.cache.packing import Selected
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.kernels.precision import PRECISIONS
 from vlcache_jax.policies.budget import Bytes
 from vlcache_jax.policies.evicted.rule import Evicted
 from vlcache_jax.policies.parts import Parts
@@ -21,10 +22,10 @@ class Quantise(Evicted):
     How many there will be is not known before the prompt is seen, so that store has room for all tokens of all layers.
 
     Attributes:
-      bits: 8, 4 or 2.
+      bits: 8, 4 or 2, or another word of `PRECISIONS`.
     """
 
-    bits: int = 2
+    bits: int | str = 2
 
     def __post_init__(self) -> None:
         check_bits("Quantise: bits", self.bits)
@@ -41,7 +42,7 @@ class Quantise(Evicted):
 
     def check(self, policy: Parts) -> None:
         """See `Evicted.check`."""
-        if policy.bits is not None and self.bits >= policy.bits:
+        if policy.bits is not None and PRECISIONS[self.bits].width >= PRECISIONS[policy.bits].width:
             raise PolicyError(
                 f"{policy.name}: evicted=Quantise({self.bits}) is not below bits={policy.bits} of the kept tokens: "
                 "give fewer bits to the others, or more to the kept ones"

@@ -30,8 +30,8 @@ class Evicted:
         return False
 
     @property
-    def bits(self) -> int | None:
-        """8, 4 or 2 if those stores are quantised."""
+    def bits(self) -> int | str | None:
+        """The precision of those stores, a word of `PRECISIONS`; None for the model's dtype."""
         return None
 
     def check(self, policy: Parts) -> None:

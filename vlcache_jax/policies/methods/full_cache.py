@@ -5,7 +5,7 @@ from vlcache_jax.policies.policy import Policy
 
 
 @method("full_cache", title="Full cache")
-def FullCache(*, bits: int | None = None) -> Policy:
+def FullCache(*, bits: int | str | None = None) -> Policy:
     """Keeps the whole prompt: the yardstick of every other policy.
 
     Args:

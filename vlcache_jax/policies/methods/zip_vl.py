@@ -52,9 +52,9 @@ def ZipVL(
     *,
     mass: float = 0.975,
     window: int = 64,
-    bits: int | None = 4,
+    bits: int | str | None = 4,
     evicted: str = "quantise",
-    evicted_bits: int = 2,
+    evicted_bits: int | str = 2,
 ) -> Policy:
     """As many important tokens as hold 97.5 % of a layer's attention at 4 bits; the others at 2 bits, or evicted.
 
