@@ -1,12 +1,17 @@
 """Rotary positions on three axes: Qwen2-VL's text decoder against transformers, positions given."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from text_decoders import qwen2_vl
+from text_model import TextModel, by_definition, text_batch
 
+import vlcache_jax as vlc
+from vlcache_jax.inputs import TEXT
 from vlcache_jax.kernels.attention import attention
 from vlcache_jax.models.decoder import rope
 from vlcache_jax.models.decoder.config import RopeConfig
@@ -85,3 +90,62 @@ def test_text_is_at_the_same_position_on_all_axes():
 def test_sections_that_do_not_fit_the_head():
     with pytest.raises(ValueError, match=r"rope sections \(2, 3, 3\) do not add up to 16, half of head_dim 32"):
         rope.rotation(jnp.zeros((1, 3, 1), jnp.int32), RopeConfig(sections=(2, 3, 3)), 32, 64)
+
+
+SIDE, NEW = 3, 5
+LENGTHS = [30, 12, 40, 11]
+PARTS = ([3, (3, 3), 2, (3, 3), 7], [12], [20, (3, 3), 11], [2, (3, 3)])  # one is text alone, one ends in its image
+
+
+def model_and_prompts():
+    reference, head, config, params = qwen2_vl()
+    index = np.full((4, 40), TEXT, np.int32)
+    for row, (_, *parts) in enumerate(PARTS):
+        at, image = PARTS[row][0], 0
+        for part in parts:
+            if isinstance(part, tuple):
+                index[row, at : at + SIDE**2] = np.arange(SIDE**2) + image * SIDE**2
+            at, image = (at + part, image) if isinstance(part, int) else (at + SIDE**2, image + 1)
+    batch = dataclasses.replace(text_batch(LENGTHS, 40), vision_index=index)
+    return reference, head, TextModel(config, side=SIDE, axes=True), {"decoder": params}, batch
+
+
+def test_decoding_after_eviction_equals_the_full_cache_with_the_rest_masked_out():
+    """New tokens go on at the model's own next position, which is below the number of tokens where there are images."""
+    _, _, model, params, batch = model_and_prompts()
+    positions = model.apply({"params": params}, batch, method="embed").positions
+    for row, parts in enumerate(PARTS):
+        np.testing.assert_array_equal(positions[row, :, : LENGTHS[row]], image_positions(parts))
+    logits, state = vlc.prefill(model, params, batch, vlc.VLCache(budget=0.4)).start(NEW)
+    np.testing.assert_array_equal(state.next_position, [18, 12, 34, 5])
+    np.testing.assert_array_equal(state.next_index, LENGTHS)
+    first, tokens, found = state, [jnp.argmax(logits, axis=-1)], []
+    for _ in range(NEW - 1):
+        logits, state = vlc.decode_step(model, params, tokens[-1], state)
+        tokens.append(jnp.argmax(logits, axis=-1))
+        found.append(np.asarray(logits))
+    new = np.asarray(tokens[:-1])
+    for row in range(4):
+        kept = [np.asarray(first.kept_positions(layer)[row]) for layer in range(3)]
+        expected = by_definition(model, params, batch, row, new[:, row], kept)
+        np.testing.assert_allclose(np.stack(found)[:, row], expected, atol=1e-4, rtol=0)
+    kept = [np.asarray(first.kept_positions(layer)[0]) for layer in range(3)]
+    elsewhere = by_definition(model, params, batch, 0, new[:, 0], kept, shift=12)  # behind the number of tokens
+    assert np.abs(np.stack(found)[:, 0] - elsewhere).max() > 1e-2
+
+
+def test_answers_are_those_of_the_whole_sequence_run_again():
+    """Uncompressed and greedy, against transformers' decoder on prompt and answer at once."""
+    reference, head, model, params, batch = model_and_prompts()
+    out = vlc.generate(model, params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
+    embedded = model.apply({"params": params}, batch, method="embed")
+    for row, n in enumerate(LENGTHS):
+        tokens = np.concatenate([batch.tokens[row, :n], np.asarray(out.tokens[row])])[None]
+        after = np.tile(int(embedded.next_position[row]) + np.arange(NEW), (3, 1))
+        positions = np.concatenate([embedded.positions[row, :, :n], after], axis=1)[:, None]
+        with torch.no_grad():
+            hidden = reference(
+                input_ids=torch.from_numpy(tokens).long(), position_ids=torch.from_numpy(positions).long()
+            ).last_hidden_state
+            expected = head(hidden)[0].argmax(-1).numpy()
+        np.testing.assert_array_equal(out.tokens[row], expected[n - 1 : -1])

@@ -52,7 +52,7 @@ class TextModel(FamilyModule):
             start = jnp.cumsum(1 - visual, axis=1, dtype=jnp.int32) - (1 - visual) + self.side * (image - visual)
             axes = [start, start + visual * (feature // self.side), start + visual * (feature % self.side)]
             positions = jnp.stack(axes, axis=1).astype(jnp.int32)
-            inside = jnp.arange(batch.length) < lengths[:, None]
+            inside = jnp.arange(batch.length)[None] < lengths[:, None]
             following = jnp.max(jnp.where(inside[:, None], positions, -1), axis=(1, 2)) + 1
         blocks = jnp.where(visual > 0, image, -1) if self.blocks else None
         return Embedded(embedded.hidden, positions, following, blocks=blocks)
