@@ -86,12 +86,6 @@ def test_images_are_what_the_generator_draws(questions):
                 assert image.size == (512, 512)
 
 
-def test_a_tenth_of_the_cache(vlm, questions):
-    report = vlc.generate(vlm.model, vlm.params, ask(vlm, questions), vlc.VLCache(budget=0.1), NEW).report
-    assert report.state_bytes < 0.2 * report.full_bytes
-    np.testing.assert_allclose(report.kept_fraction, 0.1, atol=0.005)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("task", ["documents", "prices", "places"])
 def test_what_it_reads_and_what_a_tenth_of_the_cache_keeps(vlm, task):

@@ -73,14 +73,9 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(tiny
         logits, state = vlc.decode_step(model, params, tokens[-1], state)
         tokens.append(jnp.argmax(logits, axis=-1))
         found.append(np.asarray(logits))
-    for row in range(4):
-        kept = {layer: np.asarray(first.kept_positions(layer)[row]) for layer in FULL}
-        expected = by_definition(model, params, batch, row, np.asarray(tokens[:-1])[:, row], kept)
-        np.testing.assert_allclose(np.stack(found)[:, row], expected, atol=1e-4, rtol=0)
-
-
-def alone(batch, row):
-    return jax.tree.map(lambda x: np.asarray(x)[row : row + 1], batch)
+    kept = {layer: np.asarray(first.kept_positions(layer)) for layer in FULL}
+    expected = by_definition(model, params, batch, np.asarray(tokens[:-1]), kept)
+    np.testing.assert_allclose(np.stack(found), expected, atol=1e-4, rtol=0)
 
 
 POLICIES = {
@@ -97,7 +92,10 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies(tiny, name):
-    """A row keeps and says what it does alone; layers with a window keep it under every policy."""
+    """A row keeps and says the same beside others; layers with a window keep it under every policy.
+
+    Alone, under one policy: `test_blocks.py`. Here as many rows as before, so that nothing is compiled again.
+    """
     _, model, params = tiny
     batch, policy = text_batch(LENGTHS, LENGTH, seed=1), POLICIES[name]
     _, state = vlc.prefill(model, params, batch, policy).start(NEW)
@@ -107,10 +105,10 @@ def test_policies(tiny, name):
     assert out.report.state_bytes == sum(store.nbytes for store in state.stores)
     if isinstance(policy.budget, vlc.Bytes):
         assert out.report.state_bytes <= 4 * policy.budget.count
-    for row in (1, 3):
-        single = vlc.generate(model, params, alone(batch, row), policy, NEW, eos_token_ids=[])
-        np.testing.assert_array_equal(single.tokens[0], out.tokens[row])
-        np.testing.assert_array_equal(single.report.kept[0], out.report.kept[row])
+    rows = np.array([3, 3, 1, 1])
+    other = vlc.generate(model, params, jax.tree.map(lambda x: x[rows], batch), policy, NEW, eos_token_ids=[])
+    np.testing.assert_array_equal(other.tokens, out.tokens[rows])
+    np.testing.assert_array_equal(other.report.kept, out.report.kept[rows])
 
 
 def test_questions_to_one_context(tiny):
@@ -129,13 +127,9 @@ def test_questions_to_one_context(tiny):
         prompt = np.concatenate([batch.tokens[row, : LENGTHS[row]], text])
         for found in (out, turned):
             answer = np.asarray(found.tokens).reshape(4, 2, -1)[row, question]
-            with torch.no_grad():
-                given = torch.from_numpy(prompt[None]).long()
-                wanted = reference.generate(  # a mask of its own would leave out what it takes for padding
-                    given, attention_mask=torch.ones_like(given), max_new_tokens=len(answer), do_sample=False,
-                    eos_token_id=-1,
-                )[0, len(prompt) :].numpy()  # fmt: skip
-            np.testing.assert_array_equal(answer, wanted)
+            with torch.no_grad():  # each token follows from those before it
+                logits = reference(torch.from_numpy(np.concatenate([prompt, answer])[None]).long()).logits[0]
+            np.testing.assert_array_equal(answer, logits[len(prompt) - 1 : -1].argmax(dim=-1).numpy())
             prompt = np.concatenate([prompt, answer, text])
 
 

@@ -70,37 +70,46 @@ def text_batch(lengths, length, seed=0, images=((2, 10),)):
     return Batch(np.where(inside, tokens, 0), np.asarray(lengths, np.int32), index, pixels)
 
 
-def by_definition(model, params, batch, row, new, kept, shift=0):
-    """Logits of the tokens `new` of a row's answer: all keys, those hidden that a layer has not kept, or not in view.
+def by_definition(model, params, batch, new, kept):
+    """Logits [tokens, rows, vocab] of answers: all keys, those hidden that a layer has not kept, or not in view.
 
     Args:
-      kept: of every layer without a window the positions that each KV head keeps of the prompt.
-      shift: added to the positions of the answer.
+      new: the tokens of the answers, i32 [tokens, rows].
+      kept: of every layer without a window the positions that it keeps of the prompt, i32 [rows, kv_heads, n].
     """
-    n, spec, apply = int(batch.lengths[row]), model.spec, partial(model.apply, {"params": params})
-    whole = n + len(new)
-    prompt = apply(jax.tree.map(lambda x: jnp.asarray(x)[row : row + 1], batch), method="embed")
-    hidden = jnp.concatenate([prompt.hidden[:, :n], apply(jnp.asarray(new)[None], method="embed_tokens")], axis=1)
-    after = prompt.next_position + shift + jnp.arange(len(new))
-    after = jnp.broadcast_to(after, (*prompt.positions.shape[:-1], len(new)))
-    positions = jnp.concatenate([prompt.positions[..., :n], after], axis=-1)
-    blocks = prompt.blocks
+    spec, steps = model.spec, len(new)
+    whole, rows, lengths = batch.length + steps, np.arange(batch.size)[:, None], np.asarray(batch.lengths)[:, None]
+    answer = lengths + np.arange(steps)[None]  # where it lies; what follows it is seen by nothing before
+    prompt = jax.jit(partial(model.apply, method="embed"))({"params": params}, batch)
+    hidden = jnp.pad(prompt.hidden, ((0, 0), (0, steps), (0, 0)))
+    hidden = hidden.at[rows, answer].set(model.apply({"params": params}, jnp.asarray(new).T, method="embed_tokens"))
+    positions = np.pad(np.asarray(prompt.positions), (*[(0, 0)] * (prompt.positions.ndim - 1), (0, steps)))
+    after = np.asarray(prompt.next_position)[:, None] + np.arange(steps)[None]
+    for axis in np.moveaxis(positions, 1, 0) if positions.ndim == 3 else [positions]:
+        axis[rows, answer] = after
+    blocks, column = prompt.blocks, np.arange(whole)
     if blocks is not None:
-        blocks = jnp.pad(blocks[:, :n], ((0, 0), (0, len(new))), constant_values=-1)
-    column, layers = np.arange(whole), []
+        blocks = jnp.where(column[None] < lengths, jnp.pad(blocks, ((0, 0), (0, steps))), -1)
+    layers = []
     for layer, window in enumerate(spec.layer_windows):
-        seen = np.tile(np.asarray(Mask(blocks=blocks, window=window).as_array(whole)), (spec.num_kv_heads, 1, 1))
+        seen = np.asarray(Mask(blocks=blocks, window=window).as_array(whole))
+        seen = np.tile(seen[:, None], (1 if blocks is not None else batch.size, spec.num_kv_heads, 1, 1))
         if window is None:
-            for head, held in enumerate(kept[layer]):
-                seen[head, n:] &= np.isin(column, held) | (column >= n)
+            for row, head in np.ndindex(seen.shape[:2]):
+                n = int(lengths[row, 0])
+                seen[row, head, n:] &= np.isin(column, kept[layer][row][head]) | (column >= n)
         layers.append(seen)
 
     def attend(query, key, value, carry, seen):
         group = query.shape[2] // key.shape[2]
-        key, value, seen = (jnp.repeat(x, group, axis=a) for x, a in ((key, 2), (value, 2), (seen, 0)))
+        key, value, seen = (jnp.repeat(x, group, axis=a) for x, a in ((key, 2), (value, 2), (seen, 1)))
         logits = jnp.einsum("bthd,bshd->bhts", query, key, precision="highest") * query.shape[3] ** -0.5
-        weights = jax.nn.softmax(jnp.where(seen[None], logits, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshd->bthd", weights, value, precision="highest"), carry, None
 
-    out = apply(hidden, positions, attend, None, jnp.asarray(np.stack(layers)), method="decode")[0]
-    return np.asarray(apply(out[0, n:], method="unembed"))
+    @jax.jit
+    def run(variables, hidden, layers):
+        out = model.apply(variables, hidden, jnp.asarray(positions), attend, None, layers, method="decode")[0]
+        return model.apply(variables, out[rows, answer], method="unembed")
+
+    return np.asarray(run({"params": params}, hidden, np.stack(layers))).swapaxes(0, 1)
