@@ -70,12 +70,13 @@ def text_batch(lengths, length, seed=0, images=((2, 10),)):
     return Batch(np.where(inside, tokens, 0), np.asarray(lengths, np.int32), index, pixels)
 
 
-def by_definition(model, params, batch, new, kept):
+def by_definition(model, params, batch, new, kept, shift=0):
     """Logits [tokens, rows, vocab] of answers: all keys, those hidden that a layer has not kept, or not in view.
 
     Args:
       new: the tokens of the answers, i32 [tokens, rows].
       kept: of every layer without a window the positions that it keeps of the prompt, i32 [rows, kv_heads, n].
+      shift: added to the positions of the answers.
     """
     spec, steps = model.spec, len(new)
     whole, rows, lengths = batch.length + steps, np.arange(batch.size)[:, None], np.asarray(batch.lengths)[:, None]
@@ -84,7 +85,7 @@ def by_definition(model, params, batch, new, kept):
     hidden = jnp.pad(prompt.hidden, ((0, 0), (0, steps), (0, 0)))
     hidden = hidden.at[rows, answer].set(model.apply({"params": params}, jnp.asarray(new).T, method="embed_tokens"))
     positions = np.pad(np.asarray(prompt.positions), (*[(0, 0)] * (prompt.positions.ndim - 1), (0, steps)))
-    after = np.asarray(prompt.next_position)[:, None] + np.arange(steps)[None]
+    after = np.asarray(prompt.next_position)[:, None] + shift + np.arange(steps)[None]
     for axis in np.moveaxis(positions, 1, 0) if positions.ndim == 3 else [positions]:
         axis[rows, answer] = after
     blocks, column = prompt.blocks, np.arange(whole)
