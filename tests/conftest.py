@@ -55,10 +55,8 @@ _FIRST = [
 def pytest_addoption(parser):
     """`--core`: leave out the files that compare with torch and transformers or compile whole models for TPUs."""
     parser.addoption("--every", type=int, default=1, help="of the cases of a test only every so-manieth")
-    parser.addoption("--thorough-every", type=int, default=1, help="of the thorough tier only every so-manieth case")
-    parser.addoption(
-        "--turn", type=int, default=0, help="which ones the two options above take: another number, others"
-    )
+    parser.addoption("--share", type=int, default=1, help="only every so-manieth thorough test; with --core, of all")
+    parser.addoption("--turn", type=int, default=0, help="which ones these two options take: another number, others")
     parser.addoption("--core", action="store_true", help="leave out what needs torch, transformers or much time")
     parser.addoption("--users-compiler", action="store_true", help="compile with XLA's default settings, slowly")
 
@@ -91,10 +89,10 @@ def pytest_ignore_collect(collection_path: Path, config):
 
 def pytest_collection_modifyitems(config, items):
     """The longest files first; of many cases only a share, where one is asked for (`pytest_addoption`)."""
-    left_out = _but_every(items, config.getoption("--every"), config.getoption("--turn"))
-    thorough = [item for item in items if item.get_closest_marker("thorough")]
-    share = config.getoption("--thorough-every")
-    left_out |= {item for i, item in enumerate(thorough) if (i + config.getoption("--turn")) % share}
+    turn, share, core = (config.getoption(f"--{name}") for name in ("turn", "share", "core"))
+    left_out = _but_every(items, config.getoption("--every"), turn)
+    rest = [item for item in items if item not in left_out and (core or item.get_closest_marker("thorough"))]
+    left_out |= {item for i, item in enumerate(rest) if (i + turn) % share}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
