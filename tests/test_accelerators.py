@@ -12,7 +12,7 @@ import vlcache_jax as vlc
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import CAUSAL, FULL, Mask, attention
 from vlcache_jax.planning.compiling import compile_on
-from vlcache_jax.planning.placement import place_batch, place_params
+from vlcache_jax.planning.placement import place, place_params
 
 ROWS, LENGTH, TILES = 4, 256, 2
 
@@ -46,7 +46,7 @@ def test_lowered_for_gpus_only_layers_are_a_loop(run):
 def test_compiled_for_tpus_only_layers_are_a_loop():
     """Images are split over "data", heads over "model": towers and attention talk to no other chip."""
     mesh = mesh_of("v5e:2x2", {"data": 2, "model": 2})
-    compiled = compile_on(mesh, forward, place_params(model().abstract_params(), mesh), place_batch(batch(), mesh))
+    compiled = compile_on(mesh, forward, place_params(model().abstract_params(), mesh), place(batch(), mesh))
     text = compiled.as_text()
     assert [(loop.place.split("/")[-2:], loop.depth) for loop in loops(text)] == [
         (["vision", "while"], 0), (["decoder", "while"], 0)

@@ -16,7 +16,7 @@ import vlcache_jax as vlc
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.replication import replicated
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.placement import place_batch, place_params, place_rows
+from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.loss import answer_loss
 from vlcache_jax.training.state import init_state, make_train_step
@@ -45,11 +45,11 @@ def compiled(data, over_model, function):
     pixels = jax.ShapeDtypeStruct((ROWS, 1, side, side, 3), jnp.float32)
     batch = Batch(whole, jax.ShapeDtypeStruct((ROWS,), jnp.int32), whole, pixels)
     if function != "train":
-        return compile_on(mesh, function, params, place_batch(batch, mesh))
+        return compile_on(mesh, function, params, place(batch, mesh))
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     state = state._replace(params=params, step=abstract(state.step, mesh))
-    batch = place_rows(TrainBatch(batch, whole, weights, whole, whole), mesh)
+    batch = place(TrainBatch(batch, whole, weights, whole, whole), mesh)
     return compile_on(mesh, make_train_step(answer_loss(model()), optimizer), state, batch, donate=(0,))
 
 

@@ -1,5 +1,8 @@
 """The TPU's compiler takes the column statistics kernels, at the shapes of real models."""
 
+import re
+
+import numpy as np
 import pytest
 from tpu import compile_for, shape, temporaries
 
@@ -60,3 +63,15 @@ def test_the_default_on_a_tpu_is_the_kernel_and_memory_does_not_follow_rows_time
     assert "tpu_custom_call" in program.as_text()
     key = 32768 * 8 * 128 * 2
     assert temporaries(program) < 1.5 * key
+
+
+@pytest.mark.parametrize("rows", [64, 2880])
+def test_the_kernels_say_what_they_cost(rows):
+    """Counted by hand, row by row: the last rows against the columns up to their own; maxima first, then sums."""
+    given = {"given": ("lse",)} if rows == 64 else {}
+    program = compiled("v5e:2x2", "llava-v1.6-mistral-7b", 2880, max_rows=rows, implementation="pallas_tpu", **given)
+    pairs = 2 * 32 * sum(2880 - rows + 1 + i for i in range(rows))
+    text = program.as_text()
+    flops, exponentials = (list(map(int, re.findall(rf'"{x}":"(\d+)"', text))) for x in ("flops", "transcendentals"))
+    np.testing.assert_allclose(flops, [2 * 128 * pairs] * 2, rtol=0.03)  # rows are padded to whole blocks
+    np.testing.assert_allclose(exponentials, [0 if rows == 64 else pairs, pairs], rtol=0.03)

@@ -13,7 +13,7 @@ from tpu import chip_llava, mesh_of
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.placement import place_rows
+from vlcache_jax.planning.placement import place
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.loss import answer_loss
 from vlcache_jax.training.state import init_state, make_train_step
@@ -33,7 +33,7 @@ def _placed(topology, axes, kind=AxisType.Auto):
     whole, weights = (jax.ShapeDtypeStruct((ROWS, LENGTH), dtype) for dtype in (jnp.int32, jnp.float32))
     pixels = jax.ShapeDtypeStruct((ROWS, TILES, side, side, 3), jnp.float32)
     batch = Batch(whole, jax.ShapeDtypeStruct((ROWS,), jnp.int32), whole, pixels)
-    return mesh, params, place_rows(TrainBatch(batch, whole, weights, whole, whole), mesh)
+    return mesh, params, place(TrainBatch(batch, whole, weights, whole, whole), mesh)
 
 
 def _check_forward(topology, axes, kind=AxisType.Auto):

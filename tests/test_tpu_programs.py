@@ -15,7 +15,7 @@ from vlcache_jax.models.families.registry import preset
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import specs_of
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.placement import place_batch
+from vlcache_jax.planning.placement import place
 from vlcache_jax.planning.programs import Programs, Workload
 
 WORK = Workload(batch=8, prompt=8192, new_tokens=256, tiles=0)
@@ -62,9 +62,9 @@ def test_heads_on_eight_chips_reduce_twice_a_layer():
     assert math.prod(map(int, sizes.split(","))) <= 128  # in a tile
     collectives.remove(outside[0])
     assert len(collectives) == 2
-    for line, place in zip(collectives, ("attention/output/", "mlp/down/")):
+    for line, name in zip(collectives, ("attention/output/", "mlp/down/")):
         assert " all-reduce" in line
-        assert re.search(rf'op_name="[^"]*/while/body/[^"]*/layers/{place}', line)
+        assert re.search(rf'op_name="[^"]*/while/body/[^"]*/layers/{name}', line)
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # one writes the tail; one reads each store
 
 
@@ -76,7 +76,7 @@ def test_rows_are_filled_and_go_on_in_place(topology, axes):
     """A row of a running state, whose number is data, and the loop over all rows: no copy of any pool."""
     programs = _programs(topology, **axes)
     mesh, model = programs.mesh, programs.model
-    batch = place_batch(model.abstract_batch(2, WORK.prompt, 0), mesh)
+    batch = place(model.abstract_batch(2, WORK.prompt, 0), mesh)
     with jax.set_mesh(mesh):
         ctx = jax.eval_shape(lambda p, b: vlc.prefill(model, p, b, POLICY), programs.params, batch)
         ctx = dataclasses.replace(ctx, params={})  # no part of either program

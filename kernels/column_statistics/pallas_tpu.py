@@ -13,6 +13,7 @@ Where rows see columns after their own (`Rows.last`, images), how far the prompt
 which widens the range of blocks; within them each row's own last column decides.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -127,6 +128,15 @@ def _stand(row):
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
+def _cost(q, k, statistics, exponentials):
+    """Of the prompt's last rows, that many exponentials a pair: row i of n sees length - n + 1 + i columns."""
+    batch, kv_heads, group, n, head_dim = q.shape
+    length = k.shape[2]
+    pairs = batch * kv_heads * group * n * (2 * length - min(n, length) + 1) // 2
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (q, k, *statistics))
+    return pl.CostEstimate(flops=2 * pairs * head_dim, transcendentals=exponentials * pairs, bytes_accessed=moved)
+
+
 def _measure(options, q, k, tables, last, height, width, with_lse, interpret):
     """Row maxima, and log-sum-exps if asked for: f32 [batch, kv_heads, group, rows], arbitrary outside the slice."""
     batch, kv_heads, group, size, head_dim = q.shape
@@ -173,9 +183,10 @@ def _measure(options, q, k, tables, last, height, width, with_lse, interpret):
         return b, h, jnp.clip(c, 0, jnp.maximum(end, 0)), 0
 
     count = 2 if with_lse else 1
+    out_shape = [jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)] * count
     return pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)] * count,
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(batch, kv_heads, size // height, blocks),
@@ -188,6 +199,7 @@ def _measure(options, q, k, tables, last, height, width, with_lse, interpret):
             scratch_shapes=[pltpu.VMEM((group * height, LANES), jnp.float32)] * count,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(q, k, out_shape, exponentials=count - 1),
         interpret=interpret,
         name="column_statistics_rows",
     )(*tables, q, k, *([] if last is None else [last]))
@@ -281,6 +293,7 @@ def _add(options, q, k, tables, last, lse, maximum, height, width, interpret):
             out_specs=out_specs,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_cost(q, k, [lse, *out_shape], exponentials=1),
         interpret=interpret,
         name="column_statistics",
     )(*tables, q, k, lse, *([] if last is None else [last]), *([maximum] if count else []))

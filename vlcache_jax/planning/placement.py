@@ -1,15 +1,13 @@
-"""Where the parts of a run lie on a mesh: batch over "data"; projections and KV heads over "model"."""
+"""The mesh of a run, checked, and the shapes of a run on it: where they lie, `parallel` says."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
-from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, specs_of
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract
@@ -59,17 +57,7 @@ def place_params(params: Any, mesh: Mesh) -> Any:
     return abstract(params, mesh, param_shardings(params, mesh))
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays with the batch as their first axis."""
-    return abstract(tree, mesh, PartitionSpec(DATA_AXIS))
-
-
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """An abstract batch, its rows split."""
-    return place_rows(batch, mesh)
-
-
-def place_state(state: KVState, mesh: Mesh) -> KVState:
-    """An abstract state: rows over "data", KV heads (lanes) over "model", each where the size divides."""
+def place(tree: Any, mesh: Mesh) -> Any:
+    """An abstract batch, state or result, its arrays where programs put them (`parallel.mesh.specs_of`)."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.tree.map(lambda x, spec: abstract(x, mesh, spec), state, specs_of(state))
+        return jax.tree.map(lambda x, spec: abstract(x, mesh, spec), tree, specs_of(tree))

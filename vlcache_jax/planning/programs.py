@@ -19,7 +19,7 @@ from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.planning.compiling import abstract, compile_on
-from vlcache_jax.planning.placement import place_batch, place_params, place_rows, place_state
+from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.typing import Params
 
@@ -99,7 +99,7 @@ class Programs:
 
     def decode_step(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`vlcache_jax.decode_step`, with the state donated."""
-        tokens = place_rows(jax.ShapeDtypeStruct((work.batch,), jnp.int32), self.mesh)
+        tokens = place(jax.ShapeDtypeStruct((work.batch,), jnp.int32), self.mesh)
         state = self.state(work, policy)
 
         def step(params: Params, tokens: jax.Array, state: KVState) -> Any:
@@ -115,11 +115,11 @@ class Programs:
         def loop(params: Params, logits: jax.Array, state: KVState) -> Any:
             return decode(self.model, params, logits, state, work.new_tokens)
 
-        return self._compile(loop, self.params, place_rows(logits, self.mesh), self.state(work, policy))
+        return self._compile(loop, self.params, place(logits, self.mesh), self.state(work, policy))
 
     def state(self, work: Workload, policy: Policy) -> KVState:
         """The abstract state that the prefill makes."""
-        return place_state(self._outputs(work, policy)[1], self.mesh)
+        return place(self._outputs(work, policy)[1], self.mesh)
 
     def bytes_of(self, tree: Any) -> int:
         """Bytes of arrays on one device, in the compiler's layouts (tiles may be padded)."""
@@ -143,7 +143,7 @@ class Programs:
             return jax.eval_shape(self._prefill(work, policy), self.params, self._batch(work))
 
     def _batch(self, work: Workload) -> Batch:
-        return place_batch(self.model.abstract_batch(work.batch, work.prompt, work.tiles), self.mesh)
+        return place(self.model.abstract_batch(work.batch, work.prompt, work.tiles), self.mesh)
 
     def _compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
         start = time.monotonic()
