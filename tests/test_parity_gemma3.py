@@ -107,3 +107,5 @@ def test_windows_fit_the_layers():
     _, config, _ = gemma3(layers=3)
     with pytest.raises(ValueError, match="3 windows do not fit 4 layers"):
         dataclasses.replace(config, num_layers=4)
+    with pytest.raises(ValueError, match="windows names none"):
+        dataclasses.replace(config, windows=())

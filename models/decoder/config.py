@@ -78,6 +78,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows do not fit {self.num_layers} layers: give one for each")
+        if self.window_rope is not None and not self.windows:
+            raise ValueError("window_rope is of layers with a window, but windows names none: give both or neither")
 
     @property
     def extended_positions(self) -> int:

@@ -100,7 +100,7 @@ class ContextReader:
         plain = jax.ShapeDtypeStruct(shape, spec.dtype)
         wanted = Coded(plain, plain) if bits is None else PRECISIONS[bits].shapes(shape)
         arrays = {name: take(name, x.dtype.name, *x.shape) for name, x in zip(Coded._fields, wanted) if x is not None}
-        finite = dict(zip(Coded._fields, [(2, 1)] * 2 if bits is None else PRECISIONS[bits].spans))
+        finite: dict[str, Any] = dict(zip(Coded._fields, [(2, 1)] * 2 if bits is None else PRECISIONS[bits].spans))
         channels = f"{where}.value_channels"
         if bits is not None and channels in self.arrays:
             of_heads = (own, spec.num_layers, spec.num_kv_heads, spec.head_dim)

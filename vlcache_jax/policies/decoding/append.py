@@ -80,7 +80,10 @@ def appending(
                 here = jnp.minimum(seen, slot + 1)
                 runs = [(slot + 1 - here, here), (ring[0] - (seen - here), seen - here)]
         new = [Segments((start + first)[:, None], held[:, None]) for first, held in runs]
-        parts = [*(store.layer(layer, since) for store in state.stores), *((Store(*pools), run) for run in new)]
+        parts = [
+            *(store.layer(layer, since) for store in state.stores),
+            *((Store(pools[0], pools[1]), run) for run in new),
+        ]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if note is not None:
             observed = note(observed, query[:, 0], lse, layer)
