@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from vlcache_jax.cache.geometry import regular_slots
+from vlcache_jax.cache.geometry import regular_slots, whole_tiles
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.precision import PRECISIONS
@@ -95,19 +95,9 @@ class PackedStore:
           first: i32 [batch], position of the first token; 0 by default.
           **codes: scales, channels and bits of a store of codes.
         """
-        batch, heads = keys.shape[:2]
-        slot = jax.lax.iota(jnp.int32, regular_slots(layers, room))
-        index = jnp.where(slot < layers * room, slot % room, room)[None]
-        position = index if first is None else first[:, None] + index
-        positions = jnp.where(index < lengths[:, None], position, -1)[:, None]
-        return cls(
-            keys=keys,
-            values=values,
-            positions=jnp.broadcast_to(positions, (batch, heads, slot.shape[0])),
-            offsets=jnp.broadcast_to(room * jax.lax.iota(jnp.int32, layers)[:, None], (batch, layers, 1)),
-            lengths=jnp.broadcast_to(lengths[:, None, None], (batch, layers, 1)),
-            **codes,
-        )
+        index = jax.lax.iota(jnp.int32, room)[None]
+        positions = jnp.where(index < lengths[:, None], index if first is None else first[:, None] + index, -1)
+        return cls.by_layer(keys, values, [(positions, lengths, layers)], (room,) * layers, **codes)
 
     @classmethod
     def latest(
@@ -131,21 +121,11 @@ class PackedStore:
           slots: of the pool, at least the sum of the rooms.
           **codes: scales, channels and bits of a store of codes.
         """
-        batch, heads = keys.shape[:2]
-        ends, slot = np.cumsum(rooms), np.arange(slots)
-        of_layer = np.minimum(np.searchsorted(ends, slot, side="right"), len(rooms) - 1)
-        starts = (ends - np.asarray(rooms)).astype(np.int32)
-        index = (slot - starts[of_layer]).astype(np.int32)[None]
-        held = jnp.minimum(lengths[:, None], jnp.asarray(tokens, jnp.int32)[None])  # [batch, layers]
-        positions = jnp.where(index < held[:, of_layer], (lengths[:, None] - held)[:, of_layer] + index, -1)[:, None]
-        return cls(
-            keys=keys,
-            values=values,
-            positions=jnp.broadcast_to(positions, (batch, heads, slots)),
-            offsets=jnp.broadcast_to(starts[:, None], (batch, len(rooms), 1)),
-            lengths=held[..., None],
-            **codes,
-        )
+        groups = []
+        for most in tokens:
+            held, index = jnp.minimum(lengths, most), jax.lax.iota(jnp.int32, most)[None]
+            groups.append((jnp.where(index < held[:, None], (lengths - held)[:, None] + index, -1), held, 1))
+        return cls.by_layer(keys, values, groups, rooms, slots, **codes)
 
     @classmethod
     def by_layer(
@@ -154,6 +134,7 @@ class PackedStore:
         values: jax.Array,
         groups: Sequence[tuple[jax.Array, jax.Array, int]],
         rooms: Sequence[int],
+        slots: int | None = None,
         **codes: Any,
     ) -> "PackedStore":
         """Segments of `rooms[layer]` slots, one after another; groups of layers hold tokens of their own.
@@ -164,6 +145,7 @@ class PackedStore:
           groups: of the layers, in their order: positions i32 [batch, n], -1 in free slots, how many tokens i32
             [batch], and the number of layers.
           rooms: of every layer, at least its n.
+          slots: of the pool; as few as hold the rooms by default.
           **codes: scales, channels and bits of a store of codes.
         """
         (batch, heads, *_), starts, parts, layer = keys.shape, np.cumsum((0, *rooms)), [], 0
@@ -171,7 +153,7 @@ class PackedStore:
             padded = jnp.pad(positions, ((0, 0), (0, rooms[layer] - positions.shape[1])), constant_values=-1)
             parts.append(jnp.tile(padded, (1, size)))
             layer += size
-        slots = regular_slots(1, int(starts[-1]))
+        slots = slots or whole_tiles(int(starts[-1]))
         parts.append(jnp.full((batch, slots - int(starts[-1])), -1, jnp.int32))
         lengths = [jnp.broadcast_to(count[:, None], (batch, size)) for _, count, size in groups]
         return cls(
