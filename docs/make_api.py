@@ -38,6 +38,7 @@ GROUPS = {
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
             "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
             "policies: method",
+            "PyramidDrop",
             "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
         ],
     ),

@@ -217,7 +217,7 @@ def test_untrusted_files(ctx, saved, name):
 def test_versions(ctx, saved):
     tampered(saved, lambda *_: None, dataclasses.replace(KIND, version=2))
     with pytest.raises(
-        vlc.CheckpointError, match=r"format version 2, this library reads version 5.*precision of each store.*again"
+        vlc.CheckpointError, match=r"format version 2, this library reads version 6.*precision of each store.*again"
     ):
         vlc.load_context(saved, ctx.model, ctx.params)
 

@@ -25,7 +25,7 @@ class TextModel(FamilyModule):
     blocks: bool = False
 
     def setup(self):
-        self.decoder = Decoder(self.config, jnp.dtype(self.dtype))
+        self.decoder = Decoder(self.config, jnp.dtype(self.dtype), layout=self.layout)
 
     @property
     def spec(self):
@@ -70,13 +70,14 @@ def text_batch(lengths, length, seed=0, images=((2, 10),)):
     return Batch(np.where(inside, tokens, 0), np.asarray(lengths, np.int32), index, pixels)
 
 
-def by_definition(model, params, batch, new, kept, shift=0):
+def by_definition(model, params, batch, new, kept, shift=0, there=None):
     """Logits [tokens, rows, vocab] of answers: all keys, those hidden that a layer has not kept, or not in view.
 
     Args:
       new: the tokens of the answers, i32 [tokens, rows].
       kept: of every layer without a window the positions that it keeps of the prompt, i32 [rows, kv_heads, n].
       shift: added to the positions of the answers.
+      there: of every layer and row the prompt's tokens that were not dropped before it; None: all.
     """
     spec, steps = model.spec, len(new)
     whole, rows, lengths = batch.length + steps, np.arange(batch.size)[:, None], np.asarray(batch.lengths)[:, None]
@@ -99,6 +100,8 @@ def by_definition(model, params, batch, new, kept, shift=0):
             for row, head in np.ndindex(seen.shape[:2]):
                 n = int(lengths[row, 0])
                 seen[row, head, n:] &= np.isin(column, kept[layer][row][head]) | (column >= n)
+        for row, held in enumerate([] if there is None else there[layer]):
+            seen[row] &= np.isin(column, held) | (column >= int(lengths[row, 0]))
         layers.append(seen)
 
     def attend(query, key, value, carry, seen):

@@ -62,6 +62,7 @@ from vlcache_jax.policies import (
 from vlcache_jax.policies.budget import Bytes, Mass, Tokens
 from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
+from vlcache_jax.pruning.pyramid_drop import PyramidDrop
 
 if TYPE_CHECKING:
     from vlcache_jax.planning import plan
@@ -101,6 +102,7 @@ __all__ = [
     "PolicyWarning",
     "PostVision",
     "PrefixKV",
+    "PyramidDrop",
     "PyramidKV",
     "Quantise",
     "RandomEviction",

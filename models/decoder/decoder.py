@@ -53,6 +53,7 @@ class SelfAttention(nn.Module):
     config: DecoderConfig
     dtype: Any
     layout: Layout
+    in_range: bool = False
 
     @nn.compact
     def __call__(self, x, rotation, attend: Attend, carry, xs):
@@ -61,9 +62,10 @@ class SelfAttention(nn.Module):
         cos, sin = rotation
 
         def split(x: jax.Array) -> jax.Array:
-            if length == 1:
+            if length == 1 or self.in_range:
                 # Otherwise the TPU's compiler moves the split into heads into the product, and wants the weights
-                # transposed for it: at every layer of a step, or of all layers at once, before the loop over steps.
+                # transposed for it: at every layer of a step, or of all layers at once, before the loop over steps, or
+                # before the loops over ranges of layers.
                 x = jax.lax.optimization_barrier(x)
             return x.reshape(batch, length, -1, c.head_dim)
 
@@ -101,11 +103,12 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     dtype: Any
     layout: Layout
+    in_range: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.input_norm = _norm(c, self.dtype)
-        self.attention = SelfAttention(c, self.dtype, self.layout)
+        self.attention = SelfAttention(c, self.dtype, self.layout, self.in_range)
         self.post_attention_norm = _norm(c, self.dtype)
         self.mlp = GatedMLP(c, self.dtype, self.layout)
         if c.branch_norms:
@@ -217,7 +220,7 @@ class Decoder(nn.Module):
     def _run_some(self, body: Any, first: int, end: int, state: Any, items: Any) -> tuple[Any, Any]:
         """A scan over some of the stacked layers. Each takes its weights where they lie: a slice would be a copy."""
         stacked = self.layers.variables["params"]
-        layer = DecoderLayer(self.config, self.dtype, layout_of(self.layout), parent=None)
+        layer = DecoderLayer(self.config, self.dtype, layout_of(self.layout), in_range=True, parent=None)
 
         def step(state: Any, item: Any) -> tuple[Any, Any]:
             number, item = item

@@ -83,13 +83,24 @@ def largest(values: jax.Array, count: jax.Array, ties: jax.Array | None = None) 
     def count_of(marks: jax.Array) -> jax.Array:
         return jnp.sum(marks, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    numbers = as_unsigned(values)
+    numbers = _computed_once(as_unsigned(values))
     threshold = highest(lambda t: count_of(numbers >= t) >= count, (*values.shape[:-1], 1))
     above, equal = numbers > threshold, numbers == threshold
     room = count - count_of(above)
     if ties is not None:
         return above | largest(jnp.where(equal, _finite(ties), -jnp.inf), room)
     return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
+
+
+def _computed_once(numbers: jax.Array) -> jax.Array:
+    """Numbers above 0 as they are, u32: all who read them read the same bits.
+
+    Where the scores' formula ends in two fusions, a CPU's compiler may round it differently in each, and what the
+    search has found would be equal to nothing. It drops barriers before it fuses; a loop that it cannot know to be
+    never entered is one.
+    """
+    first = numbers.ravel()[0]
+    return jax.lax.fori_loop(0, (first == 0).astype(jnp.int32), lambda _, x: x + 1, numbers)
 
 
 def as_unsigned(values: jax.Array) -> jax.Array:

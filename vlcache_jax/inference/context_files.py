@@ -22,8 +22,8 @@ from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.parallel.mesh import check_known, on_mesh_of
 from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
 
-_SINCE = "the precision of each store"
-KIND = Kind("vlcache_jax.inference.context", "context", 5, "compress the prompt and save it again", _SINCE)
+_SINCE = "the precision of each store and the tokens of each stage"
+KIND = Kind("vlcache_jax.inference.context", "context", 6, "compress the prompt and save it again", _SINCE)
 _SAMPLES = 64  # numbers of each parameter that the fingerprint reads
 
 

@@ -29,6 +29,7 @@ REPORT = (
     "density",
     "exact",
     "kept_fraction",
+    "stage_tokens",
 )
 """Arrays of a report; the rest of it is in the description."""
 COUNTS = ("state_bytes", "full_bytes")
@@ -193,13 +194,15 @@ class ContextReader:
         exact = self.take("report.exact", "bool", (size,))
         fraction = self.take("report.kept_fraction", "float32", (size,))
         self.within("report.kept_fraction", fraction, 0, 1.001)
+        tokens = self.take("report.stage_tokens", "int32", (size, None))
+        self.within("report.stage_tokens", tokens, 1, self.spec.max_positions)
         policy = self.described.get("policy")
         if not isinstance(policy, str) or len(policy) > _LONGEST_NAME:
             self.fail(f"its policy is {shorten(policy)}")
         budget = self.budget(self.described.get("budget"))
         counts: dict[str, Any] = {name: self.count(name) for name in COUNTS}
         arrays: dict[str, Any] = dict(
-            zip(REPORT, map(jnp.array, (kept, lengths, density, exact, fraction)), strict=True)
+            zip(REPORT, map(jnp.array, (kept, lengths, density, exact, fraction, tokens)), strict=True)
         )
         return Report(**arrays, policy=policy, budget=budget, **counts, tail_bytes=0, finite=jnp.ones((rows,), bool))
 

@@ -21,7 +21,7 @@ from vlcache_jax.typing import ModelSpec
 
 def keep_all(
     run: Any, rotate: Any, spec: ModelSpec, prompt: Stage, plan: Plan, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[PackedStore], Allocation, None]:
+) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, None]:
     """All tokens that layers ever look back at: each layer writes its segment of the pool in place.
 
     A layer with a window writes its latest tokens first, and behind them whatever fills up `room` slots: the next layer
@@ -90,4 +90,5 @@ def keep_all(
         parts = [(stage.places, stage.lengths, stage.size) for stage, _ in stages]
         context = PackedStore.by_layer(keys, values, parts, rooms, **of_codes)
     kept = jnp.broadcast_to(context.lengths[..., 0], (batch, layers))
-    return logits, [context], Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32)), None
+    allocation = Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
+    return logits, [stage for stage, _ in stages], [context], allocation, None

@@ -27,7 +27,7 @@ from vlcache_jax.typing import ModelSpec
 
 def keep_some(
     run: Any, rotate: Any, spec: ModelSpec, prompt: Stage, plan: Plan, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[PackedStore], Allocation, Any]:
+) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, Any]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once.
 
     Layers with a window take no part in the budget: nothing scores them, and what they keep is their window.
@@ -198,7 +198,8 @@ def keep_some(
     if selected.places is not None:  # what a layer does not have it cannot miss
         requested = jnp.minimum(requested, jnp.expand_dims(there.T, range(2, requested.ndim)))
     allocation = Allocation(requested=requested, density=density.T)
-    return logits, [context, *policy.evicted.stores(selected, budget.layers)], allocation, observed
+    stores = [context, *policy.evicted.stores(selected, budget.layers)]
+    return logits, [stage for stage, _ in stages], stores, allocation, observed
 
 
 def _padded(x: jax.Array, length: int, value: Any) -> jax.Array:

@@ -25,6 +25,7 @@ from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.pruning.plan import Plan, plan
 from vlcache_jax.pruning.stage import Stage
 from vlcache_jax.typing import Params, VisionLanguageModel
@@ -36,11 +37,12 @@ def prefill(
     batch: Batch,
     policy: Policy | None = None,
     *,
+    pruning: Pruning | None = None,
     kernels: Kernels | None = None,
 ) -> Context:
     """`compress` that waits for nothing and raises nothing about numbers: `report.finite` tells.
 
-    Pure, and compiled once per (shapes, policy).
+    Pure, and compiled once per (shapes, policy); with `pruning`, once for each of a few lengths of its stages.
 
     Differentiable: the logits are those of the model's `forward`, and so are their derivatives. Kept keys and values
     have theirs where they are stored as they were computed; which tokens are kept, quantised and merged stores, and all
@@ -51,6 +53,8 @@ def prefill(
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
       policy: what to keep; `FullCache()` by default.
+      pruning: which visual tokens go on from layer to layer, `vlc.PyramidDrop()` say; all by default. The policy then
+        chooses from the tokens that each layer has; its budget still counts the prompt as it was given.
       kernels: which implementations to use; the platform's best by default.
 
     Returns:
@@ -60,13 +64,14 @@ def prefill(
 
     Raises:
       InputError: a malformed batch, or more positions than the model has (lengths are checked only outside `jit`, where
-        they are known).
-      PolicyError: a budget in bytes that holds less than one token a layer, or lanes that do not divide the KV heads.
+        they are known); or a row that keeps more visual tokens than `pruning.rooms` hold.
+      PolicyError: a budget in bytes that holds less than one token a layer, lanes that do not divide the KV heads, or
+        pruning that does not fit the model: cuts behind layers that it does not have, or layers with windows.
 
     Example:
       logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy).start(max_new_tokens=64)
     """
-    return run_prompts(model, params, batch, policy, 1, kernels)
+    return run_prompts(model, params, batch, policy, 1, pruning, kernels)
 
 
 def compress(
@@ -75,6 +80,7 @@ def compress(
     batch: Batch,
     policy: Policy | None = None,
     *,
+    pruning: Pruning | None = None,
     kernels: Kernels | None = None,
 ) -> Context:
     """Runs prompts and keeps of their cache what the policy says, without room for answers. Pure, like `prefill`.
@@ -86,6 +92,7 @@ def compress(
       params: its parameters.
       batch: prompts, from `vlm.processor`.
       policy: what to keep; `FullCache()` by default.
+      pruning: see `prefill`.
       kernels: which implementation of each op to use; the platform's best by default.
 
     Returns:
@@ -98,7 +105,7 @@ def compress(
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
     """
-    ctx = run_prompts(model, params, batch, policy, 1, kernels)
+    ctx = run_prompts(model, params, batch, policy, 1, pruning, kernels)
     finite, density = ctx.report.finite, ctx.report.density
     require_finite(finite, ctx, dtype=model.spec.dtype, before=finite, density=density, policy=policy or FullCache())
     return ctx
@@ -110,6 +117,7 @@ def run_prompts(
     batch: Batch,
     policy: Policy | None,
     max_new_tokens: int,
+    pruning: Pruning | None,
     kernels: Kernels | None,
 ) -> Context:
     """`prefill`, if `max_new_tokens` have their place, too."""
@@ -117,12 +125,12 @@ def run_prompts(
     check_prefill(model.spec, batch, policy, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()
-    stages = plan(None, model.spec, batch)
+    stages = plan(pruning, model.spec, batch)
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
         ran = _prefill(model, params, batch, policy, stages, kernels or Kernels())
-    logits, stores, next_position, lengths, allocation, finite, observed = ran
-    report = make_report(model.spec, policy, stores, allocation, lengths, batch.length, finite)
+    logits, stores, next_position, lengths, allocation, finite, observed, tokens = ran
+    report = make_report(model.spec, policy, stores, allocation, lengths, batch.length, finite, tokens)
     return Context(
         model=model,
         params=params,
@@ -141,8 +149,8 @@ def run_prompts(
 @automatic
 def _prefill(
     model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, plan: Plan, kernels: Kernels
-) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any]:
-    """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers)."""
+) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any, jax.Array]:
+    """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers, tokens)."""
     embedded, spec = embed_prompt(model, params, batch), model.spec
     lengths, next_position = (varying(jnp.asarray(x), params, batch) for x in (batch.lengths, embedded.next_position))
     vision_index = jnp.asarray(batch.vision_index)
@@ -150,6 +158,7 @@ def _prefill(
     run = partial(run_stages, model, params, prompt, plan)
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some
     rotate = partial(model.apply, {}, method="rotate")
-    logits, stores, allocation, observed = keep(run, rotate, spec, prompt, plan, policy, kernels)
+    logits, stages, stores, allocation, observed = keep(run, rotate, spec, prompt, plan, policy, kernels)
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
-    return logits, tuple(stores), next_position, lengths, allocation, finite, observed
+    tokens = jnp.stack([stage.lengths for stage in stages], axis=1)
+    return logits, tuple(stores), next_position, lengths, allocation, finite, observed, tokens

@@ -44,6 +44,8 @@ class Report:
         (static); as far as the program knows its mesh: inside `jit`, enter it with `jax.set_mesh`.
       finite: bool, of the shape of the answers' lengths; [batch] without answers. False where a score or a logit was
         NaN or infinite: such an answer means nothing. Outside `jit` that is a `NonFiniteError`.
+      stage_tokens: i32 [batch, stages]. The tokens that the layers of each stage had; one stage, with the whole prompt,
+        unless visual tokens are dropped between layers (`pruning`).
     """
 
     kept: jax.Array
@@ -58,6 +60,7 @@ class Report:
     tail_bytes: int = dataclasses.field(metadata={"static": True})
     replicated: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     finite: jax.Array | None = None
+    stage_tokens: jax.Array | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -78,6 +81,7 @@ def make_report(
     prompt_lengths: Array,
     padded: int,
     finite: jax.Array,
+    stage_tokens: jax.Array,
 ) -> Report:
     """The report of what was kept of prompts padded to `padded` tokens, without answers."""
     with on_mesh_of(stores):
@@ -97,6 +101,7 @@ def make_report(
         tail_bytes=0,
         replicated=whole,
         finite=finite,
+        stage_tokens=stage_tokens,
     )
     return on_every_process(report)
 
