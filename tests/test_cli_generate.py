@@ -100,6 +100,25 @@ def test_prompts(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture, t
     assert behind["token_ids"] != by_template["token_ids"]
 
 
+def test_pruning(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the library drops; what cannot work is refused before the weights are read."""
+    method = ["--pruning", "pyramid_drop,layers=1,keep=0.25"]
+    result, _ = generate(capsys, checkpoint, [image], "w1 w2 w3", "--json", *OPTIONS, *method)
+    total, visual = result["prompt_tokens"], result["visual_tokens"]
+    assert result["stage_tokens"] == [total, total - visual + visual // 4]
+    _, remark = generate(capsys, checkpoint, [image], "w1 w2 w3", *OPTIONS, *method)
+    assert f"({total} > {total - visual + visual // 4} from layer to layer)" in remark
+    for text, message in (
+        ("pyramid_dorp", "did you mean"),
+        ("pyramid_drop,layers=1,keep=half", "give numbers"),
+        ("pyramid_drop,layer=1", "does not exist"),
+        ("pyramid_drop,layers=99,keep=0.5", "drops tokens behind layers"),
+    ):
+        start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--pruning", text]
+        assert main(start) != 0
+        assert message in capsys.readouterr().err
+
+
 def test_sampling_and_seed(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     options = [*OPTIONS, "--temperature", "2.0", "--json", "--seed"]
     answers = [generate(capsys, checkpoint, [image], "w1 w2 w3", *options, seed)[0]["token_ids"] for seed in "112"]

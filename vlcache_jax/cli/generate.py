@@ -21,6 +21,8 @@ from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import budget_text, budget_value
+from vlcache_jax.pruning.grammar import pruning_by_name
+from vlcache_jax.pruning.plan import plan
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import megabytes, percent
 
@@ -29,6 +31,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
     policy = policy_by_name(arguments.policy)
+    pruning = None if arguments.pruning is None else pruning_by_name(arguments.pruning)
     drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     drawn = {name: value for name, value in drawn.items() if value is not None}
     sampling = Sampling(**drawn) if drawn else None
@@ -41,6 +44,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     )
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
+    plan(pruning, opened.model.spec, batch)
     keep_programs(not arguments.no_compilation_cache, progress)
 
     progress.step("loading the weights")
@@ -49,7 +53,15 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     load_seconds = time.monotonic() - start
     printer = _Printer(vlm.processor) if arguments.stream else None
     answers = answer(
-        vlm, batch, policy, arguments.max_new_tokens, progress, sampling=sampling, seed=arguments.seed, on_token=printer
+        vlm,
+        batch,
+        policy,
+        arguments.max_new_tokens,
+        progress,
+        pruning=pruning,
+        sampling=sampling,
+        seed=arguments.seed,
+        on_token=printer,
     )
     progress.close()
     text = vlm.processor.decode(answers)[0]
@@ -95,10 +107,12 @@ class _Printer:
 
 def _summary(batch: Batch, answers: Answers) -> str:
     report, tokens = answers.report, int(answers.lengths[0])
+    stages = np.asarray(report.stage_tokens)[0].tolist()
+    dropped = f" ({' > '.join(map(str, stages))} from layer to layer)" if len(stages) > 1 else ""
     times = ", ".join(f"{name} {value:.2f} s" for name, value in answers.seconds.items())
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
-        f"{int(batch.lengths[0])} prompt tokens; cache held {megabytes(report.held_bytes)}: prompt "
+        f"{int(batch.lengths[0])} prompt tokens{dropped}; cache held {megabytes(report.held_bytes)}: prompt "
         f"{megabytes(report.state_bytes)} instead of {megabytes(report.full_bytes)}, room for the answer "
         f"{megabytes(report.tail_bytes)}; {tokens} tokens; {times}]"
     )
@@ -119,6 +133,7 @@ def _describe(
         "kept": np.asarray(report.kept)[0].tolist(),
         "kept_fraction": float(report.kept_fraction[0]),
         "exact": bool(report.exact[0]),
+        "stage_tokens": np.asarray(report.stage_tokens)[0].tolist(),
         "full_bytes": report.full_bytes,
         **answers.costs(),
         "model": arguments.model,

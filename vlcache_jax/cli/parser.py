@@ -114,6 +114,12 @@ def _generate(commands: Any) -> None:
     )
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
     _policy(parser)
+    parser.value(
+        "--pruning",
+        str,
+        "METHOD",
+        "drop visual tokens between layers: pyramid_drop, or with options pyramid_drop,layers=8/16,keep=0.5/0.25",
+    )
     parser.value("--max-new-tokens", words.whole(1), "N", "cut the answer there", MAX_NEW_TOKENS)
     parser.value("--temperature", words.number, "T", "sample at this temperature (default: greedy decoding)")
     parser.value("--top-k", words.whole(1), "K", "sample among the K most probable tokens")

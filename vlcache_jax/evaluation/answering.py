@@ -19,6 +19,7 @@ from vlcache_jax.models.images.opening import ImageLike
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import Policy
 from vlcache_jax.policies.budget import policy_text
+from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -63,6 +64,7 @@ def answer(
     max_new_tokens: int,
     progress: Progress,
     *,
+    pruning: Pruning | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
@@ -75,6 +77,7 @@ def answer(
       policy: what to keep.
       max_new_tokens: answers are cut there.
       progress: gets two steps.
+      pruning: as in `prefill`.
       sampling: None for greedy decoding.
       seed: of the sampling.
       on_token: called with each token as it comes; for a batch of one row.
@@ -84,7 +87,7 @@ def answer(
     prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
     progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
-        ctx = prefill(model, params, batch, policy)
+        ctx = prefill(model, params, batch, policy, pruning=pruning)
         logits, state = jax.block_until_ready(ctx.start(max_new_tokens))
     report = ctx.report.of_answers(state)
     kept = [kept_by_layer(ctx, row) for row in range(batch.size)]
