@@ -36,6 +36,7 @@ class Processor:
       tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
       layout: how images become pixels and visual tokens; of the model's family.
       image_token: the text that stands for one image in a prompt, such as "<image>".
+      visual_token: the text of a visual token, of which an image becomes many; mostly the same.
       chat_templates: their sources by name; that of `chat` is "default".
     """
 
@@ -45,19 +46,21 @@ class Processor:
         tokenizer: Tokenizer,
         layout: ImageLayout,
         image_token: str = "<image>",
+        visual_token: str | None = None,
         chat_templates: Mapping[str, str] | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.image_token = image_token
+        self.visual_token = image_token if visual_token is None else visual_token
         self.chat_templates = dict(chat_templates or {})
         self._templates: dict[str, ChatTemplate] = {}
         self._buckets = None if buckets is None else check_buckets(buckets)
-        found = tokenizer.token_to_id(image_token)
+        found = tokenizer.token_to_id(self.visual_token)
         if found != self.config.image_token_id:
             raise CheckpointError(
-                f"the image token {image_token!r} has the id {found} in tokenizer.json, but config.json "
+                f"the image token {self.visual_token!r} has the id {found} in tokenizer.json, but config.json "
                 f"says {self.config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
                 "image token"
             )
@@ -98,6 +101,11 @@ class Processor:
         """The id that fills padded rows: it always has a row, which the tokenizer's padding token need not."""
         own = self.tokenizer.pad_token_id
         return own if own < self.embedding_rows else 0
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens of the checkpoint; "image_token" is the text of a visual token."""
+        return self.tokenizer.special_tokens | {"image_token": self.visual_token}
 
     @property
     def has_chat_template(self) -> bool:
@@ -226,8 +234,9 @@ class Processor:
         texts, lead = continuation_texts(text)
         tokens = []
         for number, item in enumerate(texts):
-            if self.image_token in item:
-                raise InputError(f"text {number} holds {self.image_token!r}: images belong into the prompt")
+            held = next((token for token in (self.image_token, self.visual_token) if token in item), None)
+            if held is not None:
+                raise InputError(f"text {number} holds {held!r}: images belong into the prompt")
             tokens.append(self.tokenizer.encode(item, add_special_tokens=False))
             if not tokens[-1]:
                 raise InputError(f"text {number} is empty: {item!r} has no tokens")
@@ -287,7 +296,7 @@ class Processor:
         for row, row_images in enumerate(images):
             names = [f"row {row}, image {number}" for number in range(len(row_images))]
             loaded: list[Image.Image] = [load_image(source, name) for source, name in zip(row_images, names)]
-            encoded.append(self.layout.encode(loaded, names, self.image_token))
+            encoded.append(self.layout.encode(loaded, names, self.special_tokens))
             tokens.append(self._encode_text(texts[row], encoded[-1], add_special_tokens[row], row))
         length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
         check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
@@ -304,7 +313,7 @@ class Processor:
         if found != visual or len(tokens) == 0:
             raise InputError(
                 f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
-                f"have {visual} features: the tokenizer does not keep {self.image_token!r} whole in "
+                f"have {visual} features: the tokenizer does not keep {self.visual_token!r} whole in "
                 f"{prompt[:80]!r}"
             )
         check_rows(tokens.tolist(), self.embedding_rows, self.tokenizer, f"row {row}")

@@ -67,9 +67,9 @@ class Patches(FamilyModule):
 class Layout:
     config: PatchesConfig
 
-    def encode(self, images, names, image_token):
+    def encode(self, images, names, tokens):
         index = np.arange(GRID**2, dtype=np.int32)
-        text = f"={image_token * len(index)}+"
+        text = f"={tokens['image_token'] * len(index)}+"
         return [EncodedImage(self._patches(image), index, len(index), text) for image in images]
 
     def _patches(self, image):

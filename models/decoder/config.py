@@ -32,14 +32,12 @@ class RopeConfig:
     def extended(self, max_positions: int) -> int:
         """Positions that a model of `max_positions` (its `max_position_embeddings`) can use with this scaling.
 
-        `linear` and `dynamic` configs keep the length that the model was trained with, so the factor comes on top;
-        `yarn` and `llama3` configs give that length apart, and `max_position_embeddings` may be the extended one.
+        `original_max_positions` is the length that the model was trained with, `max_positions` may be the extended one.
+        `linear` and `dynamic` configs do not give it apart: there `max_positions` is it, and the factor comes on top.
         """
-        if self.kind in ("linear", "dynamic"):
-            return max(max_positions, int(max_positions * self.factor))
-        if self.kind in ("yarn", "llama3"):
-            return max(max_positions, int((self.original_max_positions or max_positions) * self.factor))
-        return max_positions
+        if self.kind == "default":
+            return max_positions
+        return max(max_positions, int((self.original_max_positions or max_positions) * self.factor))
 
 
 @static_field

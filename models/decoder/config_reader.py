@@ -55,9 +55,8 @@ def text_section(top: Section) -> Section:
     return top.section("text_config", TEXT_DEFAULTS[family] | {"model_type": family})
 
 
-def read_decoder(text: Section, tie_embeddings: bool) -> DecoderConfig:
-    """The decoder that `text_section` found. Raises CheckpointError for what is malformed or not supported."""
-    family = text.get("model_type")
+def read_sizes(text: Section) -> dict[str, Any]:
+    """The fields of a `DecoderConfig` that every text config has alike. Raises CheckpointError."""
     hidden, heads = text.integer("hidden_size", CHANNELS), text.integer("num_attention_heads", HEADS)
     kv_heads = heads if text.get("num_key_value_heads") is None else text.integer("num_key_value_heads", HEADS)
     if heads % kv_heads:
@@ -72,32 +71,46 @@ def read_decoder(text: Section, tie_embeddings: bool) -> DecoderConfig:
         raise text.error("num_attention_heads", heads, f"heads whose size (hidden_size / heads) is {HEAD_SIZE}")
     if head_dim % 2:
         raise text.error("head_dim", head_dim, "an even number: rotary positions turn pairs of channels")
+    return {
+        "vocab_size": text.integer("vocab_size", VOCABULARY),
+        "hidden_size": hidden,
+        "intermediate_size": text.integer("intermediate_size", CHANNELS),
+        "num_layers": text.integer("num_hidden_layers", LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": text.number("rms_norm_eps", EPSILON, 1e-6),
+        "max_positions": text.integer("max_position_embeddings", POSITIONS),
+    }
 
-    layers = text.integer("num_hidden_layers", LAYERS)
-    max_positions = text.integer("max_position_embeddings", POSITIONS)
-    rope = read_rope(text, max_positions)
-    if rope.kind == "dynamic" and head_dim == 2:
-        raise text.error("head_dim", head_dim, "more than 2: dynamic rope scaling divides by head_dim - 2")
-    _refuse_sliding_window(family, text, layers, rope.extended(max_positions))
+
+def read_decoder(text: Section, tie_embeddings: bool) -> DecoderConfig:
+    """The decoder that `text_section` found. Raises CheckpointError for what is malformed or not supported."""
+    family, sizes = text.get("model_type"), read_sizes(text)
+    rope = read_rope(text, sizes["max_positions"])
+    if rope.kind == "dynamic" and sizes["head_dim"] == 2:
+        raise text.error("head_dim", 2, "more than 2: dynamic rope scaling divides by head_dim - 2")
+    _refuse_sliding_window(family, text, sizes["num_layers"], rope.extended(sizes["max_positions"]))
     attention_bias = family == "llama" and text.flag("attention_bias", False)
     return DecoderConfig(
         family=family,
-        vocab_size=text.integer("vocab_size", VOCABULARY),
-        hidden_size=hidden,
-        intermediate_size=text.integer("intermediate_size", CHANNELS),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=text.number("rms_norm_eps", EPSILON, 1e-6),
         rope=rope,
-        max_positions=max_positions,
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family == "llama" and text.flag("mlp_bias", False),
         tie_embeddings=tie_embeddings,
         activation=text.activation("hidden_act", "silu"),
+        **sizes,
     )
+
+
+def read_image_token(top: Section, vocab_size: int, default: int) -> int:
+    """The id of a visual token, under its older or its newer name. Raises CheckpointError if it has no embedding."""
+    key = "image_token_id" if "image_token_id" in top.values else "image_token_index"
+    found = top.get(key, default)
+    if type(found) is not int or not 0 <= found < vocab_size:
+        raise top.error(key, found, f"a token id below the vocab_size {vocab_size}")
+    return found
 
 
 def _refuse_sliding_window(family: str, text: Section, layers: int, max_positions: int) -> None:
@@ -130,13 +143,13 @@ def read_token_ids(root: CheckpointFolder, top: Section, text: Section, vocab_si
 
     `generation_config.json` says so if there is one and it does, else the top level, else the text config.
     """
-    generation = text
+    sections = [top, text]
     if root.has("generation_config.json"):
         path = file_inside(root, "generation_config.json")
-        generation = Section(path, "", read_json(path), {})
+        sections.insert(0, Section(path, "", read_json(path), {}))
 
     def token(key: str) -> tuple[int, ...]:
-        for section in (generation, top, text):
+        for section in sections:
             ids = section.token_ids(key)
             if ids and key == "eos_token_id" and min(ids) >= vocab_size:
                 raise section.error(

@@ -18,27 +18,34 @@ def text_values(decoder: DecoderConfig) -> dict[str, Any]:
             f"a {decoder.family} config.json cannot say qkv_bias={biases[0]}, output_bias={biases[1]}, "
             f"mlp_bias={biases[2]}"
         )
-    values = {
-        "head_dim": decoder.head_dim,
+    values = size_values(decoder) | {
         "hidden_act": decoder.activation,
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.intermediate_size,
-        "max_position_embeddings": decoder.max_positions,
         "model_type": decoder.family,
-        "num_attention_heads": decoder.num_heads,
-        "num_hidden_layers": decoder.num_layers,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "rms_norm_eps": decoder.rms_norm_eps,
-        "rope_parameters": _rope_values(decoder.rope),
-        "tie_word_embeddings": decoder.tie_embeddings,
-        "vocab_size": decoder.vocab_size,
+        "rope_parameters": rope_values(decoder.rope),
     }
     if decoder.family == "llama":
         return values | {"attention_bias": decoder.qkv_bias, "mlp_bias": decoder.mlp_bias}
     return values | {"sliding_window": None} | ({"use_sliding_window": False} if decoder.family == "qwen2" else {})
 
 
-def _rope_values(rope: RopeConfig) -> dict[str, Any]:
+def size_values(decoder: DecoderConfig) -> dict[str, Any]:
+    """What every text config says alike."""
+    return {
+        "head_dim": decoder.head_dim,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "max_position_embeddings": decoder.max_positions,
+        "num_attention_heads": decoder.num_heads,
+        "num_hidden_layers": decoder.num_layers,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "rms_norm_eps": decoder.rms_norm_eps,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "vocab_size": decoder.vocab_size,
+    }
+
+
+def rope_values(rope: RopeConfig) -> dict[str, Any]:
+    """Rotary positions, as `rope_parameters` has them."""
     values: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
     if rope.kind != "default":
         values["factor"] = rope.factor

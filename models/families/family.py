@@ -90,8 +90,13 @@ class ImageLayout(Protocol):
     def config(self) -> Any:
         """The `ModelConfig` of the model that it serves."""
 
-    def encode(self, images: Sequence[Image.Image], names: Sequence[str], image_token: str) -> list[EncodedImage]:
-        """All images of one prompt, in RGB. Raises InputError, naming an image that cannot be used."""
+    def encode(
+        self, images: Sequence[Image.Image], names: Sequence[str], tokens: Mapping[str, str]
+    ) -> list[EncodedImage]:
+        """All images of one prompt, in RGB. Raises InputError, naming an image that cannot be used.
+
+        `tokens` are the checkpoint's special tokens by name; "image_token" is the text of a visual token.
+        """
 
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
         """`Batch.pixels`, f32 [rows, tiles, ...], of the images of all prompts, each padded with zeros to `tiles`."""
@@ -108,7 +113,10 @@ class ImageLayout(Protocol):
         """
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
-        """`preprocessor_config.json` and `processor_config.json`, both with a `processor_class`, for transformers."""
+        """`preprocessor_config.json` and `processor_config.json`, both with a `processor_class`, for transformers.
+
+        `image_token` is the text of a visual token.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +134,7 @@ class Family:
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
         may say more than that of `config.json` alone. Raises CheckpointError.
       image_tiles: the most tiles that an image becomes.
+      placeholder: the name of the special token that stands for an image in a prompt.
       presets: configs of published models, by their names.
       refused: model types that are taken for one of this family, and what to do about them.
     """
@@ -137,5 +146,6 @@ class Family:
     weights: WeightRules
     read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
     image_tiles: Callable[[Any], int]
+    placeholder: str = "image_token"
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)

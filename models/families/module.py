@@ -17,12 +17,29 @@ from vlcache_jax.typing import Embedded, ModelSpec, Params
 _apply = automatic(nn.Module.apply)
 
 
-def in_order(hidden: jax.Array, batch: Batch) -> Embedded:
-    """Embeddings [batch, length, hidden] at the positions 0, 1, 2 ..."""
+def in_order(hidden: jax.Array, batch: Batch, blocks: jax.Array | None = None) -> Embedded:
+    """Embeddings [batch, length, hidden] at the positions 0, 1, 2 ...; `blocks` as in `Embedded`."""
     lengths = jnp.asarray(batch.lengths)
     positions = jnp.minimum(jax.lax.iota(jnp.int32, batch.length)[None], lengths[:, None] - 1)
     # Not `lengths` itself: a state keeps both, and one buffer cannot be donated twice.
-    return Embedded(hidden, positions, positions[:, -1] + 1)
+    return Embedded(hidden, positions, positions[:, -1] + 1, blocks=blocks)
+
+
+def abstract_tiles(rows: int, length: int, tiles: int, side: int) -> Batch:
+    """`FamilyModule.abstract_batch` of a model whose images are square tiles of `side` pixels."""
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    pixels = jax.ShapeDtypeStruct((rows, tiles, side, side, 3), jnp.float32)
+    return Batch(ids, jax.ShapeDtypeStruct((rows,), jnp.int32), ids, pixels)  # type: ignore[arg-type]
+
+
+def features_in_order(features: jax.Array, batch: Batch) -> jax.Array:
+    """Features of all tiles, [batch * tiles, n, hidden] -> those that tokens take, [batch, length, hidden].
+
+    What stands in the place of text is of no meaning.
+    """
+    features = features.reshape(batch.size, -1, features.shape[-1])
+    index = jnp.maximum(jnp.asarray(batch.vision_index), 0)
+    return jnp.take_along_axis(features, index[..., None], axis=1, mode="clip")
 
 
 class FamilyModule(nn.Module):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,24 @@ class ImageTransform:
             mean, std = (np.asarray(value, np.float32)[:, None] for value in (self.mean, self.std))
             levels = (levels - mean) / std
         return levels
+
+
+def stacked_tiles(transform: ImageTransform, rows: Sequence[Sequence[np.ndarray]], tiles: int, side: int) -> np.ndarray:
+    """Normalised square tiles by row, f32 [rows, tiles, side, side, 3], padded with zeros.
+
+    Args:
+      transform: says how they are normalised.
+      rows: for each row the tiles of its images, u8 [tiles of the image, side, side, 3].
+      tiles: of a row, at least as many as any has.
+      side: of a tile, in pixels.
+    """
+    pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
+    for row, images in enumerate(rows):
+        start = 0
+        for image in images:
+            pixels[row, start : start + len(image)] = transform.normalise(image)
+            start += len(image)
+    return pixels
 
 
 def resize(image: Image.Image, shape: tuple[int, int], resample: int, name: str = "the image") -> Image.Image:

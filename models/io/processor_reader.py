@@ -28,14 +28,22 @@ def read_parts(path: Folder) -> dict[str, Any]:
         )
     if not isinstance(images, dict):
         raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
-    layout = family_of(config).read_layout(config, images, source)
+    family = family_of(config)
+    layout = family.read_layout(config, images, source)
     tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
     image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
     if not isinstance(image_token, str):
         raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
+    placeholder = (tokenizer.special_tokens | {"image_token": image_token}).get(family.placeholder)
+    if placeholder is None:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'} names no {family.placeholder}, which stands for an image in a prompt: "
+            "download it again, or add it"
+        )
     return {
         "tokenizer": tokenizer,
         "layout": layout,
-        "image_token": image_token,
+        "image_token": placeholder,
+        "visual_token": image_token,
         "chat_templates": read_templates(folder),
     }

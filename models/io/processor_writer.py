@@ -17,7 +17,7 @@ def processor_files(processor: Processor) -> dict[str, str]:
     Raises:
       InputError: a chat template's name cannot be that of a file.
     """
-    of_layout = processor.layout.files(processor.image_token)
+    of_layout = processor.layout.files(processor.visual_token)
     kind = {"processor_class": of_layout["processor_config.json"]["processor_class"]}
     files = {
         "tokenizer.json": processor.tokenizer.backend.to_str(pretty=True),
@@ -36,7 +36,7 @@ def processor_files(processor: Processor) -> dict[str, str]:
 
 def _tokenizer_values(processor: Processor) -> dict[str, Any]:
     tokenizer = processor.tokenizer
-    named = tokenizer.special_tokens | {"image_token": processor.image_token}
+    named = processor.special_tokens
     return {
         **{name: token for name, token in named.items() if name in NAMED_TOKENS},
         "extra_special_tokens": {name: token for name, token in named.items() if name not in NAMED_TOKENS},

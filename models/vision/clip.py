@@ -4,93 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlcache_jax.errors import InputError
-from vlcache_jax.kernels.attention import FULL
-from vlcache_jax.models.activations import activation
 from vlcache_jax.models.vision.config import VisionConfig
-from vlcache_jax.parallel import ops
-from vlcache_jax.parallel.ops import Kernels
-
-
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name)
-
-
-def _layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str) -> jax.Array:
-    # The mean is subtracted before squaring: E[x²] - E[x]² cancels badly in the tower's outlier channels.
-    norm = nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        use_fast_variance=False,
-        name=name,
-    )
-    with jax.numpy_dtype_promotion("standard"):  # Flax takes float32 statistics times the scale as it was loaded
-        return norm(x)
-
-
-class _Attention(nn.Module):
-    config: VisionConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_NTD: jax.Array) -> jax.Array:
-        images, tokens, channels = x_NTD.shape
-        heads = self.config.num_heads
-
-        def split(name: str) -> jax.Array:
-            return _dense(channels, self.dtype, name)(x_NTD).reshape(images, tokens, heads, channels // heads)
-
-        query, key, value = split("query"), split("key"), split("value")
-        out, _ = ops.attention(Kernels(), query, key, value, mask=FULL, with_lse=False)
-        return _dense(channels, self.dtype, "output")(out.reshape(x_NTD.shape))
-
-
-class _MLP(nn.Module):
-    config: VisionConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x_NTD: jax.Array) -> jax.Array:
-        x_NTF = _dense(self.config.intermediate_size, self.dtype, "fc1")(x_NTD)
-        return _dense(x_NTD.shape[-1], self.dtype, "fc2")(activation(self.config.activation)(x_NTF))
-
-
-class _Layer(nn.Module):
-    """One layer, in the form `nn.scan` wants: the carry is the hidden state and those collected."""
-
-    config: VisionConfig
-    dtype: jnp.dtype
-    collect: tuple[int, ...]
-
-    @nn.compact
-    def __call__(
-        self, carry: tuple[jax.Array, tuple[jax.Array, ...]], index: jax.Array
-    ) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], None]:
-        x_NTD, collected = carry
-        collected = tuple(
-            jnp.where(index == wanted, x_NTD, old) for wanted, old in zip(self.collect, collected, strict=True)
-        )
-        normed = _layer_norm(x_NTD, self.config, self.dtype, "norm_1")
-        x_NTD = x_NTD + _Attention(self.config, self.dtype, name="attention")(normed)
-        normed = _layer_norm(x_NTD, self.config, self.dtype, "norm_2")
-        x_NTD = x_NTD + _MLP(self.config, self.dtype, name="mlp")(normed)
-        return (x_NTD, collected), None
-
-
-class _PatchEmbedding(nn.Module):
-    config: VisionConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, pixels_NHWC: jax.Array) -> jax.Array:
-        images, height, width, colours = pixels_NHWC.shape
-        patch, channels = self.config.patch_size, self.config.hidden_size
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (patch, patch, colours, channels), jnp.float32)
-        # Patches do not overlap, so the convolution is one matrix product over flattened patches.
-        x = jnp.asarray(pixels_NHWC, self.dtype).reshape(images, height // patch, patch, width // patch, patch, colours)
-        x = x.swapaxes(2, 3).reshape(images, -1, patch * patch * colours)
-        return x @ kernel.astype(self.dtype).reshape(-1, channels)
+from vlcache_jax.models.vision.encoder import PatchEmbedding, check_images, encoder, layer_norm
 
 
 class ClipVisionTower(nn.Module):
@@ -136,7 +51,7 @@ class ClipVisionTower(nn.Module):
         """
         config = self.config
         images, height, width, _ = pixels.shape
-        _check(config, height, width, feature_layers, position_ids)
+        check_images(config, height, width, feature_layers, position_ids)
         channels = config.hidden_size
         normal = nn.initializers.normal(0.02)
         class_D = self.param("class_embedding", normal, (channels,), jnp.float32)
@@ -146,50 +61,9 @@ class ClipVisionTower(nn.Module):
         if position_ids is not None:
             table = jnp.concatenate([table[:1], table[1 + jnp.asarray(position_ids)]])
 
-        patches = _PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
+        patches = PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
         class_ = jnp.broadcast_to(class_D.astype(self.dtype), (images, 1, channels))
         x = jnp.concatenate([class_, patches], axis=1) + table[None]
-        x = _layer_norm(x, config, self.dtype, "pre_norm")
+        x = layer_norm(x, config, self.dtype, "pre_norm")
 
-        # The last hidden state is the scan's carry; only earlier ones cost a buffer each.
-        collect = tuple(sorted({i for i in feature_layers if i < config.num_layers}))
-        states: dict[int, jax.Array] = {0: x}
-        if config.num_layers:
-            layers = nn.scan(
-                _Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=config.num_layers,
-            )(config, self.dtype, collect, name="layers")
-            (x, collected), _ = layers((x, (x,) * len(collect)), jax.lax.iota(jnp.int32, config.num_layers))
-            states = dict(zip(collect, collected, strict=True)) | {config.num_layers: x}
-        return jnp.concatenate([states[i] for i in feature_layers], axis=-1)
-
-
-def _check(
-    config: VisionConfig,
-    height: int,
-    width: int,
-    feature_layers: tuple[int, ...],
-    position_ids: jax.Array | None,
-) -> None:
-    if not feature_layers or not all(0 <= i <= config.num_layers for i in feature_layers):
-        raise InputError(
-            f"feature_layers {feature_layers} must be one or more of 0..{config.num_layers}, "
-            f"the hidden states of a vision tower of {config.num_layers} layers"
-        )
-    if position_ids is None:
-        if (height, width) != (config.image_size, config.image_size):
-            raise InputError(
-                f"images are {height}x{width}, the vision tower takes {config.image_size}x"
-                f"{config.image_size}; resize them, or pass position_ids to encode a sub-grid"
-            )
-        return
-    patch = config.patch_size
-    if height % patch or width % patch:
-        raise InputError(f"image sides {height}x{width} must be multiples of the patch size {patch}")
-    patches = (height // patch) * (width // patch)
-    if position_ids.shape != (patches,):
-        raise InputError(
-            f"position_ids has shape {tuple(position_ids.shape)}, a {height}x{width} image needs ({patches},)"
-        )
+        return encoder(config, self.dtype, x, feature_layers)

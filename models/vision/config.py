@@ -8,7 +8,7 @@ from vlcache_jax.files.exporting import static_field
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A CLIP vision tower. `num_layers` counts the layers that are run: later ones never reach the features."""
+    """A CLIP or SigLIP tower. `num_layers` counts the layers that are run: later ones never reach the features."""
 
     hidden_size: int
     intermediate_size: int

@@ -4,23 +4,20 @@ from typing import Any
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.limits import (
-    CHANNELS,
-    EPSILON,
     FEATURE_LAYERS,
-    HEADS,
     IMAGE_SIDE,
     LAYERS,
-    PATCHES_A_SIDE,
     PINPOINTS,
     TILES,
 )
-from vlcache_jax.models.decoder.config_reader import read_decoder, read_token_ids, text_section
+from vlcache_jax.models.decoder.config_reader import read_decoder, read_image_token, read_token_ids, text_section
 from vlcache_jax.models.families.llava import defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.vision.config import VisionConfig
+from vlcache_jax.models.vision.config_reader import read_vision
 
 
 def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
@@ -34,16 +31,11 @@ def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
     vision, feature_layers = _vision(top)
     decoder = read_decoder(text, _is_tied(root, model_type, top, text))
     tokens = read_token_ids(root, top, text, decoder.vocab_size)
-    image_key = "image_token_id" if "image_token_id" in top.values else "image_token_index"
-    image_token = top.get(image_key, 32000)
-    if type(image_token) is not int or not 0 <= image_token < decoder.vocab_size:
-        raise top.error(image_key, image_token, f"a token id below the vocab_size {decoder.vocab_size}")
-
     return LlavaConfig(
         model_type=model_type,
         vision=vision,
         decoder=decoder,
-        image_token_id=image_token,
+        image_token_id=read_image_token(top, decoder.vocab_size, 32000),
         feature_layers=feature_layers,
         feature_select=top.choice("vision_feature_select_strategy", "default", ("default", "full")),
         projector_activation=top.activation("projector_hidden_act", "gelu"),
@@ -57,9 +49,6 @@ def _vision(top: Section) -> tuple[VisionConfig, tuple[int, ...]]:
     absent = top.get("vision_config") is None
     section = top.section("vision_config", defaults.VISION_DEFAULTS | (defaults.VISION_ABSENT if absent else {}))
     section.choice("model_type", "clip_vision_model", ["clip_vision_model"])
-    if section.integer("num_channels", CHANNELS) != 3:
-        raise section.error("num_channels", section.get("num_channels"), "3 (RGB images)")
-
     layers = section.integer("num_hidden_layers", LAYERS)
     value = top.get("vision_feature_layer", -2)
     wanted = value if isinstance(value, list) else [value]
@@ -69,27 +58,7 @@ def _vision(top: Section) -> tuple[VisionConfig, tuple[int, ...]]:
         expected += "" if few or not wanted else f", but at most {FEATURE_LAYERS} of them"
         raise top.error("vision_feature_layer", value, expected)
     feature_layers = tuple(i if i >= 0 else layers + 1 + i for i in wanted)
-
-    image_size, patch_size = section.square("image_size"), section.square("patch_size")
-    if image_size < patch_size:
-        raise section.error("image_size", image_size, f"at least the patch_size {patch_size}")
-    if image_size % patch_size:
-        raise section.error("image_size", image_size, f"a multiple of the patch_size {patch_size}")
-    if image_size // patch_size > PATCHES_A_SIDE:
-        raise section.error("patch_size", patch_size, f"at most {PATCHES_A_SIDE} patches along {image_size} pixels")
-    vision = VisionConfig(
-        hidden_size=section.integer("hidden_size", CHANNELS),
-        intermediate_size=section.integer("intermediate_size", CHANNELS),
-        num_layers=max(feature_layers),
-        num_heads=section.integer("num_attention_heads", HEADS),
-        image_size=image_size,
-        patch_size=patch_size,
-        layer_norm_eps=section.number("layer_norm_eps", EPSILON),
-        activation=section.activation("hidden_act", "quick_gelu"),
-    )
-    if vision.hidden_size % vision.num_heads:
-        raise section.error("hidden_size", vision.hidden_size, f"a multiple of {vision.num_heads} heads")
-    return vision, feature_layers
+    return read_vision(section, max(feature_layers)), feature_layers
 
 
 def _is_tied(folder: CheckpointFolder, model_type: str, top: Section, text: Section) -> bool:

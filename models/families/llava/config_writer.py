@@ -5,6 +5,7 @@ from typing import Any
 from vlcache_jax.models.decoder.config_writer import text_values, token_values
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.defaults import ARCHITECTURES
+from vlcache_jax.models.vision.config_writer import vision_values
 
 
 def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
@@ -16,7 +17,6 @@ def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
       CheckpointError: the decoder has biases that its family cannot have.
     """
     single = len(config.feature_layers) == 1
-    vision = config.vision
     values = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "dtype": dtype,
@@ -27,18 +27,7 @@ def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "projector_hidden_act": config.projector_activation,
         "text_config": text_values(config.decoder) | token_values(config),
         "tie_word_embeddings": config.decoder.tie_embeddings,
-        "vision_config": {
-            "hidden_act": vision.activation,
-            "hidden_size": vision.hidden_size,
-            "image_size": vision.image_size,
-            "intermediate_size": vision.intermediate_size,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "model_type": "clip_vision_model",
-            "num_attention_heads": vision.num_heads,
-            "num_channels": 3,
-            "num_hidden_layers": vision.num_layers,
-            "patch_size": vision.patch_size,
-        },
+        "vision_config": vision_values(config.vision, "clip_vision_model"),
         "vision_feature_layer": -1 if single else list(config.feature_layers),
         "vision_feature_select_strategy": config.feature_select,
     }

@@ -1,7 +1,7 @@
 """How an image becomes tiles, and the tiles' features visual tokens."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.llava import anyres
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.regions import token_regions
-from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.transform import ImageTransform, resize, stacked_tiles
 
 _PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
 _IMAGE_PROCESSORS = {"llava": "CLIPImageProcessor", "llava_next": "LlavaNextImageProcessor"}
@@ -93,25 +93,21 @@ class VisionLayout:
         vision = self.config.vision
         return anyres.feature_index(height, width, resolution, vision.image_size, vision.grid_size)
 
-    def encode(self, images: Sequence[Image.Image], names: Sequence[str], image_token: str) -> list[EncodedImage]:
+    def encode(
+        self, images: Sequence[Image.Image], names: Sequence[str], tokens: Mapping[str, str]
+    ) -> list[EncodedImage]:
         """The images of one prompt; see `ImageLayout`."""
         encoded = []
         for image, name in zip(images, names, strict=True):
             tiles, index = self.tiles(image, name), self.feature_index(image.height, image.width)
             features = len(tiles) * self.config.features_per_tile
-            encoded.append(EncodedImage(tiles, index, features, image_token * len(index)))
+            encoded.append(EncodedImage(tiles, index, features, tokens["image_token"] * len(index)))
         return encoded
 
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
         """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
         side = self.config.vision.image_size
-        pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
-        for row, images in enumerate(rows):
-            start = 0
-            for image in images:
-                pixels[row, start : start + len(image.pixels)] = self.transform.normalise(image.pixels)
-                start += len(image.pixels)
-        return pixels
+        return stacked_tiles(self.transform, [[image.pixels for image in row] for row in rows], tiles, side)
 
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""

@@ -12,7 +12,7 @@ from vlcache_jax.files.exporting import static_field
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.llava.projector import Projector
-from vlcache_jax.models.families.module import FamilyModule, in_order
+from vlcache_jax.models.families.module import FamilyModule, abstract_tiles, features_in_order, in_order
 from vlcache_jax.models.vision.clip import ClipVisionTower
 from vlcache_jax.typing import Embedded
 
@@ -38,10 +38,7 @@ class Llava(FamilyModule):
 
     def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
         """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens and `tiles` tiles."""
-        size = self.config.vision.image_size
-        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        pixels = jax.ShapeDtypeStruct((rows, tiles, size, size, 3), jnp.float32)
-        return Batch(ids, jax.ShapeDtypeStruct((rows,), jnp.int32), ids, pixels)  # type: ignore[arg-type]
+        return abstract_tiles(rows, length, tiles, self.config.vision.image_size)
 
     def encode_images(self, pixels: jax.Array, position_ids: jax.Array | None = None) -> jax.Array:
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""
@@ -59,9 +56,7 @@ class Llava(FamilyModule):
         features = self.encode_images(
             jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]), position_ids
         )
-        features = features.reshape(rows, -1, features.shape[-1])
-        index = jnp.asarray(batch.vision_index)
-        visual = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
+        index, visual = jnp.asarray(batch.vision_index), features_in_order(features, batch)
         if self.config.grid_pinpoints:
             visual = jnp.where((index == NEWLINE)[..., None], self.image_newline.astype(self.dtype), visual)
         return in_order(jnp.where((index == TEXT)[..., None], embedded, visual), batch)

@@ -1,0 +1,88 @@
+"""How an image becomes pixels and visual tokens."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.models.families.family import EncodedImage
+from vlcache_jax.models.families.gemma3.config import Gemma3Config
+from vlcache_jax.models.images.transform import ImageTransform, stacked_tiles
+
+# What the image processor's class fills in, where it differs from CLIP's.
+_DEFAULTS = {"do_center_crop": False, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareLayout:
+    """One square tile for each image, whatever its shape, between two tokens and line breaks.
+
+    Raises CheckpointError if the image processor's tiles would not fit the vision tower.
+    """
+
+    config: Gemma3Config
+    transform: ImageTransform
+
+    def __post_init__(self) -> None:
+        side = self.config.vision.image_size
+        for shape in ((1000, 500), (500, 1000), (10, 10)):
+            made = self.transform.output_shape(*shape)
+            if made != (side, side):
+                raise CheckpointError(
+                    f"the image processor makes images of {made} pixels, but the vision tower takes {(side, side)}: "
+                    "correct size"
+                )
+
+    def encode(
+        self, images: Sequence[Image.Image], names: Sequence[str], tokens: Mapping[str, str]
+    ) -> list[EncodedImage]:
+        """The images of one prompt; see `ImageLayout`."""
+        count = self.config.tokens_per_image
+        for name in ("boi_token", "eoi_token"):
+            if name not in tokens:
+                raise CheckpointError(f"tokenizer_config.json names no {name}: download it again, or add it")
+        text = f"\n\n{tokens['boi_token']}{tokens['image_token'] * count}{tokens['eoi_token']}\n\n"
+        return [
+            EncodedImage(self.transform.apply(image, name)[None], np.arange(count, dtype=np.int32), count, text)
+            for image, name in zip(images, names, strict=True)
+        ]
+
+    def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
+        """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
+        side = self.config.vision.image_size
+        return stacked_tiles(self.transform, [[image.pixels for image in row] for row in rows], tiles, side)
+
+    def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Which part of its image each visual token stands for; see `ImageLayout`."""
+        grid = self.config.token_grid
+        y, x = (a.reshape(-1) for a in np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"))
+        boxes = np.stack([x, y, x + 1, y + 1], axis=1) / grid
+        return [(boxes * np.array([width, height] * 2)).astype(np.float32) for height, width in shapes]
+
+    def files(self, image_token: str) -> dict[str, dict[str, Any]]:
+        """What transformers reads a processor from; see `ImageLayout`."""
+        kind = {"processor_class": "Gemma3Processor"}
+        values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        return {
+            "preprocessor_config.json": values | {"image_processor_type": "Gemma3ImageProcessor"} | kind,
+            "processor_config.json": {"image_seq_length": self.config.tokens_per_image} | kind,
+        }
+
+
+def read_layout(config: Gemma3Config, settings: dict[str, Any], source: str) -> SquareLayout:
+    """The layout that the settings of an image processor, found in the file `source`, ask for.
+
+    Raises CheckpointError if they are malformed or do not fit the model.
+    """
+    scan = settings.get("do_pan_and_scan")
+    if scan not in (None, False):
+        raise CheckpointError(
+            f"{source}: do_pan_and_scan = {shorten(scan)} is not supported: set it to false, as the released "
+            "models have it; crops can be given as further images"
+        )
+    given = {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
+    return SquareLayout(config, ImageTransform.from_dict(_DEFAULTS | given, source))

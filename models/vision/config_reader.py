@@ -1,0 +1,48 @@
+"""Reading the vision config of a `config.json`."""
+
+from vlcache_jax.files.limits import CHANNELS, EPSILON, HEADS, PATCHES_A_SIDE
+from vlcache_jax.models.io.section import Section
+from vlcache_jax.models.vision.config import VisionConfig
+
+
+def read_vision(section: Section, num_layers: int) -> VisionConfig:
+    """The tower that a vision config describes, whose defaults are those of its class; `num_layers` of it are run.
+
+    Raises CheckpointError for what is malformed or not supported.
+    """
+    if section.integer("num_channels", CHANNELS) != 3:
+        raise section.error("num_channels", section.get("num_channels"), "3 (RGB images)")
+    image_size, patch_size = section.square("image_size"), section.square("patch_size")
+    if image_size < patch_size:
+        raise section.error("image_size", image_size, f"at least the patch_size {patch_size}")
+    if image_size % patch_size:
+        raise section.error("image_size", image_size, f"a multiple of the patch_size {patch_size}")
+    if image_size // patch_size > PATCHES_A_SIDE:
+        raise section.error("patch_size", patch_size, f"at most {PATCHES_A_SIDE} patches along {image_size} pixels")
+    vision = VisionConfig(
+        hidden_size=section.integer("hidden_size", CHANNELS),
+        intermediate_size=section.integer("intermediate_size", CHANNELS),
+        num_layers=num_layers,
+        num_heads=section.integer("num_attention_heads", HEADS),
+        image_size=image_size,
+        patch_size=patch_size,
+        layer_norm_eps=section.number("layer_norm_eps", EPSILON),
+        activation=section.activation("hidden_act", ""),
+    )
+    if vision.hidden_size % vision.num_heads:
+        raise section.error("hidden_size", vision.hidden_size, f"a multiple of {vision.num_heads} heads")
+    return vision
+
+
+SIGLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+"""What the configuration class of transformers fills in for a SigLIP tower's keys."""
