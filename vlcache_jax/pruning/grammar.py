@@ -1,6 +1,7 @@
 """Pruning methods as they are typed: `method[,option=number/number...]...`."""
 
 import dataclasses
+from typing import Any
 
 import vlcache_jax.pruning.pyramid_drop  # noqa: F401  (the methods make themselves known)
 from vlcache_jax.errors import PolicyError
@@ -25,7 +26,7 @@ def pruning_by_name(text: str) -> Pruning:
     if name not in METHODS:
         raise PolicyError(f"pruning {words.shown(name)} does not exist{words.nearest(name, list(METHODS))}")
     known = [field.name for field in dataclasses.fields(METHODS[name])]
-    options = {}
+    options: dict[str, Any] = {}
     for part in parts:
         key, _, value = part.partition("=")
         if key not in known or key in options:
