@@ -1,5 +1,6 @@
 """Gemma 3 with images against transformers, from a checkpoint and pictures to answers; what it refuses."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,9 @@ import vlcache_jax as vlc
 from vlcache_jax.explain.pictures import explain
 from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.families.gemma3.model import Gemma3, blocks_of
+from vlcache_jax.models.families.gemma3.pan_and_scan import PanAndScan
 from vlcache_jax.models.families.registry import preset, read_config, write_config
+from vlcache_jax.models.processor import Processor
 
 NEW = 32
 START = NAMED["boi_token"]
@@ -209,7 +212,11 @@ def test_parameters_are_the_published_ones(name, parameters):
         ("config.json", "text_config", {"model_type": "gemma2"}, "text_config.model_type is .gemma2."),
         ("config.json", "vision_config", {"model_type": "clip_vision_model"}, "supported siglip_vision_model"),
         ("config.json", "vision_config", {"image_size": 15}, "image_size is 15; expected a multiple of the patch_size"),
-        ("processor_config.json", "image_processor", {"do_pan_and_scan": True}, "do_pan_and_scan = True is not suppo"),
+        ("processor_config.json", "image_processor", {"do_pan_and_scan": 1}, "do_pan_and_scan is 1; expected true or"),
+        (
+            "processor_config.json", "image_processor", {"do_pan_and_scan": True, "pan_and_scan_max_num_crops": 1},
+            "pan_and_scan_max_num_crops is 1; expected a whole number from 2",
+        ),
         ("processor_config.json", "image_processor", {"size": {"height": 8, "width": 8}}, r"of \(8, 8\) pixels, but"),
         ("processor_config.json", "image_processor", {"size": {"shortest_edge": 16}}, "but the vision tower takes"),
         ("tokenizer_config.json", None, {"boi_token": None, "extra_special_tokens": {}}, "names no boi_token"),
@@ -243,3 +250,31 @@ def test_visual_tokens_have_places_in_their_images(vlm, batch):
     row = jax.tree.map(lambda x: x[:1], batch)
     ctx = vlc.compress(vlm.model, vlm.params, row, vlc.VLCache(budget=0.4))
     assert explain(pictures()[0], row, ctx, ctx.report, vlm.processor.layout).width > 0
+
+
+def test_pan_and_scan(checkpoint, vlm, tmp_path):
+    """Crops of elongated images behind the whole: ids, pixels, places, and what a saved folder says of them."""
+    _, _, processor = checkpoint
+    scan = PanAndScan(min_crop_size=16)
+    layout = dataclasses.replace(vlm.processor.layout, pan_and_scan=scan)
+    parts = {"tokenizer": vlm.processor.tokenizer, "image_token": START, "visual_token": NAMED["image_token"]}
+    ours = Processor(**parts, layout=layout)
+    options = {"do_pan_and_scan": True} | scan.as_dict()
+    sizes = ((40, 50), (33, 90), (20, 300), (16, 16), (97, 31), (40, 33), (33, 40), (40, 41), (12, 90))
+    counts = []
+    for height, width in sizes:
+        image = Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        batch = ours(images=[[image]], text=[f"w1 {START} w2"])
+        theirs = processor(images=[image], text=f"w1 {START} w2", return_tensors="pt", **options)
+        np.testing.assert_array_equal(batch.tokens[0, : batch.lengths[0]], theirs["input_ids"][0])
+        np.testing.assert_allclose(batch.pixels[0], theirs["pixel_values"].numpy().transpose(0, 2, 3, 1), atol=1e-6)
+        regions = layout.token_regions([(height, width)])[0].reshape(-1, TOKENS, 4)
+        assert len(regions) == len(batch.pixels[0])
+        assert batch.vision_index.max() == len(regions) * TOKENS - 1
+        crops = regions[1:] if len(regions) > 1 else regions
+        area = ((crops[..., 2] - crops[..., 0]) * (crops[..., 3] - crops[..., 1])).sum()
+        np.testing.assert_allclose(area, height * width, rtol=1e-5)
+        counts.append(len(regions) - 1)
+    assert set(counts) == {0, 2, 3, 4}
+    vlc.save(dataclasses.replace(vlm, processor=ours), tmp_path)
+    assert Processor.from_folder(tmp_path).layout == layout

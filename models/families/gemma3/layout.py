@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.files.json_text import shorten
 from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.gemma3.config import Gemma3Config
+from vlcache_jax.models.families.gemma3.pan_and_scan import PanAndScan, read_pan_and_scan
 from vlcache_jax.models.images.transform import ImageTransform, stacked_tiles
 
 # What the image processor's class fills in, where it differs from CLIP's.
@@ -19,13 +19,14 @@ _DEFAULTS = {"do_center_crop": False, "resample": 2, "image_mean": [0.5] * 3, "i
 
 @dataclasses.dataclass(frozen=True)
 class SquareLayout:
-    """One square tile for each image, whatever its shape, between two tokens and line breaks.
+    """One square tile for each image, whatever its shape, between two tokens and line breaks; and so for its crops.
 
     Raises CheckpointError if the image processor's tiles would not fit the vision tower.
     """
 
     config: Gemma3Config
     transform: ImageTransform
+    pan_and_scan: PanAndScan | None = None
 
     def __post_init__(self) -> None:
         side = self.config.vision.image_size
@@ -45,11 +46,23 @@ class SquareLayout:
         for name in ("boi_token", "eoi_token"):
             if name not in tokens:
                 raise CheckpointError(f"tokenizer_config.json names no {name}: download it again, or add it")
-        text = f"\n\n{tokens['boi_token']}{tokens['image_token'] * count}{tokens['eoi_token']}\n\n"
-        return [
-            EncodedImage(self.transform.apply(image, name)[None], np.arange(count, dtype=np.int32), count, text)
-            for image, name in zip(images, names, strict=True)
-        ]
+        whole = f"\n\n{tokens['boi_token']}{tokens['image_token'] * count}{tokens['eoi_token']}\n\n"
+        encoded = []
+        for image, name in zip(images, names, strict=True):
+            boxes = self._boxes(image.height, image.width)
+            pixels = np.stack([self.transform.apply(image.crop(box), name) for box in boxes])
+            text = whole
+            if len(boxes) > 1:
+                crops = " ".join([whole] * (len(boxes) - 1))
+                text = f"Here is the original image {whole} and here are some crops to help you see better {crops}"
+            features = len(boxes) * count
+            encoded.append(EncodedImage(pixels, np.arange(features, dtype=np.int32), features, text))
+        return encoded
+
+    def _boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """(left, top, right, bottom) of what the model sees of an image: the whole, and its crops."""
+        crops = [] if self.pan_and_scan is None else self.pan_and_scan.crops(height, width)
+        return [(0, 0, width, height), *crops]
 
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
         """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
@@ -60,13 +73,23 @@ class SquareLayout:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
         grid = self.config.token_grid
         y, x = (a.reshape(-1) for a in np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"))
-        boxes = np.stack([x, y, x + 1, y + 1], axis=1) / grid
-        return [(boxes * np.array([width, height] * 2)).astype(np.float32) for height, width in shapes]
+        unit = np.stack([x, y, x + 1, y + 1], axis=1) / grid
+
+        def place(box: tuple[int, int, int, int]) -> np.ndarray:
+            left, top, right, bottom = box
+            return unit * np.array([right - left, bottom - top] * 2) + np.array([left, top] * 2)
+
+        return [
+            np.concatenate([place(box) for box in self._boxes(height, width)]).astype(np.float32)
+            for height, width in shapes
+        ]
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
         kind = {"processor_class": "Gemma3Processor"}
         values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        if self.pan_and_scan is not None:
+            values |= {"do_pan_and_scan": True} | self.pan_and_scan.as_dict()
         return {
             "preprocessor_config.json": values | {"image_processor_type": "Gemma3ImageProcessor"} | kind,
             "processor_config.json": {"image_seq_length": self.config.tokens_per_image} | kind,
@@ -78,11 +101,7 @@ def read_layout(config: Gemma3Config, settings: dict[str, Any], source: str) -> 
 
     Raises CheckpointError if they are malformed or do not fit the model.
     """
-    scan = settings.get("do_pan_and_scan")
-    if scan not in (None, False):
-        raise CheckpointError(
-            f"{source}: do_pan_and_scan = {shorten(scan)} is not supported: set it to false, as the released "
-            "models have it; crops can be given as further images"
-        )
     given = {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
-    return SquareLayout(config, ImageTransform.from_dict(_DEFAULTS | given, source))
+    return SquareLayout(
+        config, ImageTransform.from_dict(_DEFAULTS | given, source), read_pan_and_scan(settings, source)
+    )
