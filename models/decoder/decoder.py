@@ -210,7 +210,14 @@ class Decoder(nn.Module):
                 outputs.append(ys)
             ys = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
         elif (first, end) == (0, c.num_layers):
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
+            # Without the check, which would trace the layer once more: nothing is broadcast out of the scan.
+            scan = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=c.num_layers,
+                check_constancy_invariants=False,
+            )
             state, ys = scan(self.layers, state, items)
         else:
             state, ys = self._run_some(body, first, end, state, items)

@@ -113,6 +113,7 @@ def encoder(config: VisionConfig, dtype: jnp.dtype, x: jax.Array, feature_layers
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_layers,
+            check_constancy_invariants=False,  # which would trace the layer once more
         )(config, dtype, collect, name="layers")
         (x, collected), _ = layers((x, (x,) * len(collect)), jax.lax.iota(jnp.int32, config.num_layers))
         states = dict(zip(collect, collected, strict=True)) | {config.num_layers: x}

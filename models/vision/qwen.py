@@ -237,6 +237,7 @@ class QwenVisionTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            check_constancy_invariants=False,  # which would trace the layer once more
         )(c, self.dtype, name="layers")
         numbers = jax.lax.iota(jnp.int32, c.num_layers)
         start = (x_BND, (x_BND,) * len(c.deepstack_layers))
