@@ -130,11 +130,13 @@ class Processor:
             image]`.
           pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
           pad_tiles_to: the tiles of a row; by default the most that a row of this batch has. LLaVA-NeXT cuts images
-            of different shapes into different numbers of tiles: fix it to compile once for all of them.
+            of different shapes into different numbers of tiles: fix it to compile once for all of them. Of models that
+            take images of any size, the patches of a row; by default the smallest bucket (of prompts) that holds them.
 
         Returns:
           Batch with tokens i32 [batch, length], lengths i32 [batch], vision_index i32 [batch, length] and
-          pixels f32 [batch, tiles, image_size, image_size, 3], all of them numpy arrays.
+          pixels f32 [batch, tiles, image_size, image_size, 3], or [batch, patches, channels of a patch] with cells i32
+          [batch, patches, 4] (see `Batch`), all of them numpy arrays.
 
         Raises:
           InputError: prompts and images that do not match, an empty prompt, an image that cannot be used, or
@@ -302,7 +304,10 @@ class Processor:
         check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
         most = max(sum(len(image.pixels) for image in row) for row in encoded)
         check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
-        return self._assemble(tokens, encoded, int(length), most if pad_tiles_to is None else int(pad_tiles_to))
+        if pad_tiles_to is None:
+            patches = any(image.cells is not None for row in encoded for image in row)
+            pad_tiles_to = bucket_length(most) if patches else most
+        return self._assemble(tokens, encoded, int(length), int(pad_tiles_to))
 
     def _encode_text(self, prompt: str, images: list[EncodedImage], add_special_tokens: bool, row: int) -> np.ndarray:
         """i32 token ids, with what stands for each image in the place of its image token."""
@@ -332,4 +337,19 @@ class Processor:
             vision_index[row, : len(ids)][ids == self.config.image_token_id] = np.concatenate(indices)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         pixels = self.layout.normalised(encoded, tiles)
-        return Batch(tokens=token_rows, lengths=lengths, vision_index=vision_index, pixels=pixels)
+        return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, tiles))
+
+
+def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None:
+    """`Batch.cells` of the images of all prompts."""
+    found = None
+    for row, images in enumerate(encoded):
+        start = frames = 0
+        for image in images:
+            if image.cells is None:
+                continue
+            found = np.full((len(encoded), patches, 4), -1, np.int32) if found is None else found
+            end = start + len(image.cells)
+            found[row, start:end] = image.cells + np.array([frames, 0, 0, 0], np.int32)
+            start, frames = end, int(found[row, end - 1, 0]) + 1
+    return found

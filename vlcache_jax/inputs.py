@@ -34,13 +34,17 @@ class Batch:
       vision_index: i32 [batch, length]. For a visual token the index of its feature among the row's features
         (`tile * features_per_tile + feature`), `NEWLINE` for a row-break embedding, `TEXT` elsewhere.
       pixels: f32 [batch, tiles, height, width, 3]. Normalised image tiles; rows with fewer tiles are padded
-        with zeros that no `vision_index` refers to. `tiles` is 0 for a batch without images.
+        with zeros that no `vision_index` refers to. `tiles` is 0 for a batch without images. Of a model that takes
+        images of any size [batch, patches, channels of a patch], all images of a row one after another.
+      cells: i32 [batch, patches, 4], where each of such patches lies: number of its frame (of a video; an image is one)
+        within the row, time, row and column in the frame's grid. The frame is -1 in padding. None of tiles.
     """
 
     tokens: Array
     lengths: Array
     vision_index: Array
     pixels: Array
+    cells: Array | None = None
 
     @property
     def size(self) -> int:

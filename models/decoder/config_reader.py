@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.limits import CHANNELS, EPSILON, HEAD_SIZE, HEADS, LAYERS, POSITIONS, VOCABULARY, Range
 from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.rope_reader import read_rope
+from vlcache_jax.models.decoder.rope_reader import read_rope, read_rope_of_axes
 from vlcache_jax.models.io.files import CheckpointFolder, file_inside, read_json
 from vlcache_jax.models.io.section import Section
+from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 # What the configuration classes of transformers fill in for keys a config.json lacks.
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -55,6 +57,20 @@ def text_section(top: Section) -> Section:
     return top.section("text_config", TEXT_DEFAULTS[family] | {"model_type": family})
 
 
+def read_tied(root: CheckpointFolder, outer: bool, inner: bool) -> bool:
+    """Whether the output head is the embedding table, as the top level of `config.json` and its text config say.
+
+    transformers 4 and 5 go by different ones, and both write both: where they disagree only the weights can tell.
+    """
+    if outer == inner:
+        return outer
+    try:
+        names = SafetensorsFolder(root).tensors
+    except CheckpointError:
+        return outer  # there may be no weights yet; reading them will tell what is wrong
+    return not any(name.endswith("lm_head.weight") for name in names)
+
+
 def read_sizes(text: Section) -> dict[str, Any]:
     """The fields of a `DecoderConfig` that every text config has alike. Raises CheckpointError."""
     hidden, heads = text.integer("hidden_size", CHANNELS), text.integer("num_attention_heads", HEADS)
@@ -84,13 +100,22 @@ def read_sizes(text: Section) -> dict[str, Any]:
     }
 
 
-def read_decoder(text: Section, tie_embeddings: bool) -> DecoderConfig:
-    """The decoder that `text_section` found. Raises CheckpointError for what is malformed or not supported."""
+def read_decoder(text: Section, tie_embeddings: bool, sections: tuple[int, int, int] | None = None) -> DecoderConfig:
+    """The decoder that `text_section` found.
+
+    Args:
+      text: its config.
+      tie_embeddings: whether the output head is the embedding table.
+      sections: of rotary positions on three axes, if the model has them: see `read_rope_of_axes`.
+
+    Raises CheckpointError for what is malformed or not supported.
+    """
     family, sizes = text.get("model_type"), read_sizes(text)
-    rope = read_rope(text, sizes["max_positions"])
-    if rope.kind == "dynamic" and sizes["head_dim"] == 2:
-        raise text.error("head_dim", 2, "more than 2: dynamic rope scaling divides by head_dim - 2")
-    _refuse_sliding_window(family, text, sizes["num_layers"], rope.extended(sizes["max_positions"]))
+    head_dim, max_positions = sizes["head_dim"], sizes["max_positions"]
+    rope = read_rope(text, max_positions) if sections is None else read_rope_of_axes(text, head_dim, sections)
+    if rope.kind == "dynamic" and head_dim == 2:
+        raise text.error("head_dim", head_dim, "more than 2: dynamic rope scaling divides by head_dim - 2")
+    _refuse_sliding_window(family, text, sizes["num_layers"], rope.extended(max_positions))
     attention_bias = family == "llama" and text.flag("attention_bias", False)
     return DecoderConfig(
         family=family,

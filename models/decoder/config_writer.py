@@ -47,6 +47,8 @@ def size_values(decoder: DecoderConfig) -> dict[str, Any]:
 def rope_values(rope: RopeConfig) -> dict[str, Any]:
     """Rotary positions, as `rope_parameters` has them."""
     values: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    if rope.sections is not None:
+        values["mrope_section"] = list(rope.sections)
     if rope.kind != "default":
         values["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn"):

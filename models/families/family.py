@@ -70,17 +70,19 @@ class EncodedImage:
     """An image of a prompt.
 
     Attributes:
-      pixels: u8 [tiles, ...], before they are normalised.
+      pixels: u8 [tiles or patches, ...], before they are normalised.
       index: i32 [visual tokens], `Batch.vision_index` of its tokens, features counted from the image's first.
       features: how many features the vision tower yields for it.
       text: what stands in the prompt in its place: the image token once for every visual token, and whatever the family
         writes around and between them.
+      cells: i32 [patches, 4], `Batch.cells` of its patches, frames counted from the image's first; None of tiles.
     """
 
     pixels: np.ndarray
     index: np.ndarray
     features: int
     text: str
+    cells: np.ndarray | None = None
 
 
 class ImageLayout(Protocol):
@@ -133,8 +135,9 @@ class Family:
       weights: which tensor of a checkpoint is which parameter.
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
         may say more than that of `config.json` alone. Raises CheckpointError.
-      image_tiles: the most tiles that an image becomes.
+      image_tiles: the most tiles (or patches) that an image becomes, for planning.
       placeholder: the name of the special token that stands for an image in a prompt.
+      special_tokens: texts by their names, where neither tokenizer nor processor say; "image_token" is a visual token.
       presets: configs of published models, by their names.
       refused: model types that are taken for one of this family, and what to do about them.
     """
@@ -147,5 +150,6 @@ class Family:
     read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
     image_tiles: Callable[[Any], int]
     placeholder: str = "image_token"
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image_token": "<image>"})
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)

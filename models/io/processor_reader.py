@@ -31,10 +31,11 @@ def read_parts(path: Folder) -> dict[str, Any]:
     family = family_of(config)
     layout = family.read_layout(config, images, source)
     tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
-    image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or "<image>"
+    named = family.special_tokens | tokenizer.special_tokens
+    image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or named["image_token"]
     if not isinstance(image_token, str):
         raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
-    placeholder = (tokenizer.special_tokens | {"image_token": image_token}).get(family.placeholder)
+    placeholder = (named | {"image_token": image_token}).get(family.placeholder)
     if placeholder is None:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'} names no {family.placeholder}, which stands for an image in a prompt: "

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.limits import (
     FEATURE_LAYERS,
     IMAGE_SIDE,
@@ -10,12 +9,17 @@ from vlcache_jax.files.limits import (
     PINPOINTS,
     TILES,
 )
-from vlcache_jax.models.decoder.config_reader import read_decoder, read_image_token, read_token_ids, text_section
+from vlcache_jax.models.decoder.config_reader import (
+    read_decoder,
+    read_image_token,
+    read_tied,
+    read_token_ids,
+    text_section,
+)
 from vlcache_jax.models.families.llava import defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
-from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.models.vision.config_reader import read_vision
 
@@ -62,19 +66,9 @@ def _vision(top: Section) -> tuple[VisionConfig, tuple[int, ...]]:
 
 
 def _is_tied(folder: CheckpointFolder, model_type: str, top: Section, text: Section) -> bool:
-    """Whether the output head is the embedding table.
-
-    For LLaVA either level says so. For LLaVA-NeXT transformers 4 went by the text config and 5 goes by the
-    top level, and both write both: where they disagree only the weights can tell.
-    """
+    """Whether the output head is the embedding table: for LLaVA either level says so."""
     outer, inner = top.flag("tie_word_embeddings", False), text.flag("tie_word_embeddings", False)
-    if outer == inner or model_type == "llava":
-        return outer or inner
-    try:
-        names = SafetensorsFolder(folder).tensors
-    except CheckpointError:
-        return outer  # there may be no weights yet; reading them will tell what is wrong
-    return not any(name.endswith("lm_head.weight") for name in names)
+    return (outer or inner) if model_type == "llava" else read_tied(folder, outer, inner)
 
 
 def _pinpoints(top: Section, vision: VisionConfig) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,51 @@
+"""Writing `config.json` for transformers 5."""
+
+from typing import Any
+
+from vlcache_jax.models.decoder.config_writer import text_values, token_values
+from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
+
+_ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+
+
+def config_values(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model whose weights transformers shall load as `dtype`."""
+    vision = config.vision
+    tower = {
+        "depth": vision.num_layers,
+        "hidden_act": vision.activation,
+        "in_channels": 3,
+        "model_type": f"{config.model_type}_vision",
+        "num_heads": vision.num_heads,
+        "patch_size": vision.patch_size,
+        "spatial_merge_size": vision.merge_size,
+        "temporal_patch_size": vision.frame_pair,
+    }
+    if config.model_type == "qwen2_vl":
+        ratio = vision.intermediate_size // vision.hidden_size
+        tower |= {"embed_dim": vision.hidden_size, "hidden_size": vision.output_size, "mlp_ratio": ratio}
+    else:
+        assert vision.window is not None
+        tower |= {
+            "fullatt_block_indexes": list(vision.full_layers),
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "out_hidden_size": vision.output_size,
+            "window_size": vision.window * vision.patch_size,
+        }
+    text = text_values(config.decoder) | {"model_type": f"{config.model_type}_text"} | token_values(config)
+    return {
+        "architectures": [_ARCHITECTURES[config.model_type]],
+        "dtype": dtype,
+        "image_token_id": config.image_token_id,
+        "model_type": config.model_type,
+        "text_config": text,
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "video_token_id": config.video_token_id,
+        "vision_config": tower,
+        "vision_end_token_id": config.vision_end_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+    }

@@ -1,0 +1,197 @@
+"""Qwen2-VL and Qwen2.5-VL against transformers: from checkpoint and images to logits and greedy answers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, reference_inputs
+
+import vlcache_jax as vlc
+
+NEW = 32
+SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
+TEXTS = [
+    f"<|im_start|> user {SEEN} w1 w2 w3 <|im_end|>", f"w4 {SEEN} w5 <|image_pad|> w6 <|image_pad|> w7",
+    "w1 w2 w3 w4 w5", f"w6 {SEEN}", "<|image_pad|>",
+]  # fmt: skip
+
+
+def images():
+    a, b, c, d, e = pictures()
+    return [[a], [b, c, d], [], [e], [a]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("qwen2_vl", "qwen2_5_vl")}
+    return {kind: (folder, make_tiny_qwen(folder, kind)) for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_parity(checkpoints, kind):
+    folder, reference = checkpoints[kind]
+    vlm = vlc.load(folder, dtype="float32")
+    batch = vlm.processor(images=images(), text=TEXTS)
+    logits = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))(vlm.params, batch)
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
+    embedded = vlm.model.apply({"params": vlm.params}, batch, method="embed")
+    for row, (text, of_row) in enumerate(zip(TEXTS, images())):
+        inputs = reference_inputs(text, of_row)
+        n = inputs["input_ids"].shape[1]
+        np.testing.assert_array_equal(batch.tokens[row, : batch.lengths[row]], inputs["input_ids"][0])
+        if of_row:
+            grids, types = inputs["image_grid_thw"], inputs["mm_token_type_ids"]
+            positions, delta = reference.model.get_rope_index(inputs["input_ids"], types, grids)
+            np.testing.assert_array_equal(embedded.positions[row, :, :n], positions[:, 0])
+            assert embedded.next_position[row] == n + int(delta)
+        with torch.no_grad():
+            expected = reference(**inputs).logits[0].numpy()
+            answer = reference.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)[0, n:]
+        np.testing.assert_allclose(logits[row, :n], expected, atol=1e-4, rtol=0)
+        assert np.abs(expected).max() > 1
+        np.testing.assert_array_equal(out.tokens[row], answer)
+
+
+def test_pixels_equal_transformers(checkpoints):
+    vlm = vlc.load(checkpoints["qwen2_vl"][0], dtype="float32")  # without windows its order is transformers'
+    batch = vlm.processor(images=[pictures()], text=["<|image_pad|>" * 5])
+    want = image_processor()(pictures(), return_tensors="np")["pixel_values"]
+    want = want.reshape(len(want), 3, 2, -1)[:, :, 0].reshape(len(want), -1)
+    assert batch.pixels.shape[1] >= len(want)
+    np.testing.assert_allclose(batch.pixels[0, : len(want)], want, atol=1e-6)
+    np.testing.assert_array_equal(batch.cells[0, len(want) :], -1)
+    assert not batch.pixels[0, len(want) :].any()
+
+
+def test_images_of_all_sizes_share_programs(checkpoints):
+    vlm = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32")
+    traced = []
+
+    @jax.jit
+    def forward(params, batch):
+        traced.append(batch.pixels.shape)
+        return vlm.model.apply({"params": params}, batch, method="forward")
+
+    a, b, c, d, _ = pictures()
+    for of_row in ([a], [b, c], [d, d, c]):
+        batch = vlm.processor(images=[of_row], text=["w1 <|image_pad|>" * len(of_row)], pad_tiles_to=256)
+        assert np.isfinite(forward(vlm.params, batch)).all()
+    assert len(traced) == 1
+
+
+def test_compressed_answers_and_rows_alone(checkpoints):
+    vlm = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32")
+    policy = vlc.VLCache(budget=0.4)
+    batch = vlm.processor(images=images(), text=TEXTS, pad_to=128, pad_tiles_to=256)
+    out = vlc.generate(vlm.model, vlm.params, batch, policy, 8, eos_token_ids=[])
+    one = vlm.processor(images=[images()[1]], text=[TEXTS[1]], pad_to=128, pad_tiles_to=256)
+    alone = vlc.generate(vlm.model, vlm.params, one, policy, 8, eos_token_ids=[])
+    np.testing.assert_array_equal(out.tokens[1], alone.tokens[0])
+
+
+def test_chat(checkpoints):
+    vlm = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32")
+    a, b, *_ = pictures()
+    parts = [{"type": "image", "image": a}, {"type": "text", "text": "w1"}, {"type": "image", "image": b}]
+    batch = vlm.processor.chat([{"role": "user", "content": parts}])
+    text = f"<|im_start|> user {SEEN} w1 {SEEN} <|im_end|> <|im_start|> assistant "
+    np.testing.assert_array_equal(batch.tokens[0, : batch.lengths[0]], reference_inputs(text, [a, b])["input_ids"][0])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_what_is_saved_is_read_by_both(checkpoints, kind, tmp_path):
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+    vlm = vlc.load(checkpoints[kind][0], dtype="float32")
+    vlc.save(vlm, tmp_path)
+    again = vlc.load(tmp_path, dtype="float32")
+    assert again.config == vlm.config
+    assert again.processor.layout == vlm.processor.layout
+    jax.tree.map(np.testing.assert_array_equal, again.params, vlm.params)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    for name, weight in checkpoints[kind][1].state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], weight), name
+    for picture in pictures():
+        found, want = (
+            x(picture, return_tensors="np")["image_grid_thw"]
+            for x in (AutoImageProcessor.from_pretrained(tmp_path, backend="pil"), image_processor())
+        )
+        np.testing.assert_array_equal(found, want)
+
+
+def test_flat_configs_and_old_names_as_on_the_hub(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = checkpoints["qwen2_5_vl"]
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    scaling = {"type": "mrope", "mrope_section": text.pop("rope_parameters")["mrope_section"]}
+    flat = text | config | {"rope_scaling": scaling, "rope_theta": 1e4}
+    flat["vision_config"] |= {"model_type": "qwen2_5_vl", "in_chans": 3, "spatial_patch_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    weights = load_file(folder / "model.safetensors")
+    new = {"model.visual.": "visual.", "model.language_model.": "model."}
+    old = {next((k.replace(*x) for x in new.items() if x[0] in k), k): weight for k, weight in weights.items()}
+    assert any(k.startswith("visual.") for k in old)
+    save_file(old, tmp_path / "model.safetensors")
+    found, want = vlc.load(tmp_path, dtype="float32"), vlc.load(folder, dtype="float32")
+    assert found.config == want.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"hidden_size": 40}, "hidden_size is 40; expected the same as text_config.hidden_size, 32"),
+        ("config.json", {"image_token_id": 64}, "image_token_id is 64; expected a token id below the vocab_size 64"),
+        ("preprocessor_config.json", {"max_pixels": 2000}, "longest_edge = 3000 and max_pixels = 2000 are the same"),
+        ("preprocessor_config.json", {"min_pixels": "few", "size": None}, "min_pixels = .few. is not supported"),
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size = 14, but the vision tower of config.json has 4"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize = false is not supported"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 4000, "longest_edge": 3000}}, "at least 4000 pixels"),
+    ],
+)  # fmt: skip
+def test_refusals(checkpoints, tmp_path, file, change, message):
+    for path in checkpoints["qwen2_5_vl"][0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(values | change))
+    with pytest.raises(vlc.CheckpointError, match=message):
+        vlc.load(tmp_path, dtype="float32")
+
+
+def test_rope_that_is_not_supported(checkpoints, tmp_path):
+    for path in checkpoints["qwen2_5_vl"][0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (({"rope_type": "yarn"}, "yarn"), ({"mrope_section": [2, 2, 1]}, "add up to")):
+        text = values["text_config"]
+        rope = {"rope_parameters": text["rope_parameters"] | change}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"text_config": text | rope}))
+        with pytest.raises(vlc.CheckpointError, match=message):
+            vlc.load(tmp_path, dtype="float32")
+
+
+def test_a_picture_that_is_too_long_and_patches_that_do_not_fit(checkpoints):
+    from PIL import Image
+
+    processor = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32").processor
+    with pytest.raises(vlc.InputError, match=r"row 0, image 0 is 1000 x 4 pixels: one side is more than 200 times"):
+        processor(images=[Image.new("RGB", (1000, 4))], text=["<|image_pad|>"])
+    with pytest.raises(vlc.InputError, match="pad_tiles_to"):
+        processor(images=[pictures()[4]], text=["<|image_pad|>"], pad_tiles_to=16)
+
+
+def test_regions_cover_the_image(checkpoints):
+    processor = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32").processor
+    for picture in pictures():
+        (boxes,) = processor.layout.token_regions([(picture.height, picture.width)])
+        batch = processor(images=[picture], text=["<|image_pad|>"])
+        assert len(boxes) == (batch.tokens[0, : batch.lengths[0]] == IMAGE).sum()
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        np.testing.assert_allclose(areas.sum(), picture.height * picture.width, rtol=1e-5)
+        assert boxes[0, :2].tolist() == [0, 0]
