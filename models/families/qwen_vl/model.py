@@ -47,7 +47,7 @@ class QwenVL(FamilyModule):
                 f"the batch has pixels {list(batch.pixels.shape)} but no cells, which say where each patch lies: build "
                 "it with the model's processor"
             )
-        features, _ = self.vision(batch.pixels, batch.cells)
+        features, _ = self.vision(jnp.asarray(batch.pixels), jnp.asarray(batch.cells))
         index = jnp.asarray(batch.vision_index)
         visual, source = index != TEXT, jnp.maximum(index, 0)
 
