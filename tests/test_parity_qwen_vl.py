@@ -1,6 +1,7 @@
 """Qwen2-VL and Qwen2.5-VL against transformers: from checkpoint and images to logits and greedy answers."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, reference_inputs
 
 import vlcache_jax as vlc
+from vlcache_jax.models.families.qwen_vl.model import QwenVL
+from vlcache_jax.models.families.registry import preset
 
 NEW = 32
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -202,3 +205,8 @@ def test_regions_cover_the_image(checkpoints):
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
         np.testing.assert_allclose(areas.sum(), picture.height * picture.width, rtol=1e-5)
         assert boxes[0, :2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("name", "published"), [("qwen2.5-vl-3b", 3_754_622_976), ("qwen2.5-vl-7b", 8_292_166_656)])
+def test_presets_have_the_published_numbers_of_parameters(name, published):
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(QwenVL(preset(name)).abstract_params())) == published
