@@ -36,7 +36,8 @@ class Processor:
       tokenizer: the wrapped tokenizer (`encode`, `decode`, `decode_stream`).
       layout: how images become pixels and visual tokens; of the model's family.
       image_token: the text that stands for one image in a prompt, such as "<image>".
-      visual_token: the text of a visual token, of which an image becomes many; mostly the same.
+      special_tokens: the named special tokens of the checkpoint; "image_token" is a visual token, of which an image
+        becomes many.
       chat_templates: their sources by name; that of `chat` is "default".
     """
 
@@ -46,14 +47,14 @@ class Processor:
         tokenizer: Tokenizer,
         layout: ImageLayout,
         image_token: str = "<image>",
-        visual_token: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.image_token = image_token
-        self.visual_token = image_token if visual_token is None else visual_token
+        self.special_tokens = {"image_token": image_token} | tokenizer.special_tokens | dict(special_tokens or {})
         self.chat_templates = dict(chat_templates or {})
         self._templates: dict[str, ChatTemplate] = {}
         self._buckets = None if buckets is None else check_buckets(buckets)
@@ -103,9 +104,9 @@ class Processor:
         return own if own < self.embedding_rows else 0
 
     @property
-    def special_tokens(self) -> dict[str, str]:
-        """The named special tokens of the checkpoint; "image_token" is the text of a visual token."""
-        return self.tokenizer.special_tokens | {"image_token": self.visual_token}
+    def visual_token(self) -> str:
+        """The text of a visual token: mostly the same as `image_token`."""
+        return self.special_tokens["image_token"]
 
     @property
     def has_chat_template(self) -> bool:

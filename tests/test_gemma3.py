@@ -257,7 +257,7 @@ def test_pan_and_scan(checkpoint, vlm, tmp_path):
     _, _, processor = checkpoint
     scan = PanAndScan(min_crop_size=16)
     layout = dataclasses.replace(vlm.processor.layout, pan_and_scan=scan)
-    parts = {"tokenizer": vlm.processor.tokenizer, "image_token": START, "visual_token": NAMED["image_token"]}
+    parts = {"tokenizer": vlm.processor.tokenizer, "image_token": START, "special_tokens": NAMED}
     ours = Processor(**parts, layout=layout)
     options = {"do_pan_and_scan": True} | scan.as_dict()
     sizes = ((40, 50), (33, 90), (20, 300), (16, 16), (97, 31), (40, 33), (33, 40), (40, 41), (12, 90))

@@ -16,7 +16,8 @@ from vlcache_jax.models.io.files import Folder, checkpoint_folder, file_inside, 
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.io.unsupported import no_config, refuse_quantised
 
-FAMILIES: dict[str, Family] = {model_type: family for family in (LLAVA, GEMMA3, QWEN_VL) for model_type in family.model_types}
+_ALL = (LLAVA, GEMMA3, QWEN_VL)
+FAMILIES: dict[str, Family] = {model_type: family for family in _ALL for model_type in family.model_types}
 """The family of every `model_type` that is read."""
 
 

@@ -31,11 +31,11 @@ def read_parts(path: Folder) -> dict[str, Any]:
     family = family_of(config)
     layout = family.read_layout(config, images, source)
     tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
-    named = family.special_tokens | tokenizer.special_tokens
-    image_token = tokenizer.special_tokens.get("image_token") or settings.get("image_token") or named["image_token"]
+    image_token = settings.get("image_token") or family.special_tokens["image_token"]
     if not isinstance(image_token, str):
         raise CheckpointError(f"{folder / 'processor_config.json'}: image_token = {image_token!r} is not a text")
-    placeholder = (named | {"image_token": image_token}).get(family.placeholder)
+    named = {**family.special_tokens, "image_token": image_token} | tokenizer.special_tokens
+    placeholder = named.get(family.placeholder)
     if placeholder is None:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'} names no {family.placeholder}, which stands for an image in a prompt: "
@@ -45,6 +45,6 @@ def read_parts(path: Folder) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "layout": layout,
         "image_token": placeholder,
-        "visual_token": image_token,
+        "special_tokens": named,
         "chat_templates": read_templates(folder),
     }
