@@ -15,7 +15,7 @@ from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.inference.loop import chunk
-from vlcache_jax.inference.rows import _insert
+from vlcache_jax.inference.rows import insert_rows
 from vlcache_jax.parallel.params import param_shardings
 
 PROMPTS, ROWS, ROOM = 4, 3, 16
@@ -180,12 +180,12 @@ def test_one_program_for_all():
     ctx = context("vl_cache")
     state = vlc.insert(vlc.empty_rows(ctx, ROWS, ROOM), 0, ctx, 3)
     state = vlc.decode_chunk(ctx.model, ctx.params, state, 2)
-    counts = _insert._cache_size(), chunk._cache_size()
+    counts = insert_rows._cache_size(), chunk._cache_size()
     for i in range(12):
         asked = Asked(i % PROMPTS, 1 + i, i % 4, i, tuple(range(i % 8)))
         state = vlc.insert(state, i % ROWS, ctx, **asked.options)
         state = vlc.decode_chunk(ctx.model, ctx.params, state, 1 + i, leave_after=1 + i % 3)
-    assert (_insert._cache_size(), chunk._cache_size()) == counts
+    assert (insert_rows._cache_size(), chunk._cache_size()) == counts
 
 
 def test_the_loop_is_left_when_enough_rows_have_ended():

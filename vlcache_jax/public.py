@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from vlcache_jax.cache.state import KVState
+from vlcache_jax.engine.engine import Engine
+from vlcache_jax.engine.requests import Request, Result
 from vlcache_jax.errors import (
     CheckpointError,
     InputError,
@@ -81,6 +83,7 @@ __all__ = [
     "Continuation",
     "DecodingState",
     "Drop",
+    "Engine",
     "Evict",
     "ExpectedAttention",
     "FullCache",
@@ -108,6 +111,8 @@ __all__ = [
     "RandomEviction",
     "Recompress",
     "Report",
+    "Request",
+    "Result",
     "RollingWindow",
     "RowOptions",
     "Sampling",

@@ -209,6 +209,15 @@ class PackedStore:
             channels=self.value_channels is not None,
         )
 
+    def slot_axes(self) -> "PackedStore":
+        """Along which axis of each array its slots lie; -1 where there are none."""
+        spans = ((2, 1), (2, 1), None, None) if self.bits is None else PRECISIONS[self.bits].spans
+        keys, values, key_scales, value_scales = (span and span[0] for span in spans)
+        none: Any = jax.tree.map(lambda _: -1, self)
+        return dataclasses.replace(
+            none, keys=keys, values=values, positions=2, key_scales=key_scales, value_scales=value_scales
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its buffers."""

@@ -56,7 +56,7 @@ def empty_rows(ctx: Context, rows: int, max_new_tokens: int) -> DecodingState:
     check_count("max_new_tokens", max_new_tokens)
     options = placed(row_options(ctx.model.spec, rows, max_new_tokens), ctx.params)
     with on_mesh_of(ctx.params, ctx.stores):
-        return _empty(ctx.model, _Prompt.of(ctx), options, rows, answer_room(max_new_tokens))
+        return free_rows(ctx.model, Prompt.of(ctx), options, rows, answer_room(max_new_tokens))
 
 
 def insert(
@@ -77,7 +77,8 @@ def insert(
     Args:
       state: from `empty_rows`, `insert` or `decode_chunk`.
       row: which row of the state.
-      ctx: of the shapes that the state was made for.
+      ctx: of the shapes that the state was made for, or with fewer slots: that of a smaller prompt bucket, unless its
+        rule for generated tokens rewrites what was kept.
       max_new_tokens: the answer is cut at this length; at most the state's room.
       of: which of the context's rows.
       sampling: None for greedy decoding.
@@ -102,16 +103,17 @@ def insert(
             raise InputError(f"{name}={value} does not exist: there are rows 0 to {count - 1}")
     if max_new_tokens > room:
         raise InputError(f"max_new_tokens={max_new_tokens} is more than the {room} tokens that the state has room for")
-    prompt = _Prompt.of(ctx)
+    prompt = Prompt.of(ctx)
     prompt.check_like(state.kv)
     if is_ready(ctx.next_position):
         check_positions(ctx, np.zeros(ctx.rows, np.int32), max_new_tokens)
     stop_ids = state.options.stop_ids.shape[1]
     options = row_options(ctx.model.spec, 1, max_new_tokens, sampling, seed, eos_token_ids, stop_ids)
-    numbers = [x if isinstance(x, jax.core.Tracer) else np.int32(x) for x in (row, of)]
+    numbers = [x.reshape(1) if isinstance(x, jax.core.Tracer) else np.array([x], np.int32) for x in (row, of)]
+    numbers.append(np.int32(1))
     options, numbers = placed((options, numbers), ctx.params)
     with on_mesh_of(ctx.params, state):
-        return _insert(ctx.model, state, prompt, *numbers, options)
+        return insert_rows(ctx.model, state, prompt, *numbers, options)
 
 
 def decode_chunk(
@@ -160,14 +162,14 @@ def decode_chunk(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prompt:
     """What a context and the rows made for it have in common: its state without a tail, and its logits."""
 
     kv: KVState
     logits: jax.Array
 
     @classmethod
-    def of(cls, ctx: Context) -> "_Prompt":
+    def of(cls, ctx: Context) -> "Prompt":
         context, *more = ctx.stores
         parts: dict[str, Any] = {
             "context": context,
@@ -190,32 +192,36 @@ class _Prompt:
                 "make another state, with empty_rows(ctx, ...)"
             )
 
-        def shapes(tree: Any) -> dict[str, str]:
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {jax.tree_util.keystr(path): f"{x.dtype} {list(x.shape[1:])}" for path, x in leaves}
+        def leaves(kv: KVState) -> dict[str, tuple[Any, int]]:
+            axes = jax.tree.map(lambda _: -1, kv)
+            if not kv.decoding.rewrites_context:  # else a row may have fewer slots
+                axes = with_stores(without_stores(axes), tuple(store.slot_axes() for store in kv.stores))
+            paths = jax.tree_util.tree_leaves_with_path(kv)
+            return {jax.tree_util.keystr(path): (x, axis) for (path, x), axis in zip(paths, jax.tree.leaves(axes))}
 
-        ours, theirs = shapes(self.kv), shapes(dataclasses.replace(kv, tail=None))  # type: ignore[arg-type]
+        def fits(ours: tuple[Any, int], theirs: tuple[Any, int]) -> bool:
+            (x, axis), (room, _) = ours, theirs
+            sizes = [(a, b) for i, (a, b) in enumerate(zip(x.shape, room.shape)) if i not in (0, axis)]
+            enough = axis < 0 or x.shape[axis] <= room.shape[axis]
+            return x.dtype == room.dtype and x.ndim == room.ndim and all(a == b for a, b in sizes) and enough
+
+        def text(leaf: tuple[Any, int] | None) -> str | None:
+            return leaf and f"{leaf[0].dtype} {list(leaf[0].shape[1:])}"
+
+        ours, theirs = leaves(self.kv), leaves(dataclasses.replace(kv, tail=None))  # type: ignore[arg-type]
         for name in {**theirs, **ours}:
-            if ours.get(name) != theirs.get(name):
+            if name not in ours or name not in theirs or not fits(ours[name], theirs[name]):
                 raise InputError(
-                    f"a row of the context has {name.lstrip('.')} of {ours.get(name)}, a row of the state of "
-                    f"{theirs.get(name)}: a state holds contexts of one policy, one prompt bucket and as many appended "
-                    "turns; make another, with empty_rows(ctx, ...)"
+                    f"a row of the context has {name.lstrip('.')} of {text(ours.get(name))}, a row of the state of "
+                    f"{text(theirs.get(name))}: a state holds contexts of one policy, one prompt bucket or smaller "
+                    "ones, and as many appended turns; make another, with empty_rows(ctx, ...)"
                 )
-
-    def row(self, row: jax.Array) -> "_Prompt":
-        """One of its rows; stores may have fewer."""
-        rows = len(self.logits)
-
-        def take(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, row * x.shape[0] // rows, 1)
-
-        return jax.tree.map(take, self)
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "room"))
 @automatic
-def _empty(model: VisionLanguageModel, prompt: _Prompt, options: RowOptions, rows: int, room: int) -> DecodingState:
+def free_rows(model: VisionLanguageModel, prompt: Prompt, options: RowOptions, rows: int, room: int) -> DecodingState:
+    """`empty_rows`, of the shapes of a prompt's rows."""
     free = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), prompt)
     tail = TailStore.empty(model.spec, rows, free.kv.decoding.tail_tokens(room))
     state = begun(model, free.logits, dataclasses.replace(free.kv, tail=tail), options, room)
@@ -224,27 +230,43 @@ def _empty(model: VisionLanguageModel, prompt: _Prompt, options: RowOptions, row
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 @automatic
-def _insert(
+def insert_rows(
     model: VisionLanguageModel,
     state: DecodingState,
-    prompt: _Prompt,
-    row: jax.Array,
+    prompt: Prompt,
+    rows: jax.Array,
     of: jax.Array,
+    count: jax.Array,
     options: RowOptions,
 ) -> DecodingState:
-    """Writes a row of everything but the tail, whose slots are free and stay as they are."""
-    one, tail = prompt.row(of), state.kv.tail
-    fresh = begun(model, one.logits, one.kv, options, state.tokens.shape[1])
+    """Begins answers in rows[:count], i32 [n], to the rows of[:count] of a prompt, as options [n] say.
 
-    def put(rows: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(rows, x.astype(rows.dtype), row, axis=0)
+    Writes all but the tail, whose slots are free and stay as they are; and of the state's slots as many as the prompt
+    has, which may be fewer. One row after another, by slices: a scatter would copy the pool on a TPU.
+    """
 
-    def without_tail(state: DecodingState) -> DecodingState:
-        return dataclasses.replace(state, kv=dataclasses.replace(state.kv, tail=None))  # type: ignore[arg-type]
+    def row_of(x: jax.Array, index: jax.Array) -> jax.Array:
+        return index * x.shape[0] // len(prompt.logits)  # stores may have fewer rows
 
-    new = jax.tree.map(put, without_tail(state), fresh)
-    tail = dataclasses.replace(tail, length=put(tail.length, jnp.zeros((1,), jnp.int32)))
-    return split(dataclasses.replace(new, kv=dataclasses.replace(new.kv, tail=tail)))
+    def put(to: jax.Array, x: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(to, x.astype(to.dtype), (row, *[jnp.int32(0)] * (to.ndim - 1)))
+
+    large = {name: getattr(prompt.kv, name) for name in ("context", "more", "observed")}
+    small = dataclasses.replace(prompt, kv=dataclasses.replace(prompt.kv, **dict.fromkeys(large)))  # type: ignore[arg-type]
+    small = jax.tree.map(lambda x: x[row_of(x, of)], small)
+    fresh = begun(model, small.logits, small.kv, options, state.tokens.shape[1])
+
+    def begin_row(i: jax.Array, state: DecodingState) -> DecodingState:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), fresh)
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row_of(x, of[i]), 1), large)
+        one = dataclasses.replace(one, kv=dataclasses.replace(one.kv, **own))
+        tail = state.kv.tail
+        rest = dataclasses.replace(state, kv=dataclasses.replace(state.kv, tail=None))  # type: ignore[arg-type]
+        new = jax.tree.map(lambda to, x: put(to, x, rows[i]), rest, one)
+        tail = dataclasses.replace(tail, length=put(tail.length, jnp.zeros((1,), jnp.int32), rows[i]))
+        return dataclasses.replace(new, kv=dataclasses.replace(new.kv, tail=tail))
+
+    return split(jax.lax.fori_loop(0, count, begin_row, state))
 
 
 def split(state: DecodingState) -> DecodingState:

@@ -1,0 +1,258 @@
+"""The engine: a request's answer depends on nothing but the request."""
+
+import dataclasses
+import functools
+import threading
+import types
+
+import numpy as np
+import pytest
+from tiny_models import one_row, ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+
+PROMPTS, ROOM, BUCKETS = 12, 16, [(24, 2), (40, 2)]
+SAMPLINGS = (
+    None,
+    vlc.Sampling(temperature=2.0),
+    vlc.Sampling(temperature=3.0, top_k=4),
+    vlc.Sampling(temperature=1.5, top_p=0.6),
+)
+
+
+class Letters:
+    """A processor's tokenizer: one character for each of the 64 ids."""
+
+    @staticmethod
+    def decode(ids):
+        return "".join(chr(48 + i) for i in ids)
+
+
+@functools.cache
+def vlm():
+    model, params = tiny_llava(layers=2)
+    return types.SimpleNamespace(model=model, params=params, processor=types.SimpleNamespace(tokenizer=Letters))
+
+
+@functools.cache
+def engine():
+    return vlc.Engine(
+        vlm(), vlc.VLCache(budget=0.4), rows=4, max_new_tokens=ROOM, buckets=BUCKETS, prefill_rows=2, steps=5
+    )
+
+
+@functools.cache
+def prompts():
+    batch = ragged_batch(rows=PROMPTS, length=40)
+    return [one_row(batch, row) for row in range(PROMPTS)]
+
+
+def asked(rng):
+    """A random request, of few enough kinds that each need not be run alone many times."""
+    stop_ids = [[], [7, 11, 30, 41], None][rng.integers(3)]
+    return vlc.Request(
+        prompt=prompts()[rng.integers(PROMPTS)],
+        max_new_tokens=int(rng.integers(1, ROOM + 1)),
+        sampling=SAMPLINGS[rng.integers(len(SAMPLINGS))],
+        seed=int(rng.integers(2)),
+        eos_token_ids=stop_ids,
+        stop=["Z", "B9"] if rng.integers(2) else [],
+    )
+
+
+def key(request):
+    return (id(request.prompt), str(dataclasses.replace(request, prompt="", id=None)))
+
+
+def check_arrivals(number, seed):
+    """Every result equals that of the request alone; the iterable is late now and then."""
+    rng = np.random.default_rng(seed)
+    requests = [dataclasses.replace(asked(rng), id=i) for i in range(number)]
+
+    def arriving():
+        for request in requests:
+            if rng.integers(50) == 0:
+                threading.Event().wait(0.01)
+            yield request
+
+    results = list(engine().run(arriving()))
+    assert sorted(result.index for result in results) == list(range(number))
+    alone = {}
+    for result in results:
+        request = requests[result.index]
+        if key(request) not in alone:
+            (alone[key(request)],) = engine().run([request])
+        expected = alone[key(request)]
+        np.testing.assert_array_equal(result.tokens, expected.tokens)
+        assert (result.text, result.finish, result.id) == (expected.text, expected.finish, request.id)
+        assert result.kept_fraction == expected.kept_fraction
+
+
+@pytest.mark.bits
+def test_random_arrivals_equal_single_runs():
+    check_arrivals(300, seed=0)
+
+
+@pytest.mark.thorough
+def test_ten_thousand_arrivals():
+    check_arrivals(10_000, seed=1)
+
+
+def test_answers_are_those_of_generate():
+    model, params = vlm().model, vlm().params
+    requests = [vlc.Request(prompt=prompt, max_new_tokens=9, eos_token_ids=[]) for prompt in prompts()]
+    for result in engine().run(requests):
+        expected = vlc.generate(
+            model, params, ragged_batch(rows=PROMPTS, length=40), vlc.VLCache(budget=0.4), 9, eos_token_ids=[]
+        )
+        np.testing.assert_array_equal(result.tokens, expected.tokens[result.index])
+        np.testing.assert_allclose(result.kept_fraction, expected.report.kept_fraction[result.index])
+        assert result.prompt_tokens == int(prompts()[result.index].lengths[0])
+
+
+def test_programs_are_those_that_were_counted():
+    """In warm-up exactly as many as said, and none afterwards."""
+    own = vlc.Engine(vlm(), vlc.SnapKV(budget=0.8, window=4), rows=3, max_new_tokens=ROOM, buckets=BUCKETS)
+    stats = own.warmup()
+    assert stats.programs == 2 * len(BUCKETS) + 3
+    assert stats.compilations == stats.programs
+    rng = np.random.default_rng(2)
+    assert len(list(own.run(asked(rng) for _ in range(30)))) == 30
+    assert own.stats().compilations == stats.compilations
+
+
+def test_samples_share_one_prefill_and_differ():
+    before = engine().stats()
+    request = vlc.Request(prompt=prompts()[3], samples=7, sampling=SAMPLINGS[1], seed=5, eos_token_ids=[])
+    results = list(engine().run([request], ordered=True))
+    assert [(result.index, result.sample, result.samples) for result in results] == [(0, i, 7) for i in range(7)]
+    assert engine().stats().prompt_tokens - before.prompt_tokens == results[0].prompt_tokens
+    for result in results:
+        single = dataclasses.replace(request, samples=1, seed=5 + result.sample)
+        np.testing.assert_array_equal(result.tokens, next(iter(engine().run([single]))).tokens)
+    assert len({tuple(result.tokens) for result in results}) > 1
+
+
+def test_a_stop_text_ends_an_answer_where_it_is():
+    free = vlc.Request(prompt=prompts()[0], sampling=SAMPLINGS[1], eos_token_ids=[])
+    (whole,) = engine().run([free])
+    stop = whole.text[6:8]
+    (cut,) = engine().run([dataclasses.replace(free, stop=["no such", stop])])
+    assert cut.finish == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[: whole.text.index(stop) + 2])
+
+
+def test_results_in_order():
+    rng = np.random.default_rng(3)
+    requests = [dataclasses.replace(asked(rng), sampling=SAMPLINGS[1], samples=1 + i % 3) for i in range(20)]
+    found = [(result.index, result.sample) for result in engine().run(requests, ordered=True)]
+    assert found == [(i, sample) for i in range(20) for sample in range(1 + i % 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "text"}, "TypeError"),
+        ({"prompt": ragged_batch(rows=2)}, "a batch of 2 rows"),
+        ({"prompt": one_row(ragged_batch(length=60), 1, 60)}, "larger than all of the engine's buckets"),
+        ({"max_new_tokens": 17}, "more than the engine's 16"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"samples": 2}, "greedy answers would be the same"),
+        ({"samples": 0}, "samples=0"),
+        ({"stop": "text"}, "give a list of texts"),
+        ({"eos_token_ids": range(9)}, "9 stop ids are more than the 8"),
+        ({"sampling": 0.7}, "is no vlc.Sampling"),
+        ({"seed": "x"}, "InputError"),
+    ],
+)
+def test_a_bad_request_fails_alone(changes, message):
+    good = vlc.Request(prompt=prompts()[1], max_new_tokens=3, eos_token_ids=[])
+    bad = dataclasses.replace(good, id="bad", **changes)
+    results = list(engine().run([good, bad, good], ordered=True))
+    assert [result.ok for result in results] == [True, False, True]
+    assert message in results[1].reason
+    assert (results[1].id, results[1].finish, len(results[1].tokens)) == ("bad", "failed", 0)
+    np.testing.assert_array_equal(results[0].tokens, results[2].tokens)
+
+
+def test_what_is_no_request_fails_alone():
+    (result,) = engine().run(["a prompt"])
+    assert "a request is a str" in result.reason
+
+
+def test_an_error_of_the_iterable_is_raised_behind_the_results():
+    def broken():
+        yield vlc.Request(prompt=prompts()[1], max_new_tokens=3)
+        raise KeyError("mine")
+
+    results = engine().run(broken())
+    assert next(results).ok
+    with pytest.raises(KeyError, match="mine"):
+        next(results)
+    assert len(list(engine().run([vlc.Request(prompt=prompts()[1])]))) == 1
+
+
+def test_a_run_that_is_left_early_harms_no_other():
+    rng = np.random.default_rng(4)
+    requests = [asked(rng) for _ in range(30)]
+    expected = list(engine().run(requests[:1]))
+    running = engine().run(requests)
+    next(running)
+    with pytest.raises(vlc.InputError, match="runs already"):
+        next(engine().run(requests))
+    running.close()
+    np.testing.assert_array_equal(next(engine().run(requests[:1])).tokens, expected[0].tokens)
+
+
+def test_submitted_by_many_threads():
+    own = engine()
+    rng = np.random.default_rng(5)
+    requests = [dataclasses.replace(asked(rng), id=i) for i in range(40)]
+    expected = {result.id: result for result in own.run(requests)}
+    futures = {}
+
+    def client(mine):
+        futures.update({request.id: own.submit(request) for request in mine})
+
+    threads = [threading.Thread(target=client, args=(requests[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, future in futures.items():
+        (result,) = future.result(timeout=60)
+        assert result.id == name
+        np.testing.assert_array_equal(result.tokens, expected[name].tokens)
+    own.close()
+
+
+def test_buckets_are_chosen_for_the_first_requests():
+    own = vlc.Engine(vlm(), rows=2, max_new_tokens=4)
+    requests = [vlc.Request(prompt=prompt) for prompt in prompts()]
+    assert all(result.ok for result in own.run(requests))
+    assert own.buckets == {(64, 2): 2}
+    assert 0 < own.stats().padding_share < 1
+    with pytest.raises(vlc.InputError, match=r"no prompt to choose buckets for.*a request is a int"):
+        vlc.Engine(vlm()).warmup([3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"buckets": [(0, 1)]}, "give pairs"),
+        ({"buckets": 512}, "give pairs"),
+        ({"buckets": [(512, 1)]}, "larger than the model's 256 positions"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(vlc.InputError, match=message):
+        vlc.Engine(vlm(), **options)
+
+
+def test_a_rule_that_rewrites_the_context_needs_one_bucket():
+    policy = vlc.H2O(budget=0.4, decoding="evict")
+    with pytest.raises(vlc.PolicyError, match=r"buckets=\[\(40, 2\)\]"):
+        vlc.Engine(vlm(), policy, buckets=BUCKETS)

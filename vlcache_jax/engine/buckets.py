@@ -1,0 +1,104 @@
+"""The few sizes that prompts are padded to."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.models.text.buckets import bucket_length
+
+
+class Bucket(NamedTuple):
+    """A size of prompts.
+
+    Attributes:
+      tokens: visual ones included.
+      tiles: of all images of a prompt; `Batch.pixels.shape[1]`.
+    """
+
+    tokens: int
+    tiles: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Bucket":
+        """The size of a batch's rows as they are."""
+        return cls(int(np.max(batch.lengths)), batch.pixels.shape[1])
+
+    def holds(self, other: "Bucket") -> bool:
+        """Whether a prompt of another size fits."""
+        return other.tokens <= self.tokens and other.tiles <= self.tiles
+
+    def pad(self, batch: Batch) -> Batch:
+        """One that fits, of this size. Padding is never read."""
+
+        def resized(name: str, x: Any) -> np.ndarray:
+            x = np.asarray(x)
+            if x.ndim < 2:
+                return x
+            size = self.tokens if name in ("tokens", "vision_index") else self.tiles
+            x = x[:, :size]
+            width = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+            return np.pad(x, width, constant_values=TEXT if name == "vision_index" else 0)
+
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return Batch(**{name: resized(name, x) for name, x in fields.items()})
+
+
+def check_buckets(buckets: Any) -> tuple[Bucket, ...]:
+    """The user's pairs (tokens, tiles), the smallest first. Raises InputError unless they are some."""
+    try:
+        found = sorted({Bucket(*(int(x) for x in pair)) for pair in buckets})
+    except (TypeError, ValueError):
+        found = []
+    if not found or any(tokens < 1 or tiles < 0 for tokens, tiles in found):
+        raise InputError(f"buckets={buckets!r}: give pairs (tokens, tiles), such as [(1024, 1), (2048, 3)]")
+    return tuple(found)
+
+
+def smallest(buckets: Sequence[Bucket], size: Bucket) -> Bucket:
+    """The first bucket that holds a size. Raises InputError if there is none."""
+    for bucket in buckets:
+        if bucket.holds(size):
+            return bucket
+    raise InputError(
+        f"a prompt of {size.tokens} tokens and {size.tiles} tiles of images is larger than all of the engine's buckets "
+        f"{[tuple(bucket) for bucket in buckets]}: shorten it, or give the engine a larger one"
+    )
+
+
+def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
+    """At most so many buckets that hold all sizes, with as little padding as may be.
+
+    Sizes are rounded up to the processor's padded lengths, then sorted by their tokens and cut into `most` runs, each
+    of which is a bucket.
+
+    Example:
+      >>> fit([Bucket(100, 1), Bucket(120, 1), Bucket(700, 2)], most=2)
+      (Bucket(tokens=128, tiles=1), Bucket(tokens=768, tiles=2))
+    """
+    counts: dict[int, tuple[int, int]] = {}
+    for tokens, tiles in sizes:
+        length = bucket_length(tokens)
+        count, before = counts.get(length, (0, 0))
+        counts[length] = (count + 1, max(tiles, before))
+    lengths = sorted(counts)
+    number, tiles = ([counts[length][i] for length in lengths] for i in (0, 1))
+    # cost[j]: padded tokens of the first j lengths with the buckets used so far; cut[k][j]: where the last run begins
+    cost = [0.0] + [float("inf")] * len(lengths)
+    cuts = []
+    for _ in range(min(most, len(lengths))):
+        options = [
+            [(cost[i] + lengths[j - 1] * sum(number[i:j]), i) for i in range(j)] for j in range(1, len(lengths) + 1)
+        ]
+        best = [min(row) for row in options]
+        cuts.append([0] + [i for _, i in best])
+        cost = [0.0] + [value for value, _ in best]
+    found, end = [], len(lengths)
+    for cut in reversed(cuts):
+        if end:
+            found.append(Bucket(lengths[end - 1], max(tiles[cut[end] : end])))
+            end = cut[end]
+    return tuple(sorted(found))

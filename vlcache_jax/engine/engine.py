@@ -1,0 +1,269 @@
+"""`Engine`: any number of requests, each answered as if it were alone."""
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+
+import jax
+
+from vlcache_jax.cache.geometry import answer_room
+from vlcache_jax.engine.buckets import Bucket, check_buckets, fit
+from vlcache_jax.engine.preparing import Preparer, Read
+from vlcache_jax.engine.programs import OF_ROWS, Programs
+from vlcache_jax.engine.reading import Reader
+from vlcache_jax.engine.requests import Request, Result
+from vlcache_jax.engine.running import Running
+from vlcache_jax.engine.serving import Service
+from vlcache_jax.engine.stats import CompileCounter, Stats
+from vlcache_jax.errors import InputError, PolicyError
+from vlcache_jax.inference.context import check_count
+from vlcache_jax.inference.loop import DecodingState
+from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.policies.methods.full_cache import FullCache
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.method import Pruning
+
+MOST_BUCKETS, MOST_STOP_IDS, PREFILL_TOKENS = 6, 8, 4096
+
+
+class Engine:
+    """Answers requests with one running decode batch: rows that have ended are given to the next request.
+
+    Prompts are padded to a few buckets and read in micro-batches, compressed, and inserted into free rows. All shapes
+    are fixed: two programs for each bucket and three for the rows, whatever is asked. A request's answer depends on
+    the request and the engine's options, never on when it came or what ran beside it.
+
+    Args:
+      vlm: the loaded checkpoint. For prompts that are batches already, anything with a `model`, `params` and a
+        `processor`, which may be None.
+      policy: what to keep of the prompts' caches; `FullCache()` by default.
+      rows: answers that are decoded at the same time.
+      max_new_tokens: of the longest answer.
+      buckets: pairs (tokens, tiles of images) that prompts are padded to. By default at most six are chosen for the
+        requests that `warmup` is given, or for the first ones of the first run; a prompt that fits in none of them
+        fails.
+      prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all, and at most `rows`.
+      steps: the most tokens that are added to the answers before the host looks at them: for stop texts, and for
+        requests that came in since.
+      leave_after: rows that must have ended before the loop on the device is left earlier; an eighth of them by
+        default, so that they stand idle for an eighth of the time at most.
+      threads: of the host, which read requests ahead; as many as there are processors by default, and at most 16.
+      ahead: requests that are read ahead; twice the rows and at least 16 by default.
+      pruning, kernels: as in `vlc.generate`.
+
+    Raises:
+      InputError: a number below 1, or buckets that are none or larger than the model.
+      PolicyError: a policy that does not fit the model, or several buckets for one whose rule for generated tokens
+        rewrites what was kept.
+
+    Example:
+      engine = vlc.Engine(vlm, vlc.VLCache(budget=0.1), rows=32, max_new_tokens=64)
+      for result in engine.run(vlc.Request(id=name, prompt=text, images=[name]) for name, text in questions):
+          print(result.id, result.text if result.ok else result.reason)
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        policy: Policy | None = None,
+        *,
+        rows: int = 8,
+        max_new_tokens: int = 64,
+        buckets: Sequence[tuple[int, int]] | None = None,
+        prefill_rows: int | None = None,
+        steps: int = 32,
+        leave_after: int | None = None,
+        threads: int | None = None,
+        ahead: int | None = None,
+        pruning: Pruning | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        leave_after = max(1, rows // 8) if leave_after is None else leave_after
+        threads = min(16, os.cpu_count() or 1) if threads is None else threads
+        ahead = max(16, 2 * rows) if ahead is None else ahead
+        counts = {"rows": rows, "max_new_tokens": max_new_tokens, "steps": steps, "leave_after": leave_after}
+        for name, value in {**counts, "threads": threads, "ahead": ahead, "prefill_rows": prefill_rows or 1}.items():
+            check_count(name, value)
+        policy = policy or FullCache()
+        room = answer_room(max_new_tokens)
+        self._programs = Programs(
+            vlm.model, vlm.params, policy, pruning, kernels or Kernels(), rows, room, MOST_STOP_IDS
+        )
+        self._preparer = Preparer(vlm.processor, vlm.model.spec, policy, max_new_tokens, MOST_STOP_IDS)
+        self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
+        self._rows_of_a_batch = prefill_rows
+        self._buckets: dict[Bucket, int] = {}
+        self._stats = Stats(rows=rows)
+        self._state: DecodingState | None = None
+        self._busy, self._serving = threading.Lock(), threading.Lock()
+        self._service: Service | None = None
+        if buckets is not None:
+            self._set_buckets(check_buckets(buckets))
+
+    @property
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """The buckets, (tokens, tiles), and how many prompts of each a micro-batch has; empty until they are chosen."""
+        return dict(self._buckets)
+
+    def stats(self) -> Stats:
+        """What was done so far: counts, shares of padding and of idle rows, compilations."""
+        return dataclasses.replace(self._stats)
+
+    def warmup(self, requests: Iterable[Request] = ()) -> Stats:
+        """Compiles all programs, and runs each once: nothing is compiled afterwards.
+
+        Args:
+          requests: examples, for which the buckets are chosen if the engine was given none. They are only read.
+
+        Returns:
+          The stats; `programs` says how many there are.
+
+        Raises:
+          InputError: there are no buckets, and no request that could be read to choose them for.
+        """
+        self._begin()
+        try:
+            if not self._buckets:
+                self._choose_buckets(list(requests))
+            self._compile()
+        finally:
+            self._busy.release()
+        return self.stats()
+
+    def run(self, requests: Iterable[Request], *, ordered: bool = False) -> Iterator[Result]:
+        """Answers requests.
+
+        Args:
+          requests: any iterable; read ahead by a thread, as far as `ahead` says.
+          ordered: hand out results in the order of their requests and samples; by default as they finish.
+
+        Yields:
+          A result for each sample of each request, and one for each request that fails, with its reason.
+
+        Raises:
+          InputError: the engine runs already.
+        """
+        results = self._run(requests)
+        return _in_order(results) if ordered else results
+
+    def submit(self, request: Request) -> "Future[list[Result]]":
+        """Answers a request beside others, on a thread that the first call starts; `close` ends it.
+
+        Returns:
+          The future of the request's results, one for each sample.
+        """
+        with self._serving:
+            if self._service is None or self._service.ended:
+                self._service = Service(self.run)
+            return self._service.submit(request)
+
+    def close(self) -> None:
+        """Answers what was submitted, and ends the thread."""
+        with self._serving:
+            if self._service is not None:
+                self._service.close()
+                self._service = None
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        self._begin()
+        start, reader = time.monotonic(), None
+        try:
+            requests, early = iter(requests), {}
+            if not self._buckets:
+                first = list(islice(requests, self._ahead))
+                early, requests = self._choose_buckets(first), chain(first, requests)
+            self._compile()
+            state, self._state = self._state, None  # donated: gone if something goes wrong
+            assert state is not None
+
+            def read(index: int, request: Request) -> Read:
+                found = early.pop(index, None) or self._preparer.read(index, request)
+                return self._preparer.padded(found, tuple(self._buckets))
+
+            reader = Reader(requests, read, self._threads, self._ahead)
+            with CompileCounter(self._stats):
+                running = Running(
+                    self._programs,
+                    state,
+                    self._buckets,
+                    self._steps,
+                    self._leave_after,
+                    None if self._preparer.processor is None else self._preparer.processor.tokenizer.decode,
+                    reader,
+                    self._stats,
+                )
+                yield from running.results()
+            self._state = running.state
+        finally:
+            self._stats.seconds += time.monotonic() - start
+            self._stats.rows_in_flight = 0
+            self._busy.release()
+            if reader is not None:
+                reader.close()
+
+    def _begin(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise InputError("the engine runs already: wait for its results, or use submit")
+
+    def _choose_buckets(self, requests: list[Request]) -> dict[int, Read]:
+        """Chooses buckets for some requests, and returns what was read of them, by index."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            reads = list(pool.map(self._preparer.read, range(len(requests)), requests))
+        sizes = [read.bucket for read in reads if read.reason is None]
+        if not sizes:
+            why = reads[0].reason if reads else "there are no requests"
+            raise InputError(
+                f"there is no prompt to choose buckets for ({why}): give Engine(buckets=[(tokens, tiles), ...]), or "
+                "warmup some requests that can be read"
+            )
+        self._set_buckets(fit(sizes, MOST_BUCKETS))
+        return {read.index: read for read in reads}
+
+    def _set_buckets(self, buckets: Sequence[Bucket]) -> None:
+        programs = self._programs
+        positions, rule = programs.model.spec.max_positions, programs.policy.rule
+        if len(buckets) > 1 and rule.rewrites_context:
+            raise PolicyError(
+                f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: then all "
+                f"rows must have one size; give one bucket, such as buckets=[{tuple(buckets[-1])}]"
+            )
+        for bucket in buckets:
+            if bucket.tokens > positions:
+                raise InputError(f"a bucket of {bucket.tokens} tokens is larger than the model's {positions} positions")
+            rows = self._rows_of_a_batch or PREFILL_TOKENS // bucket.tokens
+            self._buckets[bucket] = max(1, min(rows, programs.rows))
+
+    def _compile(self) -> None:
+        """Runs each program once, unless that was done."""
+        if self._state is not None:
+            return
+        programs = self._programs
+        with CompileCounter(self._stats):
+            state, inserted = None, set()
+            for bucket in sorted(self._buckets, reverse=True):  # rows have the size of the largest
+                prompt, _ = programs.read(programs.nothing(bucket, self._buckets[bucket]))
+                if state is None:
+                    state = programs.free(prompt)
+                state = programs.insert(state, prompt, [], [], programs.options(len(prompt.logits)))
+                inserted.add(str(jax.tree.map(jax.typeof, prompt)))  # of budgets in tokens, all buckets' are alike
+            assert state is not None
+            self._state = programs.end(programs.decode(state, 1, 1), [])
+        self._stats.programs = OF_ROWS + len(self._buckets) + len(inserted)
+
+
+def _in_order(results: Iterator[Result]) -> Iterator[Result]:
+    """Results held back until all before them are there."""
+    held: dict[tuple[int, int], Result] = {}
+    following = (0, 0)
+    for result in results:
+        held[result.index, result.sample] = result
+        while following in held:
+            found = held.pop(following)
+            last = found.sample + 1 == found.samples
+            following = (found.index + 1, 0) if last else (found.index, found.sample + 1)
+            yield found

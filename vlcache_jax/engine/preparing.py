@@ -1,0 +1,120 @@
+"""From a request to what the device takes: on the host, in numpy, and without raising anything."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlcache_jax.engine.buckets import Bucket, smallest
+from vlcache_jax.engine.requests import Request
+from vlcache_jax.errors import InputError, VLCacheError
+from vlcache_jax.inference.context import check_count
+from vlcache_jax.inference.row_options import RowOptions, row_options
+from vlcache_jax.inference.validation import check_prefill
+from vlcache_jax.inputs import Batch
+from vlcache_jax.parallel.seeds import seed_words
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.typing import ModelSpec
+
+NO_SIZE = Bucket(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A request that is ready for the device, or why it never will be.
+
+    Attributes:
+      index: how many requests came before.
+      request: as it was given.
+      batch: one row; None if it failed.
+      bucket: that the row is padded to, or the row's own size if it is not yet.
+      options: of its samples, in numpy.
+      tokens: of the prompt.
+      reason: why it failed.
+    """
+
+    index: int
+    request: Request
+    batch: Batch | None = None
+    bucket: Bucket = NO_SIZE
+    options: RowOptions | None = None
+    tokens: int = 0
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparer:
+    """What requests are held to.
+
+    Attributes:
+      processor: of the checkpoint, or None.
+      spec: of the model.
+      policy: of the engine.
+      max_new_tokens: the most.
+      stop_ids: the most of an answer.
+    """
+
+    processor: Any
+    spec: ModelSpec
+    policy: Policy
+    max_new_tokens: int
+    stop_ids: int
+
+    def read(self, index: int, request: Request) -> Read:
+        """A request's own row, not padded to a bucket."""
+        try:
+            if not isinstance(request, Request):
+                raise InputError(f"a request is a {type(request).__name__}: give a vlc.Request")
+            options = self._options(request)
+            batch = self._batch(request)
+            check_prefill(self.spec, batch, self.policy, int(options.max_new_tokens[0]))
+            return Read(index, request, batch, Bucket.of(batch), options, int(batch.lengths[0]))
+        except Exception as error:
+            return Read(index, request, reason=reason(error))
+
+    def padded(self, read: Read, buckets: Sequence[Bucket]) -> Read:
+        """The same, padded to the smallest of the buckets that holds it."""
+        if read.batch is None:
+            return read
+        try:
+            bucket = smallest(buckets, read.bucket)
+            return dataclasses.replace(read, batch=bucket.pad(read.batch), bucket=bucket)
+        except InputError as error:
+            return Read(read.index, read.request, reason=reason(error))
+
+    def _batch(self, request: Request) -> Batch:
+        prompt = request.prompt
+        if isinstance(prompt, Batch):
+            if prompt.size != 1:
+                raise InputError(f"the prompt is a batch of {prompt.size} rows: give one request for each")
+            return jax.tree.map(np.asarray, prompt)
+        if self.processor is None:
+            raise InputError("the engine has no processor: give prompts as batches of one row")
+        images = list(request.images)
+        if isinstance(prompt, str):
+            return self.processor([images], [prompt])
+        return self.processor.chat([list(prompt)], images=[images] if images else None)
+
+    def _options(self, request: Request) -> RowOptions:
+        check_count("samples", request.samples)
+        if request.samples > 1 and request.sampling is None:
+            raise InputError(f"samples={request.samples} greedy answers would be the same: give sampling=Sampling()")
+        most = self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        check_count("max_new_tokens", most)
+        if most > self.max_new_tokens:
+            raise InputError(f"max_new_tokens={most} is more than the engine's {self.max_new_tokens}")
+        if isinstance(request.stop, str) or not all(isinstance(text, str) and text for text in request.stop):
+            raise InputError(f"stop={request.stop!r}: give a list of texts that are not empty")
+        if request.stop and self.processor is None:
+            raise InputError("stop texts need a processor, which the engine has none of: give eos_token_ids")
+        n, stop_ids = request.samples, request.eos_token_ids
+        seeds = np.asarray(jax.device_get(seed_words(request.seed, (n,), n)))
+        return row_options(self.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line; of the library's own, whose texts say all, with the class that a user would catch."""
+    kind = type(error).__name__
+    return f"{kind}: {error}" if isinstance(error, VLCacheError | OSError) else f"{kind}, not expected here: {error}"

@@ -1,0 +1,135 @@
+"""What the device runs for an engine: at most two programs for a bucket, and three for the rows.
+
+read_prompts    a micro-batch of prompts to what `insert_rows` takes; for each bucket
+insert_rows     rows begin their answers (`inference.rows`); for each bucket
+free_rows       all rows, once
+decode_chunk    some steps of all rows
+end_rows        rows whose answers hold a stop text
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+
+from vlcache_jax.engine.buckets import Bucket
+from vlcache_jax.inference.loop import DecodingState
+from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.row_options import RowOptions, row_options
+from vlcache_jax.inference.rows import Prompt, decode_chunk, free_rows, insert_rows
+from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.parallel.placing import placed
+from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.method import Pruning
+from vlcache_jax.typing import Params, VisionLanguageModel
+
+OF_ROWS = 3
+"""Programs that no bucket changes."""
+
+
+@partial(jax.jit, static_argnames=("model", "policy", "pruning", "kernels"))
+def read_prompts(
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy,
+    pruning: Pruning | None,
+    kernels: Kernels,
+) -> tuple[Prompt, jax.Array]:
+    """Compressed prompts without the parameters that a context holds, and what was kept, f32 [rows]."""
+    ctx = prefill(model, params, batch, policy, pruning=pruning, kernels=kernels)
+    return Prompt.of(ctx), ctx.report.kept_fraction
+
+
+@partial(jax.jit, donate_argnames=("done",))
+@automatic
+def _ended(done: jax.Array, stopped: jax.Array) -> jax.Array:
+    return done | stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of an engine, with all that stays the same in every call.
+
+    Attributes:
+      model, params, policy, pruning, kernels: as in `generate`.
+      rows: of the decode batch.
+      room: tokens of an answer.
+      stop_ids: the most of an answer.
+    """
+
+    model: VisionLanguageModel
+    params: Params
+    policy: Policy
+    pruning: Pruning | None
+    kernels: Kernels
+    rows: int
+    room: int
+    stop_ids: int
+
+    def read(self, batch: Batch) -> tuple[Prompt, jax.Array]:
+        """Prefill; waits for nothing."""
+        batch = placed(batch, self.params)
+        with on_mesh_of(self.params):
+            return read_prompts(self.model, self.params, batch, self.policy, self.pruning, self.kernels)
+
+    def shapes(self, batch: Batch) -> Prompt:
+        """Those of what `read` returns."""
+        with on_mesh_of(self.params):
+            read = partial(read_prompts, self.model, policy=self.policy, pruning=self.pruning, kernels=self.kernels)
+            return jax.eval_shape(read, self.params, batch)[0]
+
+    def free(self, prompt: Prompt) -> DecodingState:
+        """Rows for prompts of this size and smaller ones."""
+        options = placed(self.options(self.rows), self.params)
+        with on_mesh_of(self.params, prompt):
+            return free_rows(self.model, prompt, options, self.rows, self.room)
+
+    def options(self, rows: int) -> RowOptions:
+        """Of rows of which nothing is asked."""
+        return row_options(self.model.spec, rows, 1, most_stop_ids=self.stop_ids)
+
+    def insert(
+        self, state: DecodingState, prompt: Prompt, rows: list[int], of: list[int], options: RowOptions
+    ) -> DecodingState:
+        """Begins answers in rows, to the rows `of` a prompt, as options say; at most as many as it has."""
+        count, most = len(rows), len(prompt.logits)
+        numbers = [np.array(x + [0] * (most - count), np.int32) for x in (rows, of)]
+        numbers.append(np.int32(count))
+        options, numbers = placed((options, numbers), self.params)
+        with on_mesh_of(self.params, state):
+            return insert_rows(self.model, state, prompt, *numbers, options)
+
+    def decode(self, state: DecodingState, steps: int, leave_after: int) -> DecodingState:
+        """See `decode_chunk`."""
+        return decode_chunk(self.model, self.params, state, steps, leave_after=leave_after, kernels=self.kernels)
+
+    def end(self, state: DecodingState, rows: list[int]) -> DecodingState:
+        """Ends rows before their time."""
+        stopped = placed(np.isin(np.arange(self.rows), rows), self.params)
+        with on_mesh_of(self.params, state):
+            return dataclasses.replace(state, done=_ended(state.done, stopped))
+
+    def nothing(self, bucket: Bucket, rows: int) -> Batch:
+        """A micro-batch of prompts of one token, to warm up with."""
+        abstract = self.model.abstract_batch(rows, *bucket)  # type: ignore[attr-defined]
+        batch: Batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+        return dataclasses.replace(
+            batch, lengths=np.ones_like(batch.lengths), vision_index=np.full_like(batch.vision_index, TEXT)
+        )
+
+
+def stacked(batches: list[Batch], rows: int) -> Batch:
+    """A micro-batch from batches of one row; the first one fills what is left."""
+    batches = batches + batches[:1] * (rows - len(batches))
+    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+
+def chosen(options: list[tuple[RowOptions, int]], rows: int) -> RowOptions:
+    """Options of rows of others, the first one for those that are left."""
+    options = options + options[:1] * (rows - len(options))
+    of_rows = [jax.tree.map(lambda x: x[row], one) for one, row in options]  # noqa: B023
+    return jax.tree.map(lambda *x: np.stack(x), *of_rows)

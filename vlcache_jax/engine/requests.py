@@ -1,0 +1,79 @@
+"""What is asked of an engine, and what it gives back."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.inputs import Batch
+from vlcache_jax.models.images.opening import ImageLike
+from vlcache_jax.parallel.seeds import Seeds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt, and how it is to be answered.
+
+    Attributes:
+      prompt: a text with one image token for each image; or a conversation, a list of messages as `Processor.chat`
+        takes it; or a batch of one row from the processor.
+      images: of the prompt, as the processor takes them. They are opened when their turn comes.
+      id: anything; comes back with the result.
+      max_new_tokens: answers are cut at this length; that of the engine by default, which is the most.
+      samples: answers to draw. They share one prefill, and sample i draws with seed + i.
+      sampling: None for greedy decoding.
+      seed: an integer or a key, as in `vlc.generate`.
+      eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty sequence never stops.
+      stop: texts that end an answer; they are no part of its text.
+
+    Example:
+      vlc.Request(prompt="USER: <image>\\nWhat is this? ASSISTANT:", images=["cat.jpg"], max_new_tokens=32)
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]] | Batch
+    images: Sequence[ImageLike] = ()
+    id: Any = None
+    max_new_tokens: int | None = None
+    samples: int = 1
+    sampling: Sampling | None = None
+    seed: Seeds = 0
+    eos_token_ids: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One answer, or why there is none.
+
+    Attributes:
+      index: how many requests came before its own.
+      sample: which of the request's samples.
+      samples: how many results the request has: its samples, or 1 if it could not be read.
+      id: the request's.
+      finish: "stop" (a stop id or text), "length", or "failed".
+      tokens: i32 [n], the stop id included; up to the token with which a stop text was there.
+      text: the answer without special tokens and stop text; None of an engine without a processor.
+      reason: why it failed; None if it did not.
+      prompt_tokens: of the prompt; 0 if it could not be read.
+      kept_fraction: of the prompt's cache, see `vlc.Report`.
+      seconds: from the row's start to the end of the answer.
+    """
+
+    index: int
+    sample: int
+    id: Any
+    finish: Literal["stop", "length", "failed"]
+    tokens: np.ndarray
+    text: str | None = None
+    reason: str | None = None
+    samples: int = 1
+    prompt_tokens: int = 0
+    kept_fraction: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is an answer."""
+        return self.finish != "failed"
