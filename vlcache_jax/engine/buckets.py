@@ -10,13 +10,15 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.text.buckets import bucket_length
 
+_PADDING = {"vision_index": TEXT, "cells": -1}
+
 
 class Bucket(NamedTuple):
     """A size of prompts.
 
     Attributes:
       tokens: visual ones included.
-      tiles: of all images of a prompt; `Batch.pixels.shape[1]`.
+      tiles: of all images of a prompt, or patches of a model that takes images of any size: `Batch.pixels.shape[1]`.
     """
 
     tokens: int
@@ -31,20 +33,22 @@ class Bucket(NamedTuple):
         """Whether a prompt of another size fits."""
         return other.tokens <= self.tokens and other.tiles <= self.tiles
 
-    def pad(self, batch: Batch) -> Batch:
-        """One that fits, of this size. Padding is never read."""
 
-        def resized(name: str, x: Any) -> np.ndarray:
-            x = np.asarray(x)
-            if x.ndim < 2:
-                return x
-            size = self.tokens if name in ("tokens", "vision_index") else self.tiles
-            x = x[:, :size]
-            width = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
-            return np.pad(x, width, constant_values=TEXT if name == "vision_index" else 0)
+def padding(shapes: Batch) -> Batch:
+    """A batch of nothing but padding, of shapes from `FamilyModel.abstract_batch`. It is never read."""
+    fields = {field.name: getattr(shapes, field.name) for field in dataclasses.fields(shapes)}
+    return Batch(**{name: x and np.full(x.shape, _PADDING.get(name, 0), x.dtype) for name, x in fields.items()})
 
-        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        return Batch(**{name: resized(name, x) for name, x in fields.items()})
+
+def pad(batch: Batch, shapes: Batch) -> Batch:
+    """A batch that fits into these shapes, padded to them."""
+    new = padding(shapes)
+    for field in dataclasses.fields(new):
+        to, found = getattr(new, field.name), getattr(batch, field.name)
+        if to is not None and found is not None:  # the cells of a prompt without images are None
+            part = np.asarray(found)[tuple(slice(size) for size in to.shape)]
+            to[tuple(slice(size) for size in part.shape)] = part
+    return new
 
 
 def check_buckets(buckets: Any) -> tuple[Bucket, ...]:

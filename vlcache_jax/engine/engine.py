@@ -44,7 +44,7 @@ class Engine:
       policy: what to keep of the prompts' caches; `FullCache()` by default.
       rows: answers that are decoded at the same time.
       max_new_tokens: of the longest answer.
-      buckets: pairs (tokens, tiles of images) that prompts are padded to. By default at most six are chosen for the
+      buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default at most six are chosen for the
         requests that `warmup` is given, or for the first ones of the first run; a prompt that fits in none of them
         fails.
       prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all, and at most `rows`.
@@ -94,7 +94,7 @@ class Engine:
         self._programs = Programs(
             vlm.model, vlm.params, policy, pruning, kernels or Kernels(), rows, room, MOST_STOP_IDS
         )
-        self._preparer = Preparer(vlm.processor, vlm.model.spec, policy, max_new_tokens, MOST_STOP_IDS)
+        self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, MOST_STOP_IDS)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
         self._rows_of_a_batch = prefill_rows
         self._buckets: dict[Bucket, int] = {}

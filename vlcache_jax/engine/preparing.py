@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlcache_jax.engine.buckets import Bucket, smallest
+from vlcache_jax.engine.buckets import Bucket, pad, smallest
 from vlcache_jax.engine.requests import Request
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.inference.context import check_count
@@ -16,7 +16,6 @@ from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.seeds import seed_words
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.typing import ModelSpec
 
 NO_SIZE = Bucket(0, 0)
 
@@ -50,14 +49,14 @@ class Preparer:
 
     Attributes:
       processor: of the checkpoint, or None.
-      spec: of the model.
+      model: of the engine.
       policy: of the engine.
       max_new_tokens: the most.
       stop_ids: the most of an answer.
     """
 
     processor: Any
-    spec: ModelSpec
+    model: Any
     policy: Policy
     max_new_tokens: int
     stop_ids: int
@@ -69,7 +68,7 @@ class Preparer:
                 raise InputError(f"a request is a {type(request).__name__}: give a vlc.Request")
             options = self._options(request)
             batch = self._batch(request)
-            check_prefill(self.spec, batch, self.policy, int(options.max_new_tokens[0]))
+            check_prefill(self.model.spec, batch, self.policy, int(options.max_new_tokens[0]))
             return Read(index, request, batch, Bucket.of(batch), options, int(batch.lengths[0]))
         except Exception as error:
             return Read(index, request, reason=reason(error))
@@ -80,7 +79,9 @@ class Preparer:
             return read
         try:
             bucket = smallest(buckets, read.bucket)
-            return dataclasses.replace(read, batch=bucket.pad(read.batch), bucket=bucket)
+            return dataclasses.replace(
+                read, batch=pad(read.batch, self.model.abstract_batch(1, *bucket)), bucket=bucket
+            )
         except InputError as error:
             return Read(read.index, read.request, reason=reason(error))
 
@@ -111,7 +112,7 @@ class Preparer:
             raise InputError("stop texts need a processor, which the engine has none of: give eos_token_ids")
         n, stop_ids = request.samples, request.eos_token_ids
         seeds = np.asarray(jax.device_get(seed_words(request.seed, (n,), n)))
-        return row_options(self.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids)
+        return row_options(self.model.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids)
 
 
 def reason(error: Exception) -> str:

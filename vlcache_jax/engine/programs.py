@@ -13,12 +13,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from vlcache_jax.engine.buckets import Bucket
+from vlcache_jax.engine.buckets import Bucket, padding
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.rows import Prompt, decode_chunk, free_rows, insert_rows
-from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
@@ -115,11 +115,8 @@ class Programs:
 
     def nothing(self, bucket: Bucket, rows: int) -> Batch:
         """A micro-batch of prompts of one token, to warm up with."""
-        abstract = self.model.abstract_batch(rows, *bucket)  # type: ignore[attr-defined]
-        batch: Batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-        return dataclasses.replace(
-            batch, lengths=np.ones_like(batch.lengths), vision_index=np.full_like(batch.vision_index, TEXT)
-        )
+        shapes = self.model.abstract_batch(rows, *bucket)  # type: ignore[attr-defined]
+        return dataclasses.replace(padding(shapes), lengths=np.ones(rows, np.int32))
 
 
 def stacked(batches: list[Batch], rows: int) -> Batch:
