@@ -84,10 +84,10 @@ def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
       (Bucket(tokens=128, tiles=1), Bucket(tokens=768, tiles=2))
     """
     counts: dict[int, tuple[int, int]] = {}
-    for tokens, tiles in sizes:
+    for tokens, own in sizes:
         length = bucket_length(tokens)
         count, before = counts.get(length, (0, 0))
-        counts[length] = (count + 1, max(tiles, before))
+        counts[length] = (count + 1, max(own, before))
     lengths = sorted(counts)
     number, tiles = ([counts[length][i] for length in lengths] for i in (0, 1))
     # cost[j]: padded tokens of the first j lengths with the buckets used so far; cut[k][j]: where the last run begins

@@ -44,9 +44,9 @@ class Engine:
       policy: what to keep of the prompts' caches; `FullCache()` by default.
       rows: answers that are decoded at the same time.
       max_new_tokens: of the longest answer.
-      buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default at most six are chosen for the
-        requests that `warmup` is given, or for the first ones of the first run; a prompt that fits in none of them
-        fails.
+      buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default
+        at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
+        that fits in none of them fails.
       prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all, and at most `rows`.
       steps: the most tokens that are added to the answers before the host looks at them: for stop texts, and for
         requests that came in since.
@@ -106,7 +106,7 @@ class Engine:
             self._set_buckets(check_buckets(buckets))
 
     @property
-    def buckets(self) -> dict[tuple[int, int], int]:
+    def buckets(self) -> dict[Bucket, int]:
         """The buckets, (tokens, tiles), and how many prompts of each a micro-batch has; empty until they are chosen."""
         return dict(self._buckets)
 

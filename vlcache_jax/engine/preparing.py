@@ -79,9 +79,8 @@ class Preparer:
             return read
         try:
             bucket = smallest(buckets, read.bucket)
-            return dataclasses.replace(
-                read, batch=pad(read.batch, self.model.abstract_batch(1, *bucket)), bucket=bucket
-            )
+            batch = pad(read.batch, self.model.abstract_batch(1, *bucket))
+            return dataclasses.replace(read, batch=batch, bucket=bucket)
         except InputError as error:
             return Read(read.index, read.request, reason=reason(error))
 

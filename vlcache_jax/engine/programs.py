@@ -97,8 +97,7 @@ class Programs:
     ) -> DecodingState:
         """Begins answers in rows, to the rows `of` a prompt, as options say; at most as many as it has."""
         count, most = len(rows), len(prompt.logits)
-        numbers = [np.array(x + [0] * (most - count), np.int32) for x in (rows, of)]
-        numbers.append(np.int32(count))
+        numbers = (*(np.array(x + [0] * (most - count), np.int32) for x in (rows, of)), np.int32(count))
         options, numbers = placed((options, numbers), self.params)
         with on_mesh_of(self.params, state):
             return insert_rows(self.model, state, prompt, *numbers, options)

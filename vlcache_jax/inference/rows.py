@@ -109,8 +109,8 @@ def insert(
         check_positions(ctx, np.zeros(ctx.rows, np.int32), max_new_tokens)
     stop_ids = state.options.stop_ids.shape[1]
     options = row_options(ctx.model.spec, 1, max_new_tokens, sampling, seed, eos_token_ids, stop_ids)
-    numbers = [x.reshape(1) if isinstance(x, jax.core.Tracer) else np.array([x], np.int32) for x in (row, of)]
-    numbers.append(np.int32(1))
+    each = [x.reshape(1) if isinstance(x, jax.core.Tracer) else np.array([x], np.int32) for x in (row, of)]
+    numbers = (*each, np.int32(1))
     options, numbers = placed((options, numbers), ctx.params)
     with on_mesh_of(ctx.params, state):
         return insert_rows(ctx.model, state, prompt, *numbers, options)
