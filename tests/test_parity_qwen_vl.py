@@ -1,19 +1,22 @@
-"""Qwen2-VL and Qwen2.5-VL against transformers: from checkpoint and images to logits and greedy answers."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers: from checkpoint and images to logits and greedy answers."""
 
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from text_model import by_definition
 from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, reference_inputs
 
 import vlcache_jax as vlc
 from vlcache_jax.models.families.qwen_vl.model import QwenVL
-from vlcache_jax.models.families.registry import preset
+from vlcache_jax.models.families.registry import preset, read_config
 
 NEW = 32
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 TEXTS = [
     f"<|im_start|> user {SEEN} w1 w2 w3 <|im_end|>", f"w4 {SEEN} w5 <|image_pad|> w6 <|image_pad|> w7",
@@ -28,11 +31,11 @@ def images():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("qwen2_vl", "qwen2_5_vl")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     return {kind: (folder, make_tiny_qwen(folder, kind)) for kind, folder in folders.items()}
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_parity(checkpoints, kind):
     folder, reference = checkpoints[kind]
     vlm = vlc.load(folder, dtype="float32")
@@ -91,14 +94,47 @@ def test_images_of_all_sizes_share_programs(checkpoints):
     assert len(traced) == 1
 
 
-def test_compressed_answers_and_rows_alone(checkpoints):
-    vlm = vlc.load(checkpoints["qwen2_5_vl"][0], dtype="float32")
-    policy = vlc.VLCache(budget=0.4)
+@pytest.mark.parametrize(("kind", "pruning"), [("qwen2_5_vl", None), ("qwen3_vl", vlc.PyramidDrop((1,), (0.5,)))])
+def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(checkpoints, kind, pruning):
+    """What the first layers add goes with its tokens, where some are dropped before; a row is what it is alone."""
+    vlm, policy = vlc.load(checkpoints[kind][0], dtype="float32"), vlc.VLCache(budget=0.4)
+    model, params = vlm.model, vlm.params
     batch = vlm.processor(images=images(), text=TEXTS, pad_to=128, pad_tiles_to=256)
-    out = vlc.generate(vlm.model, vlm.params, batch, policy, 8, eos_token_ids=[])
+    there = pruning and stages_of(vlc.prefill(model, params, batch, vlc.FullCache(), pruning=pruning))
+    logits, state = vlc.prefill(model, params, batch, policy, pruning=pruning).start(8)
+    kept, tokens, found = [np.asarray(state.kept_positions(layer)) for layer in range(3)], [logits.argmax(-1)], []
+    for _ in range(7):
+        logits, state = vlc.decode_step(model, params, tokens[-1], state)
+        tokens.append(logits.argmax(-1))
+        found.append(np.asarray(logits))
+    expected = by_definition(model, params, batch, np.asarray(tokens[:-1]), kept, there=there)
+    np.testing.assert_allclose(np.stack(found), expected, atol=1e-4, rtol=0)
+    if pruning is not None:
+        return
     one = vlm.processor(images=[images()[1]], text=[TEXTS[1]], pad_to=128, pad_tiles_to=256)
-    alone = vlc.generate(vlm.model, vlm.params, one, policy, 8, eos_token_ids=[])
-    np.testing.assert_array_equal(out.tokens[1], alone.tokens[0])
+    alone = vlc.generate(model, params, one, policy, 8, eos_token_ids=[])
+    np.testing.assert_array_equal(np.asarray(tokens)[:, 1], alone.tokens[0])
+
+
+def stages_of(context):
+    """The prompt's tokens that each layer of a full cache holds, [layers][rows]."""
+    held = [np.asarray(context.kept_positions(layer))[:, 0] for layer in range(3)]
+    return [[row[row >= 0] for row in of_layer] for of_layer in held]
+
+
+def test_deepstack_is_added_behind_the_first_layers(checkpoints):
+    vlm = vlc.load(checkpoints["qwen3_vl"][0], dtype="float32")
+    batch = vlm.processor(images=images()[:1], text=TEXTS[:1])
+    embedded = vlm.model.apply({"params": vlm.params}, batch, method="embed")
+    visual = np.asarray(batch.vision_index) != -1
+    assert embedded.layer_inputs.shape == (2, *embedded.hidden.shape)
+    assert (np.abs(embedded.layer_inputs[:, visual]).max(axis=-1) > 0).all()
+    assert not np.asarray(embedded.layer_inputs[:, ~visual]).any()
+    none = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.zeros_like(x) if "deepstack" in str(path) else x, vlm.params
+    )
+    with_it, without = (vlm.model.apply({"params": p}, batch, method="forward") for p in (vlm.params, none))
+    assert np.abs(with_it - without)[0, int(batch.lengths[0]) - 1].max() > 0.1
 
 
 def test_chat(checkpoints):
@@ -110,7 +146,7 @@ def test_chat(checkpoints):
     np.testing.assert_array_equal(batch.tokens[0, : batch.lengths[0]], reference_inputs(text, [a, b])["input_ids"][0])
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_read_by_both(checkpoints, kind, tmp_path):
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
@@ -174,6 +210,49 @@ def test_refusals(checkpoints, tmp_path, file, change, message):
         vlc.load(tmp_path, dtype="float32")
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("text_config", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type is .yarn."),
+        ("text_config", {"rope_scaling": {"mrope_interleaved": False}}, "mrope_interleaved is false; expected true"),
+        ("vision_config", {"num_position_embeddings": 35}, "num_position_embeddings is 35; expected a square number"),
+        ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "expected rising numbers below 3"),
+        ("vision_config", {"deepstack_visual_indexes": [0, 3]}, "expected rising numbers below 3"),
+        ("vision_config", {"rope_parameters": {"rope_theta": 5e5}}, "expected rope_type axial and rope_theta 10000"),
+        ("vision_config", {"out_hidden_size": 48}, "expected features as wide as the decoder, 32"),
+        (None, {"model_type": "qwen3_vl_moe"}, "this is a Qwen3-VL with experts"),
+    ],
+)
+def test_refusals_of_qwen3_vl(checkpoints, tmp_path, part, change, message):
+    values = json.loads((checkpoints["qwen3_vl"][0] / "config.json").read_text())
+    (values[part] if part else values).update(change)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(vlc.CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def test_configs_of_transformers_4_and_5_are_one(checkpoints, tmp_path):
+    values = json.loads((checkpoints["qwen3_vl"][0] / "config.json").read_text())
+    rope = values["text_config"].pop("rope_parameters")
+    values["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"mrope_interleaved": True}}
+    values["vision_config"] |= {"model_type": "qwen3_vl", "rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}')
+    assert read_config(tmp_path) == vlc.load(checkpoints["qwen3_vl"][0], dtype="float32").config
+
+
+def test_rotations_are_of_float32_whatever_the_model_computes_in(checkpoints):
+    """Half precision has no odd numbers beyond 256 (bfloat16) or 2048 (float16)."""
+    far = jnp.asarray([[[2049, 2050]] * 3])
+    x = jnp.ones((1, 2, 2, 16), jnp.bfloat16)
+    found = [
+        vlc.load(checkpoints["qwen3_vl"][0], dtype=dtype).model.apply({"params": {}}, x, far, method="rotate")
+        for dtype in ("bfloat16", "float32")
+    ]
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0][:, 0] - found[0][:, 1]).max() > 0.5
+
+
 def test_rope_that_is_not_supported(checkpoints, tmp_path):
     for path in checkpoints["qwen2_5_vl"][0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -207,6 +286,12 @@ def test_regions_cover_the_image(checkpoints):
         assert boxes[0, :2].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("name", "published"), [("qwen2.5-vl-3b", 3_754_622_976), ("qwen2.5-vl-7b", 8_292_166_656)])
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("qwen2.5-vl-3b", 3_754_622_976), ("qwen2.5-vl-7b", 8_292_166_656), ("qwen3-vl-2b", 2_127_532_032),
+        ("qwen3-vl-4b", 4_437_815_808), ("qwen3-vl-8b", 8_767_123_696),
+    ],
+)  # fmt: skip
 def test_presets_have_the_published_numbers_of_parameters(name, published):
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(QwenVL(preset(name)).abstract_params())) == published

@@ -73,7 +73,7 @@ def test_qwen2_vl(name, tmp_path):
 def test_qwen3_vl(tmp_path):
     parameters = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     values = transformers.Qwen3VLTextConfig(rope_parameters=parameters).to_dict()
-    found = read_rope_of_axes(section(values, tmp_path), 128, (24, 20, 20))
+    found = read_rope_of_axes(section(values, tmp_path), 128, (24, 20, 20), True)
     assert found == RopeConfig(theta=5e6, sections=(24, 20, 20), interleaved=True)
 
 
@@ -84,6 +84,7 @@ def test_qwen3_vl(tmp_path):
         ({"type": "mrope", "mrope_section": [16, 24]}, "three whole numbers that add up to half of head_dim 128"),
         ({"type": "mrope", "mrope_section": [16, 24, 25]}, "three whole numbers"),
         ({"type": "mrope", "mrope_section": [16, 24.0, 24]}, "three whole numbers"),
+        ({"mrope_section": [16, 24, 24], "mrope_interleaved": True}, "expected false, as this model has it"),
     ],
 )
 def test_what_cannot_be(scaling, message, tmp_path):

@@ -92,6 +92,8 @@ def by_definition(model, params, batch, new, kept, shift=0, there=None):
     blocks, column = prompt.blocks, np.arange(whole)
     if blocks is not None:
         blocks = jnp.where(column[None] < lengths, jnp.pad(blocks, ((0, 0), (0, steps))), -1)
+    more = prompt.layer_inputs
+    more = None if more is None else jnp.pad(more, ((0, 0), (0, 0), (0, steps), (0, 0)))
     layers = []
     for layer, window in enumerate(spec.layer_windows):
         seen = np.asarray(Mask(blocks=blocks, window=window).as_array(whole))
@@ -113,7 +115,7 @@ def by_definition(model, params, batch, new, kept, shift=0, there=None):
 
     @jax.jit
     def run(variables, hidden, layers):
-        out = model.apply(variables, hidden, jnp.asarray(positions), attend, None, layers, method="decode")[0]
+        out = model.apply(variables, hidden, jnp.asarray(positions), attend, None, layers, more, method="decode")[0]
         return model.apply(variables, out[rows, answer], method="unembed")
 
     return np.asarray(run({"params": params}, hidden, np.stack(layers))).swapaxes(0, 1)

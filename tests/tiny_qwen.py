@@ -27,7 +27,12 @@ def make_tiny_qwen(folder, kind="qwen2_5_vl", seed=0, **top):
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     }  # fmt: skip
     vision = {"depth": 3, "num_heads": 4, "patch_size": PATCH}
-    if kind == "qwen2_vl":
+    if kind == "qwen3_vl":
+        text |= {"head_dim": 16, "rope_parameters": text["rope_parameters"] | {"mrope_section": [3, 3, 2]}}
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 36}
+        vision["deepstack_visual_indexes"] = [0, 2]
+        make, model = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    elif kind == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         make, model = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
     else:

@@ -48,7 +48,7 @@ class DecoderConfig:
     `max_positions` is the `max_position_embeddings` of its config; the model can use `extended_positions`.
     """
 
-    family: str  # llama, mistral, qwen2 or gemma3
+    family: str  # llama, mistral, qwen2, qwen3 or gemma3_text
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -100,23 +100,31 @@ def read_sizes(text: Section) -> dict[str, Any]:
     }
 
 
-def read_decoder(text: Section, tie_embeddings: bool, sections: tuple[int, int, int] | None = None) -> DecoderConfig:
+def read_decoder(
+    text: Section,
+    tie_embeddings: bool,
+    sections: tuple[int, int, int] | None = None,
+    interleaved: bool = False,
+) -> DecoderConfig:
     """The decoder that `text_section` found.
 
     Args:
       text: its config.
       tie_embeddings: whether the output head is the embedding table.
-      sections: of rotary positions on three axes, if the model has them: see `read_rope_of_axes`.
+      sections, interleaved: of rotary positions on three axes, if the model has them: see `read_rope_of_axes`.
 
     Raises CheckpointError for what is malformed or not supported.
     """
     family, sizes = text.get("model_type"), read_sizes(text)
     head_dim, max_positions = sizes["head_dim"], sizes["max_positions"]
-    rope = read_rope(text, max_positions) if sections is None else read_rope_of_axes(text, head_dim, sections)
+    if sections is None:
+        rope = read_rope(text, max_positions)
+    else:
+        rope = read_rope_of_axes(text, head_dim, sections, interleaved)
     if rope.kind == "dynamic" and head_dim == 2:
         raise text.error("head_dim", head_dim, "more than 2: dynamic rope scaling divides by head_dim - 2")
     _refuse_sliding_window(family, text, sizes["num_layers"], rope.extended(max_positions))
-    attention_bias = family == "llama" and text.flag("attention_bias", False)
+    attention_bias = family in ("llama", "qwen3") and text.flag("attention_bias", False)
     return DecoderConfig(
         family=family,
         rope=rope,
@@ -125,6 +133,7 @@ def read_decoder(text: Section, tie_embeddings: bool, sections: tuple[int, int, 
         mlp_bias=family == "llama" and text.flag("mlp_bias", False),
         tie_embeddings=tie_embeddings,
         activation=text.activation("hidden_act", "silu"),
+        qk_norm=family == "qwen3",
         **sizes,
     )
 
@@ -142,7 +151,7 @@ def _refuse_sliding_window(family: str, text: Section, layers: int, max_position
     """A window that never reaches its limit is no window; any other is refused."""
     if family == "llama" or text.get("sliding_window") is None:
         return
-    if family == "qwen2":
+    if family in ("qwen2", "qwen3"):
         if not text.flag("use_sliding_window", False):
             return
         kinds = text.get("layer_types")

@@ -12,6 +12,7 @@ def text_values(decoder: DecoderConfig) -> dict[str, Any]:
         "llama": decoder.qkv_bias == decoder.output_bias,
         "mistral": not any(biases),
         "qwen2": biases == (True, False, False),
+        "qwen3": decoder.qkv_bias == decoder.output_bias and not decoder.mlp_bias,
     }
     if not possible[decoder.family]:
         raise CheckpointError(
@@ -25,6 +26,8 @@ def text_values(decoder: DecoderConfig) -> dict[str, Any]:
     }
     if decoder.family == "llama":
         return values | {"attention_bias": decoder.qkv_bias, "mlp_bias": decoder.mlp_bias}
+    if decoder.family == "qwen3":
+        return values | {"attention_bias": decoder.qkv_bias}
     return values | {"sliding_window": None} | ({"use_sliding_window": False} if decoder.family == "qwen2" else {})
 
 
@@ -49,6 +52,8 @@ def rope_values(rope: RopeConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
     if rope.sections is not None:
         values["mrope_section"] = list(rope.sections)
+    if rope.interleaved:
+        values["mrope_interleaved"] = True
     if rope.kind != "default":
         values["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn"):

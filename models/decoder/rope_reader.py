@@ -15,13 +15,16 @@ def read_rope(text: Section, max_positions: int) -> RopeConfig:
     return _read(text, _rope_section(text), max_positions)
 
 
-def read_rope_of_axes(text: Section, head_dim: int, sections: tuple[int, int, int]) -> RopeConfig:
+def read_rope_of_axes(
+    text: Section, head_dim: int, sections: tuple[int, int, int], interleaved: bool = False
+) -> RopeConfig:
     """`read_rope` of a model with positions on three axes (M-RoPE).
 
     Args:
       text: the text config; that of Qwen2-VL may be the whole `config.json`.
       head_dim: size of a head.
       sections: what the configuration class of transformers fills in for `mrope_section`.
+      interleaved: how this model's axes lie; `mrope_interleaved` may say so, too, but nothing else.
     """
     rope = _rope_section(text)
     for name in ("type", "rope_type"):  # transformers 4.4x writes "mrope", later versions "default" or both
@@ -33,7 +36,8 @@ def read_rope_of_axes(text: Section, head_dim: int, sections: tuple[int, int, in
     numbers = isinstance(found, list) and all(type(x) is int and x > 0 for x in found)
     if not numbers or len(found) != 3 or 2 * sum(found) != head_dim:
         raise rope.error("mrope_section", found, f"three whole numbers that add up to half of head_dim {head_dim}")
-    interleaved = rope.flag("mrope_interleaved", False)
+    if rope.flag("mrope_interleaved", interleaved) != interleaved:
+        raise rope.error("mrope_interleaved", not interleaved, f"{str(interleaved).lower()}, as this model has it")
     return RopeConfig(theta=rope.number("rope_theta", ROPE_THETA), sections=tuple(found), interleaved=interleaved)
 
 

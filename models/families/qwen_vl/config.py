@@ -10,7 +10,7 @@ from vlcache_jax.models.vision.qwen_config import QwenVisionConfig
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVLConfig:
-    """Qwen2-VL (`qwen2_vl`) or Qwen2.5-VL (`qwen2_5_vl`). Ids of other tokens are kept for who reads what is saved."""
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL (`model_type` qwen2_vl, qwen2_5_vl, qwen3_vl)."""
 
     model_type: str
     vision: QwenVisionConfig

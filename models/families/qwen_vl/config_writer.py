@@ -8,6 +8,7 @@ from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 _ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 
@@ -28,14 +29,17 @@ def config_values(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
         ratio = vision.intermediate_size // vision.hidden_size
         tower |= {"embed_dim": vision.hidden_size, "hidden_size": vision.output_size, "mlp_ratio": ratio}
     else:
-        assert vision.window is not None
         tower |= {
-            "fullatt_block_indexes": list(vision.full_layers),
             "hidden_size": vision.hidden_size,
             "intermediate_size": vision.intermediate_size,
             "out_hidden_size": vision.output_size,
-            "window_size": vision.window * vision.patch_size,
         }
+    if vision.window is not None:
+        window = vision.window * vision.patch_size
+        tower |= {"fullatt_block_indexes": list(vision.full_layers), "window_size": window}
+    if vision.table_side:
+        tower["num_position_embeddings"] = vision.table_side**2
+        tower["deepstack_visual_indexes"] = list(vision.deepstack_layers)
     text = text_values(config.decoder) | {"model_type": f"{config.model_type}_text"} | token_values(config)
     return {
         "architectures": [_ARCHITECTURES[config.model_type]],

@@ -1,23 +1,33 @@
-"""Qwen2-VL and Qwen2.5-VL: images of any size; videos are not read yet."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size; videos are not read yet."""
+
+import dataclasses
 
 from vlcache_jax.models.families.family import Family
+from vlcache_jax.models.families.qwen_vl import weights
 from vlcache_jax.models.families.qwen_vl.config_reader import read_config
 from vlcache_jax.models.families.qwen_vl.config_writer import config_values
 from vlcache_jax.models.families.qwen_vl.layout import read_layout
 from vlcache_jax.models.families.qwen_vl.model import QwenVL
-from vlcache_jax.models.families.qwen_vl.presets import PRESETS
-from vlcache_jax.models.families.qwen_vl.weights import WEIGHTS
+from vlcache_jax.models.families.qwen_vl.presets import QWEN2_PRESETS, QWEN3_PRESETS
 
 _PATCHES = 4 * 1280  # of an image of as many pixels as transformers allows where a checkpoint does not say
+_EXPERTS = "this is a Qwen3-VL with experts (such as 30B-A3B): take a dense one, such as 4B or 8B"
 
-QWEN_VL = Family(
+QWEN2_VL = Family(
     model_types=("qwen2_vl", "qwen2_5_vl"),
     read_config=read_config,
     config_values=config_values,
     model=QwenVL,
-    weights=WEIGHTS,
+    weights=weights.QWEN2,
     read_layout=read_layout,
     image_tiles=lambda config: _PATCHES,
-    presets=PRESETS,
+    presets=QWEN2_PRESETS,
     special_tokens={"image_token": "<|image_pad|>"},
+)
+QWEN3_VL = dataclasses.replace(
+    QWEN2_VL,
+    model_types=("qwen3_vl",),
+    weights=weights.QWEN3,
+    presets=QWEN3_PRESETS,
+    refused={"qwen3_vl_moe": _EXPERTS},
 )

@@ -15,7 +15,7 @@ from vlcache_jax.models.images.patches import cut_patches, patch_order
 from vlcache_jax.models.images.smart_resize import smart_resize
 from vlcache_jax.models.images.transform import ImageTransform, resize
 
-_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # of transformers, where the checkpoint does not say
 
 

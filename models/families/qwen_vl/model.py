@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: a vision tower for images of any size, and a decoder with positions on three axes."""
+"""The Qwen-VLs: a vision tower for images of any size, and a decoder with positions on three axes."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class QwenVL(FamilyModule):
         return Batch(ids, jax.ShapeDtypeStruct((rows,), jnp.int32), ids, pixels, cells)  # type: ignore[arg-type]
 
     def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
-        """Token and image embeddings in prompt order, with positions on three axes."""
+        """Token and image embeddings in prompt order, positions on three axes, and what the first layers add."""
         if position_ids is not None:
             raise InputError("position_ids are for towers with a table of positions: leave them out")
         embedded = self.decoder.embed(jnp.asarray(batch.tokens))
@@ -47,7 +47,7 @@ class QwenVL(FamilyModule):
                 f"the batch has pixels {list(batch.pixels.shape)} but no cells, which say where each patch lies: build "
                 "it with the model's processor"
             )
-        features, _ = self.vision(jnp.asarray(batch.pixels), jnp.asarray(batch.cells))
+        features, deepstack = self.vision(jnp.asarray(batch.pixels), jnp.asarray(batch.cells))
         index = jnp.asarray(batch.vision_index)
         visual, source = index != TEXT, jnp.maximum(index, 0)
 
@@ -58,4 +58,7 @@ class QwenVL(FamilyModule):
         vision = self.config.vision
         cells = of_tokens(jnp.asarray(batch.cells)[:, :: vision.merged, TIME:])  # of a feature's first patch
         places = (cells // jnp.asarray([1, vision.merge_size, vision.merge_size])[None, None]).swapaxes(1, 2)
-        return Embedded(hidden, *axes_positions(jnp.asarray(batch.lengths), visual, places))
+        more = None
+        if deepstack is not None:
+            more = jnp.where(visual[None, ..., None], jax.vmap(of_tokens)(deepstack), 0)
+        return Embedded(hidden, *axes_positions(jnp.asarray(batch.lengths), visual, places), more)

@@ -44,7 +44,7 @@ _QWEN_25_3B = QwenVLConfig(
     eos_token_ids=(151645, 151643),
 )
 
-PRESETS = {
+QWEN2_PRESETS = {
     "qwen2.5-vl-3b": _QWEN_25_3B,
     "qwen2.5-vl-7b": dataclasses.replace(
         _QWEN_25_3B,
@@ -59,5 +59,62 @@ PRESETS = {
             num_kv_heads=4,
             tie_embeddings=False,
         ),
+    ),
+}
+
+# Source: config.json of the repositories Qwen/Qwen3-VL-<size>-Instruct on the Hub, as copies of them have it.
+_TOWER_4B = QwenVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=24,
+    num_heads=16,
+    output_size=2560,
+    patch_size=16,
+    activation="gelu_pytorch_tanh",
+    patch_bias=True,
+    table_side=48,
+    deepstack_layers=(5, 11, 17),
+)
+_DECODER_4B = DecoderConfig(
+    family="qwen3",
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope=RopeConfig(theta=5e6, sections=(24, 20, 20), interleaved=True),
+    max_positions=262144,
+    tie_embeddings=True,
+    qk_norm=True,
+)
+_QWEN_3_4B = QwenVLConfig(
+    model_type="qwen3_vl",
+    vision=_TOWER_4B,
+    decoder=_DECODER_4B,
+    bos_token_id=151643,
+    pad_token_id=151643,
+    eos_token_ids=(151645, 151643),
+)
+
+QWEN3_PRESETS = {
+    "qwen3-vl-2b": dataclasses.replace(
+        _QWEN_3_4B,
+        vision=dataclasses.replace(_TOWER_4B, output_size=2048),
+        decoder=dataclasses.replace(_DECODER_4B, hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16),
+    ),
+    "qwen3-vl-4b": _QWEN_3_4B,
+    "qwen3-vl-8b": dataclasses.replace(
+        _QWEN_3_4B,
+        vision=dataclasses.replace(
+            _TOWER_4B,
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_layers=27,
+            output_size=4096,
+            deepstack_layers=(8, 16, 24),
+        ),
+        decoder=dataclasses.replace(_DECODER_4B, hidden_size=4096, intermediate_size=12288, tie_embeddings=False),
     ),
 }
