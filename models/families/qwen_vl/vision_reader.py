@@ -43,7 +43,7 @@ def read_tower(top: Section, model_type: str) -> QwenVisionConfig:
     for key in ("in_channels", "in_chans"):
         if section.get(key, 3) != 3:
             raise section.error(key, section.get(key), "3 (RGB images)")
-    common = {
+    common: dict[str, Any] = {
         "num_layers": section.integer("depth", LAYERS),
         "num_heads": section.integer("num_heads", HEADS),
         "patch_size": section.square("patch_size"),
