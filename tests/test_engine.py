@@ -5,11 +5,13 @@ import functools
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.engine.memory import need
 
 PROMPTS, ROOM, BUCKETS = 12, 16, [(24, 2), (40, 2)]
 SAMPLINGS = (
@@ -123,12 +125,12 @@ def test_programs_are_those_that_were_counted():
 
 def test_samples_share_one_prefill_and_differ():
     before = engine().stats()
-    request = vlc.Request(prompt=prompts()[3], samples=7, sampling=SAMPLINGS[1], seed=5, eos_token_ids=[])
+    request = vlc.Request(prompt=prompts()[3], samples=7, sampling=SAMPLINGS[1], seed=-3, eos_token_ids=[])
     results = list(engine().run([request], ordered=True))
     assert [(result.index, result.sample, result.samples) for result in results] == [(0, i, 7) for i in range(7)]
     assert engine().stats().prompt_tokens - before.prompt_tokens == results[0].prompt_tokens
     for result in results:
-        single = dataclasses.replace(request, samples=1, seed=5 + result.sample)
+        single = dataclasses.replace(request, samples=1, seed=-3 + result.sample)
         np.testing.assert_array_equal(result.tokens, next(iter(engine().run([single]))).tokens)
     assert len({tuple(result.tokens) for result in results}) > 1
 
@@ -237,10 +239,28 @@ def test_buckets_are_chosen_for_the_first_requests():
         vlc.Engine(vlm()).warmup([3])
 
 
+def test_as_many_rows_as_fit():
+    """By what the compiler says: the buffers of the rows themselves are no larger."""
+
+    def automatic(policy, memory):
+        own = vlc.Engine(vlm(), policy, memory_bytes=memory, max_new_tokens=ROOM, buckets=[(40, 2)], prefill_rows=2)
+        return own.warmup(), own
+
+    few, own = automatic(vlc.FullCache(), 1_000_000)
+    held = sum(x.nbytes for x in jax.tree.leaves(own._state.kv))
+    assert 0.7 < held / (1_000_000 - need(own._programs, (40, 2), 2).prefill) <= 1
+    more, _ = automatic(vlc.VLCache(budget=0.1), 1_000_000)
+    assert few.compilations == few.programs == 2 + 3 + 1
+    assert more.rows > 1.3 * few.rows  # most of a row is room for the answer here
+    with pytest.raises(vlc.InputError, match="no row fits into 1,000 bytes"):
+        automatic(vlc.FullCache(), 1_000)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rows": 0}, "rows=0"),
+        ({"rows": 2.5}, "rows=2.5"),
         ({"steps": 0}, "steps=0"),
         ({"buckets": [(0, 1)]}, "give pairs"),
         ({"buckets": 512}, "give pairs"),

@@ -10,6 +10,8 @@ import pytest
 from tpu import mesh_of
 
 import vlcache_jax as vlc
+from vlcache_jax.inference.row_options import row_options
+from vlcache_jax.inference.rows import Prompt, insert_rows
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.registry import preset
 from vlcache_jax.parallel import ops
@@ -73,7 +75,7 @@ def test_heads_on_eight_chips_reduce_twice_a_layer():
     [("v5e:1x1", {}), pytest.param("v5e:2x4", {"data": 2, "model": 4}, marks=pytest.mark.thorough)],
 )
 def test_rows_are_filled_and_go_on_in_place(topology, axes):
-    """A row of a running state, whose number is data, and the loop over all rows: no copy of any pool."""
+    """A row of a running state, several of a smaller bucket, numbers that are data; the loop: no copy of any pool."""
     programs = _programs(topology, **axes)
     mesh, model = programs.mesh, programs.model
     batch = place(model.abstract_batch(2, WORK.prompt, 0), mesh)
@@ -89,11 +91,25 @@ def test_rows_are_filled_and_go_on_in_place(topology, axes):
     def filled(state, ctx, row):
         return vlc.insert(state, row, ctx, 200, sampling=vlc.Sampling(temperature=0.7, top_p=0.9))
 
+    with jax.set_mesh(mesh):
+        half = place(model.abstract_batch(2, WORK.prompt // 2, 0), mesh)
+        smaller = jax.eval_shape(lambda p, b: Prompt.of(vlc.prefill(model, p, b, POLICY)), programs.params, half)
+        smaller = abstract(smaller, mesh, specs_of(smaller))
+        options = abstract(jax.eval_shape(lambda: row_options(model.spec, 2, 200)), mesh)
+    rows, count = (abstract(jax.ShapeDtypeStruct(shape, jnp.int32), mesh) for shape in ((2,), ()))
+
+    def several(state, prompt, rows, of, count, options):
+        return insert_rows(model, state, prompt, rows, of, count, options)
+
     def run(params, state):
         return vlc.decode_chunk(model, params, state, 16, leave_after=1)
 
     places = jax.tree.map(lambda x: x.sharding, state)
-    for function, arguments, donated in ((filled, (state, ctx, row), 0), (run, (programs.params, state), 1)):
+    for function, arguments, donated in (
+        (filled, (state, ctx, row), 0),
+        (several, (state, smaller, rows, rows, count, options), 0),
+        (run, (programs.params, state), 1),
+    ):
         program = compile_on(mesh, function, *arguments, donate=(donated,), out_shardings=places)
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= pools

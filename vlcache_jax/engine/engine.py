@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
+from typing import Literal
 
 import jax
 
 from vlcache_jax.cache.geometry import answer_room
 from vlcache_jax.engine.buckets import Bucket, check_buckets, fit
+from vlcache_jax.engine.memory import available, need
 from vlcache_jax.engine.preparing import Preparer, Read
 from vlcache_jax.engine.programs import OF_ROWS, Programs
 from vlcache_jax.engine.reading import Reader
@@ -29,6 +31,8 @@ from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.method import Pruning
 
 MOST_BUCKETS, MOST_STOP_IDS, PREFILL_TOKENS = 6, 8, 4096
+FIRST = 64
+"""Requests for which buckets are chosen, where nothing else says for which."""
 
 
 class Engine:
@@ -42,7 +46,8 @@ class Engine:
       vlm: the loaded checkpoint. For prompts that are batches already, anything with a `model`, `params` and a
         `processor`, which may be None.
       policy: what to keep of the prompts' caches; `FullCache()` by default.
-      rows: answers that are decoded at the same time.
+      rows: answers that are decoded at the same time. By default as many as fit, 256 at most: what the compiler says
+        of the largest bucket's prefill and of a row, beside the free memory of the device.
       max_new_tokens: of the longest answer.
       buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default
         at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
@@ -54,10 +59,13 @@ class Engine:
         default, so that they stand idle for an eighth of the time at most.
       threads: of the host, which read requests ahead; as many as there are processors by default, and at most 16.
       ahead: requests that are read ahead; twice the rows and at least 16 by default.
+      memory_bytes: of each device that rows and prefills may take together, where rows are "auto"; by default nine
+        tenths of what the device says is free, and on a CPU of half of that.
       pruning, kernels: as in `vlc.generate`.
 
     Raises:
-      InputError: a number below 1, or buckets that are none or larger than the model.
+      InputError: a number below 1, or buckets that are none or larger than the model. Later, before anything runs: rows
+        are "auto" and not one fits, or a device does not tell its memory.
       PolicyError: a policy that does not fit the model, or several buckets for one whose rule for generated tokens
         rewrites what was kept.
 
@@ -72,7 +80,7 @@ class Engine:
         vlm: VLM,
         policy: Policy | None = None,
         *,
-        rows: int = 8,
+        rows: int | Literal["auto"] = "auto",
         max_new_tokens: int = 64,
         buckets: Sequence[tuple[int, int]] | None = None,
         prefill_rows: int | None = None,
@@ -80,25 +88,32 @@ class Engine:
         leave_after: int | None = None,
         threads: int | None = None,
         ahead: int | None = None,
+        memory_bytes: int | None = None,
         pruning: Pruning | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        leave_after = max(1, rows // 8) if leave_after is None else leave_after
         threads = min(16, os.cpu_count() or 1) if threads is None else threads
-        ahead = max(16, 2 * rows) if ahead is None else ahead
-        counts = {"rows": rows, "max_new_tokens": max_new_tokens, "steps": steps, "leave_after": leave_after}
-        for name, value in {**counts, "threads": threads, "ahead": ahead, "prefill_rows": prefill_rows or 1}.items():
+        counts = {"max_new_tokens": max_new_tokens, "steps": steps, "threads": threads}
+        given = {"leave_after": leave_after, "ahead": ahead, "prefill_rows": prefill_rows, "memory_bytes": memory_bytes}
+        counts |= {name: value for name, value in given.items() if value is not None}
+        for name, value in (counts if rows == "auto" else {"rows": rows, **counts}).items():
             check_count(name, value)
-        policy = policy or FullCache()
-        room = answer_room(max_new_tokens)
+        policy, room = policy or FullCache(), answer_room(max_new_tokens)
         self._programs = Programs(
-            vlm.model, vlm.params, policy, pruning, kernels or Kernels(), rows, room, MOST_STOP_IDS
+            vlm.model,
+            vlm.params,
+            policy,
+            pruning,
+            kernels or Kernels(),
+            0 if rows == "auto" else rows,  # until they are known
+            room,
+            MOST_STOP_IDS,
         )
         self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, MOST_STOP_IDS)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
-        self._rows_of_a_batch = prefill_rows
+        self._prefill_rows, self._memory_bytes = prefill_rows, memory_bytes
         self._buckets: dict[Bucket, int] = {}
-        self._stats = Stats(rows=rows)
+        self._stats = Stats(rows=self._programs.rows)
         self._state: DecodingState | None = None
         self._busy, self._serving = threading.Lock(), threading.Lock()
         self._service: Service | None = None
@@ -175,7 +190,7 @@ class Engine:
         try:
             requests, early = iter(requests), {}
             if not self._buckets:
-                first = list(islice(requests, self._ahead))
+                first = list(islice(requests, self._ahead or FIRST))
                 early, requests = self._choose_buckets(first), chain(first, requests)
             self._compile()
             state, self._state = self._state, None  # donated: gone if something goes wrong
@@ -185,14 +200,15 @@ class Engine:
                 found = early.pop(index, None) or self._preparer.read(index, request)
                 return self._preparer.padded(found, tuple(self._buckets))
 
-            reader = Reader(requests, read, self._threads, self._ahead)
+            rows = self._programs.rows
+            reader = Reader(requests, read, self._threads, self._ahead or max(16, 2 * rows))
             with CompileCounter(self._stats):
                 running = Running(
                     self._programs,
                     state,
                     self._buckets,
                     self._steps,
-                    self._leave_after,
+                    self._leave_after or max(1, rows // 8),
                     None if self._preparer.processor is None else self._preparer.processor.tokenizer.decode,
                     reader,
                     self._stats,
@@ -235,15 +251,35 @@ class Engine:
         for bucket in buckets:
             if bucket.tokens > positions:
                 raise InputError(f"a bucket of {bucket.tokens} tokens is larger than the model's {positions} positions")
-            rows = self._rows_of_a_batch or PREFILL_TOKENS // bucket.tokens
-            self._buckets[bucket] = max(1, min(rows, programs.rows))
+            rows = self._prefill_rows or max(1, PREFILL_TOKENS // bucket.tokens)
+            self._buckets[bucket] = min(rows, programs.rows or rows)
+
+    def _choose_rows(self) -> None:
+        """As many as fit, if that was asked for."""
+        programs, largest = self._programs, max(self._buckets)
+        if programs.rows:
+            return
+        needed = need(programs, largest, self._buckets[largest])
+        free = self._memory_bytes or available(programs.params)
+        rows = needed.rows(free)
+        if not rows:
+            raise InputError(
+                f"no row fits into {free:,} bytes: reading a micro-batch of {self._buckets[largest]} prompts of "
+                f"{largest.tokens} tokens takes {needed.prefill:,}, and a row {needed.row:,}: lower prefill_rows, the "
+                "largest bucket, the budget or max_new_tokens"
+            )
+        self._programs = dataclasses.replace(programs, rows=rows)
+        self._buckets = {bucket: min(size, rows) for bucket, size in self._buckets.items()}
+        self._stats.rows = rows
 
     def _compile(self) -> None:
         """Runs each program once, unless that was done."""
         if self._state is not None:
             return
-        programs = self._programs
+        sized = int(not self._programs.rows)
         with CompileCounter(self._stats):
+            self._choose_rows()
+            programs = self._programs
             state, inserted = None, set()
             for bucket in sorted(self._buckets, reverse=True):  # rows have the size of the largest
                 prompt, _ = programs.read(programs.nothing(bucket, self._buckets[bucket]))
@@ -253,7 +289,7 @@ class Engine:
                 inserted.add(str(jax.tree.map(jax.typeof, prompt)))  # of budgets in tokens, all buckets' are alike
             assert state is not None
             self._state = programs.end(programs.decode(state, 1, 1), [])
-        self._stats.programs = OF_ROWS + len(self._buckets) + len(inserted)
+        self._stats.programs = OF_ROWS + len(self._buckets) + len(inserted) + sized
 
 
 def _in_order(results: Iterator[Result]) -> Iterator[Result]:

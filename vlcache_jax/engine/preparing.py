@@ -110,8 +110,15 @@ class Preparer:
         if request.stop and self.processor is None:
             raise InputError("stop texts need a processor, which the engine has none of: give eos_token_ids")
         n, stop_ids = request.samples, request.eos_token_ids
-        seeds = np.asarray(jax.device_get(seed_words(request.seed, (n,), n)))
+        seeds = _following(np.asarray(jax.device_get(seed_words(request.seed, (), what="a request"))), n)
         return row_options(self.model.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids)
+
+
+def _following(words: np.ndarray, count: int) -> np.ndarray:
+    """The seeds from one on, u32 [2] -> u32 [count, 2], as `vlc.answer` has them for samples; in numpy."""
+    high, low = words.astype(np.uint64)
+    numbers = (high << np.uint64(32) | low) + np.arange(count, dtype=np.uint64)
+    return np.stack([numbers >> np.uint64(32), numbers & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def reason(error: Exception) -> str:

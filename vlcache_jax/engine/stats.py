@@ -13,7 +13,7 @@ class Stats:
 
     Attributes:
       rows: of the decode batch.
-      programs: that the engine needs in all; 0 until it is warm.
+      programs: that the engine needs in all, with the one that tells how large a row is; 0 until it is warm.
       compilations: programs compiled or read from the compilation cache while it warmed up or ran; whatever else the
         process compiles at the time is counted, too.
       requests, results, failed: that came in, and went out; `failed` are among the results.

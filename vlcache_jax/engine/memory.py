@@ -1,0 +1,74 @@
+"""How many rows fit: what the compiler says of an engine's own programs, and what the device says of its memory."""
+
+import dataclasses
+import os
+
+import jax
+
+from vlcache_jax.engine.buckets import Bucket
+from vlcache_jax.engine.programs import Programs, read_prompts
+from vlcache_jax.errors import InputError
+from vlcache_jax.inference.rows import free_rows
+from vlcache_jax.parallel.mesh import on_mesh_of
+from vlcache_jax.parallel.placing import placed
+
+MOST_ROWS = 256
+_SPARE = 0.9  # of the memory: allocators leave gaps
+_LOGITS = 4  # arrays as large as the logits of a step, of float32
+_SAMPLE = 16  # rows; a mesh splits as many over its devices as it will split more
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of one device, parameters aside.
+
+    Attributes:
+      prefill: the most that reading a micro-batch takes, its results included.
+      row: of a row of the decode batch: what was kept, room for the answer, and the logits of a step.
+    """
+
+    prefill: int
+    row: int
+
+    def rows(self, available: int) -> int:
+        """How many fit; may be 0."""
+        return max(0, min(MOST_ROWS, (available - self.prefill) // self.row))
+
+
+def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
+    """What an engine needs whose largest bucket this is. Compiles its prefill, and a state of a few rows."""
+    model, params = programs.model, programs.params
+    batch = placed(programs.nothing(bucket, prefill_rows), params)
+    options = placed(programs.options(_SAMPLE), params)
+    with on_mesh_of(params):
+        arguments = (model, params, batch, programs.policy, programs.pruning, programs.kernels)
+        prefill = read_prompts.lower(*arguments).compile().memory_analysis()
+        prompt, _ = jax.eval_shape(
+            lambda p, b: read_prompts(model, p, b, programs.policy, programs.pruning, programs.kernels), params, batch
+        )
+        empty = free_rows.lower(model, prompt, options, _SAMPLE, programs.room).compile().memory_analysis()
+    images = sum(x.nbytes for x in jax.tree.leaves(batch))
+    peak = images + prefill.temp_size_in_bytes + prefill.output_size_in_bytes
+    logits = _LOGITS * 4 * prompt.logits.shape[1]
+    return Need(peak, empty.output_size_in_bytes // _SAMPLE + logits)
+
+
+def available(params: object) -> int:
+    """Bytes that are free on each device of the parameters; of a CPU half of what the system calls free.
+
+    Raises:
+      InputError: a device does not tell.
+    """
+    devices = {device for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for device in x.devices()}
+    devices = {device for device in devices or jax.local_devices()[:1] if device.process_index == jax.process_index()}
+    found = []
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            found.append(int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0)))
+        elif device.platform == "cpu" and hasattr(os, "sysconf"):
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            found.append(free // 2 // len(devices))
+        else:
+            raise InputError(f"{device} does not tell how much memory it has: give rows=, or memory_bytes=")
+    return int(_SPARE * min(found))
