@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 
@@ -42,15 +43,22 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
     options = placed(programs.options(_SAMPLE), params)
     with on_mesh_of(params):
         arguments = (model, params, batch, programs.policy, programs.pruning, programs.kernels)
-        prefill = read_prompts.lower(*arguments).compile().memory_analysis()
+        prefill = _memory(read_prompts.lower(*arguments))
         prompt, _ = jax.eval_shape(
             lambda p, b: read_prompts(model, p, b, programs.policy, programs.pruning, programs.kernels), params, batch
         )
-        empty = free_rows.lower(model, prompt, options, _SAMPLE, programs.room).compile().memory_analysis()
+        empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room))
     images = sum(x.nbytes for x in jax.tree.leaves(batch))
     peak = images + prefill.temp_size_in_bytes + prefill.output_size_in_bytes
     logits = _LOGITS * 4 * prompt.logits.shape[1]
     return Need(peak, empty.output_size_in_bytes // _SAMPLE + logits)
+
+
+def _memory(lowered: Any) -> Any:
+    found = lowered.compile().memory_analysis()
+    if found is None:
+        raise InputError("the compiler of this platform does not tell what a program takes: give rows=")
+    return found
 
 
 def available(params: object) -> int:
