@@ -53,6 +53,17 @@ def test_decode_attention_cpu(tmp_path):
     assert all(row["to_all"]["median"] > 0 for row in result["rows"])
 
 
+@pytest.mark.thorough
+def test_engine(tmp_path):
+    options = ["--shape", "smoke", "--length", "448", "--new-tokens", "8", "--requests", "12", "--full-rows", "4"]
+    full, compressed, reference = run(tmp_path, "engine.py", *options, "--transformers")["rows"]
+    assert 2 <= full["rows"] < compressed["rows"]
+    assert reference["same_tokens"] == 1
+    for row in (full, compressed):
+        assert row["programs"] == row["compilations"]
+        assert 0 < row["padding_share"] < 0.25
+
+
 def test_state_bytes(tmp_path):
     result = run(tmp_path, "state_bytes.py", "--lengths", "1024", "--budgets", "0.1", "--shapes", "7b")
     assert [row["ratio"] <= 0.13 for row in result["rows"]] == [True]
