@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -39,13 +39,14 @@ def dispatch(
       NotImplementedError: none of the wanted implementations can serve the arguments.
     """
 
-    def first_of(names: Sequence[str]) -> Implementation:
+    def first_of(names: Sequence[str], of_several: bool = False) -> Implementation:
         def call(*args: Any) -> Any:
             reasons: list[str] = []
             for name in names:
                 try:
+                    run = implementations[name]
                     with jax.enable_x64(False), jax.named_scope(_scope(op, name, reasons)):
-                        return implementations[name](*args)
+                        return (_traced_once(run) if of_several else run)(*args)
                 except NotImplementedError as error:
                     if isinstance(wanted, str):
                         raise
@@ -61,10 +62,24 @@ def dispatch(
                 raise ValueError(f"implementation {name!r} is not one of {sorted(implementations)}")
         return first_of(names)(*args)
     default = order["default"]
-    special = {platform: first_of(names) for platform, names in order.items() if names != default}
+    special = {platform: first_of(names, True) for platform, names in order.items() if names != default}
     if not special:
         return first_of(default)(*args)
-    return jax.lax.platform_dependent(*args, default=first_of(default), **special)
+    return jax.lax.platform_dependent(*args, default=first_of(default, True), **special)
+
+
+def _traced_once(implementation: Implementation) -> Implementation:
+    """`implementation`, whose Python runs once for arguments of the same types, whatever the platform and the program.
+
+    What is compiled for one platform is traced for all, several of which often run the same implementation.
+    """
+    whole = implementation if isinstance(implementation, partial) else partial(implementation)
+    return _jitted(whole.func, whole.args, tuple(sorted(whole.keywords.items())))
+
+
+@lru_cache(maxsize=1024)
+def _jitted(function: Implementation, args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> Implementation:
+    return jax.jit(partial(function, *args, **dict(options)), inline=True)
 
 
 def _scope(op: str, name: str, reasons: Sequence[str]) -> str:

@@ -63,56 +63,10 @@ def union_attention(
         if query.shape[0] % store.keys.shape[0]:
             raise ValueError(f"a store of {store.keys.shape[0]} rows cannot be shared by {query.shape[0]} query rows")
 
-    def of_part(name: str, query: jax.Array, part: Part) -> Attention:
-        store, segments = part
-
-        def attend(query: jax.Array, skip: jax.Array | None = None) -> Attention:
-            out, lse = decode_attention(
-                query,
-                store.keys,
-                store.values,
-                segments.offsets,
-                segments.lengths,
-                key_scales=store.key_scales,
-                value_scales=store.value_scales,
-                bits=store.bits,
-                scale=scale,
-                skip=skip,
-                implementation=name,
-                interpret=interpret,
-            )
-            if store.value_channels is not None:
-                channels = jnp.repeat(store.value_channels, out.shape[-2] // store.value_channels.shape[1], axis=1)
-                out *= channels if query.ndim == 3 else channels[:, None]
-            return out, lse
-
-        heads, head_dim = query.shape[-2:]
-        if _ordinary(query, part):
-            return attend(query)
-        kv_heads = store.lanes if segments.lengths.shape[1] == 1 else segments.lengths.shape[1]
-        most = _MOST_GPU_ROWS * kv_heads // heads if name == "pallas_gpu" else _MOST_ROWS // heads
-        block = query.reshape(store.keys.shape[0], -1, heads, head_dim)
-        skip = None if segments.skip is None else segments.skip.reshape(block.shape[:2])
-        size = -(-block.shape[1] // -(-block.shape[1] // max(1, most)))  # parts of equal size
-        out, lse = in_chunks(lambda part, _: attend(*part), (block, skip), size)
-        return out.reshape(query.shape), lse.reshape(query.shape[:-1])
-
-    def separately(name: str, query: jax.Array, parts: Sequence[Part]) -> Attention:
-        return merge([of_part(name, query, part) for part in parts])
-
-    def together(name: str, largest: int, query: jax.Array, parts: Sequence[Part]) -> Attention:
-        """All float parts of one query for each of their rows share one softmax."""
-        joint = [part for part in parts if part[0].bits is None and _ordinary(query, part)]
-        others = [of_part(name, query, part) for part in parts if not any(part is other for other in joint)]
-        if not joint:
-            return merge(others)
-        out, lse = (x[:, 0] for x in xla.decode_attention(query[:, None], joint, scale=scale, largest=largest))
-        return merge([(out, lse), *others]) if others else (out, lse)
-
-    names = ("pallas_tpu", "pallas_gpu", "reference")
-    implementations = {name: partial(separately, name) for name in names}
+    fixed = {"scale": scale, "interpret": interpret}
+    implementations = {name: partial(_separately, name, **fixed) for name in ("pallas_tpu", "pallas_gpu", "reference")}
     implementations |= {
-        name: partial(together, name, size) for name, size in (("xla", xla.LARGEST), ("xla_wide", xla.WIDE))
+        name: partial(_together, name, size, **fixed) for name, size in (("xla", xla.LARGEST), ("xla_wide", xla.WIDE))
     }
 
     @jax.custom_jvp
@@ -122,9 +76,58 @@ def union_attention(
     @attend.defjvp
     def derivative(primals: Any, tangents: Any) -> tuple[Attention, Attention]:
         """That of the definition, which looks at the whole store: the loops of the others end where segments do."""
-        return attend(*primals), jax.jvp(partial(separately, "reference"), primals, tangents)[1]
+        return attend(*primals), jax.jvp(implementations["reference"], primals, tangents)[1]
 
     return attend(query, list(parts))
+
+
+def _separately(name: str, query: jax.Array, parts: Sequence[Part], **options: Any) -> Attention:
+    return merge([_of_part(name, query, part, **options) for part in parts])
+
+
+def _together(name: str, largest: int, query: jax.Array, parts: Sequence[Part], **options: Any) -> Attention:
+    """All float parts of one query for each of their rows share one softmax."""
+    joint = [part for part in parts if part[0].bits is None and _ordinary(query, part)]
+    others = [_of_part(name, query, part, **options) for part in parts if not any(part is other for other in joint)]
+    if not joint:
+        return merge(others)
+    scale = options["scale"]
+    out, lse = (x[:, 0] for x in xla.decode_attention(query[:, None], joint, scale=scale, largest=largest))
+    return merge([(out, lse), *others]) if others else (out, lse)
+
+
+def _of_part(name: str, query: jax.Array, part: Part, **options: Any) -> Attention:
+    store, segments = part
+
+    def attend(query: jax.Array, skip: jax.Array | None = None) -> Attention:
+        out, lse = decode_attention(
+            query,
+            store.keys,
+            store.values,
+            segments.offsets,
+            segments.lengths,
+            key_scales=store.key_scales,
+            value_scales=store.value_scales,
+            bits=store.bits,
+            skip=skip,
+            implementation=name,
+            **options,
+        )
+        if store.value_channels is not None:
+            channels = jnp.repeat(store.value_channels, out.shape[-2] // store.value_channels.shape[1], axis=1)
+            out *= channels if query.ndim == 3 else channels[:, None]
+        return out, lse
+
+    heads, head_dim = query.shape[-2:]
+    if _ordinary(query, part):
+        return attend(query)
+    kv_heads = store.lanes if segments.lengths.shape[1] == 1 else segments.lengths.shape[1]
+    most = _MOST_GPU_ROWS * kv_heads // heads if name == "pallas_gpu" else _MOST_ROWS // heads
+    block = query.reshape(store.keys.shape[0], -1, heads, head_dim)
+    skip = None if segments.skip is None else segments.skip.reshape(block.shape[:2])
+    size = -(-block.shape[1] // -(-block.shape[1] // max(1, most)))  # parts of equal size
+    out, lse = in_chunks(lambda part, _: attend(*part), (block, skip), size)
+    return out.reshape(query.shape), lse.reshape(query.shape[:-1])
 
 
 def _ordinary(query: jax.Array, part: Part) -> bool:
