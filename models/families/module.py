@@ -1,5 +1,6 @@
 """What the models of all families have in common: a decoder, and images somewhere before it."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -84,8 +85,7 @@ class FamilyModule(nn.Module):
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
-        batch = self.abstract_batch(1, 1, 1)
-        return jax.eval_shape(lambda batch: self.init(jax.random.key(0), batch), batch)["params"]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _abstract_params(self))
 
     def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
         """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens and `tiles` tiles of images."""
@@ -170,3 +170,10 @@ class FamilyModule(nn.Module):
           f32 [batch, length, vocab].
         """
         return self.unembed(self.hidden_states(batch, positions, segments, position_ids))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: FamilyModule) -> Params:
+    """`FamilyModule.abstract_params`, for which the whole model is traced: once, however often weights are written."""
+    batch = model.abstract_batch(1, 1, 1)
+    return jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), batch)["params"]
