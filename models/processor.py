@@ -338,7 +338,7 @@ class Processor:
             vision_index[row, : len(ids)][ids == self.config.image_token_id] = np.concatenate(indices)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         pixels = self.layout.normalised(encoded, tiles)
-        return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, tiles))
+        return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, tiles), *_blend(vision_index, encoded))
 
 
 def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None:
@@ -354,3 +354,18 @@ def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None
             found[row, start:end] = image.cells + np.array([frames, 0, 0, 0], np.int32)
             start, frames = end, int(found[row, end - 1, 0]) + 1
     return found
+
+
+def _blend(vision_index: np.ndarray, encoded: list[list[EncodedImage]]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`Batch.blend_index` and `Batch.blend_weights` of the images of all prompts."""
+    if all(image.blend is None for images in encoded for image in images):
+        return None, None
+    index, weights = (np.zeros((*vision_index.shape, 4), dtype) for dtype in (np.int32, np.float32))
+    for row, images in enumerate(encoded):
+        places, at, offset = np.flatnonzero(vision_index[row] != TEXT), 0, 0
+        for image in images:
+            here = places[at : at + len(image.index)]
+            if image.blend is not None:
+                index[row, here], weights[row, here] = image.blend[0] + offset, image.blend[1]
+            at, offset = at + len(image.index), offset + image.features
+    return index, weights

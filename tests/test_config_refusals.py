@@ -49,7 +49,7 @@ def test_sliding_windows_are_refused(family: str, text: dict, tmp_path: Path) ->
         ("model_type", ..., "model_type is .*expected one of the supported"),
         ("model_type", ["llava"], "model_type is"),
         ("text_config.model_type", "gemma", r'text_config\.model_type is "gemma".*llama.*mistral.*qwen2'),
-        ("vision_config.model_type", "siglip_vision_model", r"vision_config\.model_type .*clip_vision_model"),
+        ("vision_config.model_type", "pixtral", r"vision_config\.model_type .*clip_vision_model"),
         ("text_config", [1], r"text_config is \[1\]; expected an object"),
         ("text_config.hidden_size", 0, r"text_config\.hidden_size is 0; expected a whole number from 1 to"),
         ("text_config.hidden_size", 4095, r"text_config\.hidden_size is 4095; expected a multiple of the 32"),

@@ -42,7 +42,7 @@ def test_the_last_hidden_state_equals_transformers(reference, params):
     with torch.no_grad():
         expected = reference(torch.from_numpy(PIXELS.transpose(0, 3, 1, 2))).last_hidden_state
     np.testing.assert_allclose(SiglipVisionTower(CONFIG).apply(params, PIXELS), expected.numpy(), atol=1e-5)
-    plain = np.array(SiglipVisionTower(CONFIG, final_norm=False).apply(params, PIXELS))
+    plain = np.array(SiglipVisionTower(CONFIG).apply(params, PIXELS, (3,)))
     scale, bias = (torch.from_numpy(params["params"]["post_norm"][name]) for name in ("scale", "bias"))
     normed = torch.nn.functional.layer_norm(torch.from_numpy(plain), (24,), scale, bias, 1e-6)
     np.testing.assert_allclose(normed.numpy(), expected.numpy(), atol=1e-5)
@@ -51,10 +51,10 @@ def test_the_last_hidden_state_equals_transformers(reference, params):
 
 def test_a_part_of_an_image_takes_its_rows_of_the_table(params):
     """Without layers a hidden state is local to its patch."""
-    embedding = SiglipVisionTower(VisionConfig(**SIZES, num_layers=0, num_heads=2), final_norm=False)
+    embedding = SiglipVisionTower(VisionConfig(**SIZES, num_layers=0, num_heads=2))
     rows = np.array([6, 7, 11, 12], np.int32)
-    part = embedding.apply(params, PIXELS[:, 4:12, 4:12], rows)
-    np.testing.assert_allclose(part, embedding.apply(params, PIXELS)[:, rows], atol=1e-6)
+    part = embedding.apply(params, PIXELS[:, 4:12, 4:12], (0,), rows)
+    np.testing.assert_allclose(part, embedding.apply(params, PIXELS, (0,))[:, rows], atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused(params):

@@ -38,6 +38,8 @@ class Batch:
         images of any size [batch, patches, channels of a patch], all images of a row one after another.
       cells: i32 [batch, patches, 4], where each of such patches lies: number of its frame (of a video; an image is one)
         within the row, time, row and column in the frame's grid. The frame is -1 in padding. None of tiles.
+      blend_index, blend_weights: i32 and f32 [batch, length, 4], of models that shrink maps of features: the features
+        that a visual token is a weighted sum of, counted as in `vision_index`, which names the nearest. None of others.
     """
 
     tokens: Array
@@ -45,6 +47,8 @@ class Batch:
     vision_index: Array
     pixels: Array
     cells: Array | None = None
+    blend_index: Array | None = None
+    blend_weights: Array | None = None
 
     @property
     def size(self) -> int:

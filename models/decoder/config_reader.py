@@ -51,9 +51,9 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def text_section(top: Section) -> Section:
-    """The text config within a `config.json`, with what its class fills in."""
-    family = top.section("text_config").choice("model_type", "llama", TEXT_DEFAULTS)
+def text_section(top: Section, default: str = "llama") -> Section:
+    """The text config within a `config.json`, with what its class (`default`, if none is named) fills in."""
+    family = top.section("text_config").choice("model_type", default, TEXT_DEFAULTS)
     return top.section("text_config", TEXT_DEFAULTS[family] | {"model_type": family})
 
 

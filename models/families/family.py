@@ -76,6 +76,8 @@ class EncodedImage:
       text: what stands in the prompt in its place: the image token once for every visual token, and whatever the family
         writes around and between them.
       cells: i32 [patches, 4], `Batch.cells` of its patches, frames counted from the image's first; None of tiles.
+      blend: (i32 [visual tokens, 4], f32 [visual tokens, 4]) for `Batch.blend_index` and `blend_weights`, features
+        counted as in `index`.
     """
 
     pixels: np.ndarray
@@ -83,6 +85,7 @@ class EncodedImage:
     features: int
     text: str
     cells: np.ndarray | None = None
+    blend: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class ImageLayout(Protocol):

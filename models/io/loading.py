@@ -67,7 +67,7 @@ def load(
     allow_links: bool = False,
     layout: str | None = None,
 ) -> VLM:
-    """Loads a checkpoint of a supported family: LLaVA-1.5, LLaVA-NeXT or Gemma 3; see `docs/checkpoints.md`.
+    """Loads a checkpoint of a supported family, such as LLaVA, Qwen-VL or Gemma 3; see `docs/checkpoints.md`.
 
     Reads `config.json`, safetensors weights and the processor's files as transformers 4 and 5 write them. Weights go
     straight from the files to their place on the mesh, slice by slice, cast on the way. No code of the checkpoint is

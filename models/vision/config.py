@@ -21,5 +21,5 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of a tile."""
+        """Whole patches along one side of a tile."""
         return self.image_size // self.patch_size

@@ -5,8 +5,10 @@ from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import VisionConfig
 
 
-def read_vision(section: Section, num_layers: int) -> VisionConfig:
+def read_vision(section: Section, num_layers: int, remainder: bool = False) -> VisionConfig:
     """The tower that a vision config describes, whose defaults are those of its class; `num_layers` of it are run.
+
+    `remainder`: pixels beyond the last whole patch may be left over, of which the tower sees nothing.
 
     Raises CheckpointError for what is malformed or not supported.
     """
@@ -15,7 +17,7 @@ def read_vision(section: Section, num_layers: int) -> VisionConfig:
     image_size, patch_size = section.square("image_size"), section.square("patch_size")
     if image_size < patch_size:
         raise section.error("image_size", image_size, f"at least the patch_size {patch_size}")
-    if image_size % patch_size:
+    if image_size % patch_size and not remainder:
         raise section.error("image_size", image_size, f"a multiple of the patch_size {patch_size}")
     if image_size // patch_size > PATCHES_A_SIDE:
         raise section.error("patch_size", patch_size, f"at most {PATCHES_A_SIDE} patches along {image_size} pixels")

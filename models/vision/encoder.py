@@ -91,7 +91,11 @@ class PatchEmbedding(nn.Module):
         patch, channels = self.config.patch_size, self.config.hidden_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (patch, patch, colours, channels), jnp.float32)
         # Patches do not overlap, so the convolution is one matrix product over flattened patches.
-        x = jnp.asarray(pixels_NHWC, self.dtype).reshape(images, height // patch, patch, width // patch, patch, colours)
+        rows, columns = height // patch, width // patch
+        whole = jnp.asarray(pixels_NHWC, self.dtype)[
+            :, : rows * patch, : columns * patch
+        ]  # as a convolution leaves out
+        x = whole.reshape(images, rows, patch, columns, patch, colours)
         x = x.swapaxes(2, 3).reshape(images, -1, patch * patch * colours)
         x = x @ kernel.astype(self.dtype).reshape(-1, channels)
         if not self.use_bias:

@@ -24,12 +24,13 @@ def tower_rules(tower: str) -> tuple[Rule, ...]:
     )
 
 
-def siglip_rules(tower: str) -> tuple[Rule, ...]:
-    """The rules of a SigLIP tower."""
+def siglip_rules(tower: str, final_norm: bool = True) -> tuple[Rule, ...]:
+    """The rules of a SigLIP tower, with or without its last norm."""
+    norm = layer_norm(f"{tower}.post_layernorm", "vision", "post_norm") if final_norm else []
     return (
         *tower_rules(tower),
         Rule(f"{tower}.embeddings.patch_embedding.bias", ("vision", "patch_embedding", "bias")),
-        *layer_norm(f"{tower}.post_layernorm", "vision", "post_norm"),
+        *norm,
     )
 
 

@@ -140,7 +140,7 @@ def _plan(commands: Any) -> None:
     _model(
         parser,
         "NAME|DIR|ID",
-        "llava-1.5-7b, llava-v1.6-mistral-7b, llava-v1.6-34b, gemma-3-4b-it, gemma-3-12b-it, gemma-3-27b-it, a folder "
+        "a published model such as llava-v1.6-mistral-7b or qwen2.5-vl-7b (an unknown name lists them), a folder "
         "with a config.json (no weights needed), or a model on the Hub, of which only the small files are downloaded",
     )
     parser.value("--topology", str, "CHIP:SHAPE", "the slice, such as v5e:2x4, v6e:1x1 or v5p:2x2x1", required=True)

@@ -49,7 +49,7 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer: give at least 1")
-    arrays = {field: getattr(batch, field) for field in ("tokens", "lengths", "vision_index", "pixels", "cells")}
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     shapes = {field: array.shape for field, array in arrays.items() if array is not None}
     if len({shape[0] for shape in shapes.values()}) != 1 or shapes["tokens"] != shapes["vision_index"]:
         raise InputError(

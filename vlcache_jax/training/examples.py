@@ -1,5 +1,6 @@
 """Training batches from images, prompts and answers, by the processor of a loaded checkpoint."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,4 +58,10 @@ def make_train_batch(
         questions = [(tokens[start:].tolist(), ids)]
         pixels = np.asarray(batch.pixels[row])
         conversations.append(Conversation(tokens[:start].tolist(), index[:start].tolist(), questions, pixels))
-    return pack(conversations, length, pad_token=processor.padding_id)
+    packed = pack(conversations, length, pad_token=processor.padding_id)
+    missing = max(0, length - batch.length)
+    blend = {
+        name: None if value is None else np.pad(value[:, :length], ((0, 0), (0, missing), (0, 0)))
+        for name, value in (("blend_index", batch.blend_index), ("blend_weights", batch.blend_weights))
+    }
+    return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, **blend))

@@ -33,7 +33,7 @@ class Gemma3(FamilyModule):
 
     def encode_images(self, pixels: jax.Array, position_ids: jax.Array | None = None) -> jax.Array:
         """Images f32 [n, height, width, 3] -> projected features [n, tokens of an image, decoder hidden]."""
-        return self.projector(self.vision(pixels, position_ids))
+        return self.projector(self.vision(pixels, position_ids=position_ids))
 
     def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
         """Scaled token embeddings, and features as they are, in prompt order; images are blocks."""

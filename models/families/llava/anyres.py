@@ -9,6 +9,8 @@ rows or columns that are only padding, row by row, each row closed by a NEWLINE.
 
 Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/. The rounding is that of transformers'
 `modeling_llava_next.py`, which decides how many visual tokens an image has.
+
+LLaVA-OneVision (https://arxiv.org/abs/2408.03326) shrinks a grid of more features than nine tiles have to so many.
 """
 
 import math
@@ -17,7 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.images.transform import resize
 
 
@@ -65,8 +66,43 @@ def unpadded_range(height: int, width: int, rows: int, columns: int) -> tuple[sl
     return slice(0, rows), slice(padding, columns - padding)
 
 
-def feature_index(height: int, width: int, resolution: tuple[int, int], tile: int, grid: int) -> np.ndarray:
-    """Where the visual tokens of one image take their features from.
+def shrunk_shape(rows: int, columns: int, grid: int, max_tiles: int | None) -> tuple[int, int]:
+    """Rows and columns that are left of a `rows` x `columns` feature grid, for about `max_tiles` tiles at most."""
+    ratio = 0.0 if max_tiles is None else math.sqrt(rows * columns / (max_tiles * grid**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def stretched(size: int, count: int) -> np.ndarray:
+    """Where `count` samples spread over `size` cells lie, f32 [count]: 0 is the middle of the first one."""
+    scale = np.float32(size) / np.float32(count)
+    return np.maximum((np.arange(count, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0)
+
+
+def shrink(index: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A grid of features, i32 [rows, columns], interpolated bilinearly to the smaller `shape`.
+
+    Returns:
+      The nearest features [*shape], and the four features and their weights, i32 and f32 [*shape, 4].
+    """
+    if shape == index.shape:
+        return index, *unmixed(index)
+    places = [stretched(size, count) for size, count in zip(index.shape, shape)]
+    low = [place.astype(np.int32) for place in places]
+    high = [np.minimum(first + 1, size - 1) for first, size in zip(low, index.shape)]
+    part = [place - first for place, first in zip(places, low)]
+    four = [index[np.ix_(y, x)] for y in (low[0], high[0]) for x in (low[1], high[1])]
+    shares = [np.outer(y, x) for y in (1 - part[0], part[0]) for x in (1 - part[1], part[1])]
+    near = index[np.ix_(*(first + (share > 0.5) for first, share in zip(low, part)))]
+    return near, np.stack(four, axis=-1), np.stack(shares, axis=-1).astype(np.float32)
+
+
+def unmixed(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features i32 [...] as sums of four, i32 and f32 [..., 4]."""
+    return np.stack([index] * 4, axis=-1), np.tile(np.float32([1, 0, 0, 0]), (*index.shape, 1))
+
+
+def feature_grid(height: int, width: int, resolution: tuple[int, int], tile: int, grid: int) -> np.ndarray:
+    """The features of an image's fine tiles, without those of padding, as they lie in the image.
 
     Args:
       height, width: of the original image, in pixels.
@@ -75,14 +111,18 @@ def feature_index(height: int, width: int, resolution: tuple[int, int], tile: in
       grid: features along one side of a tile.
 
     Returns:
-      i32 [visual tokens]: `tile * grid**2 + feature`, counted from the image's base tile; NEWLINE after each
-      row.
+      i32 [rows, columns]: `tile * grid**2 + feature`, counted from the image's base tile.
     """
     rows, columns = resolution[0] // tile * grid, resolution[1] // tile * grid
     kept_rows, kept_columns = unpadded_range(height, width, rows, columns)
     y = np.arange(rows, dtype=np.int32)[kept_rows, None]
     x = np.arange(columns, dtype=np.int32)[None, kept_columns]
     tile_number = 1 + y // grid * (columns // grid) + x // grid
-    index = tile_number * grid**2 + y % grid * grid + x % grid
-    index = np.pad(index, ((0, 0), (0, 1)), constant_values=NEWLINE)
-    return np.concatenate([np.arange(grid**2, dtype=np.int32), index.reshape(-1)])
+    return tile_number * grid**2 + y % grid * grid + x % grid
+
+
+def in_lines(base: np.ndarray, fine: np.ndarray, line_break: float) -> np.ndarray:
+    """All tokens of an image in order: `base` [n, ...], then `fine` [rows, columns, ...], each row with its end."""
+    widths = ((0, 0), (0, 1), *((0, 0),) * (fine.ndim - 2))
+    lines = np.pad(fine, widths, constant_values=line_break)
+    return np.concatenate([base, lines.reshape(-1, *fine.shape[2:])])

@@ -27,10 +27,14 @@ def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "projector_hidden_act": config.projector_activation,
         "text_config": text_values(config.decoder) | token_values(config),
         "tie_word_embeddings": config.decoder.tie_embeddings,
-        "vision_config": vision_values(config.vision, "clip_vision_model"),
+        "vision_config": vision_values(config.vision, config.vision_type),
         "vision_feature_layer": -1 if single else list(config.feature_layers),
         "vision_feature_select_strategy": config.feature_select,
     }
-    if config.model_type == "llava_next":
+    if config.vision_type == "siglip_vision_model":
+        values["vision_config"] |= {"vision_use_head": False}
+    if config.grid_pinpoints:
         values["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
+    if config.max_tiles is not None:
+        values |= {"vision_aspect_ratio": f"anyres_max_{config.max_tiles}", "video_token_index": config.video_token_id}
     return values

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-NeXT with a Llama, Mistral or Qwen2 decoder."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with a Llama, Mistral or Qwen2 decoder."""
 
 from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.llava.config import LlavaConfig
@@ -16,11 +16,12 @@ _ORIGINAL = (
 
 
 def _image_tiles(config: LlavaConfig) -> int:
-    return 5 if config.grid_pinpoints else 1  # LLaVA-NeXT: the whole image and a grid of at most four
+    side = config.vision.image_size
+    return 1 + max((height // side * (width // side) for height, width in config.grid_pinpoints), default=0)
 
 
 LLAVA = Family(
-    model_types=("llava", "llava_next"),
+    model_types=("llava", "llava_next", "llava_onevision"),
     read_config=read_config,
     config_values=config_values,
     model=Llava,

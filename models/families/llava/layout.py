@@ -10,14 +10,18 @@ from PIL import Image
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import PINPOINTS
+from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.families.family import EncodedImage
-from vlcache_jax.models.families.llava import anyres
+from vlcache_jax.models.families.llava import anyres, defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.regions import token_regions
 from vlcache_jax.models.images.transform import ImageTransform, resize, stacked_tiles
 
-_PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
-_IMAGE_PROCESSORS = {"llava": "CLIPImageProcessor", "llava_next": "LlavaNextImageProcessor"}
+_PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
 _OWN = "LlavaImageProcessor"  # of LLaVA's original code
 
 
@@ -25,7 +29,8 @@ _OWN = "LlavaImageProcessor"  # of LLaVA's original code
 class VisionLayout:
     """Which tiles an image is cut into, and in which order the language model sees their features.
 
-    LLaVA-1.5 has one tile per image, LLaVA-NeXT one for the whole image and those of `anyres`.
+    LLaVA-1.5 has one tile per image, LLaVA-NeXT one for the whole image and those of `anyres`. LLaVA-OneVision does as
+    LLaVA-NeXT where a prompt has one image, and has one tile for each, padded to a square, where it has several.
 
     Raises CheckpointError if the image processor's tiles would not fit the vision tower.
     """
@@ -36,11 +41,11 @@ class VisionLayout:
     def __post_init__(self) -> None:
         side = self.config.vision.image_size
         if self._is_anyres:
-            if self.config.feature_select == "full":
+            if self.config.has_class_token:
                 raise CheckpointError(
-                    'config.json: vision_feature_select_strategy = "full" cannot work for llava_next: its tiles are '
-                    "joined to one grid, where a class token has no place (transformers fails, too); correct it to "
-                    '"default"'
+                    f'config.json: vision_feature_select_strategy = "full" cannot work for {self.config.model_type}: '
+                    "its tiles are joined to one grid, where a class token has no place (transformers fails, too); "
+                    'correct it to "default"'
                 )
             # transformers cuts tiles of `crop_size`, whether or not it crops.
             if self.transform.crop_size[0] != side:
@@ -60,21 +65,32 @@ class VisionLayout:
 
     @property
     def _is_anyres(self) -> bool:
-        return self.config.model_type == "llava_next"
+        return bool(self.config.grid_pinpoints)
 
     @property
     def _base_shape(self) -> tuple[int, int]:
         size = self.transform.size
         return size if isinstance(size, tuple) else (size, size)
 
-    def tiles(self, image: Image.Image, name: str = "the image") -> np.ndarray:
+    def _cut(self, images: int) -> bool:
+        """Whether each of the images of a prompt is cut into tiles."""
+        return self._is_anyres and (self.config.max_tiles is None or images == 1)
+
+    @property
+    def _whole(self) -> ImageTransform:
+        """How an image becomes one tile where images are not cut."""
+        return dataclasses.replace(self.transform, pad_to_square=True) if self._is_anyres else self.transform
+
+    def tiles(self, image: Image.Image, name: str = "the image", *, images: int = 1) -> np.ndarray:
         """The tiles of an RGB image before normalisation, u8 [tiles, image_size, image_size, 3].
+
+        `images` is how many the prompt has.
 
         Raises InputError, naming the image by `name`, if it is too elongated to be resized.
         """
         transform, side = self.transform, self.config.vision.image_size
-        if not self._is_anyres:
-            return transform.apply(image, name)[None]
+        if not self._cut(images):
+            return self._whole.apply(image, name)[None]
         resolution = anyres.select_resolution(image.height, image.width, self.config.grid_pinpoints)
         base = resize(image, self._base_shape, transform.resample, name)
         fine = anyres.cut_tiles(image, resolution, side, transform.resample, name)
@@ -82,16 +98,29 @@ class VisionLayout:
             fine = np.stack([transform.apply(Image.fromarray(tile), name) for tile in fine])
         return np.concatenate([transform.apply(base, name)[None], fine])
 
-    def feature_index(self, height: int, width: int) -> np.ndarray:
+    def feature_index(self, height: int, width: int, *, images: int = 1) -> np.ndarray:
         """Where the visual tokens of an image of this shape take their features from, i32 [visual tokens].
 
         `tile * features_per_tile + feature`, counted from the image's first tile, and NEWLINE for row breaks.
         """
-        if not self._is_anyres:
-            return np.arange(self.config.features_per_tile, dtype=np.int32)
-        resolution = anyres.select_resolution(height, width, self.config.grid_pinpoints)
-        vision = self.config.vision
-        return anyres.feature_index(height, width, resolution, vision.image_size, vision.grid_size)
+        return self._features(height, width, images)[0]
+
+    def _features(
+        self, height: int, width: int, images: int
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+        """`EncodedImage.index` and `EncodedImage.blend`."""
+        base = np.arange(self.config.features_per_tile, dtype=np.int32)
+        fine = np.zeros((int(self._is_anyres), 0), np.int32)  # nothing, or nothing but the end of a row
+        if self._cut(images):
+            resolution = anyres.select_resolution(height, width, self.config.grid_pinpoints)
+            vision = self.config.vision
+            fine = anyres.feature_grid(height, width, resolution, vision.image_size, vision.grid_size)
+        if self.config.max_tiles is None:
+            return anyres.in_lines(base, fine, NEWLINE), None
+        shape = anyres.shrunk_shape(*fine.shape, self.config.vision.grid_size, self.config.max_tiles)
+        near, four, weights = anyres.shrink(fine, shape)
+        blend = [anyres.in_lines(a, b, 0) for a, b in zip(anyres.unmixed(base), (four, weights))]
+        return anyres.in_lines(base, near, NEWLINE), (blend[0], blend[1])
 
     def encode(
         self, images: Sequence[Image.Image], names: Sequence[str], tokens: Mapping[str, str]
@@ -99,9 +128,10 @@ class VisionLayout:
         """The images of one prompt; see `ImageLayout`."""
         encoded = []
         for image, name in zip(images, names, strict=True):
-            tiles, index = self.tiles(image, name), self.feature_index(image.height, image.width)
+            tiles = self.tiles(image, name, images=len(images))
+            index, blend = self._features(image.height, image.width, len(images))
             features = len(tiles) * self.config.features_per_tile
-            encoded.append(EncodedImage(tiles, index, features, tokens["image_token"] * len(index)))
+            encoded.append(EncodedImage(tiles, index, features, tokens["image_token"] * len(index), blend=blend))
         return encoded
 
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
@@ -111,23 +141,34 @@ class VisionLayout:
 
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
-        return [token_regions(self.config, self.transform, height, width) for height, width in shapes]
+        transform = self.transform if self._cut(len(shapes)) else self._whole
+        return [token_regions(self.config, transform, *shape, self._cut(len(shapes))) for shape in shapes]
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
         config = self.config
         kind = {"processor_class": _PROCESSORS[config.model_type]}
-        values = self.transform.as_dict() | {"image_processor_type": _IMAGE_PROCESSORS[config.model_type]}
+        values = self.transform.as_dict() | {"image_processor_type": image_processor(config)}
+        if image_processor(config) in defaults.IMAGE_PROCESSORS and not self.transform.do_center_crop:
+            values = {key: value for key, value in values.items() if "crop" not in key}
         if self.transform.pad_to_square:
             values |= {"image_processor_type": _OWN, "do_pad": True}
         if self._is_anyres:
             values["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
         settings = {
             "image_token": image_token,
-            "num_additional_image_tokens": 1,  # the class token, which the default strategy takes away again
+            # The class token, which the default strategy takes away again.
+            "num_additional_image_tokens": 1 if config.vision_type == "clip_vision_model" else 0,
             "patch_size": config.vision.patch_size,
             "vision_feature_select_strategy": config.feature_select,
         }
+        if config.max_tiles is not None:
+            settings = {
+                "image_token": image_token,
+                "num_image_tokens": config.features_per_tile,
+                "vision_aspect_ratio": f"anyres_max_{config.max_tiles}",
+                "vision_feature_select_strategy": config.feature_select,
+            }
         return {"preprocessor_config.json": values | kind, "processor_config.json": settings | kind}
 
 
@@ -138,8 +179,21 @@ def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> V
     """
     # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
     own = str(settings.get("image_processor_type", "")).startswith(_OWN)
+    kind = str(settings.get("image_processor_type") or image_processor(config))
+    missing = next((v for name, v in defaults.IMAGE_PROCESSORS.items() if kind.startswith(name)), {})
+    settings = missing | {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
+    if missing and settings.get("crop_size") is None:  # tiles are of `size` then
+        size = settings["size"]
+        settings["crop_size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
     transform = ImageTransform.from_dict(settings, source, square="do_pad" if own else None)
     return VisionLayout(agree_on_pinpoints(config, settings.get("image_grid_pinpoints")), transform)
+
+
+def image_processor(config: LlavaConfig) -> str:
+    """The class of transformers that makes the tiles of such a model."""
+    if config.model_type == "llava":
+        return "CLIPImageProcessor" if config.vision_type == "clip_vision_model" else "SiglipImageProcessor"
+    return _PROCESSORS[config.model_type].replace("Processor", "ImageProcessor")
 
 
 def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:
@@ -147,7 +201,7 @@ def agree_on_pinpoints(config: LlavaConfig, of_processor: Any) -> LlavaConfig:
 
     Raises CheckpointError if the two name different resolutions: the visual tokens would not fit the features.
     """
-    if config.model_type != "llava_next" or of_processor is None:
+    if not config.grid_pinpoints or of_processor is None:
         return config
     pairs = isinstance(of_processor, list) and len(of_processor) <= PINPOINTS
     if pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in of_processor):

@@ -1,8 +1,11 @@
-"""LLaVA-1.5 and LLaVA-NeXT: a CLIP tower, a projector and a decoder.
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: a CLIP or SigLIP tower, a projector and a decoder.
 
-The two differ only in how images become tiles and where each visual token takes its feature from; the processor works
-that out on the host (`Batch.vision_index`), so the model is one gather for both.
+They differ only in how images become tiles and where each visual token takes its feature from; the processor works
+that out on the host (`Batch.vision_index`), so the model is one gather for all of them. LLaVA-OneVision shrinks
+large maps of features: there a token is a weighted sum of four (`Batch.blend_index`).
 """
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -14,6 +17,7 @@ from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.llava.projector import Projector
 from vlcache_jax.models.families.module import FamilyModule, abstract_tiles, features_in_order, in_order
 from vlcache_jax.models.vision.clip import ClipVisionTower
+from vlcache_jax.models.vision.siglip import SiglipVisionTower
 from vlcache_jax.typing import Embedded
 
 
@@ -23,7 +27,8 @@ class Llava(FamilyModule):
 
     def setup(self) -> None:
         c = self.config
-        self.vision = ClipVisionTower(c.vision, self.dtype)
+        tower = ClipVisionTower if c.vision_type == "clip_vision_model" else SiglipVisionTower
+        self.vision = tower(c.vision, self.dtype)
         self.projector = Projector(c.decoder.hidden_size, c.projector_activation, c.projector_bias, dtype=self.dtype)
         self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
         if c.grid_pinpoints:
@@ -34,16 +39,20 @@ class Llava(FamilyModule):
     @property
     def vision_grid(self) -> int:
         """Patches along one side of a tile; 0 where a class token comes first."""
-        return 0 if self.config.feature_select == "full" else self.config.vision.grid_size
+        return 0 if self.config.has_class_token else self.config.vision.grid_size
 
     def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
         """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens and `tiles` tiles."""
-        return abstract_tiles(rows, length, tiles, self.config.vision.image_size)
+        batch = abstract_tiles(rows, length, tiles, self.config.vision.image_size)
+        if self.config.max_tiles is None or not tiles:
+            return batch
+        index, weights = (jax.ShapeDtypeStruct((rows, length, 4), dtype) for dtype in (jnp.int32, jnp.float32))
+        return dataclasses.replace(batch, blend_index=index, blend_weights=weights)
 
     def encode_images(self, pixels: jax.Array, position_ids: jax.Array | None = None) -> jax.Array:
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""
         features = self.vision(pixels, self.config.feature_layers, position_ids)
-        if self.config.feature_select == "default":
+        if self.config.feature_select == "default":  # of CLIP alone
             features = features[:, 1:]  # without the class token
         return self.projector(features)
 

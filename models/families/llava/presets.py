@@ -4,11 +4,11 @@ import dataclasses
 
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
 from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.defaults import PINPOINTS
+from vlcache_jax.models.families.llava.defaults import ONEVISION_PINPOINTS, PINPOINTS
 from vlcache_jax.models.vision.config import VisionConfig
 
 # Sources: config.json and generation_config.json of the repositories llava-hf/<name>-hf on the Hugging Face Hub, and of
-# the language models they name (vicuna-7b-v1.5, Mistral-7B-Instruct-v0.2, Nous-Hermes-2-Yi-34B).
+# the language models they name (vicuna-7b-v1.5, Mistral-7B-Instruct-v0.2, Nous-Hermes-2-Yi-34B, Qwen2-0.5B and -7B).
 _VICUNA = DecoderConfig(
     family="llama",
     vocab_size=32064,
@@ -53,6 +53,53 @@ _YI = dataclasses.replace(
     num_kv_heads=8,
     rope=RopeConfig(theta=5e6),
 )
+_QWEN2 = DecoderConfig(
+    family="qwen2",
+    vocab_size=152128,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    rope=RopeConfig(theta=1e6),
+    max_positions=32768,
+    qkv_bias=True,
+)
+_ONEVISION = LlavaConfig(
+    model_type="llava_onevision",
+    vision=VisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_layers=26,
+        num_heads=16,
+        image_size=384,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+        activation="gelu_pytorch_tanh",
+    ),
+    decoder=_QWEN2,
+    image_token_id=151646,
+    feature_layers=(26,),
+    vision_type="siglip_vision_model",
+    feature_select="full",
+    grid_pinpoints=ONEVISION_PINPOINTS,
+    max_tiles=9,
+    video_token_id=151647,
+    bos_token_id=151643,
+    eos_token_ids=(151645,),
+)
+_QWEN2_HALF = dataclasses.replace(
+    _QWEN2,
+    vocab_size=152000,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    tie_embeddings=True,
+)
 
 PRESETS = {
     "llava-1.5-7b": _LLAVA_15,
@@ -60,4 +107,6 @@ PRESETS = {
     "llava-v1.6-34b": dataclasses.replace(
         _NEXT, decoder=_YI, image_token_id=64000, pad_token_id=64001, eos_token_ids=(7,)
     ),
+    "llava-onevision-qwen2-0.5b-ov": dataclasses.replace(_ONEVISION, decoder=_QWEN2_HALF),
+    "llava-onevision-qwen2-7b-ov": _ONEVISION,
 }

@@ -5,41 +5,53 @@ import numpy as np
 from vlcache_jax.models.families.llava import anyres
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.vision.config import VisionConfig
 
 
-def token_regions(config: LlavaConfig, transform: ImageTransform, height: int, width: int) -> np.ndarray:
+def token_regions(config: LlavaConfig, transform: ImageTransform, height: int, width: int, cut: bool) -> np.ndarray:
     """The regions of one image's tokens, f32 [visual tokens, 4]; see `ImageLayout.token_regions`.
 
-    LLaVA-NeXT sees the image twice, as one coarse tile and as fine ones, so its regions overlap. Row breaks and class
-    tokens have no place.
+    `cut` says whether the image is cut into tiles. LLaVA-NeXT then sees it twice, as one coarse tile and as fine
+    ones, so its regions overlap. Row breaks and class tokens have no place.
     """
-    grid, side = config.vision.grid_size, config.vision.image_size
-    if config.model_type != "llava_next":
-        patches = _grid_regions(np.arange(grid), np.arange(grid), side / grid)
+    vision, grid, side = config.vision, config.vision.grid_size, config.vision.image_size
+    tile = _boxes(_edges(vision, slice(0, grid), grid), _edges(vision, slice(0, grid), grid))
+    if not cut:
         squared = max(height, width) if transform.pad_to_square else None
         shape = (squared or height, squared or width)
         resized = transform.resized_shape(*shape)
-        regions = _to_image(patches, resized, shape, (side, side) if transform.do_center_crop else resized)
+        regions = _to_image(tile, resized, shape, (side, side) if transform.do_center_crop else resized)
         if squared:  # the image lies in the middle of the square
             regions -= np.array([(squared - width) // 2, (squared - height) // 2] * 2)
-        if config.feature_select == "full":
+        if config.has_class_token:
             regions = np.concatenate([np.full((1, 4), np.nan), regions])
+        if config.grid_pinpoints:  # a row break
+            regions = np.concatenate([regions, np.full((1, 4), np.nan)])
         return regions.astype(np.float32)
-    base = _to_image(_grid_regions(np.arange(grid), np.arange(grid), side / grid), (side, side), (height, width))
+    base = _to_image(tile, (side, side), (height, width))
     resolution = anyres.select_resolution(height, width, config.grid_pinpoints)
-    rows, columns = (edge // side * grid for edge in resolution)
-    kept_rows, kept_columns = anyres.unpadded_range(height, width, rows, columns)
-    fine = _grid_regions(np.arange(rows)[kept_rows], np.arange(columns)[kept_columns], side / grid)
+    kept = anyres.unpadded_range(height, width, *(edge // side * grid for edge in resolution))
+    sizes = [max(0, part.stop - part.start) for part in kept]
+    shape = anyres.shrunk_shape(sizes[0], sizes[1], grid, config.max_tiles)
+    fine = _boxes(*(_edges(vision, part, count) for part, count in zip(kept, shape)))
     fine = _to_image(fine, anyres.fitted_shape(height, width, resolution), (height, width), resolution)
-    lines = fine.reshape(len(np.arange(rows)[kept_rows]), -1, 4)
-    lines = np.pad(lines, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan)  # the row breaks
-    return np.concatenate([base, lines.reshape(-1, 4)]).astype(np.float32)
+    return anyres.in_lines(base, fine.reshape(*shape, 4), np.nan).astype(np.float32)
 
 
-def _grid_regions(rows: np.ndarray, columns: np.ndarray, patch: float) -> np.ndarray:
-    """Boxes of patches, row by row, in the pixels of what the vision tower sees."""
-    y, x = (a.reshape(-1) for a in np.meshgrid(rows, columns, indexing="ij"))
-    return np.stack([x, y, x + 1, y + 1], axis=1) * patch
+def _edges(vision: VisionConfig, part: slice, count: int) -> np.ndarray:
+    """Edges of `count` cells spread over a range of patches, across tiles; f64 [count + 1] in pixels of those."""
+    at = np.linspace(part.start, part.stop, count + 1)
+    whole = np.arange(int(np.ceil(at.max())) + 1)
+    # What is left beyond the last whole patch of a tile counts as its.
+    pixels = whole // vision.grid_size * vision.image_size + whole % vision.grid_size * vision.patch_size
+    return np.interp(at, whole, pixels)
+
+
+def _boxes(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Boxes between the edges of rows and columns, row by row."""
+    top, left = (x.reshape(-1) for x in np.meshgrid(rows[:-1], columns[:-1], indexing="ij"))
+    bottom, right = (x.reshape(-1) for x in np.meshgrid(rows[1:], columns[1:], indexing="ij"))
+    return np.stack([left, top, right, bottom], axis=1)
 
 
 def _to_image(

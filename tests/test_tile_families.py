@@ -1,0 +1,187 @@
+"""Families whose images are square tiles against transformers: from a checkpoint and pictures to answers."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from text_model import by_definition
+from tiny_families import TINY, pictures
+
+import vlcache_jax as vlc
+from vlcache_jax.explain.pictures import explain
+from vlcache_jax.inputs import NEWLINE, TEXT
+from vlcache_jax.models.families.registry import family_of, preset, read_config, write_config
+from vlcache_jax.training.examples import make_train_batch
+
+NEW = 32
+PRESETS = {
+    "llava-onevision-qwen2-0.5b-ov": 894e6,
+    "llava-onevision-qwen2-7b-ov": 8.03e9,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    tiny: object
+    folder: object
+    reference: object
+    vlm: object
+    batch: object
+
+
+@pytest.fixture(scope="module", params=TINY)
+def loaded(request, tmp_path_factory):
+    tiny, folder = TINY[request.param], tmp_path_factory.mktemp(request.param)
+    reference = tiny.make(folder)
+    vlm = vlc.load(folder, dtype="float32", layout="stacked")
+    return Loaded(tiny, folder, reference, vlm, vlm.processor(images=pictures(), text=tiny.texts))
+
+
+def test_parity(loaded):
+    """Ids, pixels, logits at every position and greedy answers: several sizes, several images, none; a ragged batch."""
+    vlm, batch, processor = loaded.vlm, loaded.batch, loaded.tiny.processor()
+    logits = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))(vlm.params, batch)
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
+    for row, (text, images) in enumerate(zip(loaded.tiny.texts, pictures())):
+        inputs = processor(images=[images] if images else None, text=[text], return_tensors="pt")
+        n = inputs["input_ids"].shape[1]
+        np.testing.assert_array_equal(batch.tokens[row, : batch.lengths[row]], inputs["input_ids"][0])
+        if images:
+            theirs = inputs["pixel_values"].numpy()
+            theirs = theirs.reshape(-1, *theirs.shape[-3:]).transpose(0, 2, 3, 1)
+            np.testing.assert_allclose(batch.pixels[row, : len(theirs)], theirs, atol=1e-6)
+        with torch.no_grad():
+            expected = loaded.reference(**inputs).logits[0].numpy()
+            answer = loaded.reference.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)[0, n:]
+        np.testing.assert_allclose(logits[row, :n], expected, atol=1e-4, rtol=0)
+        assert np.abs(expected).max() > 1
+        np.testing.assert_array_equal(out.tokens[row], answer)
+
+
+def test_chat(loaded):
+    processor, image = loaded.tiny.processor(), pictures()[0][0]
+    talk = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w1 w2"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "w3"}]},
+        {"role": "user", "content": [{"type": "text", "text": "w4"}, {"type": "image", "image": image}]},
+    ]
+    ours = loaded.vlm.processor.chat(talk)
+    theirs = processor.apply_chat_template(
+        [talk], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    np.testing.assert_array_equal(ours.tokens[0, : ours.lengths[0]], theirs["input_ids"][0])
+    assert (ours.vision_index[0] != TEXT).any()
+
+
+def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(loaded):
+    model, params, batch = loaded.vlm.model, loaded.vlm.params, loaded.batch
+    logits, state = vlc.prefill(model, params, batch, vlc.VLCache(budget=0.4)).start(4)
+    new, found, first = np.random.default_rng(0).integers(5, 58, (4, batch.size)).astype(np.int32), [], state
+    for tokens in new:
+        logits, state = vlc.decode_step(model, params, tokens, state)
+        found.append(np.asarray(logits))
+    kept = {layer: np.asarray(first.kept_positions(layer)) for layer in range(3)}
+    assert sum((of_layer[1] >= 0).sum(axis=-1).max() for of_layer in kept.values()) < 0.5 * 3 * batch.lengths[1]
+    np.testing.assert_allclose(np.stack(found), by_definition(model, params, batch, new, kept), atol=1e-4, rtol=0)
+
+
+def test_what_is_saved_is_read_here_and_by_transformers(loaded, tmp_path):
+    vlm, reference = loaded.vlm, loaded.reference
+    vlc.save(vlm, tmp_path)
+    again = vlc.load(tmp_path, "float32", layout="stacked")
+    assert again.config == vlm.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, vlm.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, again.processor(images=pictures(), text=loaded.tiny.texts), loaded.batch
+    )
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is type(reference)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    for name, value in reference.state_dict().items():
+        if "post_layernorm" not in name:  # LLaVA's features are those before it
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+    ours, theirs = (
+        transformers.AutoImageProcessor.from_pretrained(f, backend="pil") for f in (tmp_path, loaded.folder)
+    )
+    assert type(ours) is type(theirs)
+    a, b = (p(images=[pictures()[1]], return_tensors="pt") for p in (ours, theirs))
+    for key in b:
+        torch.testing.assert_close(a[key], b[key])
+
+
+def test_visual_tokens_have_places_in_their_images(loaded):
+    """Within the picture but for padding, as many as there are tokens; only row breaks have none."""
+    vlm, batch = loaded.vlm, loaded.batch
+    for row, images in enumerate(pictures()):
+        regions = vlm.processor.layout.token_regions([(image.height, image.width) for image in images])
+        index = batch.vision_index[row][batch.vision_index[row] != TEXT]
+        assert [len(of_image) for of_image in regions] == _runs(vlm, images)
+        found = np.concatenate(regions) if regions else np.zeros((0, 4))
+        np.testing.assert_array_equal(np.isnan(found[:, 0]), index == NEWLINE)
+        for of_image, image in zip(regions, images):
+            of_image = of_image[np.isfinite(of_image[:, 0])]
+            assert (of_image[:, 2:] > of_image[:, :2]).all()
+            shown = (of_image[:, 2:] > 0).all(axis=1) & (of_image[:, :2] < [image.width, image.height]).all(axis=1)
+            low, high = of_image[shown].min(axis=0), of_image[shown].max(axis=0)
+            assert (low[:2] <= 1).all()
+            assert (high[2:] >= [image.width - 1, image.height - 1]).all()
+    row = jax.tree.map(lambda x: x[1:2], batch)
+    ctx = vlc.compress(vlm.model, vlm.params, row, vlc.VLCache(budget=0.4))
+    assert explain(pictures()[1], row, ctx, ctx.report, vlm.processor.layout).width > 0
+
+
+def _runs(vlm, images):
+    names = [f"{i}" for i in range(len(images))]
+    return [len(image.index) for image in vlm.processor.layout.encode(images, names, vlm.processor.special_tokens)]
+
+
+def test_a_training_batch_sees_what_the_prompt_does(loaded):
+    vlm, row = loaded.vlm, 4
+    train = make_train_batch(vlm.processor, [pictures()[row]], [loaded.tiny.texts[row]], ["w9 w8"], 128)
+    batch = vlm.processor(images=[pictures()[row]], text=[loaded.tiny.texts[row]], pad_to=128)
+    ours, theirs = (vlm.model.apply({"params": vlm.params}, b, method="embed").hidden for b in (train.batch, batch))
+    n = int(batch.lengths[0])
+    np.testing.assert_array_equal(ours[0, :n], theirs[0, :n])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_written_and_read(name, tmp_path):
+    """And have the published numbers of parameters."""
+    config = preset(name)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    params = family_of(config).model(config).abstract_params()
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == pytest.approx(PRESETS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_aspect_ratio": "anyres"}, 'vision_aspect_ratio is "anyres"; expected "anyres_max_9"'),
+        ({"vision_aspect_ratio": "anyres_max_0"}, "vision_aspect_ratio is"),
+        ({"vision_feature_select_strategy": "default"}, 'expected "full": a SigLIP tower has no class token'),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "expected one of the supported siglip_vision_model"),
+        ({"image_grid_pinpoints": [[384, 400]]}, "multiples of the vision image_size 384"),
+        ({"text_config": {"model_type": "gemma"}}, "text_config.model_type is .gemma."),
+        ({"video_token_index": "x"}, "video_token_index is .x."),
+    ],
+)
+def test_what_llava_onevision_cannot_be(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision"} | change))
+    with pytest.raises(vlc.CheckpointError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_llava_onevision_whose_config_leaves_everything_out(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision"}))
+    config, theirs = read_config(tmp_path), transformers.LlavaOnevisionConfig()
+    assert config.vision == preset("llava-onevision-qwen2-7b-ov").vision
+    assert config.grid_pinpoints == tuple(map(tuple, theirs.image_grid_pinpoints))
+    assert (config.image_token_id, config.video_token_id) == (theirs.image_token_index, theirs.video_token_index)
+    assert (config.decoder.family, config.decoder.hidden_size) == ("qwen2", theirs.text_config.hidden_size)
+    assert (config.feature_select, config.feature_layers, config.max_tiles) == ("full", (26,), 9)
