@@ -214,7 +214,11 @@ def test_refusals(checkpoints, tmp_path, file, change, message):
     ("part", "change", "message"),
     [
         ("text_config", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type is .yarn."),
-        ("text_config", {"rope_scaling": {"mrope_interleaved": False}}, "mrope_interleaved is false; expected true"),
+        (
+            "text_config",
+            {"rope_scaling": {"mrope_section": [3, 3, 2], "mrope_interleaved": False}},
+            "mrope_interleaved is false; expected true",
+        ),
         ("vision_config", {"num_position_embeddings": 35}, "num_position_embeddings is 35; expected a square number"),
         ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "expected rising numbers below 3"),
         ("vision_config", {"deepstack_visual_indexes": [0, 3]}, "expected rising numbers below 3"),
