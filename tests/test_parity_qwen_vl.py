@@ -217,7 +217,7 @@ def test_refusals(checkpoints, tmp_path, file, change, message):
         (
             "text_config",
             {"rope_scaling": {"mrope_section": [3, 3, 2], "mrope_interleaved": False}},
-            "mrope_interleaved is false; expected true",
+            "mrope_interleaved is False; expected true",
         ),
         ("vision_config", {"num_position_embeddings": 35}, "num_position_embeddings is 35; expected a square number"),
         ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "expected rising numbers below 3"),
