@@ -32,7 +32,7 @@ GROUPS = {
             "empty_rows insert decode_chunk DecodingState RowOptions",
         ],
     ),
-    "engine": ("Engine", ["Engine Request Result", "engine.stats: Stats"]),
+    "engine": ("Engine", ["Engine Request Result", "engine.stats: Stats", "evaluate", "evaluation.report: Summary"]),
     "policies": (
         "Policies",
         [

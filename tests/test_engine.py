@@ -103,10 +103,9 @@ def test_ten_thousand_arrivals():
 def test_answers_are_those_of_generate():
     model, params = vlm().model, vlm().params
     requests = [vlc.Request(prompt=prompt, max_new_tokens=9, eos_token_ids=[]) for prompt in prompts()]
+    batch = ragged_batch(rows=PROMPTS, length=40)
+    expected = vlc.generate(model, params, batch, vlc.VLCache(budget=0.4), 9, eos_token_ids=[])
     for result in engine().run(requests):
-        expected = vlc.generate(
-            model, params, ragged_batch(rows=PROMPTS, length=40), vlc.VLCache(budget=0.4), 9, eos_token_ids=[]
-        )
         np.testing.assert_array_equal(result.tokens, expected.tokens[result.index])
         np.testing.assert_allclose(result.kept_fraction, expected.report.kept_fraction[result.index])
         assert result.prompt_tokens == int(prompts()[result.index].lengths[0])
@@ -249,9 +248,10 @@ def test_as_many_rows_as_fit():
     few, own = automatic(vlc.FullCache(), 1_000_000)
     held = sum(x.nbytes for x in jax.tree.leaves(own._state.kv))
     assert 0.7 < held / (1_000_000 - need(own._programs, (40, 2), 2).prefill) <= 1
-    more, _ = automatic(vlc.VLCache(budget=0.1), 1_000_000)
+    smaller = dataclasses.replace(own._programs, policy=vlc.VLCache(budget=0.1))
     assert few.compilations == few.programs == 2 + 3 + 1
-    assert more.rows > 1.3 * few.rows  # most of a row is room for the answer here
+    more = need(smaller, (40, 2), 2).rows(1_000_000)
+    assert more > 1.3 * few.rows  # most of a row is room for the answer here
     with pytest.raises(vlc.InputError, match="no row fits into 1,000 bytes"):
         automatic(vlc.FullCache(), 1_000)
 

@@ -14,6 +14,7 @@ from vlcache_jax.errors import (
     PolicyWarning,
     VLCacheError,
 )
+from vlcache_jax.evaluation.evaluate import evaluate
 from vlcache_jax.files.compilation_cache import use_compilation_cache
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.context_files import load_context, save_context
@@ -129,6 +130,7 @@ __all__ = [
     "decode_chunk",
     "decode_step",
     "empty_rows",
+    "evaluate",
     "extend",
     "generate",
     "insert",

@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     _demo(commands)
     _generate(commands)
     _plan(commands)
+    _evaluate(commands)
+    _report(commands)
     _train_demo(commands)
     _study(commands)
     return parser
@@ -165,6 +167,52 @@ def _plan(commands: Any) -> None:
     parser.flag("--no-search", "do not look for the largest batch and longest prompt")
     parser.value("--max-compilations", words.whole(1), "N", "prefills compiled for each search at most", 5)
     parser.flag("--json", "print one JSON object")
+
+
+def _evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", "answer all questions of a data set under one policy or several, and score them"
+    )
+    _model(parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub")
+    parser.add_argument(
+        "--data",
+        type=words.path,
+        metavar="PATH",
+        nargs="+",
+        required=True,
+        help="files, folders or patterns: JSON lines (.jsonl) or VLMEvalKit's TSV (.tsv)",
+    )
+    parser.value(
+        "--task", str, "NAME", "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu or ocrbench", "jsonl"
+    )
+    parser.several("--policy", str, POLICY, "what to keep (default: vl_cache); repeat for several")
+    parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
+    parser.value(
+        "--out",
+        words.path,
+        "DIR",
+        "folder for run.json and a line for each answer; what it already holds is not answered again",
+        required=True,
+    )
+    parser.value("--limit", words.whole(1), "N", "only the first N samples")
+    parser.value("--max-new-tokens", words.whole(1), "N", "cut answers there (default: the task's)")
+    parser.value("--suffix", words.words, "TEXT", "what follows each question (default: the task's)")
+    parser.value("--metric", str, "NAME", "how answers are scored (default: the task's)")
+    parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
+    _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    _compilation_cache(parser)
+
+
+def _report(commands: Any) -> None:
+    parser = _command(commands, "report", "the tables of evaluations that were run, or are running")
+    parser.add_argument("folders", type=words.path, metavar="RUN", nargs="+", help="folder of an evaluation")
+    parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
 
 
 def _train_demo(commands: Any) -> None:

@@ -144,7 +144,7 @@ class Engine:
         self._begin()
         try:
             if not self._buckets:
-                self._choose_buckets(list(requests))
+                self._choose_buckets(self._sizes(requests))
             self._compile()
         finally:
             self._busy.release()
@@ -191,7 +191,10 @@ class Engine:
             requests, early = iter(requests), {}
             if not self._buckets:
                 first = list(islice(requests, self._ahead or FIRST))
-                early, requests = self._choose_buckets(first), chain(first, requests)
+                with ThreadPoolExecutor(self._threads) as pool:
+                    reads = list(pool.map(self._preparer.read, range(len(first)), first))
+                self._choose_buckets(reads)
+                early, requests = {read.index: read for read in reads}, chain(first, requests)
             self._compile()
             state, self._state = self._state, None  # donated: gone if something goes wrong
             assert state is not None
@@ -226,19 +229,29 @@ class Engine:
         if not self._busy.acquire(blocking=False):
             raise InputError("the engine runs already: wait for its results, or use submit")
 
-    def _choose_buckets(self, requests: list[Request]) -> dict[int, Read]:
-        """Chooses buckets for some requests, and returns what was read of them, by index."""
-        with ThreadPoolExecutor(self._threads) as pool:
-            reads = list(pool.map(self._preparer.read, range(len(requests)), requests))
-        sizes = [read.bucket for read in reads if read.reason is None]
+    def _sizes(self, requests: Iterable[Request]) -> Iterator[Read]:
+        """Reads requests, and forgets them."""
+        reader = Reader(requests, self._preparer.read, self._threads, self._ahead or FIRST)
+        try:
+            while reads := reader.take(wait=True):
+                reader.release(len(reads))
+                yield from reads
+        finally:
+            reader.close()
+
+    def _choose_buckets(self, reads: Iterable[Read]) -> None:
+        sizes, why = [], "there are no requests"
+        for read in reads:
+            if read.reason is None:
+                sizes.append(read.bucket)
+            else:
+                why = read.reason
         if not sizes:
-            why = reads[0].reason if reads else "there are no requests"
             raise InputError(
                 f"there is no prompt to choose buckets for ({why}): give Engine(buckets=[(tokens, tiles), ...]), or "
                 "warmup some requests that can be read"
             )
         self._set_buckets(fit(sizes, MOST_BUCKETS))
-        return {read.index: read for read in reads}
 
     def _set_buckets(self, buckets: Sequence[Bucket]) -> None:
         programs = self._programs

@@ -55,6 +55,11 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], amount)
 
+    def describe(self, text: str) -> None:
+        """Another text for the present step, on a terminal."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=text)
+
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:

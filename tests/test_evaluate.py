@@ -1,0 +1,218 @@
+"""`vlcache-jax evaluate` and `report`: a line for each sample, whatever happens."""
+
+import base64
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoints import make_tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.cli.main import main
+from vlcache_jax.evaluation.samples import find_files, read_samples
+
+POLICY, OPTIONS = "vl_cache:0.3", ["--rows", "3", "--dtype", "float32", "--no-compilation-cache"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_tiny_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Fourteen samples, one of which has no image file and one an image that is none; answers that the model hits."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(14):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append({"id": f"s{i}", "images": [f"{i}.png"], "question": f"w{i} w2", "answers": ["w1"], "page": i})
+    lines[3]["images"] = ["missing.png"]
+    (folder / "5.png").write_bytes(b"no image")
+    lines[7] |= {"images": [], "max_new_tokens": 2}
+    lines[8] |= {"choices": ["red", "green"], "answers": ["B"]}
+    del lines[9]["answers"]
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(*arguments):
+    assert main([str(x) for x in arguments]) == 0
+
+
+def evaluation(checkpoint, data, out, *arguments):
+    run("evaluate", "--model", checkpoint, "--data", data, "--out", out, "--max-new-tokens", 6, *OPTIONS, *arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    evaluation(checkpoint, data, out, "--policy", POLICY, "--compare", "full_cache")
+    return out
+
+
+def lines(out, policy=POLICY):
+    text = (out / f"{policy.replace(':', '-')}.jsonl").read_text()
+    return {line["id"]: line for line in map(json.loads, text.splitlines())}
+
+
+def table(out, capsys, *arguments):
+    capsys.readouterr()
+    run("report", out, *arguments)
+    return capsys.readouterr().out.replace(str(out), "RUN")
+
+
+def test_every_sample_has_a_line_and_answers_are_those_of_generate(checkpoint, data, finished):
+    found = lines(finished)
+    assert sorted(found) == sorted(f"s{i}" for i in range(14))
+    assert {key for key, line in found.items() if line["status"] == "failed"} == {"s3", "s5"}
+    assert "missing.png" in found["s3"]["reason"]
+    vlm = vlc.load(checkpoint, dtype="float32")
+    for key in ("s0", "s7", "s8", "s11"):
+        line = found[key]
+        sample = next(sample for sample in read_samples([data]) if sample.id == key)
+        text = sample.question
+        if sample.choices:
+            text += "\nA. red\nB. green\nAnswer with the option's letter from the given choices directly."
+        parts = [*[{"type": "image", "image": path} for path in sample.images], {"type": "text", "text": text}]
+        batch = vlm.processor.chat([[{"role": "user", "content": parts}]])
+        out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.3), sample.max_new_tokens or 6)
+        assert line["answer"] == vlm.processor.decode(out)[0].strip()
+        assert line["tokens"] == int(out.lengths[0])
+        assert line["page"] == int(key[1:])
+        assert line["kept_fraction"] == pytest.approx(float(out.report.kept_fraction[0]))
+    assert found["s9"]["score"] is None
+
+
+def test_the_table(finished, capsys):
+    found = json.loads(table(finished, capsys, "--json", "--compare", "full_cache"))["RUN"]
+    full, compressed = found
+    assert [full["policy"], compressed["policy"]] == ["full_cache", POLICY]
+    assert (compressed["samples"], compressed["failed"], compressed["scored"]) == (14, 2, 13)
+    scores = [line["score"] or 0 for line in lines(finished).values() if line["answers"]]
+    assert compressed["score"][0] == pytest.approx(np.mean(scores))
+    assert full["compared"] is None
+    assert compressed["compared"] == "full_cache"
+    pairs = [(line, lines(finished, "full_cache")[key]) for key, line in lines(finished).items()]
+    same = [a["answer"].lower().split() == b["answer"].lower().split() for a, b in pairs if a["status"] == "ok"]
+    assert compressed["agreement"] == pytest.approx(np.mean(same))
+    assert "| vl_cache:0.3 |" in table(finished, capsys, "--markdown")
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
+def test_a_run_that_was_cut_anywhere_ends_with_the_same_table(checkpoint, data, finished, tmp_path, capsys, seed):
+    rng = np.random.default_rng(seed)
+    out = tmp_path / "run"
+    out.mkdir()
+    for file in finished.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    name = f"{POLICY.replace(':', '-')}.jsonl"
+    whole = (finished / name).read_bytes()
+    (out / name).write_bytes(whole[: int(rng.integers(len(whole) // 4, len(whole)))])
+    evaluation(checkpoint, data, out, "--policy", POLICY, "--compare", "full_cache")
+    assert {key: line["answer"] for key, line in lines_of_whole(out / name).items()} == {
+        key: line["answer"] for key, line in lines(finished).items()
+    }
+    assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
+
+
+def lines_of_whole(path):
+    """By id, without what a killed program left unfinished; none twice."""
+    found = {}
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        assert line["id"] not in found
+        found[line["id"]] = line
+    return found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("turn", range(5))
+def test_kill_9_at_a_random_moment(checkpoint, data, finished, tmp_path, capsys, turn):
+    out = tmp_path / "run"
+    command = ["evaluate", "--model", checkpoint, "--data", data, "--out", out, "--max-new-tokens", 6, *OPTIONS]
+    command += ["--policy", POLICY, "--compare", "full_cache"]
+    started = subprocess.Popen([sys.executable, "-m", "vlcache_jax", *map(str, command)], stderr=subprocess.DEVNULL)
+    time.sleep(float(np.random.default_rng(turn).uniform(4, 30)))
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    run(*command)
+    assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
+
+
+def test_another_evaluation_is_refused_with_the_differences(checkpoint, data, finished, capsys):
+    arguments = ["evaluate", "--model", checkpoint, "--data", data, "--out", finished, "--max-new-tokens", 7, *OPTIONS]
+    assert main([str(x) for x in arguments]) == 2
+    assert "holds another evaluation (max_new_tokens was 6, now 7)" in capsys.readouterr().err
+
+
+def test_tsv(tmp_path):
+    image = base64.b64encode(b"first" * 40).decode()
+    rows = [
+        {"index": "1", "image": image, "question": "What?", "answer": "['a', 'b']", "A": "", "B": ""},
+        {"index": "2", "image": "1", "question": "Two\nlines?", "answer": "B", "A": "cat", "B": "dog"},
+        {"index": "3", "image": str([image, image]), "question": "Which?", "answer": "7", "A": "", "B": ""},
+    ]
+    path = tmp_path / "x.tsv"
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    first, second, third = read_samples(find_files([tmp_path]))
+    url = f"data:image/png;base64,{image}"
+    assert (first.images, first.answers, first.choices) == ((url,), ("a", "b"), ())
+    assert (second.images, second.answers, second.choices) == ((url,), ("B",), ("cat", "dog"))
+    assert (third.images, third.question) == ((url, url), "Which?")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.jsonl", "{\n", "x.jsonl, line 1.*one JSON object a line"),
+        ("x.jsonl", "[1]\n", "expected a JSON object"),
+        ("x.jsonl", '{"id": 1}\n', "expected a question"),
+        ("x.jsonl", '{"question": "a", "images": [[1]]}\n', "images=.*list of texts"),
+        ("x.jsonl", '{"question": "a", "max_new_tokens": 0}\n', "max_new_tokens=0"),
+        ("x.jsonl", '{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n', "the id .1. comes twice"),
+        ("x.tsv", "index\timage\n1\tx\n", "no column question.*its columns are: index, image"),
+        ("x.csv", "question\n", "is none of .jsonl, .tsv"),
+    ],
+)
+def test_bad_data(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(vlc.InputError, match=message):
+        list(read_samples(find_files([tmp_path / name])))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "no-such-file.jsonl"], "names no file"),
+        (["--task", "vqa"], "task 'vqa' is not known"),
+        (["--metric", "f1"], "metric 'f1' is not known"),
+        (["--policy", "nothing"], "nothing"),
+    ],
+)
+def test_bad_arguments_before_anything_is_loaded(data, tmp_path, capsys, arguments, message):
+    start = ["evaluate", "--model", str(tmp_path / "none"), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert main([*start, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_an_evaluation(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no evaluation" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""`vlcache-jax evaluate`: a data set under some policies."""
+
+import argparse
+
+from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
+from vlcache_jax.cli.options import output_folder
+from vlcache_jax.cli.process import remark
+from vlcache_jax.cli.report import show
+from vlcache_jax.evaluation.evaluate import evaluate
+from vlcache_jax.evaluation.samples import find_files
+from vlcache_jax.evaluation.tasks import task_by_name
+from vlcache_jax.policies import policy_by_name
+from vlcache_jax.terminal.progress import Progress
+
+
+def run(arguments: argparse.Namespace, progress: Progress) -> None:
+    """Runs the command; everything that can be checked is checked before weights are read."""
+    policies = arguments.policy or ["vl_cache"]
+    for text in [*policies, *([arguments.compare] if arguments.compare else [])]:
+        policy_by_name(text)
+    task_by_name(arguments.task, metric=arguments.metric)
+    find_files(arguments.data)
+    progress.step("opening the checkpoint")
+    opened = open_checkpoint(
+        arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
+    )
+    folder = output_folder(arguments.out, "--out")
+    keep_programs(not arguments.no_compilation_cache, progress)
+    progress.step("loading the weights")
+    summaries = evaluate(
+        opened.load(),
+        arguments.data,
+        policies,
+        folder,
+        task=arguments.task,
+        compare=arguments.compare,
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+        suffix=arguments.suffix,
+        metric=arguments.metric,
+        name=str(arguments.model),
+        progress=progress,
+        **({} if arguments.rows is None else {"rows": arguments.rows}),
+    )
+    progress.close()
+    show({str(folder): summaries}, arguments)
+    remark(f"the answers are in {folder}")

@@ -1,0 +1,167 @@
+"""`evaluate`: all samples of some files through the engine, policy after policy, into a folder."""
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vlcache_jax.engine.engine import Engine
+from vlcache_jax.engine.requests import Request, Result
+from vlcache_jax.errors import InputError, PolicyWarning
+from vlcache_jax.evaluation.report import Summary, summarise
+from vlcache_jax.evaluation.run_folder import RunFolder
+from vlcache_jax.evaluation.samples import Sample, find_files, read_samples
+from vlcache_jax.evaluation.tasks import Task, task_by_name
+from vlcache_jax.files.writing import only_writer
+from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.policies import policy_by_name
+from vlcache_jax.terminal.progress import Progress
+from vlcache_jax.terminal.table import percent
+
+
+def evaluate(
+    vlm: VLM,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    policies: str | Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    task: str = "jsonl",
+    compare: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    suffix: str | None = None,
+    metric: str | None = None,
+    name: str = "",
+    progress: Progress | None = None,
+    **engine: Any,
+) -> list[Summary]:
+    """Answers every sample of some files under each policy, and scores the answers.
+
+    Each answer is a line in the folder as soon as it is there. Whatever stops the program, the same call goes on where
+    it was, and ends with the same table.
+
+    Args:
+      vlm: the loaded checkpoint.
+      data: files, folders or patterns: JSON lines (`.jsonl`) and VLMEvalKit's TSV (`.tsv`); see docs/evaluation.md.
+      policies: as typed, such as "vl_cache:0.1" or a list of such.
+      out: the folder.
+      task: prompts, length and metric, by name; "jsonl" asks the questions as they are.
+      compare: a policy whose answers to the same samples the others are compared with, such as "full_cache".
+      limit: only the first samples.
+      max_new_tokens, suffix, metric: other than the task's.
+      name: of the model, for the folder: another one cannot go on there.
+      progress: shows samples and tokens a second, rows in flight and what is kept; nothing by default.
+      **engine: options of `vlc.Engine`.
+
+    Returns:
+      A summary for each policy.
+
+    Raises:
+      InputError: files that are none, columns or ids that are wrong, an unknown task or metric, or a folder that holds
+        another evaluation, with the differences.
+
+    Example:
+      vlc.evaluate(vlm, "docvqa.jsonl", ["vl_cache:0.1"], "run", task="docvqa", compare="full_cache")
+    """
+    progress = Progress(enabled=False) if progress is None else progress
+    asked = task_by_name(task, max_new_tokens=max_new_tokens, suffix=suffix, metric=metric)
+    names = [policies] if isinstance(policies, str) else list(policies)
+    names += [compare] if compare is not None and compare not in names else []
+    known = {text: policy_by_name(text) for text in names}
+    progress.step("reading the data")
+    files = find_files([data] if isinstance(data, str | os.PathLike) else data)
+    ids = [sample.id for sample in _first(read_samples(files), limit)]
+    if not ids:
+        raise InputError(f"there are no samples in {', '.join(map(str, files))}: check the files")
+    settings = {
+        "model": name,
+        "dtype": str(jax.numpy.dtype(vlm.model.spec.dtype)),
+        "data": [{"file": file.name, "bytes": file.stat().st_size} for file in files],
+        "task": task,
+        **dataclasses.asdict(asked),
+    }
+    folder = RunFolder.begin(Path(out), settings)
+    with only_writer(folder.path):
+        for text, policy in known.items():
+            done = folder.results(text)
+            if missing := len([name for name in ids if name not in done]):
+                one = _OnePolicy(vlm, folder, text, asked, progress, ids, missing)
+                one.run(lambda: _first(read_samples(files), limit), policy, engine)
+    progress.step("scoring")
+    return summarise(folder, names, compare)
+
+
+def _first(samples: Iterator[Sample], limit: int | None) -> Iterator[Sample]:
+    for number, sample in enumerate(samples):
+        if limit is not None and number >= limit:
+            return
+        yield sample
+
+
+class _OnePolicy:
+    """The samples that one policy has yet to answer."""
+
+    def __init__(
+        self, vlm: VLM, folder: RunFolder, name: str, task: Task, progress: Progress, ids: list[str], missing: int
+    ) -> None:
+        self._vlm, self._folder, self._name, self._task = vlm, folder, name, task
+        self._progress, self._all, self._missing = progress, ids, missing
+        self._pending: dict[str, Sample] = {}
+
+    def run(self, samples: Any, policy: Any, options: dict[str, Any]) -> None:
+        """Answers them."""
+        done, start = self._folder.results(self._name), time.monotonic()
+        sizes = self._folder.sizes(self._name)
+        most = max([self._task.max_new_tokens, *(sample.max_new_tokens or 0 for sample in samples())])
+        options = {"max_new_tokens": most, **options, **(sizes or {})}
+        engine = Engine(self._vlm, policy, **options)
+        self._progress.step(f"{self._name}: measuring the prompts, and compiling")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PolicyWarning)
+            stats = engine.warmup(self._requests(samples(), {}, keep=False))
+            if sizes is None:
+                sizes = {"buckets": [list(bucket) for bucket in engine.buckets], "rows": stats.rows}
+                self._folder.add_start(self._name, {"sizes": sizes})
+            self._progress.step(self._name, total=self._missing)
+            kept = 0.0
+            for number, result in enumerate(engine.run(self._requests(samples(), done, keep=True)), 1):
+                self._folder.add(self._name, self._line(self._pending.pop(result.id), result))
+                kept += result.kept_fraction or 0
+                self._progress.advance()
+                self._progress.describe(_describe(self._name, engine, number, kept, time.monotonic() - start))
+        self._folder.add_start(self._name, {"stats": dataclasses.asdict(engine.stats()), "jax": jax.__version__})
+
+    def _requests(self, samples: Iterable[Sample], done: Any, keep: bool) -> Iterator[Request]:
+        for sample in samples:
+            if sample.id not in done:
+                if keep:
+                    self._pending[sample.id] = dataclasses.replace(sample, images=())
+                yield self._task.request(sample, self._vlm.processor)
+
+    def _line(self, sample: Sample, result: Result) -> dict[str, Any]:
+        line: dict[str, Any] = {**sample.more, "id": sample.id, "answers": list(sample.answers)}
+        if result.ok:
+            answer = (result.text or "").strip()
+            score = self._task.score(sample, answer)
+            line |= {"answer": answer, "score": score, "status": "ok", "finish": result.finish}
+        else:
+            line |= {"answer": "", "score": None, "status": "failed", "reason": result.reason}
+        return line | {
+            "tokens": len(result.tokens),
+            "prompt_tokens": result.prompt_tokens,
+            "kept_fraction": result.kept_fraction,
+            "seconds": round(result.seconds, 4),
+        }
+
+
+def _describe(name: str, engine: Engine, number: int, kept: float, seconds: float) -> str:
+    stats = engine.stats()
+    return (
+        f"{name}: {number / seconds:.2f} samples/s, {stats.tokens / seconds:.1f} tokens/s, {stats.rows_in_flight} of "
+        f"{stats.rows} rows, {percent(kept / number)} kept"
+    )

@@ -1,0 +1,148 @@
+"""What an evaluation found, from the lines in its folder: means with intervals, and pairs of policies."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation.metrics.bootstrap import Interval, bootstrap_interval
+from vlcache_jax.evaluation.metrics.cider import cider_d
+from vlcache_jax.evaluation.metrics.exact_match import exact_match
+from vlcache_jax.evaluation.run_folder import RunFolder
+from vlcache_jax.evaluation.tasks import CIDER
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What one policy did. Nothing in it depends on how fast that was, or how often the program was stopped.
+
+    Attributes:
+      policy: as typed.
+      metric: of the task.
+      samples: that were answered.
+      failed: of the samples, those without an answer.
+      scored: of the samples, those whose right answer is known; a failed one scores 0.
+      score: mean of those, with its 95 % interval; None without any.
+      kept_fraction: mean over the answered ones.
+      tokens: mean of an answer.
+      compared: the policy it is compared with; None of that one, or without any.
+      difference: mean of its scores minus the other's, sample by sample, with its 95 % interval.
+      agreement: share of the samples that both answered in the same words.
+    """
+
+    policy: str
+    metric: str
+    samples: int
+    failed: int
+    scored: int
+    score: Interval | None
+    kept_fraction: float | None
+    tokens: float | None
+    compared: str | None = None
+    difference: Interval | None = None
+    agreement: float | None = None
+
+
+def summarise(
+    folder: RunFolder,
+    policies: Sequence[str] | None = None,
+    compare: str | None = None,
+) -> list[Summary]:
+    """A summary for each policy.
+
+    Args:
+      folder: of the evaluation.
+      policies: as typed; by default all that have answered something.
+      compare: the one that the others are compared with.
+
+    Raises:
+      InputError: a policy that has answered nothing.
+    """
+    names, metric = list(policies or folder.policies()), folder.settings["metric"]
+    lines = {name: folder.results(name) for name in dict.fromkeys([*names, *([compare] if compare else [])])}
+    for name, found in lines.items():
+        if not found:
+            raise InputError(f"{folder.path} has no answers of {name!r}: it has those of {folder.policies()}")
+    scores = {name: (_captions if metric == CIDER else _scores)(found) for name, found in lines.items()}
+    summaries = []
+    for name in names:
+        found, own = lines[name], scores[name]
+        answered = [line for line in found.values() if line["status"] == "ok"]
+        summary = Summary(
+            policy=name,
+            metric=metric,
+            samples=len(found),
+            failed=len(found) - len(answered),
+            scored=len(own),
+            score=bootstrap_interval(np.array(_in_order(own))) if own else None,
+            kept_fraction=_mean([line["kept_fraction"] for line in answered]),
+            tokens=_mean([line["tokens"] for line in answered]),
+        )
+        if compare is not None and compare != name:
+            other = scores[compare]
+            both = {key: own[key] - other[key] for key in own if key in other}
+            pairs = [(line, lines[compare][key]) for key, line in found.items() if key in lines[compare]]
+            same = [exact_match(a["answer"], b["answer"]) for a, b in pairs if {a["status"], b["status"]} == {"ok"}]
+            summary = dataclasses.replace(
+                summary,
+                compared=compare,
+                difference=bootstrap_interval(np.array(_in_order(both))) if both else None,
+                agreement=_mean(same),
+            )
+        summaries.append(summary)
+    return summaries
+
+
+def _scores(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {key: line["score"] or 0.0 for key, line in lines.items() if line["answers"]}
+
+
+def _captions(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
+    keys = sorted(key for key, line in lines.items() if line["answers"])
+    scores = cider_d([lines[key]["answer"] for key in keys], [lines[key]["answers"] for key in keys])
+    return dict(zip(keys, map(float, scores)))
+
+
+def _in_order(scores: dict[str, float]) -> list[float]:
+    """By their ids, so that a table does not depend on which sample finished first."""
+    return [scores[key] for key in sorted(scores)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(sorted(values))) if values else None
+
+
+HEADER = ["policy", "kept", "score", "95 %", "difference", "95 %", "agreement", "samples", "failed"]
+
+
+def rows(summaries: Sequence[Summary]) -> list[list[str]]:
+    """The cells of a table, a row for each policy."""
+
+    def number(x: float | None, digits: int = 4) -> str:
+        return "" if x is None else f"{x:.{digits}f}"
+
+    def bounds(interval: Interval | None) -> str:
+        return "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
+
+    return [
+        [
+            summary.policy,
+            number(summary.kept_fraction),
+            number(summary.score and summary.score.mean),
+            bounds(summary.score),
+            number(summary.difference and summary.difference.mean),
+            bounds(summary.difference),
+            number(summary.agreement),
+            str(summary.samples),
+            str(summary.failed),
+        ]
+        for summary in summaries
+    ]
+
+
+def markdown(summaries: Sequence[Summary]) -> str:
+    """The table in Markdown."""
+    lines = [HEADER, ["---"] * len(HEADER), *rows(summaries)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,117 @@
+"""The folder of an evaluation: what was measured, and a line for each sample that has been answered.
+
+    run.json             what is asked of which model; another cannot be measured into the same folder
+    NAME.jsonl           the samples that one policy has answered, as they finished
+    NAME.runs.jsonl      what each start of the program did: speed, versions, device
+
+A line is on the disk before the next one begins. Of a program that was killed at most the last line is unfinished: it
+is not read, and its sample is answered again.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlcache_jax.errors import InputError
+from vlcache_jax.files.json_text import parse_json, shorten
+from vlcache_jax.files.reading import read_plain
+from vlcache_jax.files.writing import append_line, make_folder, write_text
+
+RUN = "run.json"
+_LINE_BYTES = 2**28
+
+
+class RunFolder:
+    """An evaluation on the disk.
+
+    Attributes:
+      path: of the folder.
+      settings: what `run.json` says.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+
+    @classmethod
+    def begin(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
+        """Opens a folder for these settings, or makes one.
+
+        Raises:
+          InputError: it holds another evaluation; the message tells the differences.
+        """
+        make_folder(path)
+        if not (path / RUN).exists():
+            if any(path.glob("*.jsonl")):
+                raise InputError(f"{path} holds .jsonl files but no {RUN}: choose another folder")
+            write_text(path / RUN, json.dumps({"settings": settings}, indent=1) + "\n")
+        folder = cls.open(path)
+        names = sorted({*folder.settings, *settings})
+        pairs = [(name, folder.settings.get(name), settings.get(name)) for name in names]
+        different = [f"{name} was {shorten(a)}, now {shorten(b)}" for name, a, b in pairs if a != b]
+        if different:
+            raise InputError(f"{path} holds another evaluation ({'; '.join(different)}): choose another folder")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Opens a folder to read it.
+
+        Raises:
+          InputError: there is none, or it holds no evaluation.
+        """
+        try:
+            settings = parse_json(read_plain(path / RUN))["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} holds no evaluation: {RUN} cannot be read ({error})") from error
+        return cls(path, settings)
+
+    def policies(self) -> list[str]:
+        """Those that have answered something, by name."""
+        files = [path for path in self.path.glob("*.jsonl") if not path.name.endswith(".runs.jsonl")]
+        names = (next((line["policy"] for line in _lines(path)), None) for path in files)
+        return sorted(name for name in names if name is not None)
+
+    def results(self, policy: str) -> dict[str, dict[str, Any]]:
+        """A policy's lines by the ids of their samples; of several for one, the first."""
+        found: dict[str, dict[str, Any]] = {}
+        for line in _lines(self._file(policy)):
+            if line["policy"] == policy:
+                found.setdefault(line["id"], line)
+        return found
+
+    def add(self, policy: str, line: dict[str, Any]) -> None:
+        """Appends a sample's line."""
+        append_line(self._file(policy), json.dumps({**line, "policy": policy}, ensure_ascii=False))
+
+    def starts(self, policy: str) -> list[dict[str, Any]]:
+        """What each start of the program did for a policy."""
+        return list(_lines(self._file(policy, ".runs")))
+
+    def add_start(self, policy: str, line: dict[str, Any]) -> None:
+        """Appends what this one did."""
+        append_line(self._file(policy, ".runs"), json.dumps({**line, "policy": policy, "id": ""}))
+
+    def sizes(self, policy: str) -> dict[str, Any] | None:
+        """The buckets and rows of the first start, with which all others go on: then they answer alike."""
+        return next((line["sizes"] for line in self.starts(policy) if "sizes" in line), None)
+
+    def _file(self, policy: str, kind: str = "") -> Path:
+        return self.path / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', policy)}{kind}.jsonl"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    try:
+        texts = read_plain(path).split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    for text in texts[:-1]:  # behind the last line break there is nothing, or a line that was not finished
+        try:
+            line = parse_json(text, _LINE_BYTES)
+        except ValueError:  # a killed program's, which the next one has closed
+            continue
+        if isinstance(line, dict) and "id" in line and "policy" in line:
+            yield line
