@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from tiny_checkpoints import make_tiny_llava
@@ -179,6 +180,34 @@ def test_tsv(tmp_path):
     assert (third.images, third.question) == ((url, url), "Which?")
 
 
+def test_parquet(tmp_path):
+    """Columns as lmms-eval's DocVQA, MMMU and COCO captions have them."""
+    image = {"bytes": b"first" * 40, "path": "1.png"}
+    url = f"data:image/png;base64,{base64.b64encode(image['bytes']).decode()}"
+    tables = {
+        "a": [{"questionId": "7", "question": "What?", "image": image, "answers": ["a", "b"], "docId": 5}] * 1,
+        "b": [
+            {
+                "id": "m1",
+                "question": "<image 1>?",
+                "options": "['x', 'y']",
+                "answer": "B",
+                "image_1": image,
+                "image_2": None,
+            },
+            {"id": "m2", "question": "Or?", "options": "[]", "answer": "3", "image_1": image, "image_2": image},
+        ],
+        "c": [{"image": image, "answer": ["one caption", "another"]}],
+    }
+    for name, rows in tables.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    docvqa, first, second, caption = read_samples(find_files([tmp_path]))
+    assert (docvqa.id, docvqa.images, docvqa.answers, docvqa.more) == ("7", (url,), ("a", "b"), {"docId": 5})
+    assert (first.images, first.choices, first.answers) == ((url,), ("x", "y"), ("B",))
+    assert (second.images, second.choices) == ((url, url), ())
+    assert (caption.id, caption.question, caption.answers) == ("c-1", "", ("one caption", "another"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -190,6 +219,7 @@ def test_tsv(tmp_path):
         ("x.jsonl", '{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n', "the id .1. comes twice"),
         ("x.tsv", "index\timage\n1\tx\n", "no column question.*its columns are: index, image"),
         ("x.csv", "question\n", "is none of .jsonl, .tsv"),
+        ("x.parquet", "question\n", "x.parquet is no parquet file that can be read"),
     ],
 )
 def test_bad_data(tmp_path, name, text, message):

@@ -180,7 +180,7 @@ def _evaluate(commands: Any) -> None:
         metavar="PATH",
         nargs="+",
         required=True,
-        help="files, folders or patterns: JSON lines (.jsonl) or VLMEvalKit's TSV (.tsv)",
+        help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's TSV (.tsv) or lmms-eval's parquet (.parquet)",
     )
     parser.value(
         "--task", str, "NAME", "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu or ocrbench", "jsonl"

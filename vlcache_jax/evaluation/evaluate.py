@@ -15,7 +15,8 @@ from vlcache_jax.engine.requests import Request, Result
 from vlcache_jax.errors import InputError, PolicyWarning
 from vlcache_jax.evaluation.report import Summary, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
-from vlcache_jax.evaluation.samples import Sample, find_files, read_samples
+from vlcache_jax.evaluation.sample import Sample
+from vlcache_jax.evaluation.samples import find_files, read_samples
 from vlcache_jax.evaluation.tasks import Task, task_by_name
 from vlcache_jax.files.writing import only_writer
 from vlcache_jax.models.io.loading import VLM
@@ -47,7 +48,7 @@ def evaluate(
 
     Args:
       vlm: the loaded checkpoint.
-      data: files, folders or patterns: JSON lines (`.jsonl`) and VLMEvalKit's TSV (`.tsv`); see docs/evaluation.md.
+      data: files, folders or patterns: JSON lines (`.jsonl`), VLMEvalKit's TSV (`.tsv`), lmms-eval's parquet; see docs/evaluation.md.
       policies: as typed, such as "vl_cache:0.1" or a list of such.
       out: the folder.
       task: prompts, length and metric, by name; "jsonl" asks the questions as they are.

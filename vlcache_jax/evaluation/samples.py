@@ -6,46 +6,21 @@ decoded here: an image stays a path or a data URL until its turn.
 
 import ast
 import csv
-import dataclasses
 import glob
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation.parquet import read_parquet
+from vlcache_jax.evaluation.sample import LETTERS, Sample
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.limits import DATA_URL_CHARACTERS
 from vlcache_jax.files.reading import open_plain
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LINE_BYTES = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One question.
-
-    Attributes:
-      id: its name, unlike all others of the data.
-      images: paths or data URLs.
-      question: what the user asks.
-      messages: a conversation instead; then `question` is empty.
-      answers: the right ones; empty where they are not known.
-      choices: what there is to choose from; an answer is then a letter.
-      max_new_tokens: of its answer; None for the task's.
-      more: whatever else its file says of it.
-    """
-
-    id: str
-    images: tuple[str, ...] = ()
-    question: str = ""
-    messages: tuple[Mapping[str, Any], ...] = ()
-    answers: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -189,5 +164,5 @@ def _images(text: str) -> tuple[str, ...]:
     return (text,) if text else ()
 
 
-READERS = {".jsonl": _json_lines, ".tsv": _tsv}
+READERS = {".jsonl": _json_lines, ".tsv": _tsv, ".parquet": read_parquet}
 """By the ending of a file's name."""

@@ -12,7 +12,7 @@ from vlcache_jax.evaluation.metrics.exact_match import exact_match
 from vlcache_jax.evaluation.metrics.option_letter import option_letter
 from vlcache_jax.evaluation.metrics.relaxed_accuracy import relaxed_accuracy
 from vlcache_jax.evaluation.metrics.vqa import vqa_accuracy
-from vlcache_jax.evaluation.samples import LETTERS, Sample
+from vlcache_jax.evaluation.sample import LETTERS, Sample
 from vlcache_jax.models.processor import Processor
 
 _SHORT = "\nAnswer the question using a single word or phrase."
