@@ -180,7 +180,7 @@ def _evaluate(commands: Any) -> None:
         metavar="PATH",
         nargs="+",
         required=True,
-        help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's TSV (.tsv) or lmms-eval's parquet (.parquet)",
+        help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's .tsv or lmms-eval's .parquet",
     )
     parser.value(
         "--task", str, "NAME", "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu or ocrbench", "jsonl"

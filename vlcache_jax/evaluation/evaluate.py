@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
       vlm: the loaded checkpoint.
-      data: files, folders or patterns: JSON lines (`.jsonl`), VLMEvalKit's TSV (`.tsv`), lmms-eval's parquet; see docs/evaluation.md.
+      data: files, folders or patterns: JSON lines, VLMEvalKit's TSV, lmms-eval's parquet; docs/evaluation.md.
       policies: as typed, such as "vl_cache:0.1" or a list of such.
       out: the folder.
       task: prompts, length and metric, by name; "jsonl" asks the questions as they are.

@@ -30,7 +30,8 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
       InputError: one of them names none.
     """
     found: list[Path] = []
-    for text in map(os.fspath, paths):
+    for given in paths:
+        text = os.fspath(given)
         path = Path(text)
         inside = sorted(path.iterdir()) if path.is_dir() else [Path(name) for name in sorted(glob.glob(text))]
         files = [file for file in inside if file.suffix.lower() in READERS]
