@@ -3,25 +3,32 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from text_model import by_definition
 from tiny_families import TINY, pictures
 
 import vlcache_jax as vlc
 from vlcache_jax.explain.pictures import explain
 from vlcache_jax.inputs import NEWLINE, TEXT
+from vlcache_jax.models.families.internvl.layout import InternLayout
 from vlcache_jax.models.families.registry import family_of, preset, read_config, write_config
+from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.training.examples import make_train_batch
 
 NEW = 32
 PRESETS = {
     "llava-onevision-qwen2-0.5b-ov": 894e6,
     "llava-onevision-qwen2-7b-ov": 8.03e9,
+    "internvl3-1b": 938e6,
+    "internvl3-2b": 2.09e9,
+    "internvl3-8b": 7.94e9,
 }
 
 
@@ -114,6 +121,16 @@ def test_what_is_saved_is_read_here_and_by_transformers(loaded, tmp_path):
         torch.testing.assert_close(a[key], b[key])
 
 
+def test_names_of_tensors_as_transformers_has_them_in_memory(loaded, tmp_path):
+    shutil.copytree(loaded.folder, tmp_path, dirs_exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in loaded.reference.state_dict().items()}
+    assert any(name.startswith("model.") for name in tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    jax.tree.map(
+        np.testing.assert_array_equal, vlc.load(tmp_path, "float32", layout="stacked").params, loaded.vlm.params
+    )
+
+
 def test_visual_tokens_have_places_in_their_images(loaded):
     """Within the picture but for padding, as many as there are tokens; only row breaks have none."""
     vlm, batch = loaded.vlm, loaded.batch
@@ -159,20 +176,35 @@ def test_presets_are_written_and_read(name, tmp_path):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == pytest.approx(PRESETS[name], rel=1e-3)
 
 
+ONEVISION, INTERN = {"model_type": "llava_onevision"}, {"model_type": "internvl"}
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("values", "message"),
     [
-        ({"vision_aspect_ratio": "anyres"}, 'vision_aspect_ratio is "anyres"; expected "anyres_max_9"'),
-        ({"vision_aspect_ratio": "anyres_max_0"}, "vision_aspect_ratio is"),
-        ({"vision_feature_select_strategy": "default"}, 'expected "full": a SigLIP tower has no class token'),
-        ({"vision_config": {"model_type": "clip_vision_model"}}, "expected one of the supported siglip_vision_model"),
-        ({"image_grid_pinpoints": [[384, 400]]}, "multiples of the vision image_size 384"),
-        ({"text_config": {"model_type": "gemma"}}, "text_config.model_type is .gemma."),
-        ({"video_token_index": "x"}, "video_token_index is .x."),
+        (ONEVISION | {"vision_aspect_ratio": "anyres"}, 'vision_aspect_ratio is "anyres"; expected "anyres_max_9"'),
+        (ONEVISION | {"vision_aspect_ratio": "anyres_max_0"}, "vision_aspect_ratio is"),
+        (ONEVISION | {"vision_feature_select_strategy": "default"}, 'expected "full": a SigLIP tower has no class tok'),
+        (
+            ONEVISION | {"vision_config": {"model_type": "clip_vision_model"}},
+            "the supported siglip_vision_model",
+        ),
+        (ONEVISION | {"image_grid_pinpoints": [[384, 400]]}, "multiples of the vision image_size 384"),
+        (ONEVISION | {"text_config": {"model_type": "gemma"}}, "text_config.model_type is .gemma."),
+        (ONEVISION | {"video_token_index": "x"}, "video_token_index is .x."),
+        ({"model_type": "internvl_chat"}, "whose name on the Hugging Face Hub ends in -hf"),
+        (INTERN | {"vision_config": {"norm_type": "rms_norm"}}, "norm_type is .rms_norm.; .*38B and 78B"),
+        (INTERN | {"vision_config": {"use_qk_norm": True}}, "use_qk_norm is True; expected false: the tower of 6B"),
+        (INTERN | {"vision_config": {"use_mean_pooling": False}}, "use_mean_pooling is False; expected true"),
+        (INTERN | {"vision_config": {"image_size": [448, 336]}}, "image_size is .448, 336.; expected a whole number"),
+        (INTERN | {"downsample_ratio": 0.4}, "downsample_ratio is 0.4; expected 1 / n, .* divides the 32 patches"),
+        (INTERN | {"downsample_ratio": 0.2}, "downsample_ratio is 0.2; expected 1 / n, .* divides the 32 patches"),
+        (INTERN | {"vision_feature_layer": 25}, "vision_feature_layer is 25; expected one of -25..24"),
+        (INTERN | {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is .full.; expected one"),
     ],
 )
-def test_what_llava_onevision_cannot_be(change, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision"} | change))
+def test_what_is_refused(values, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(vlc.CheckpointError, match=message):
         read_config(tmp_path)
 
@@ -185,3 +217,21 @@ def test_a_llava_onevision_whose_config_leaves_everything_out(tmp_path):
     assert (config.image_token_id, config.video_token_id) == (theirs.image_token_index, theirs.video_token_index)
     assert (config.decoder.family, config.decoder.hidden_size) == ("qwen2", theirs.text_config.hidden_size)
     assert (config.feature_select, config.feature_layers, config.max_tiles) == ("full", (26,), 9)
+
+
+def test_an_internvl_whose_config_leaves_everything_out(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(INTERN))
+    config, theirs = read_config(tmp_path), transformers.InternVLConfig()
+    assert config.vision == dataclasses.replace(preset("internvl3-8b").vision, qkv_bias=False)
+    assert (config.image_token_id, config.token_grid**2) == (theirs.image_token_id, theirs.image_seq_length)
+    assert config.decoder.family == "qwen2"
+
+
+def test_grids_of_internvl_are_those_of_transformers():
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    side = 448
+    layout = InternLayout(preset("internvl3-8b"), ImageTransform(size=(side, side), do_center_crop=False))
+    for height, width in np.random.default_rng(0).integers(1, 4000, (300, 2)).tolist():
+        columns, rows = get_optimal_tiled_canvas((height, width), (side, side), 1, 12)
+        assert layout.grid(height, width) == (rows, columns)

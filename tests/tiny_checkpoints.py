@@ -127,13 +127,15 @@ def make_processor(config: Any, *, next: bool, chat_template: str | None = CHAT_
     )
 
 
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words separated by white space; <s> in front."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
+def make_tokenizer(more: dict[str, str] | None = None) -> transformers.PreTrainedTokenizerFast:
+    """Words separated by white space; <s> in front. `more`: special tokens by their names, behind the words."""
+    special = (*SPECIAL_TOKENS, *(more or {}).values())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *WORDS, *special[len(SPECIAL_TOKENS) :]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    more = {} if more is None else {"extra_special_tokens": more}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **more)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import tiny_internvl
 import tiny_siglip_llava
 from PIL import Image
 
@@ -39,6 +40,7 @@ TINY = {
         partial(tiny_siglip_llava.make_processor, onevision=False),
     ),
     "llava_onevision": Tiny(tiny_siglip_llava.make_tiny_siglip_llava, tiny_siglip_llava.make_processor),
+    "internvl": Tiny(tiny_internvl.make_tiny_internvl, tiny_internvl.make_processor, "<IMG_CONTEXT>"),
 }
 
 

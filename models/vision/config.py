@@ -8,7 +8,7 @@ from vlcache_jax.files.exporting import static_field
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower. `num_layers` counts the layers that are run: later ones never reach the features."""
+    """A CLIP, SigLIP or InternVL tower. `num_layers` counts those that are run: later ones never reach the features."""
 
     hidden_size: int
     intermediate_size: int
@@ -18,6 +18,8 @@ class VisionConfig:
     patch_size: int
     layer_norm_eps: float = 1e-5
     activation: str = "quick_gelu"
+    qkv_bias: bool = True
+    layer_scale: bool = False  # what attention and MLP give is multiplied, channel by channel
 
     @property
     def grid_size(self) -> int:

@@ -12,8 +12,8 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name)
+def _dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(features, use_bias, dtype=dtype, param_dtype=jnp.float32, name=name)
 
 
 def layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str) -> jax.Array:
@@ -39,7 +39,8 @@ class _Attention(nn.Module):
         heads = self.config.num_heads
 
         def split(name: str) -> jax.Array:
-            return _dense(channels, self.dtype, name)(x_NTD).reshape(images, tokens, heads, channels // heads)
+            projected = _dense(channels, self.dtype, name, self.config.qkv_bias)(x_NTD)
+            return projected.reshape(images, tokens, heads, channels // heads)
 
         query, key, value = split("query"), split("key"), split("value")
         out, _ = ops.attention(Kernels(), query, key, value, mask=FULL, with_lse=False)
@@ -72,10 +73,16 @@ class _Layer(nn.Module):
             jnp.where(index == wanted, x_NTD, old) for wanted, old in zip(self.collect, collected, strict=True)
         )
         normed = layer_norm(x_NTD, self.config, self.dtype, "norm_1")
-        x_NTD = x_NTD + _Attention(self.config, self.dtype, name="attention")(normed)
+        x_NTD = x_NTD + self._scaled("scale_1", _Attention(self.config, self.dtype, name="attention")(normed))
         normed = layer_norm(x_NTD, self.config, self.dtype, "norm_2")
-        x_NTD = x_NTD + _MLP(self.config, self.dtype, name="mlp")(normed)
+        x_NTD = x_NTD + self._scaled("scale_2", _MLP(self.config, self.dtype, name="mlp")(normed))
         return (x_NTD, collected), None
+
+    def _scaled(self, name: str, branch: jax.Array) -> jax.Array:
+        if not self.config.layer_scale:
+            return branch
+        scale = self.param(name, nn.initializers.constant(0.1), (self.config.hidden_size,), jnp.float32)
+        return branch * scale.astype(self.dtype)[None, None]
 
 
 class PatchEmbedding(nn.Module):

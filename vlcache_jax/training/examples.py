@@ -60,8 +60,9 @@ def make_train_batch(
         conversations.append(Conversation(tokens[:start].tolist(), index[:start].tolist(), questions, pixels))
     packed = pack(conversations, length, pad_token=processor.padding_id)
     missing = max(0, length - batch.length)
-    blend = {
-        name: None if value is None else np.pad(value[:, :length], ((0, 0), (0, missing), (0, 0)))
-        for name, value in (("blend_index", batch.blend_index), ("blend_weights", batch.blend_weights))
-    }
-    return dataclasses.replace(packed, batch=dataclasses.replace(packed.batch, **blend))
+    features, shares = (
+        None if value is None else np.pad(value[:, :length], ((0, 0), (0, missing), (0, 0)))
+        for value in (batch.blend_index, batch.blend_weights)
+    )
+    seen = dataclasses.replace(packed.batch, blend_index=features, blend_weights=shares)
+    return dataclasses.replace(packed, batch=seen)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from vlcache_jax.models.images.tiles import split
 from vlcache_jax.models.images.transform import resize
 
 
@@ -49,9 +50,7 @@ def cut_tiles(
     canvas = np.zeros((*resolution, 3), np.uint8)
     top, left = (resolution[0] - height) // 2, (resolution[1] - width) // 2
     canvas[top : top + height, left : left + width] = np.asarray(resize(image, (height, width), resample, name))
-    rows, columns = resolution[0] // tile, resolution[1] // tile
-    grid = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
-    return grid.reshape(rows * columns, tile, tile, 3)
+    return split(canvas, tile)
 
 
 def unpadded_range(height: int, width: int, rows: int, columns: int) -> tuple[slice, slice]:
@@ -98,7 +97,7 @@ def shrink(index: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.nd
 
 def unmixed(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features i32 [...] as sums of four, i32 and f32 [..., 4]."""
-    return np.stack([index] * 4, axis=-1), np.tile(np.float32([1, 0, 0, 0]), (*index.shape, 1))
+    return np.stack([index] * 4, axis=-1), np.tile(np.array([1, 0, 0, 0], np.float32), (*index.shape, 1))
 
 
 def feature_grid(height: int, width: int, resolution: tuple[int, int], tile: int, grid: int) -> np.ndarray:

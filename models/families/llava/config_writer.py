@@ -17,7 +17,7 @@ def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
       CheckpointError: the decoder has biases that its family cannot have.
     """
     single = len(config.feature_layers) == 1
-    values = {
+    values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "dtype": dtype,
         "image_seq_length": config.features_per_tile,
@@ -32,7 +32,7 @@ def config_values(config: LlavaConfig, dtype: str) -> dict[str, Any]:
         "vision_feature_select_strategy": config.feature_select,
     }
     if config.vision_type == "siglip_vision_model":
-        values["vision_config"] |= {"vision_use_head": False}
+        values["vision_config"]["vision_use_head"] = False
     if config.grid_pinpoints:
         values["image_grid_pinpoints"] = [list(pair) for pair in config.grid_pinpoints]
     if config.max_tiles is not None:

@@ -47,7 +47,7 @@ class Llava(FamilyModule):
         if self.config.max_tiles is None or not tiles:
             return batch
         index, weights = (jax.ShapeDtypeStruct((rows, length, 4), dtype) for dtype in (jnp.int32, jnp.float32))
-        return dataclasses.replace(batch, blend_index=index, blend_weights=weights)
+        return dataclasses.replace(batch, blend_index=index, blend_weights=weights)  # type: ignore[arg-type]
 
     def encode_images(self, pixels: jax.Array, position_ids: jax.Array | None = None) -> jax.Array:
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""

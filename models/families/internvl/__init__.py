@@ -1,0 +1,1 @@
+"""InternVL3 in the form of transformers."""

@@ -1,0 +1,28 @@
+"""What an InternVL is made of."""
+
+import dataclasses
+
+from vlcache_jax.files.exporting import static_field
+from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.vision.config import VisionConfig
+
+
+@static_field
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InternVLConfig:
+    """InternVL (`internvl`). `shuffle` divides the patches along a side of a tile; so many squared become one token."""
+
+    model_type: str = "internvl"
+    vision: VisionConfig
+    decoder: DecoderConfig
+    image_token_id: int
+    shuffle: int = 2
+    projector_activation: str = "gelu"
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def token_grid(self) -> int:
+        """Visual tokens along one side of a tile."""
+        return self.vision.grid_size // self.shuffle

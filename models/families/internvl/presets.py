@@ -1,0 +1,51 @@
+"""Published configurations, for planning without a checkpoint."""
+
+import dataclasses
+
+from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
+from vlcache_jax.models.families.internvl.config import InternVLConfig
+from vlcache_jax.models.vision.config import VisionConfig
+
+# Sources: config.json of OpenGVLab/InternVL3-{1B,2B,8B}-hf on the Hugging Face Hub, and of Qwen2.5-{0.5B,1.5B,7B}.
+_2B = DecoderConfig(
+    family="qwen2",
+    vocab_size=151674,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_layers=28,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    rope=RopeConfig(theta=1e6, kind="dynamic", factor=2.0),
+    max_positions=32768,
+    qkv_bias=True,
+)
+_CONFIG = InternVLConfig(
+    vision=VisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=24,
+        num_heads=16,
+        image_size=448,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+        activation="gelu",
+        qkv_bias=True,
+        layer_scale=True,
+    ),
+    decoder=_2B,
+    image_token_id=151667,
+    bos_token_id=151643,
+    pad_token_id=151643,
+    eos_token_ids=(151645,),
+)
+_1B = dataclasses.replace(
+    _2B, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64
+)
+_8B = dataclasses.replace(_2B, hidden_size=3584, intermediate_size=18944, num_heads=28, num_kv_heads=4)
+
+PRESETS = {
+    "internvl3-1b": dataclasses.replace(_CONFIG, decoder=_1B),
+    "internvl3-2b": _CONFIG,
+    "internvl3-8b": dataclasses.replace(_CONFIG, decoder=_8B),
+}
