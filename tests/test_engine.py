@@ -126,12 +126,50 @@ def test_samples_share_one_prefill_and_differ():
     before = engine().stats()
     request = vlc.Request(prompt=prompts()[3], samples=7, sampling=SAMPLINGS[1], seed=-3, eos_token_ids=[])
     results = list(engine().run([request], ordered=True))
-    assert [(result.index, result.sample, result.samples) for result in results] == [(0, i, 7) for i in range(7)]
+    assert [(result.index, result.sample, result.answers) for result in results] == [(0, i, 7) for i in range(7)]
     assert engine().stats().prompt_tokens - before.prompt_tokens == results[0].prompt_tokens
     for result in results:
         single = dataclasses.replace(request, samples=1, seed=-3 + result.sample)
         np.testing.assert_array_equal(result.tokens, next(iter(engine().run([single]))).tokens)
     assert len({tuple(result.tokens) for result in results}) > 1
+
+
+@functools.cache
+def asking():
+    return vlc.Engine(
+        vlm(), vlc.KeyDifference(budget=0.5), rows=5, max_new_tokens=ROOM, buckets=BUCKETS, prefill_rows=2,
+        question_tokens=5,
+    )  # fmt: skip
+
+
+def test_questions_share_one_prefill():
+    """Each answer is that of `vlc.answer` to a context; requests without questions run beside them."""
+    batch, rng = ragged_batch(rows=PROMPTS, length=40), np.random.default_rng(6)
+    ctx = vlc.compress(vlm().model, vlm().params, batch, vlc.KeyDifference(budget=0.5))
+    lengths = rng.integers(1, 6, (PROMPTS, 3)).astype(np.int32)
+    questions = vlc.Continuation(rng.integers(6, 64, (PROMPTS, 3, 5)).astype(np.int32), lengths)
+    options = {"sampling": SAMPLINGS[1], "eos_token_ids": [7]}
+    expected = vlc.answer(ctx, questions, 9, samples=2, seeds=4, **options)
+    plain = vlc.answer(ctx, None, 9, seeds=4, **options)
+    requests = []
+    for row in range(PROMPTS):
+        base = vlc.Request(prompt=prompts()[row], max_new_tokens=9, seed=4, **options)
+        own = vlc.Continuation(questions.tokens[row], questions.lengths[row])
+        requests += [dataclasses.replace(base, questions=own, samples=2), base]
+    before = asking().warmup()
+    results = list(asking().run(requests, ordered=True))
+    assert [(r.index, r.question, r.sample) for r in results[:7]] == [
+        *((0, question, sample) for question in range(3) for sample in range(2)),
+        (1, 0, 0),
+    ]
+    for result in results:
+        row, other = divmod(result.index, 2)
+        tokens, n = (plain.tokens[row], plain.lengths[row]) if other else (
+            expected.tokens[row, result.question, result.sample], expected.lengths[row, result.question, result.sample]
+        )  # fmt: skip
+        np.testing.assert_array_equal(result.tokens, tokens[: int(n)])
+    assert before.programs == before.compilations == 3 * len(BUCKETS) + 3 == asking().stats().compilations
+    assert asking().stats().prompt_tokens == 2 * int(batch.lengths.sum())
 
 
 def test_a_stop_text_ends_an_answer_where_it_is():
@@ -165,6 +203,8 @@ def test_results_in_order():
         ({"eos_token_ids": range(9)}, "9 stop ids are more than the 8"),
         ({"sampling": 0.7}, "is no vlc.Sampling"),
         ({"seed": "x"}, "InputError"),
+        ({"questions": ["what?"]}, "no processor: give questions as a vlc.Continuation"),
+        ({"questions": vlc.Continuation(np.ones((1, 2), np.int32), [2])}, "longer than the engine's question_tokens=0"),
     ],
 )
 def test_a_bad_request_fails_alone(changes, message):
@@ -276,3 +316,5 @@ def test_a_rule_that_rewrites_the_context_needs_one_bucket():
     policy = vlc.H2O(budget=0.4, decoding="evict")
     with pytest.raises(vlc.PolicyError, match=r"buckets=\[\(40, 2\)\]"):
         vlc.Engine(vlm(), policy, buckets=BUCKETS)
+    with pytest.raises(vlc.PolicyError, match="leave question_tokens out"):
+        vlc.Engine(vlm(), policy, buckets=BUCKETS[:1], question_tokens=8)

@@ -49,6 +49,8 @@ class Engine:
       rows: answers that are decoded at the same time. By default as many as fit, 256 at most: what the compiler says
         of the largest bucket's prefill and of a row, beside the free memory of the device.
       max_new_tokens: of the longest answer.
+      question_tokens: of the longest question of requests with several questions to one prompt; 0 for no such requests.
+        Every row has room for so many more tokens, which are kept whole.
       buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default
         at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
         that fits in none of them fails.
@@ -66,8 +68,8 @@ class Engine:
     Raises:
       InputError: a number below 1, or buckets that are none or larger than the model. Later, before anything runs: rows
         are "auto" and not one fits, or a device does not tell its memory.
-      PolicyError: a policy that does not fit the model, or several buckets for one whose rule for generated tokens
-        rewrites what was kept.
+      PolicyError: a policy that does not fit the model, or several buckets or questions for one whose rule for
+        generated tokens rewrites what was kept.
 
     Example:
       engine = vlc.Engine(vlm, vlc.VLCache(budget=0.1), rows=32, max_new_tokens=64)
@@ -82,6 +84,7 @@ class Engine:
         *,
         rows: int | Literal["auto"] = "auto",
         max_new_tokens: int = 64,
+        question_tokens: int = 0,
         buckets: Sequence[tuple[int, int]] | None = None,
         prefill_rows: int | None = None,
         steps: int = 32,
@@ -98,6 +101,8 @@ class Engine:
         counts |= {name: value for name, value in given.items() if value is not None}
         for name, value in (counts if rows == "auto" else {"rows": rows, **counts}).items():
             check_count(name, value)
+        if question_tokens != 0:
+            check_count("question_tokens", question_tokens)
         policy, room = policy or FullCache(), answer_room(max_new_tokens)
         self._programs = Programs(
             vlm.model,
@@ -107,9 +112,10 @@ class Engine:
             kernels or Kernels(),
             0 if rows == "auto" else rows,  # until they are known
             room,
+            question_tokens,
             MOST_STOP_IDS,
         )
-        self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, MOST_STOP_IDS)
+        self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, question_tokens, MOST_STOP_IDS)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
         self._prefill_rows, self._memory_bytes = prefill_rows, memory_bytes
         self._buckets: dict[Bucket, int] = {}
@@ -256,6 +262,11 @@ class Engine:
     def _set_buckets(self, buckets: Sequence[Bucket]) -> None:
         programs = self._programs
         positions, rule = programs.model.spec.max_positions, programs.policy.rule
+        if programs.question_tokens and rule.rewrites_context:
+            raise PolicyError(
+                f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: nothing "
+                "can be appended to its prompts; leave question_tokens out, or use decoding=Append()"
+            )
         if len(buckets) > 1 and rule.rewrites_context:
             raise PolicyError(
                 f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: then all "
@@ -296,6 +307,9 @@ class Engine:
             state, inserted = None, set()
             for bucket in sorted(self._buckets, reverse=True):  # rows have the size of the largest
                 prompt, _ = programs.read(programs.nothing(bucket, self._buckets[bucket]))
+                if programs.question_tokens:
+                    inserted.add(str(jax.tree.map(jax.typeof, prompt)))
+                    prompt = programs.ask(prompt, [], [])
                 if state is None:
                     state = programs.free(prompt)
                 state = programs.insert(state, prompt, [], [], programs.options(len(prompt.logits)))
@@ -307,12 +321,10 @@ class Engine:
 
 def _in_order(results: Iterator[Result]) -> Iterator[Result]:
     """Results held back until all before them are there."""
-    held: dict[tuple[int, int], Result] = {}
-    following = (0, 0)
+    held: dict[int, list[Result]] = {}
+    following = 0
     for result in results:
-        held[result.index, result.sample] = result
-        while following in held:
-            found = held.pop(following)
-            last = found.sample + 1 == found.samples
-            following = (found.index + 1, 0) if last else (found.index, found.sample + 1)
-            yield found
+        held.setdefault(result.index, []).append(result)
+        while len(found := held.get(following, [])) and len(found) == found[0].answers:
+            yield from sorted(held.pop(following), key=lambda result: (result.question, result.sample))
+            following += 1

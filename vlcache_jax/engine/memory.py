@@ -2,16 +2,20 @@
 
 import dataclasses
 import os
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlcache_jax.engine.buckets import Bucket
-from vlcache_jax.engine.programs import Programs, read_prompts
+from vlcache_jax.engine.programs import Programs, ask, read_prompts
 from vlcache_jax.errors import InputError
-from vlcache_jax.inference.rows import free_rows
+from vlcache_jax.inference.rows import Prompt, free_rows
+from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import on_mesh_of
 from vlcache_jax.parallel.placing import placed
+from vlcache_jax.typing import Params
 
 MOST_ROWS = 256
 _SPARE = 0.9  # of the memory: allocators leave gaps
@@ -44,14 +48,24 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
     with on_mesh_of(params):
         arguments = (model, params, batch, programs.policy, programs.pruning, programs.kernels)
         prefill = _memory(read_prompts.lower(*arguments))
-        prompt, _ = jax.eval_shape(
-            lambda p, b: read_prompts(model, p, b, programs.policy, programs.pruning, programs.kernels), params, batch
-        )
+        prompt = jax.eval_shape(partial(_asked, programs), params, batch)
         empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room))
     images = sum(x.nbytes for x in jax.tree.leaves(batch))
     peak = images + prefill.temp_size_in_bytes + prefill.output_size_in_bytes
-    logits = _LOGITS * 4 * prompt.logits.shape[1]
-    return Need(peak, empty.output_size_in_bytes // _SAMPLE + logits)
+    row = empty.output_size_in_bytes // _SAMPLE
+    peak += prefill_rows * row if programs.question_tokens else 0  # a copy, with questions
+    return Need(peak, row + _LOGITS * 4 * prompt.logits.shape[1])
+
+
+def _asked(programs: Programs, params: Params, batch: Batch) -> Prompt:
+    """What rows begin with."""
+    model, kernels = programs.model, programs.kernels
+    prompt, _ = read_prompts(model, params, batch, programs.policy, programs.pruning, kernels)
+    if not programs.question_tokens:
+        return prompt
+    of = jnp.zeros((len(prompt.logits),), jnp.int32)
+    tokens = jnp.zeros((len(of), programs.question_tokens), jnp.int32)
+    return ask(model, params, prompt, of, tokens, of, kernels)
 
 
 def _memory(lowered: Any) -> Any:

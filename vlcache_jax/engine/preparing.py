@@ -13,7 +13,7 @@ from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.inference.context import check_count
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.validation import check_prefill
-from vlcache_jax.inputs import Batch
+from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.parallel.seeds import seed_words
 from vlcache_jax.policies.policy import Policy
 
@@ -30,6 +30,7 @@ class Read:
       batch: one row; None if it failed.
       bucket: that the row is padded to, or the row's own size if it is not yet.
       options: of its samples, in numpy.
+      questions: token ids that follow the prompt, i32 [n] each; one without any, if there are no questions.
       tokens: of the prompt.
       reason: why it failed.
     """
@@ -39,6 +40,7 @@ class Read:
     batch: Batch | None = None
     bucket: Bucket = NO_SIZE
     options: RowOptions | None = None
+    questions: tuple[np.ndarray, ...] = ()
     tokens: int = 0
     reason: str | None = None
 
@@ -52,6 +54,7 @@ class Preparer:
       model: of the engine.
       policy: of the engine.
       max_new_tokens: the most.
+      question_tokens: the most of a question; 0 of an engine that takes none.
       stop_ids: the most of an answer.
     """
 
@@ -59,6 +62,7 @@ class Preparer:
     model: Any
     policy: Policy
     max_new_tokens: int
+    question_tokens: int
     stop_ids: int
 
     def read(self, index: int, request: Request) -> Read:
@@ -68,8 +72,10 @@ class Preparer:
                 raise InputError(f"a request is a {type(request).__name__}: give a vlc.Request")
             options = self._options(request)
             batch = self._batch(request)
-            check_prefill(self.model.spec, batch, self.policy, int(options.max_new_tokens[0]))
-            return Read(index, request, batch, Bucket.of(batch), options, int(batch.lengths[0]))
+            questions = self._questions(request)
+            following = int(options.max_new_tokens[0]) + max(map(len, questions))
+            check_prefill(self.model.spec, batch, self.policy, following)
+            return Read(index, request, batch, Bucket.of(batch), options, questions, int(batch.lengths[0]))
         except Exception as error:
             return Read(index, request, reason=reason(error))
 
@@ -96,6 +102,26 @@ class Preparer:
         if isinstance(prompt, str):
             return self.processor([images], [prompt])
         return self.processor.chat([list(prompt)], images=[images] if images else None)
+
+    def _questions(self, request: Request) -> tuple[np.ndarray, ...]:
+        questions = request.questions
+        if not isinstance(questions, Continuation):
+            if isinstance(questions, str):
+                raise InputError(f"questions={questions!r}: give a list of texts")
+            if not questions:
+                return (np.zeros(0, np.int32),)
+            if self.processor is None:
+                raise InputError("the engine has no processor: give questions as a vlc.Continuation")
+            questions = self.processor.continuation(list(questions))
+        tokens, lengths = np.asarray(questions.tokens, np.int32), np.asarray(questions.lengths).reshape(-1)
+        found = tuple(row[:n] for row, n in zip(tokens.reshape(-1, tokens.shape[-1]), lengths, strict=True))
+        longest = max(map(len, found), default=0)
+        if longest > self.question_tokens:
+            raise InputError(
+                f"a question of {longest} tokens is longer than the engine's question_tokens={self.question_tokens}: "
+                "shorten it, or give the engine a larger number"
+            )
+        return found
 
     def _options(self, request: Request) -> RowOptions:
         check_count("samples", request.samples)

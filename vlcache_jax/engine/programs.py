@@ -1,7 +1,8 @@
-"""What the device runs for an engine: at most two programs for a bucket, and three for the rows.
+"""What the device runs for an engine: at most two programs for a bucket, three with questions, and three for the rows.
 
 read_prompts    a micro-batch of prompts to what `insert_rows` takes; for each bucket
 insert_rows     rows begin their answers (`inference.rows`); for each bucket
+ask             questions behind prompts, in engines that take some; for each bucket
 free_rows       all rows, once
 decode_chunk    some steps of all rows
 end_rows        rows whose answers hold a stop text
@@ -11,9 +12,13 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from vlcache_jax.cache.geometry import align
 from vlcache_jax.engine.buckets import Bucket, padding
+from vlcache_jax.inference.append_block import append_block
+from vlcache_jax.inference.finiteness import finite_rows
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.row_options import RowOptions, row_options
@@ -44,6 +49,33 @@ def read_prompts(
     return Prompt.of(ctx), ctx.report.kept_fraction
 
 
+@partial(jax.jit, static_argnames=("model", "kernels"))
+def ask(
+    model: VisionLanguageModel,
+    params: Params,
+    prompt: Prompt,
+    of: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    kernels: Kernels,
+) -> Prompt:
+    """Questions i32 [rows, length] behind the rows `of` a prompt, i32 [rows]; of length 0 where there is none."""
+    asked = jax.tree.map(lambda x: x[of * x.shape[0] // len(prompt.logits)], prompt)
+    kv, none, room = asked.kv, lengths == 0, int(align(tokens.shape[1]))
+    where = (kv.stores, kv.next_position, kv.next_index)
+    logits, store = append_block(model, params, *where, tokens, jnp.maximum(lengths, 1), room, 0, kernels)
+    store = dataclasses.replace(store, lengths=jnp.where(none[:, None, None], 0, store.lengths))
+    logits = jnp.where(none[:, None], asked.logits, logits)
+    kv = dataclasses.replace(
+        kv,
+        more=(*kv.more, store),
+        next_position=kv.next_position + lengths,
+        next_index=kv.next_index + lengths,
+        finite=kv.finite & finite_rows(logits),
+    )
+    return Prompt(kv, logits)
+
+
 @partial(jax.jit, donate_argnames=("done",))
 @automatic
 def _ended(done: jax.Array, stopped: jax.Array) -> jax.Array:
@@ -58,6 +90,7 @@ class Programs:
       model, params, policy, pruning, kernels: as in `generate`.
       rows: of the decode batch.
       room: tokens of an answer.
+      question_tokens: room for a question; 0 for none.
       stop_ids: the most of an answer.
     """
 
@@ -68,6 +101,7 @@ class Programs:
     kernels: Kernels
     rows: int
     room: int
+    question_tokens: int
     stop_ids: int
 
     def read(self, batch: Batch) -> tuple[Prompt, jax.Array]:
@@ -76,11 +110,15 @@ class Programs:
         with on_mesh_of(self.params):
             return read_prompts(self.model, self.params, batch, self.policy, self.pruning, self.kernels)
 
-    def shapes(self, batch: Batch) -> Prompt:
-        """Those of what `read` returns."""
-        with on_mesh_of(self.params):
-            read = partial(read_prompts, self.model, policy=self.policy, pruning=self.pruning, kernels=self.kernels)
-            return jax.eval_shape(read, self.params, batch)[0]
+    def ask(self, prompt: Prompt, of: list[int], questions: list[np.ndarray]) -> Prompt:
+        """As many rows as the prompt has, of which the first are `of` it, with questions behind them."""
+        rows, count = len(prompt.logits), len(of)
+        tokens, lengths = np.zeros((rows, self.question_tokens), np.int32), np.zeros(rows, np.int32)
+        for row, question in enumerate(questions):
+            tokens[row, : len(question)], lengths[row] = question, len(question)
+        arrays = placed((np.array(of + [0] * (rows - count), np.int32), tokens, lengths), self.params)
+        with on_mesh_of(self.params, prompt):
+            return ask(self.model, self.params, prompt, *arrays, self.kernels)
 
     def free(self, prompt: Prompt) -> DecodingState:
         """Rows for prompts of this size and smaller ones."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlcache_jax.inference.sampling import Sampling
-from vlcache_jax.inputs import Batch
+from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.models.images.opening import ImageLike
 from vlcache_jax.parallel.seeds import Seeds
 
@@ -22,7 +22,10 @@ class Request:
       images: of the prompt, as the processor takes them. They are opened when their turn comes.
       id: anything; comes back with the result.
       max_new_tokens: answers are cut at this length; that of the engine by default, which is the most.
-      samples: answers to draw. They share one prefill, and sample i draws with seed + i.
+      questions: texts that follow the prompt, each to be answered by itself, as `Processor.continuation` takes them; or
+        what it returns. They share one prefill, for engines with `question_tokens`. Empty: the prompt is answered.
+      samples: answers to draw to the prompt, or to each question. They share one prefill, and sample i draws with
+        seed + i.
       sampling: None for greedy decoding.
       seed: an integer or a key, as in `vlc.generate`.
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty sequence never stops.
@@ -36,6 +39,7 @@ class Request:
     images: Sequence[ImageLike] = ()
     id: Any = None
     max_new_tokens: int | None = None
+    questions: Sequence[str] | Continuation = ()
     samples: int = 1
     sampling: Sampling | None = None
     seed: Seeds = 0
@@ -49,8 +53,9 @@ class Result:
 
     Attributes:
       index: how many requests came before its own.
+      question: which of the request's questions; 0 without any.
       sample: which of the request's samples.
-      samples: how many results the request has: its samples, or 1 if it could not be read.
+      answers: how many results the request has: questions times samples, or 1 if it could not be read.
       id: the request's.
       finish: "stop" (a stop id or text), "length", or "failed".
       tokens: i32 [n], the stop id included; up to the token with which a stop text was there.
@@ -62,13 +67,14 @@ class Result:
     """
 
     index: int
+    question: int
     sample: int
     id: Any
     finish: Literal["stop", "length", "failed"]
     tokens: np.ndarray
     text: str | None = None
     reason: str | None = None
-    samples: int = 1
+    answers: int = 1
     prompt_tokens: int = 0
     kept_fraction: float | None = None
     seconds: float = 0.0

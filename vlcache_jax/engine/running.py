@@ -123,8 +123,13 @@ class Running:
         reads = [queue.popleft()[0] for _ in range(min(rows, len(queue)))]
         self._busy()
         prompt, kept = self._programs.read(stacked([read.batch for read in reads], rows))  # type: ignore[misc]
-        answers = (Answer(read, i, of, kept) for of, read in enumerate(reads) for i in range(read.request.samples))
-        self._prompts.append((prompt, deque(answers)))
+        answers = deque(
+            Answer(read, question, sample, of, kept)
+            for of, read in enumerate(reads)
+            for question in range(len(read.questions))
+            for sample in range(read.request.samples)
+        )
+        self._prompts.append((prompt, answers))
         self._reader.release(len(reads))
         self._stats.prompt_tokens += sum(read.tokens for read in reads)
         self._stats.padded_tokens += rows * bucket.tokens
@@ -138,6 +143,9 @@ class Running:
         options = [(answer.read.options, answer.sample) for answer in answers]
         rows, of = free[: len(answers)], [answer.of for answer in answers]
         self._busy()
+        if self._programs.question_tokens:
+            prompt = self._programs.ask(prompt, of, [answer.read.questions[answer.question] for answer in answers])
+            of = list(range(len(answers)))
         together = chosen(options, len(prompt.logits))  # type: ignore[arg-type]
         self.state = self._programs.insert(self.state, prompt, rows, of, together)
         for row, answer in zip(rows, answers):

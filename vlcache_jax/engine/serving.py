@@ -45,9 +45,9 @@ class Service:
             for result in self._run(iter(self._queue.get, None)):
                 results, future = self._waiting[result.index]
                 results.append(result)
-                if len(results) == result.samples:
+                if len(results) == result.answers:
                     del self._waiting[result.index]
-                    future.set_result(sorted(results, key=lambda result: result.sample))
+                    future.set_result(sorted(results, key=lambda result: (result.question, result.sample)))
         except BaseException as raised:
             error = raised
         with self._lock:

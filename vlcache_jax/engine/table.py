@@ -21,6 +21,7 @@ class Answer:
 
     Attributes:
       read: its request.
+      question: which of the request's.
       sample: which of the request's.
       of: row of the micro-batch.
       kept: f32 [rows of the micro-batch].
@@ -29,6 +30,7 @@ class Answer:
     """
 
     read: Read
+    question: int
     sample: int
     of: int
     kept: jax.Array
@@ -58,8 +60,9 @@ def result(answer: Answer, tokens: np.ndarray, done: bool, finite: bool, decode:
         return None
     fields: dict[str, Any] = {
         "index": answer.read.index,
+        "question": answer.question,
         "sample": answer.sample,
-        "samples": request.samples,
+        "answers": len(answer.read.questions) * request.samples,
         "id": request.id,
         "prompt_tokens": answer.read.tokens,
         "seconds": time.monotonic() - answer.started,
@@ -88,6 +91,7 @@ def failure(read: Read) -> Result:
     """The result of a request that could not be read."""
     return Result(
         index=read.index,
+        question=0,
         sample=0,
         id=getattr(read.request, "id", None),
         finish="failed",
