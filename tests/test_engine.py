@@ -92,7 +92,7 @@ def check_arrivals(number, seed):
 
 @pytest.mark.bits
 def test_random_arrivals_equal_single_runs():
-    check_arrivals(300, seed=0)
+    check_arrivals(200, seed=0)
 
 
 @pytest.mark.thorough
@@ -137,7 +137,7 @@ def test_samples_share_one_prefill_and_differ():
 @functools.cache
 def asking():
     return vlc.Engine(
-        vlm(), vlc.KeyDifference(budget=0.5), rows=5, max_new_tokens=ROOM, buckets=BUCKETS, prefill_rows=2,
+        vlm(), vlc.KeyDifference(budget=0.5), rows=5, max_new_tokens=ROOM, buckets=BUCKETS[1:], prefill_rows=2,
         question_tokens=5,
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ def test_questions_share_one_prefill():
             expected.tokens[row, result.question, result.sample], expected.lengths[row, result.question, result.sample]
         )  # fmt: skip
         np.testing.assert_array_equal(result.tokens, tokens[: int(n)])
-    assert before.programs == before.compilations == 3 * len(BUCKETS) + 3 == asking().stats().compilations
+    assert before.programs == before.compilations == 3 + 3 == asking().stats().compilations
     assert asking().stats().prompt_tokens == 2 * int(batch.lengths.sum())
 
 
@@ -203,7 +203,7 @@ def test_results_in_order():
         ({"eos_token_ids": range(9)}, "9 stop ids are more than the 8"),
         ({"sampling": 0.7}, "is no vlc.Sampling"),
         ({"seed": "x"}, "InputError"),
-        ({"questions": ["what?"]}, "no processor: give questions as a vlc.Continuation"),
+        ({"questions": "what?"}, "questions='what?': give a list of texts"),
         ({"questions": vlc.Continuation(np.ones((1, 2), np.int32), [2])}, "longer than the engine's question_tokens=0"),
     ],
 )
@@ -288,10 +288,10 @@ def test_as_many_rows_as_fit():
     few, own = automatic(vlc.FullCache(), 1_000_000)
     held = sum(x.nbytes for x in jax.tree.leaves(own._state.kv))
     assert 0.7 < held / (1_000_000 - need(own._programs, (40, 2), 2).prefill) <= 1
-    smaller = dataclasses.replace(own._programs, policy=vlc.VLCache(budget=0.1))
+    smaller = dataclasses.replace(own._programs, policy=vlc.VLCache(budget=0.4))
     assert few.compilations == few.programs == 2 + 3 + 1
     more = need(smaller, (40, 2), 2).rows(1_000_000)
-    assert more > 1.3 * few.rows  # most of a row is room for the answer here
+    assert more > few.rows  # most of a row is room for the answer here
     with pytest.raises(vlc.InputError, match="no row fits into 1,000 bytes"):
         automatic(vlc.FullCache(), 1_000)
 
