@@ -8,10 +8,12 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.engine.memory import need
+from vlcache_jax.parallel.params import param_shardings
 
 PROMPTS, ROOM, BUCKETS = 12, 16, [(24, 2), (40, 2)]
 SAMPLINGS = (
@@ -318,3 +320,23 @@ def test_a_rule_that_rewrites_the_context_needs_one_bucket():
         vlc.Engine(vlm(), policy, buckets=BUCKETS)
     with pytest.raises(vlc.PolicyError, match="leave question_tokens out"):
         vlc.Engine(vlm(), policy, buckets=BUCKETS[:1], question_tokens=8)
+
+
+def test_on_a_mesh():
+    """Rows split over data, heads over model: the same answers, and nothing is compiled after warming up."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    placed = jax.device_put(vlm().params, param_shardings(vlm().model.abstract_params(), mesh))
+    there = types.SimpleNamespace(model=vlm().model, params=placed, processor=vlm().processor)
+    options = {"max_new_tokens": ROOM, "buckets": BUCKETS[1:], "prefill_rows": 4}
+    own = vlc.Engine(there, vlc.VLCache(budget=0.4), rows=8, **options)
+    assert own._programs.split == 4
+    stats = own.warmup()
+    assert stats.programs == stats.compilations
+    rng = np.random.default_rng(7)
+    requests = [dataclasses.replace(asked(rng), id=i) for i in range(30)]
+    expected = {result.id: result.tokens for result in engine().run(requests)}
+    for result in own.run(requests):
+        np.testing.assert_array_equal(result.tokens, expected[result.id])
+    assert own.stats().compilations == stats.compilations
+    pool = own._state.kv.context.keys
+    assert pool.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "model")), 4)

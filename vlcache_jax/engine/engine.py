@@ -54,7 +54,8 @@ class Engine:
       buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default
         at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
         that fits in none of them fails.
-      prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all, and at most `rows`.
+      prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all on each device over which a
+        mesh splits rows, and at most `rows`.
       steps: the most tokens that are added to the answers before the host looks at them: for stop texts, and for
         requests that came in since.
       leave_after: rows that must have ended before the loop on the device is left earlier; an eighth of them by
@@ -275,7 +276,7 @@ class Engine:
         for bucket in buckets:
             if bucket.tokens > positions:
                 raise InputError(f"a bucket of {bucket.tokens} tokens is larger than the model's {positions} positions")
-            rows = self._prefill_rows or max(1, PREFILL_TOKENS // bucket.tokens)
+            rows = self._prefill_rows or programs.split * max(1, PREFILL_TOKENS // bucket.tokens)
             self._buckets[bucket] = min(rows, programs.rows or rows)
 
     def _choose_rows(self) -> None:
@@ -285,7 +286,7 @@ class Engine:
             return
         needed = need(programs, largest, self._buckets[largest])
         free = self._memory_bytes or available(programs.params)
-        rows = needed.rows(free)
+        rows = needed.rows(free) // programs.split * programs.split
         if not rows:
             raise InputError(
                 f"no row fits into {free:,} bytes: reading a micro-batch of {self._buckets[largest]} prompts of "

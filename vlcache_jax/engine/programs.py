@@ -9,6 +9,7 @@ end_rows        rows whose answers hold a stop text
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -24,7 +25,7 @@ from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.rows import Prompt, decode_chunk, free_rows, insert_rows
 from vlcache_jax.inputs import Batch
-from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.mesh import MODEL_AXIS, automatic, free_axes, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.policy import Policy
@@ -103,6 +104,12 @@ class Programs:
     room: int
     question_tokens: int
     stop_ids: int
+
+    @property
+    def split(self) -> int:
+        """Devices over which the mesh of the parameters splits rows."""
+        with on_mesh_of(self.params):
+            return math.prod(size for name, size in free_axes().items() if name != MODEL_AXIS)
 
     def read(self, batch: Batch) -> tuple[Prompt, jax.Array]:
         """Prefill; waits for nothing."""
