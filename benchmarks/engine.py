@@ -46,6 +46,7 @@ def engine(vlm: Any, policy: vlc.Policy, args: Any, **options: Any) -> vlc.Engin
         buckets=[(size, 1) for size in sizes],
         prefill_rows=args.prefill_rows,
         ahead=args.requests,
+        most_rows=args.requests,
         **options,
     )
 

@@ -284,7 +284,8 @@ def test_as_many_rows_as_fit():
     """By what the compiler says: the buffers of the rows themselves are no larger."""
 
     def automatic(policy, memory):
-        own = vlc.Engine(vlm(), policy, memory_bytes=memory, max_new_tokens=ROOM, buckets=[(40, 2)], prefill_rows=2)
+        options = {"max_new_tokens": ROOM, "buckets": [(40, 2)], "prefill_rows": 2, "most_rows": 256}
+        own = vlc.Engine(vlm(), policy, memory_bytes=memory, **options)
         return own.warmup(), own
 
     few, own = automatic(vlc.FullCache(), 1_000_000)

@@ -13,7 +13,7 @@ import jax
 
 from vlcache_jax.cache.geometry import answer_room
 from vlcache_jax.engine.buckets import Bucket, check_buckets, fit
-from vlcache_jax.engine.memory import available, need
+from vlcache_jax.engine.memory import available, need, usual_rows
 from vlcache_jax.engine.preparing import Preparer, Read
 from vlcache_jax.engine.programs import OF_ROWS, Programs
 from vlcache_jax.engine.reading import Reader
@@ -46,8 +46,9 @@ class Engine:
       vlm: the loaded checkpoint. For prompts that are batches already, anything with a `model`, `params` and a
         `processor`, which may be None.
       policy: what to keep of the prompts' caches; `FullCache()` by default.
-      rows: answers that are decoded at the same time. By default as many as fit, 256 at most: what the compiler says
-        of the largest bucket's prefill and of a row, beside the free memory of the device.
+      rows: answers that are decoded at the same time. By default as many as fit: what the compiler says of the largest
+        bucket's prefill and of a row, beside the free memory of the device.
+      most_rows: at most so many, where they are "auto"; 256 by default, and 32 on a CPU, where idle rows take time.
       max_new_tokens: of the longest answer.
       question_tokens: of the longest question of requests with several questions to one prompt; 0 for no such requests.
         Every row has room for so many more tokens, which are kept whole.
@@ -84,6 +85,7 @@ class Engine:
         policy: Policy | None = None,
         *,
         rows: int | Literal["auto"] = "auto",
+        most_rows: int | None = None,
         max_new_tokens: int = 64,
         question_tokens: int = 0,
         buckets: Sequence[tuple[int, int]] | None = None,
@@ -98,7 +100,13 @@ class Engine:
     ) -> None:
         threads = min(16, os.cpu_count() or 1) if threads is None else threads
         counts = {"max_new_tokens": max_new_tokens, "steps": steps, "threads": threads}
-        given = {"leave_after": leave_after, "ahead": ahead, "prefill_rows": prefill_rows, "memory_bytes": memory_bytes}
+        given = {
+            "most_rows": most_rows,
+            "leave_after": leave_after,
+            "ahead": ahead,
+            "prefill_rows": prefill_rows,
+            "memory_bytes": memory_bytes,
+        }
         counts |= {name: value for name, value in given.items() if value is not None}
         for name, value in (counts if rows == "auto" else {"rows": rows, **counts}).items():
             check_count(name, value)
@@ -118,7 +126,7 @@ class Engine:
         )
         self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, question_tokens, MOST_STOP_IDS)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
-        self._prefill_rows, self._memory_bytes = prefill_rows, memory_bytes
+        self._prefill_rows, self._memory_bytes, self._most_rows = prefill_rows, memory_bytes, most_rows
         self._buckets: dict[Bucket, int] = {}
         self._stats = Stats(rows=self._programs.rows)
         self._state: DecodingState | None = None
@@ -286,7 +294,8 @@ class Engine:
             return
         needed = need(programs, largest, self._buckets[largest])
         free = self._memory_bytes or available(programs.params)
-        rows = needed.rows(free) // programs.split * programs.split
+        rows = min(self._most_rows or usual_rows(), needed.rows(free))
+        rows = max(rows // programs.split * programs.split, min(rows, programs.split))
         if not rows:
             raise InputError(
                 f"no row fits into {free:,} bytes: reading a micro-batch of {self._buckets[largest]} prompts of "

@@ -17,7 +17,6 @@ from vlcache_jax.parallel.mesh import on_mesh_of
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.typing import Params
 
-MOST_ROWS = 256
 _SPARE = 0.9  # of the memory: allocators leave gaps
 _LOGITS = 4  # arrays as large as the logits of a step, of float32
 _SAMPLE = 16  # rows; a mesh splits as many over its devices as it will split more
@@ -37,7 +36,7 @@ class Need:
 
     def rows(self, available: int) -> int:
         """How many fit; may be 0."""
-        return max(0, min(MOST_ROWS, (available - self.prefill) // self.row))
+        return max(0, (available - self.prefill) // self.row)
 
 
 def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
@@ -73,6 +72,11 @@ def _memory(lowered: Any) -> Any:
     if found is None:
         raise InputError("the compiler of this platform does not tell what a program takes: give rows=")
     return found
+
+
+def usual_rows() -> int:
+    """The most that are taken where nobody says how many: on a CPU idle rows take as long as others."""
+    return 32 if jax.default_backend() == "cpu" else 256
 
 
 def available(params: object) -> int:

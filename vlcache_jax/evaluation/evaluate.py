@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from vlcache_jax.engine.engine import Engine
+from vlcache_jax.engine.memory import usual_rows
 from vlcache_jax.engine.requests import Request, Result
 from vlcache_jax.errors import InputError, PolicyWarning
 from vlcache_jax.evaluation.report import Summary, summarise
@@ -119,7 +120,8 @@ class _OnePolicy:
         done, start = self._folder.results(self._name), time.monotonic()
         sizes = self._folder.sizes(self._name)
         most = max([self._task.max_new_tokens, *(sample.max_new_tokens or 0 for sample in samples())])
-        options = {"max_new_tokens": most, **options, **(sizes or {})}
+        known = sizes or {"buckets": self._folder.buckets(), "most_rows": min(len(self._all), usual_rows())}
+        options = {"max_new_tokens": most, **known, **options} | (sizes or {})
         engine = Engine(self._vlm, policy, **options)
         self._progress.step(f"{self._name}: measuring the prompts, and compiling")
         with warnings.catch_warnings():

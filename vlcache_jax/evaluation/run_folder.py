@@ -97,6 +97,11 @@ class RunFolder:
         """The buckets and rows of the first start, with which all others go on: then they answer alike."""
         return next((line["sizes"] for line in self.starts(policy) if "sizes" in line), None)
 
+    def buckets(self) -> list[list[int]] | None:
+        """The sizes that prompts are padded to, where one of the policies has begun: they are all asked the same."""
+        starts = (self.sizes(policy) for policy in self.policies())
+        return next((sizes["buckets"] for sizes in starts if sizes), None)
+
     def _file(self, policy: str, kind: str = "") -> Path:
         return self.path / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', policy)}{kind}.jsonl"
 
