@@ -19,7 +19,11 @@ GROUPS = {
     "loading": ("Loading", ["load save VLM use_compilation_cache"]),
     "prompts": (
         "Prompts",
-        ["models.processor: Processor", "models.text.text_stream: TextStream", "Batch Continuation"],
+        [
+            "models.processor: Processor",
+            "models.text.text_stream: TextStream",
+            "Batch Continuation Video FrameSampling",
+        ],
     ),
     "generation": (
         "Generation",

@@ -9,14 +9,17 @@ from PIL import Image
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
 from vlcache_jax.inputs import TEXT, Batch, Continuation
-from vlcache_jax.models.families.family import EncodedImage, ImageLayout
-from vlcache_jax.models.images.opening import ImageLike, load_image
+from vlcache_jax.models.families.family import EncodedImage, ImageLayout, VideoLayout
+from vlcache_jax.models.images.frame_sampling import FrameSampling
+from vlcache_jax.models.images.opening import load_image
+from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.files import Folder
 from vlcache_jax.models.io.processor_reader import read_parts
-from vlcache_jax.models.text.arguments import check_room, continuation_texts, image_rows, token_rows
+from vlcache_jax.models.text.arguments import Visual, check_room, continuation_texts, image_rows, token_rows
 from vlcache_jax.models.text.buckets import bucket_length, check_buckets
 from vlcache_jax.models.text.chat import split_conversation
 from vlcache_jax.models.text.chat_template import ChatTemplate
+from vlcache_jax.models.text.placeholders import Placeholders
 from vlcache_jax.models.text.rows import check_rows, check_vocabulary
 from vlcache_jax.models.text.tokenizer import Tokenizer
 from vlcache_jax.parallel.mesh import check_known
@@ -66,6 +69,10 @@ class Processor:
                 "image token"
             )
         check_vocabulary(tokenizer, self.embedding_rows)
+        video_token = self.special_tokens.get("video_token") if isinstance(layout, VideoLayout) else None
+        video_id = None if video_token is None else tokenizer.token_to_id(video_token)
+        self._placeholders = Placeholders(image_token, None if video_id is None else video_token)
+        self._visual_ids = [self.config.image_token_id] + ([] if video_id is None else [video_id])
         if self.has_chat_template:
             self._chat_template("default")  # which may not parse: better known now
 
@@ -109,6 +116,11 @@ class Processor:
         return self.special_tokens["image_token"]
 
     @property
+    def sampling(self) -> FrameSampling | None:
+        """Which frames of a video file the model is given: see `Video.from_file`. None: it takes no videos."""
+        return self.layout.sampling if isinstance(self.layout, VideoLayout) else None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used without naming a template."""
         return "default" in self.chat_templates
@@ -126,7 +138,8 @@ class Processor:
         Args:
           images: for each prompt a list of images, `[[a], [b, c], []]`; or, with one image per prompt, the
             flat list `[a, b]`. An image is a PIL image, an array (see `load_image`), a path or a data URL. None if
-            no prompt has an image.
+            no prompt has an image. Of a model that takes videos, `Video`s stand among them, in the order of the prompt,
+            in which the video token stands for each.
           text: the prompts. A single str is a batch of one; its images may be given as `image` or `[image,
             image]`.
           pad_to: the padded length in tokens; by default the smallest bucket that holds the longest prompt.
@@ -170,8 +183,10 @@ class Processor:
           conversations: a list of conversations, each a list of messages `{"role": ..., "content": ...}`
             whose content is a str or a list of `{"type": "text", "text": ...}` and `{"type": "image",
             "image": ...}` (or `"path"`); a single conversation is a batch of one. OpenAI's `{"type": "image_url",
-            "image_url": {"url": "data:image/png;base64,..."}}` is taken, too; other URLs are not opened. If the
-            template expects the content in another form, it is converted.
+            "image_url": {"url": "data:image/png;base64,..."}}` is taken, too; other URLs are not opened. Videos are
+            `{"type": "video", "video": ...}` with a `Video`; a list of frames beside which "times" or "fps" stands; or
+            the path of a file, from which frames are taken as `sampling` says, with "fps", "num_frames", "min_frames"
+            and "max_frames" in its place. If the template expects the content in another form, it is converted.
           images: as in `__call__`, the images of the parts `{"type": "image"}` that hold none, in order; in a
             conversation without image parts, those of the image tokens in its texts.
           template: the name of a template (a key of `chat_templates`).
@@ -194,7 +209,9 @@ class Processor:
         if single:
             conversations = [conversations]
         beside = image_rows(images, len(conversations), single)
-        pairs = [split_conversation(item, f"row {row}", beside[row]) for row, item in enumerate(conversations)]
+        pairs = [
+            split_conversation(item, f"row {row}", beside[row], self.sampling) for row, item in enumerate(conversations)
+        ]
         texts = [renderer.render(messages, add_generation_prompt) for messages, _ in pairs]
         bos = self.tokenizer.bos_token
         # Many templates write the beginning-of-sequence token themselves; it must not come twice.
@@ -212,7 +229,7 @@ class Processor:
             raise InputError(f"there is no chat template {name!r}: choose one of {names} by template=")
         if name not in self._templates:
             special = self.tokenizer.special_tokens
-            self._templates[name] = ChatTemplate(self.chat_templates[name], special, self.image_token)
+            self._templates[name] = ChatTemplate(self.chat_templates[name], special, self._placeholders.by_kind)
         return self._templates[name]
 
     def continuation(
@@ -237,7 +254,8 @@ class Processor:
         texts, lead = continuation_texts(text)
         tokens = []
         for number, item in enumerate(texts):
-            held = next((token for token in (self.image_token, self.visual_token) if token in item), None)
+            tokens_of_images = (*self._placeholders.by_kind.values(), self.visual_token)
+            held = next((token for token in tokens_of_images if token in item), None)
             if held is not None:
                 raise InputError(f"text {number} holds {held!r}: images belong into the prompt")
             tokens.append(self.tokenizer.encode(item, add_special_tokens=False))
@@ -275,7 +293,7 @@ class Processor:
     def _batch(
         self,
         texts: list[str],
-        images: list[list[ImageLike]],
+        images: list[list[Visual]],
         add_special_tokens: list[bool],
         pad_to: int | None,
         pad_tiles_to: int | None,
@@ -289,17 +307,10 @@ class Processor:
                     f"row {row}: the prompt has {len(prompt)} characters, far more than the model's {positions} "
                     "positions can hold: shorten it"
                 )
-            placeholders = prompt.count(self.image_token)
-            if placeholders != len(row_images):
-                raise InputError(
-                    f"row {row}: the prompt holds {placeholders} image tokens {self.image_token!r}, but "
-                    f"{len(row_images)} images were given: write the token once for each image"
-                )
+            self._placeholders.check(prompt, row_images, f"row {row}")
         encoded, tokens = [], []
         for row, row_images in enumerate(images):
-            names = [f"row {row}, image {number}" for number in range(len(row_images))]
-            loaded: list[Image.Image] = [load_image(source, name) for source, name in zip(row_images, names)]
-            encoded.append(self.layout.encode(loaded, names, self.special_tokens))
+            encoded.append(self._encode(row_images, row))
             tokens.append(self._encode_text(texts[row], encoded[-1], add_special_tokens[row], row))
         length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
         check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
@@ -310,12 +321,26 @@ class Processor:
             pad_tiles_to = bucket_length(most) if patches else most
         return self._assemble(tokens, encoded, int(length), int(pad_tiles_to))
 
+    def _encode(self, visuals: list[Visual], row: int) -> list[EncodedImage]:
+        """The images and videos of one prompt, in its order."""
+        kinds = ["video" if isinstance(visual, Video) else "image" for visual in visuals]
+        names = [f"row {row}, {kind} {number}" for number, kind in enumerate(kinds)]
+        stills = [(visual, name) for visual, name in zip(visuals, names) if not isinstance(visual, Video)]
+        loaded: list[Image.Image] = [load_image(source, name) for source, name in stills]
+        images = iter(self.layout.encode(loaded, [name for _, name in stills], self.special_tokens))
+        encoded = []
+        for visual, name in zip(visuals, names):
+            if not isinstance(visual, Video):
+                encoded.append(next(images))
+            elif isinstance(self.layout, VideoLayout):
+                encoded.append(self.layout.encode_video(visual, name, self.special_tokens))
+        return encoded
+
     def _encode_text(self, prompt: str, images: list[EncodedImage], add_special_tokens: bool, row: int) -> np.ndarray:
         """i32 token ids, with what stands for each image in the place of its image token."""
-        pieces = prompt.split(self.image_token)
-        expanded = pieces[0] + "".join(image.text + piece for image, piece in zip(images, pieces[1:], strict=True))
+        expanded = self._placeholders.replaced(prompt, [(image.text, image.around) for image in images])
         tokens = np.asarray(self.tokenizer.encode(expanded, add_special_tokens), np.int32)
-        found, visual = int((tokens == self.config.image_token_id).sum()), sum(len(image.index) for image in images)
+        found, visual = int(np.isin(tokens, self._visual_ids).sum()), sum(len(image.index) for image in images)
         if found != visual or len(tokens) == 0:
             raise InputError(
                 f"row {row}: the prompt has {len(tokens)} tokens, {found} of them visual, but its images "
@@ -335,7 +360,7 @@ class Processor:
                 indices.append(np.where(image.index >= 0, image.index + offset, image.index))
                 offset += image.features
             # A slice keeps the padding out: a checkpoint's padding token could be its image token.
-            vision_index[row, : len(ids)][ids == self.config.image_token_id] = np.concatenate(indices)
+            vision_index[row, : len(ids)][np.isin(ids, self._visual_ids)] = np.concatenate(indices)
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         pixels = self.layout.normalised(encoded, tiles)
         return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, tiles), *_blend(vision_index, encoded))
@@ -352,7 +377,7 @@ def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None
             found = np.full((len(encoded), patches, 4), -1, np.int32) if found is None else found
             end = start + len(image.cells)
             found[row, start:end] = image.cells + np.array([frames, 0, 0, 0], np.int32)
-            start, frames = end, int(found[row, end - 1, 0]) + 1
+            start, frames = end, int(found[row, end - 1, 0]) + 2  # one is left out between images
     return found
 
 

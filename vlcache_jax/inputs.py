@@ -35,9 +35,11 @@ class Batch:
         (`tile * features_per_tile + feature`), `NEWLINE` for a row-break embedding, `TEXT` elsewhere.
       pixels: f32 [batch, tiles, height, width, 3]. Normalised image tiles; rows with fewer tiles are padded
         with zeros that no `vision_index` refers to. `tiles` is 0 for a batch without images. Of a model that takes
-        images of any size [batch, patches, channels of a patch], all images of a row one after another.
+        images of any size [batch, patches, channels of a patch], all images of a row one after another; a patch has
+        as many frames as the model takes at once if one of the batch is a video, else one.
       cells: i32 [batch, patches, 4], where each of such patches lies: number of its frame (of a video; an image is one)
-        within the row, time, row and column in the frame's grid. The frame is -1 in padding. None of tiles.
+        within the row, time, row and column in the frame's grid. Between images or videos one number of a frame is left
+        out. The frame is -1 in padding. None of tiles.
       blend_index, blend_weights: i32 and f32 [batch, length, 4], of models that shrink maps of features: the features
         that a visual token is a weighted sum of, counted as in `vision_index`, which names the nearest. None of others.
     """

@@ -29,6 +29,8 @@ from vlcache_jax.inference.row_options import RowOptions
 from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch, Continuation
+from vlcache_jax.models.images.frame_sampling import FrameSampling
+from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.loading import VLM, load
 from vlcache_jax.models.io.saving import save
 from vlcache_jax.parallel.ops import Kernels
@@ -87,6 +89,7 @@ __all__ = [
     "Engine",
     "Evict",
     "ExpectedAttention",
+    "FrameSampling",
     "FullCache",
     "Generation",
     "InputError",
@@ -122,6 +125,7 @@ __all__ = [
     "Tokens",
     "VLCache",
     "VLCacheError",
+    "Video",
     "Window",
     "ZipVL",
     "answer",

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.decoder.config import DecoderConfig
+from vlcache_jax.models.images.frame_sampling import FrameSampling
+from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.rules import WeightRules
 from vlcache_jax.models.io.section import Section
@@ -67,7 +69,7 @@ class FamilyModel(VisionLanguageModel, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
-    """An image of a prompt.
+    """An image or a video of a prompt.
 
     Attributes:
       pixels: u8 [tiles or patches, ...], before they are normalised.
@@ -78,6 +80,7 @@ class EncodedImage:
       cells: i32 [patches, 4], `Batch.cells` of its patches, frames counted from the image's first; None of tiles.
       blend: (i32 [visual tokens, 4], f32 [visual tokens, 4]) for `Batch.blend_index` and `blend_weights`, features
         counted as in `index`.
+      around: what is taken away before and behind the token that stands for it, where the prompt has both.
     """
 
     pixels: np.ndarray
@@ -86,6 +89,7 @@ class EncodedImage:
     text: str
     cells: np.ndarray | None = None
     blend: tuple[np.ndarray, np.ndarray] | None = None
+    around: tuple[str, str] = ("", "")
 
 
 class ImageLayout(Protocol):
@@ -124,6 +128,18 @@ class ImageLayout(Protocol):
         """
 
 
+@runtime_checkable
+class VideoLayout(ImageLayout, Protocol):
+    """The layout of a family that takes videos; its special token is the "video_token"."""
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames of a video file are taken."""
+
+    def encode_video(self, video: Video, name: str, tokens: Mapping[str, str]) -> EncodedImage:
+        """A video of a prompt. Raises InputError, naming it, if it cannot be used; `tokens` as in `encode`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models: how its checkpoints are read and written, and what runs them.
@@ -138,6 +154,8 @@ class Family:
       weights: which tensor of a checkpoint is which parameter.
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
         may say more than that of `config.json` alone. Raises CheckpointError.
+      read_videos: (layout, settings of the video processor, name of their file) to the layout with what they say of
+        videos, of a family that takes any. Raises CheckpointError.
       image_tiles: the most tiles (or patches) that an image becomes, for planning.
       placeholder: the name of the special token that stands for an image in a prompt.
       special_tokens: texts by their names, where neither tokenizer nor processor say; "image_token" is a visual token.
@@ -152,6 +170,7 @@ class Family:
     weights: WeightRules
     read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
     image_tiles: Callable[[Any], int]
+    read_videos: Callable[[Any, dict[str, Any], str], ImageLayout] | None = None
     placeholder: str = "image_token"
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image_token": "<image>"})
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)

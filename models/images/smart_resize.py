@@ -9,7 +9,15 @@ MAX_ASPECT = 200
 
 
 def smart_resize(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, name: str = "the image"
+    height: int,
+    width: int,
+    *,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    name: str = "the image",
+    frames: int = 1,
+    pair: int = 1,
 ) -> tuple[int, int]:
     """(height, width) to resize an image to: multiples of `factor`, between two areas, nearly of its shape.
 
@@ -21,6 +29,8 @@ def smart_resize(
       factor: side of what becomes one visual token, in pixels.
       min_pixels, max_pixels: least and greatest area, from 1 on.
       name: of the image, for the error.
+      frames: of a video, whose area is that of all frames together, their number rounded as the sides are,
+      pair: to a multiple of this (Qwen3-VL).
 
     Raises:
       InputError: an image more than 200 times as long as it is wide, or the reverse.
@@ -34,10 +44,11 @@ def smart_resize(
             f"{name} is {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other: crop it first"
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
+    area = round(frames / pair) * pair * rows * columns
+    if area > max_pixels:
+        scale = math.sqrt(frames * height * width / max_pixels)
         rows, columns = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
-    elif rows * columns < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
+    elif area < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
         rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
     return rows, columns

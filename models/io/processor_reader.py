@@ -30,6 +30,13 @@ def read_parts(path: Folder) -> dict[str, Any]:
         raise CheckpointError(f"{folder / source}: image_processor = {images!r} is not an object")
     family = family_of(config)
     layout = family.read_layout(config, images, source)
+    if family.read_videos is not None:
+        source, videos = "processor_config.json", settings.get("video_processor")
+        if videos is None:
+            source, videos = "video_preprocessor_config.json", optional_json(folder, "video_preprocessor_config.json")
+        if videos is not None and not isinstance(videos, dict):
+            raise CheckpointError(f"{folder / source}: video_processor = {videos!r} is not an object")
+        layout = layout if videos is None else family.read_videos(layout, videos, source)
     tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
     image_token = settings.get("image_token") or family.special_tokens["image_token"]
     if not isinstance(image_token, str):

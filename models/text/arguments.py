@@ -7,6 +7,9 @@ import numpy as np
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.images.opening import ImageLike, is_image_like
+from vlcache_jax.models.images.video import Video
+
+Visual = ImageLike | Video
 
 
 def check_room(name: str, room: int | None, needed: int, what: str) -> None:
@@ -16,11 +19,11 @@ def check_room(name: str, room: int | None, needed: int, what: str) -> None:
         raise InputError(f"{name}={room!r} does not hold {needed} {what}: give a whole number at least that large")
 
 
-def image_rows(images: Any, size: int, single: bool) -> list[list[ImageLike]]:
-    """The images of each of `size` prompts. `single`: the prompt was given as a str, not as a list."""
+def image_rows(images: Any, size: int, single: bool) -> list[list[Visual]]:
+    """The images and videos of each of `size` prompts. `single`: the prompt was given as a str, not as a list."""
     if images is None:
         return [[] for _ in range(size)]
-    if is_image_like(images) and size == 1:
+    if (is_image_like(images) or isinstance(images, Video)) and size == 1:
         return [[images]]
     if not isinstance(images, (list, tuple)):
         raise InputError(

@@ -28,7 +28,10 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str] | None = None, image_token: str = "<image>"
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        placeholders: Mapping[str, str] | None = None,
     ) -> None:
         if len(source) > limits.TEMPLATE_CHARACTERS:
             raise CheckpointError(
@@ -36,7 +39,7 @@ class ChatTemplate:
             )
         self._source = source
         self._special_tokens = dict(special_tokens or {})
-        self._image_token = image_token
+        self._placeholders = dict(placeholders or {"image": "<image>"})
         self._forms: dict[tuple[str, str], bool] = {}
         _ask({"template": source})
 
@@ -74,26 +77,31 @@ class ChatTemplate:
             return {**message, "content": [{"type": "text", "text": content}]}
         if not isinstance(content, list):
             return message
-        has_image = any(part["type"] == "image" for part in content)
+        visual = {part["type"] for part in content} & set(self._placeholders)
         if self._takes(role, "parts"):
-            if not has_image or self._takes(role, "images"):
+            if all(self._takes(role, kind) for kind in visual):
                 return message
             return {**message, "content": [{"type": "text", "text": self._as_text(content)}]}
         return {**message, "content": self._as_text(content)} if self._takes(role, "text") else message
 
     def _as_text(self, parts: Sequence[Mapping[str, Any]]) -> str:
-        return "\n".join(self._image_token if part["type"] == "image" else part["text"] for part in parts)
+        return "\n".join(self._placeholders.get(part["type"]) or part["text"] for part in parts)
 
     def _takes(self, role: str, form: str) -> bool:
-        """Whether the template renders the content of a message of `role` in `form`: "text", "parts" or "images"."""
+        """Whether the template renders the content of a message of `role` in `form`.
+
+        That is "text", "parts", or parts of which one is an "image" or a "video".
+        """
         if (role, form) not in self._forms:
             self._forms[role, form] = self._tries(role, form)
         return self._forms[role, form]
 
     def _tries(self, role: str, form: str) -> bool:
         part: dict[str, str] = {"type": "text", "text": _MARK}
-        image = {"type": "image", "image": "image"}
-        content: Any = {"text": _MARK, "parts": [part], "images": [image, part]}[form]
+        content: Any = _MARK if form == "text" else [part]
+        token = self._placeholders.get(form)
+        if token is not None:
+            content = [{"type": form, form: form}, part]
         messages: list[Message] = [{"role": role, "content": content}]
         if role == "system":
             messages = [*messages, self._converted({"role": "user", "content": "1"})]
@@ -105,7 +113,7 @@ class ChatTemplate:
             return False
         # A template that expects a text writes the list itself, as Python does, perhaps in capitals.
         as_python = str(part).lower() in prompt.lower()
-        return _MARK in prompt and not as_python and (form != "images" or self._image_token in prompt)
+        return _MARK in prompt and not as_python and (token is None or token in prompt)
 
 
 class _FailureError(CheckpointError):

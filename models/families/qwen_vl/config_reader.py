@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vlcache_jax.files.limits import Range
 from vlcache_jax.models.decoder.config_reader import TEXT_DEFAULTS, read_decoder, read_tied, read_token_ids
 from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.families.qwen_vl.vision_reader import read_tower
@@ -74,7 +75,10 @@ def read_config(root: CheckpointFolder, top: Section) -> QwenVLConfig:
     if image >= decoder.vocab_size:
         raise top.error("image_token_id", image, f"a token id below the vocab_size {decoder.vocab_size}")
     tokens = read_token_ids(root, top, text, decoder.vocab_size)
-    return QwenVLConfig(model_type=model_type, vision=vision, decoder=decoder, **ids, **tokens)
+    pace = None
+    if model_type == "qwen2_5_vl":
+        pace = top.section("vision_config").number("tokens_per_second", Range(1e-3, 1e6), 4)
+    return QwenVLConfig(model_type=model_type, vision=vision, decoder=decoder, tokens_per_second=pace, **ids, **tokens)
 
 
 def _text_section(top: Section, defaults: dict[str, Any]) -> Section:

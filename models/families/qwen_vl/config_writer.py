@@ -37,6 +37,9 @@ def config_values(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
     if vision.window is not None:
         window = vision.window * vision.patch_size
         tower |= {"fullatt_block_indexes": list(vision.full_layers), "window_size": window}
+    if config.tokens_per_second is not None:
+        pace = config.tokens_per_second  # of transformers' own type, a whole number
+        tower["tokens_per_second"] = int(pace) if pace == int(pace) else pace
     if vision.table_side:
         tower["num_position_embeddings"] = vision.table_side**2
         tower["deepstack_visual_indexes"] = list(vision.deepstack_layers)

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size; videos are not read yet."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, and videos."""
 
 import dataclasses
 
@@ -6,9 +6,9 @@ from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.qwen_vl import weights
 from vlcache_jax.models.families.qwen_vl.config_reader import read_config
 from vlcache_jax.models.families.qwen_vl.config_writer import config_values
-from vlcache_jax.models.families.qwen_vl.layout import read_layout
 from vlcache_jax.models.families.qwen_vl.model import QwenVL
 from vlcache_jax.models.families.qwen_vl.presets import QWEN2_PRESETS, QWEN3_PRESETS
+from vlcache_jax.models.families.qwen_vl.processor_reader import read_layout, read_videos
 
 _PATCHES = 4 * 1280  # of an image of as many pixels as transformers allows where a checkpoint does not say
 _EXPERTS = "this is a Qwen3-VL with experts (such as 30B-A3B): take a dense one, such as 4B or 8B"
@@ -20,9 +20,15 @@ QWEN2_VL = Family(
     model=QwenVL,
     weights=weights.QWEN2,
     read_layout=read_layout,
+    read_videos=read_videos,
     image_tiles=lambda config: _PATCHES,
     presets=QWEN2_PRESETS,
-    special_tokens={"image_token": "<|image_pad|>"},
+    special_tokens={
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    },
 )
 QWEN3_VL = dataclasses.replace(
     QWEN2_VL,

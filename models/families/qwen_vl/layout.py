@@ -1,4 +1,4 @@
-"""How an image of any size becomes patches, and their features visual tokens."""
+"""How images of any size and videos become patches, and their features visual tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlcache_jax.errors import CheckpointError
-from vlcache_jax.files.json_text import shorten
 from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
+from vlcache_jax.models.families.qwen_vl.videos import VideoRules
+from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.patches import cut_patches, patch_order
 from vlcache_jax.models.images.smart_resize import smart_resize
 from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.video import Video
 
 _PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # of transformers, where the checkpoint does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,19 @@ class PatchLayout:
       config: of the model.
       transform: the filter of resizing, and how pixels are normalised.
       min_pixels, max_pixels: least and greatest area of a resized image.
+      videos: the same of videos.
     """
 
     config: QwenVLConfig
     transform: ImageTransform
     min_pixels: int
     max_pixels: int
+    videos: VideoRules
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames of a video file are taken."""
+        return self.videos.sampling
 
     def grid(self, height: int, width: int, name: str = "the image") -> tuple[int, int]:
         """Rows and columns of patches of an image of this shape. Raises InputError, naming it, if it is too long."""
@@ -61,15 +68,51 @@ class PatchLayout:
             encoded.append(EncodedImage(patches, order.index, len(order.index), text, cells))
         return encoded
 
+    def encode_video(self, video: Video, name: str, tokens: Mapping[str, str]) -> EncodedImage:
+        """A video of a prompt; see `VideoLayout`."""
+        vision, rules, times = self.config.vision, self.videos, video.times
+        frames, pair = video.load(name), vision.frame_pair
+        height, width = frames[0].height, frames[0].width
+        shape = rules.frame_shape(len(frames), height, width, pair, self._token_side, name)
+        pixels = [np.asarray(resize(frame, shape, rules.transform.resample, name)) for frame in frames]
+        pixels += pixels[-1:] * (-len(pixels) % pair)
+        rows, columns = (side // vision.patch_size for side in shape)
+        order = patch_order(rows, columns, merge=vision.merge_size, window=vision.window)
+        patches, index, cells = [], [], []
+        for number, first in enumerate(range(0, len(pixels), pair)):
+            patches.append(cut_patches(np.stack(pixels[first : first + pair]), order.cells, vision.patch_size))
+            index.append(order.index + number * len(order.index))
+            frame = np.full((len(order.cells), 2), (number, self._time(number, times[first] - times[0])), np.int32)
+            cells.append(np.concatenate([frame, order.cells], axis=1))
+        text = rules.text(times, pair, len(order.index), tokens)
+        around = ("", "")
+        if rules.timestamps and rules.wrapper == "v4":
+            around = tokens["vision_start_token"], tokens["vision_end_token"]
+        whole = np.concatenate(index)
+        return EncodedImage(np.concatenate(patches), whole, len(whole), text, np.concatenate(cells), around=around)
+
+    def _time(self, number: int, seconds: float) -> int:
+        """Where a pair of frames stands on the time axis of its video."""
+        if self.videos.timestamps:
+            return 0
+        if self.config.tokens_per_second is None:
+            return number
+        return int(self.config.tokens_per_second * seconds + 1e-4)  # 0.999999, of a division by fps, is 1
+
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
-        """f32 [rows, patches, 3 * patch_size²]; see `ImageLayout`."""
-        found = np.zeros((len(rows), tiles, 3 * self.config.vision.patch_size**2), np.float32)
+        """f32 [rows, patches, 3 * patch_size²], or of each patch a pair of frames if there are videos."""
+        still = 3 * self.config.vision.patch_size**2
+        channels = max((image.pixels.shape[1] for images in rows for image in images), default=still)
+        found = np.zeros((len(rows), tiles, channels), np.float32)
         for row, images in enumerate(rows):
             start = 0
             for image in images:
-                n = len(image.pixels)
+                n, moving = len(image.pixels), image.pixels.shape[1] > still
+                transform = self.videos.transform if moving else self.transform
                 colours = image.pixels.reshape(n, 3, -1).swapaxes(1, 2)
-                found[row, start : start + n] = self.transform.normalise(colours).swapaxes(1, 2).reshape(n, -1)
+                pixels = transform.normalise(colours).swapaxes(1, 2)
+                repeats = channels // image.pixels.shape[1]  # of a still image, all frames are equal
+                found[row, start : start + n] = np.tile(pixels, (1, 1, repeats)).reshape(n, -1)
                 start += n
         return found
 
@@ -85,62 +128,27 @@ class PatchLayout:
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
-        vision, kind = self.config.vision, {"processor_class": _PROCESSORS[self.config.model_type]}
-        values = self.transform.as_dict() | {
-            "image_processor_type": "Qwen2VLImageProcessor",
+        kind, rules = {"processor_class": _PROCESSORS[self.config.model_type]}, self.videos
+        video = self._processor_values(rules.transform, rules.min_pixels, rules.max_pixels) | {
+            "cap_pixels_per_frame": rules.cap_pixels_per_frame,
+            "fps": rules.sampling.fps,
+            "max_frames": rules.sampling.max_frames,
+            "min_frames": rules.sampling.min_frames,
+            "video_processor_type": f"Qwen{3 if rules.of_all else 2}VLVideoProcessor",
+        }
+        image = self._processor_values(self.transform, self.min_pixels, self.max_pixels)
+        return {
+            "preprocessor_config.json": image | {"image_processor_type": "Qwen2VLImageProcessor"} | kind,
+            "processor_config.json": {"image_token": image_token} | kind,
+            "video_preprocessor_config.json": video | kind,
+        }
+
+    def _processor_values(self, transform: ImageTransform, least: int, most: int) -> dict[str, Any]:
+        vision = self.config.vision
+        values = transform.as_dict() | {
             "merge_size": vision.merge_size,
             "patch_size": vision.patch_size,
-            "size": {"longest_edge": self.max_pixels, "shortest_edge": self.min_pixels},
+            "size": {"longest_edge": most, "shortest_edge": least},
             "temporal_patch_size": vision.frame_pair,
         }
-        values = {key: value for key, value in values.items() if key not in ("do_center_crop", "crop_size")}
-        return {"preprocessor_config.json": values | kind, "processor_config.json": {"image_token": image_token} | kind}
-
-
-def read_layout(config: QwenVLConfig, settings: dict[str, Any], source: str) -> PatchLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
-    vision = config.vision
-    for name, own in (
-        ("patch_size", vision.patch_size),
-        ("merge_size", vision.merge_size),
-        ("temporal_patch_size", vision.frame_pair),
-    ):
-        if settings.get(name, own) != own:
-            raise CheckpointError(
-                f"{source}: {name} = {shorten(settings[name])}, but the vision tower of config.json has {own}: make "
-                "the two agree"
-            )
-    if settings.get("do_resize") is False:
-        raise CheckpointError(f"{source}: do_resize = false is not supported: images come in sizes of all kinds")
-    least = _pixels(settings, source, "shortest_edge", "min_pixels", _MIN_PIXELS)
-    most = _pixels(settings, source, "longest_edge", "max_pixels", _MAX_PIXELS)
-    if least > most:
-        raise CheckpointError(f"{source}: images would need at least {least} pixels and at most {most}: correct one")
-    others = {key: value for key, value in settings.items() if key not in ("size", "crop_size", "do_center_crop")}
-    transform = ImageTransform.from_dict(others | {"do_center_crop": False}, source)
-    return PatchLayout(config, transform, least, most)
-
-
-def _pixels(settings: dict[str, Any], source: str, edge: str, name: str, default: int) -> int:
-    """An area, which goes by several names: in `size`, by either, or beside it. They must agree."""
-    size = settings.get("size")
-    size = size if isinstance(size, dict) else {}
-    found = {
-        label: value
-        for label, value in (
-            (f"size.{edge}", size.get(edge)), (f"size.{name}", size.get(name)), (name, settings.get(name)),
-        )
-        if value is not None
-    }  # fmt: skip
-    for label, value in found.items():
-        if type(value) is not int or not 1 <= value <= 2**30:
-            raise CheckpointError(f"{source}: {label} = {shorten(value)} is not supported: expected a number of pixels")
-    if len(set(found.values())) > 1:
-        listed = " and ".join(f"{label} = {value}" for label, value in found.items())
-        raise CheckpointError(
-            f"{source}: {listed} are the same limit of an image's pixels, with different values: leave all but one out"
-        )
-    return next(iter(found.values()), default)
+        return {key: value for key, value in values.items() if key not in ("do_center_crop", "crop_size")}

@@ -9,7 +9,7 @@ from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.module import FamilyModule, in_order
 from vlcache_jax.models.families.qwen_vl.positions import axes_positions
-from vlcache_jax.models.vision.qwen import TIME, QwenVisionTower
+from vlcache_jax.models.vision.qwen import FRAME, TIME, QwenVisionTower
 from vlcache_jax.typing import Embedded
 
 
@@ -56,9 +56,10 @@ class QwenVL(FamilyModule):
 
         hidden = jnp.where(visual[..., None], of_tokens(features), embedded)
         vision = self.config.vision
-        cells = of_tokens(jnp.asarray(batch.cells)[:, :: vision.merged, TIME:])  # of a feature's first patch
-        places = (cells // jnp.asarray([1, vision.merge_size, vision.merge_size])[None, None]).swapaxes(1, 2)
+        cells = of_tokens(jnp.asarray(batch.cells)[:, :: vision.merged])  # of a feature's first patch
+        unit = jnp.asarray([1, vision.merge_size, vision.merge_size])
+        places = (cells[..., TIME:] // unit[None, None]).swapaxes(1, 2)
         more = None
         if deepstack is not None:
             more = jnp.where(visual[None, ..., None], jax.vmap(of_tokens)(deepstack), 0)
-        return Embedded(hidden, *axes_positions(jnp.asarray(batch.lengths), visual, places), more)
+        return Embedded(hidden, *axes_positions(jnp.asarray(batch.lengths), visual, cells[..., FRAME], places), more)

@@ -38,6 +38,7 @@ _VISION = QwenVisionConfig(
 _QWEN_25_3B = QwenVLConfig(
     model_type="qwen2_5_vl",
     vision=_VISION,
+    tokens_per_second=2.0,
     decoder=_DECODER_3B,
     bos_token_id=151643,
     pad_token_id=151643,

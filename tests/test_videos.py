@@ -1,0 +1,295 @@
+"""Videos: as an input, from frames and files, and Qwen-VL's against transformers."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processing_checkpoint import write_checkpoint
+from tiny_qwen import IMAGE, SHOWN, VIDEO, VIDEO_TEXTS, clips, image_processor, make_tiny_qwen, pictures
+
+import vlcache_jax as vlc
+from vlcache_jax.models.processor import Processor
+
+ROOT = Path(__file__).parents[1]
+EXPECTED = json.loads((ROOT / "tests/expected_videos.json").read_text())
+NEW = 32
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in EXPECTED}
+    return {kind: (folder, make_tiny_qwen(folder, kind)) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoints):
+    return {kind: vlc.load(folder, dtype="float32") for kind, (folder, _) in checkpoints.items()}
+
+
+def visuals():
+    first, second = (vlc.Video(clip, fps=2.0) for clip in clips())
+    return [[first], [pictures()[0], first, second]]
+
+
+def reference_pixels(name):
+    """What transformers' models take, from its image processor: that of videos needs torchvision."""
+    images = dict(image_processor()(pictures()[:1], return_tensors="pt")) if "image" in name else {}
+    pairs, grids = [], []
+    for clip in clips()[: 2 if "two" in name else 1]:
+        made = [image_processor()(Image.fromarray(frame), return_tensors="pt") for frame in [*clip, *clip[-1:]]]
+        (_, *sides), of_frames = made[0]["image_grid_thw"][0], [x["pixel_values"].reshape(-1, 3, 2, 16) for x in made]
+        for a, b in zip(of_frames[0 : len(clip) : 2], of_frames[1::2]):
+            pairs.append(torch.stack([a[:, :, 0], b[:, :, 0]], dim=2).flatten(1))
+        grids.append([(len(clip) + 1) // 2, *sides])
+    return images | {"pixel_values_videos": torch.cat(pairs), "video_grid_thw": torch.tensor(grids)}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_ids_and_positions_are_those_of_transformers_4(loaded, kind):
+    vlm = loaded[kind]
+    batch = vlm.processor(images=visuals(), text=list(VIDEO_TEXTS.values()))
+    embedded = vlm.model.apply({"params": vlm.params}, batch, method="embed")
+    for row, want in enumerate(EXPECTED[kind].values()):
+        n = batch.lengths[row]
+        np.testing.assert_array_equal(batch.tokens[row, :n], want["ids"])
+        np.testing.assert_array_equal(embedded.positions[row, :, :n], want["positions"])
+        assert embedded.next_position[row] == want["next_position"]
+        assert (batch.vision_index[row, :n] >= 0).sum() == np.isin(want["ids"], (IMAGE, VIDEO)).sum()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_parity(checkpoints, loaded, kind):
+    """Logits at every position and greedy tokens, with the positions of version 4."""
+    vlm, reference = loaded[kind], checkpoints[kind][1]
+    batch = vlm.processor(images=visuals(), text=list(VIDEO_TEXTS.values()))
+    logits = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))(vlm.params, batch)
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
+    for row, (name, want) in enumerate(EXPECTED[kind].items()):
+        ids, positions = list(want["ids"]), np.asarray(want["positions"])
+        following, pixels = want["next_position"] + np.arange(NEW), reference_pixels(name)
+        for step in range(NEW if row else 1):
+            where = np.concatenate([positions, np.tile(following[:step], (3, 1))], axis=1)
+            tensors = {"input_ids": torch.tensor([ids]), "position_ids": torch.from_numpy(where[:, None])}
+            with torch.no_grad():
+                found = reference(**tensors, **pixels).logits[0].numpy()
+            if step == 0:
+                np.testing.assert_allclose(logits[row, : len(ids)], found, atol=1e-4, rtol=0)
+                assert np.abs(found).max() > 1
+            ids.append(int(found[-1].argmax()))
+        np.testing.assert_array_equal(out.tokens[row, : NEW if row else 1], ids[len(want["ids"]) :])
+
+
+def test_time_is_counted_in_seconds_and_cut_off_behind_the_product(loaded):
+    """Half a second a pair: 0, 1, 2 steps of tokens_per_second 2, not 0, 0, 0 as where seconds are cut off first."""
+    config, layout = loaded["qwen2_5_vl"].config, loaded["qwen2_5_vl"].processor.layout
+    assert config.tokens_per_second == 2
+    tokens = loaded["qwen2_5_vl"].processor.special_tokens
+    for fps, steps in ((4, [0, 1, 2]), (8, [0, 0, 1]), (3, [0, 1, 2]), (2, [0, 2, 4]), (30, [0, 0, 0])):
+        encoded = layout.encode_video(vlc.Video(clips()[0], fps=fps), "the video", tokens)
+        assert np.unique(encoded.cells[:, 0]).tolist() == [0, 1, 2]
+        assert encoded.cells[:: len(encoded.cells) // 3, 1].tolist() == steps
+    late = vlc.Video(clips()[0], times=np.arange(5) / 4 + 100)
+    assert layout.encode_video(late, "the video", tokens).cells[:, 1].max() == 2
+
+
+def test_positions_where_time_stands_still_and_images_lie_side_by_side(loaded):
+    """Frames of one time are of one video; images without a text between them are not."""
+    vlm, quick = loaded["qwen2_5_vl"], vlc.Video(clips()[0], fps=30)
+    both = [quick, Image.fromarray(clips()[0][0]), quick]
+    batch = vlm.processor(images=[both], text=["w1 <|video_pad|><|image_pad|><|video_pad|> w2"])
+    embedded = vlm.model.apply({"params": vlm.params}, batch, method="embed")
+    grid = np.indices((2, 3)).reshape(2, -1)
+    height = [0, *np.tile(grid[0] + 1, 3), *(grid[0] + 4), *np.tile(grid[0] + 7, 3), 10]
+    width = [0, *np.tile(grid[1] + 1, 3), *(grid[1] + 4), *np.tile(grid[1] + 7, 3), 10]
+    time = [0, *[1] * 18, *[4] * 6, *[7] * 18, 10]
+    np.testing.assert_array_equal(embedded.positions[0, :, : batch.lengths[0]], [time, height, width])
+    assert embedded.next_position[0] == 11
+
+
+def test_tokens_around_a_video_of_qwen3_vl(loaded):
+    """transformers 4 takes them away, 5 leaves them."""
+    processor = loaded["qwen3_vl"].processor
+    rules = processor.layout.videos
+    rows = []
+    for wrapper in ("v4", "v5"):
+        layout = dataclasses.replace(processor.layout, videos=dataclasses.replace(rules, wrapper=wrapper))
+        other = type(processor)(tokenizer=processor.tokenizer, layout=layout, image_token="<|image_pad|>",
+                                special_tokens=processor.special_tokens)  # fmt: skip
+        batch = other(images=visuals()[:1], text=[VIDEO_TEXTS["a video between texts"]])
+        rows.append(batch.tokens[0, : batch.lengths[0]].tolist())
+    start, end = rows[0].index(61), len(rows[0]) - 2
+    assert rows[1] == [*rows[0][:start], 3, *rows[0][start:end], 4, *rows[0][end:]]
+
+
+def test_frames_that_are_compressed(loaded):
+    vlm = loaded["qwen3_vl"]
+    batch = vlm.processor(images=visuals(), text=list(VIDEO_TEXTS.values()))
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(budget=0.3), 4, eos_token_ids=[])
+    assert out.tokens.shape == (2, 4)
+    assert out.report.state_bytes < vlc.prefill(vlm.model, vlm.params, batch, vlc.FullCache()).report.state_bytes / 2
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_saved_rules_are_read_again(loaded, kind, tmp_path):
+    vlc.save(loaded[kind], tmp_path)
+    again = vlc.load(tmp_path, dtype="float32")
+    assert again.processor.layout == loaded[kind].processor.layout
+    assert again.processor.special_tokens["video_token"] == "<|video_pad|>"
+
+
+def test_chat(loaded):
+    processor, (first, second) = loaded["qwen3_vl"].processor, clips()
+    want = processor(
+        images=[visuals()[0] + visuals()[1][2:]], text=[f"<|im_start|> user {SHOWN} {SHOWN} w1 <|im_end|> "]
+    )
+    frames = [Image.fromarray(frame) for frame in second]
+    for parts, beside in (
+        ([{"type": "video", "video": vlc.Video(first, fps=2)}, {"type": "video", "video": frames, "fps": 2}], None),
+        ([{"type": "video"}, {"type": "video", "video": second, "times": [0, 0.5, 1, 1.5]}], [vlc.Video(first, fps=2)]),
+    ):
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": "w1"}]}
+        batch = processor.chat([message], images=beside, add_generation_prompt=False)
+        jax.tree.map(np.testing.assert_array_equal, batch, want)
+
+
+def write(path, frames, rate=10):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for level in range(frames):
+            image = np.full((32, 48, 3), 8 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_files(loaded, tmp_path):
+    write(tmp_path / "a.mp4", 25)
+    processor = loaded["qwen3_vl"].processor
+    video = vlc.Video.from_file(tmp_path / "a.mp4", processor.sampling)
+    assert np.allclose(
+        video.times, [0, 0.6, 1.2, 1.8, 2.4][: len(video.times)] if len(video.times) == 5 else [0, 0.8, 1.6, 2.4]
+    )
+    levels = [frame.mean() / 8 for frame in video.frames]
+    np.testing.assert_allclose(levels, np.asarray(video.times) * 10, atol=0.7)
+    content = [{"type": "video", "video": str(tmp_path / "a.mp4"), "num_frames": 3}, {"type": "text", "text": "w1"}]
+    batch = processor.chat([{"role": "user", "content": content}])
+    assert np.unique(batch.cells[batch.cells[..., 0] >= 0][:, 0]).tolist() == [0, 1]
+    every = vlc.Video.from_file(str(tmp_path / "a.mp4"), dataclasses.replace(processor.sampling, fps=None))
+    assert len(every.frames) == 25
+    np.testing.assert_allclose(every.sampled(processor.sampling).times, video.times)
+
+
+def test_the_page(loaded, tmp_path, monkeypatch):
+    """The code of docs/inputs.md on videos runs as it is written."""
+    write(tmp_path / "cat.mp4", 25)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/inputs.md").read_text("utf-8"), re.M | re.S)
+    names = {"vlc": vlc, "vlm": loaded["qwen3_vl"], "frames": clips()[0]}
+    exec(code, names)
+    assert names["batch"].cells[..., 0].max() == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "changes", "expected"),
+    [
+        (10, 1, {}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),  # 20 wanted, 10 there are
+        (30, 30, {}, [0, 10, 19, 29]),  # at least 4
+        (90, 30, {}, [0, 18, 36, 53, 71, 89]),
+        (100, 30, {"multiple": 2}, [0, 20, 40, 59, 79, 99]),
+        (75, 30, {"multiple": 2}, [0, 25, 49, 74]),  # 5 wanted
+        (90, 30, {"max_frames": 5}, [0, 22, 44, 67, 89]),
+        (90, 30, {"num_frames": 3}, [0, 44, 89]),
+        (3, 30, {"num_frames": 8}, [0, 1, 2]),
+        (3, 30, {"multiple": 4}, [0, 1, 2]),
+        (5, 30, {"fps": None}, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_sampling(count, fps, changes, expected):
+    assert dataclasses.replace(vlc.FrameSampling(), **changes).indices(count, fps).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "message"),
+    [
+        (clips()[0][:0], {"fps": 2}, "the video has 0 frames, at least 2 are needed"),
+        (clips()[0][:1], {"fps": 2}, "the video has 1 frames.*give a single one as an image"),
+        (clips()[0], {}, "give either times= .* or fps="),
+        (clips()[0], {"fps": 2, "times": range(5)}, "give either times= .* or fps="),
+        (clips()[0], {"fps": 0}, "fps=0: give the positive number"),
+        (clips()[0], {"times": [0, 1]}, r"times has the shape \[2\], but the video has 5 frames"),
+        (clips()[0], {"times": [0, 1, 1, 2, 3]}, r"times\[2\] = 1 does not come after times\[1\] = 1"),
+        (clips()[0], {"times": [0, 1, np.nan, 2, 3]}, "give finite seconds from 0 on"),
+        (clips()[0], {"times": [-1, 1, 2, 3, 4]}, "give finite seconds from 0 on"),
+        (clips()[0], {"times": "abcde"}, "times='abcde': give the seconds"),
+        ("a.mp4", {"fps": 2}, "frames is the path 'a.mp4': read a file by Video.from_file"),
+        (7, {"fps": 2}, "frames is a int: give a list of images"),
+    ],
+)
+def test_videos_that_cannot_be(frames, options, message):
+    with pytest.raises(vlc.InputError, match=message):
+        vlc.Video(frames, **options)
+
+
+def test_what_the_processor_refuses(loaded, tmp_path):
+    processor, (video, *_) = loaded["qwen3_vl"].processor, visuals()[0]
+    sizes = vlc.Video([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 24, 3), np.uint8)], fps=1)
+    (tmp_path / "a.txt").write_text("no video")
+    long = vlc.Video(np.zeros((2, 8, 1700, 3), np.uint8), fps=1)
+    for images, text, message in (
+        ([[video]], "w1", "row 0: the prompt holds 0 video tokens '<.video_pad.>', but 1 videos were given"),
+        ([[]], "<|video_pad|>", "holds 1 video tokens .* but 0 videos"),
+        ([[video, pictures()[0]]], "<|image_pad|><|video_pad|>", "are not in the order of their tokens"),
+        ([[sizes]], SHOWN, "row 0, video 0, frame 1 is 24 x 16 pixels, frame 0 16 x 16: give frames of one size"),
+        ([[long]], SHOWN, "row 0, video 0 is 1700 x 8 pixels: one side is more than 200 times the other"),
+    ):
+        with pytest.raises(vlc.InputError, match=message):
+            processor(images=images, text=[text])
+    for part, message in (
+        ({"video": str(tmp_path / "none.mp4")}, "none.mp4' is not a file"),
+        ({"video": str(tmp_path / "a.txt")}, "a.txt' cannot be read"),
+        ({"video": str(tmp_path / "a.txt"), "fps": "many"}, "is no sampling"),
+        ({"video": str(tmp_path / "a.txt"), "num_frames": 0}, "is no sampling"),
+        ({"video": clips()[0]}, "give either times= .* or fps="),
+        ({"video": video, "fps": 2}, "is a video part with the keys"),
+        ({"fps": 2}, "is a video part with the keys"),
+    ):
+        with pytest.raises(vlc.InputError, match=message):
+            processor.chat([{"role": "user", "content": [{"type": "video"} | part]}])
+
+
+def test_a_model_without_videos(tmp_path):
+    write_checkpoint(tmp_path)
+    processor, video = Processor.from_folder(tmp_path), visuals()[0][0]
+    assert processor.sampling is None
+    with pytest.raises(vlc.InputError, match="row 0, image 0 is a video, but this model takes none"):
+        processor(images=[[video]], text=["<image>"])
+    with pytest.raises(vlc.InputError, match="'video' is not supported"):
+        processor.chat([{"role": "user", "content": [{"type": "video", "video": video}]}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"shortest_edge": 10, "longest_edge": 5}}, "at least 10 pixels and at most 5"),
+        ({"max_pixels": 7}, "size.longest_edge = 3000 and max_pixels = 7 are the same limit"),
+        ({"fps": -1}, "are no sampling"),
+        ({"min_frames": "few"}, "are no sampling"),
+        ({"cap_pixels_per_frame": "yes"}, "expected true or false"),
+        ({"temporal_patch_size": 3}, "temporal_patch_size = 3, but the vision tower"),
+    ],
+)
+def test_settings_that_are_refused(checkpoints, tmp_path, change, message):
+    for path in checkpoints["qwen3_vl"][0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "video_preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(vlc.CheckpointError, match=f"video_preprocessor_config.json: .*{message}"):
+        vlc.load(tmp_path, dtype="float32")
