@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from vlcache_jax.kernels.cards import OnCard
+
 Implementation = Callable[..., Any]
 
 _SCOPE = re.compile(r"\b\w+=\w+(?: <[^>]*>)?")
@@ -16,7 +18,7 @@ def dispatch(
     op: str,
     wanted: str | tuple[str, ...] | None,
     implementations: Mapping[str, Implementation],
-    order: Mapping[str, Sequence[str]],
+    order: Mapping[str, Sequence[str | OnCard]],
     *args: Any,
 ) -> Any:
     """Calls the first of the wanted implementations, or of the platform's order, that serves the arguments.
@@ -30,8 +32,8 @@ def dispatch(
       op: its name.
       wanted: a name that is tried alone, several that are tried in turn, or None.
       implementations: by name. One that cannot serve the arguments raises NotImplementedError with the reason.
-      order: for each platform ("tpu", "cuda", and "default" for all others) the names to try, the best first. The last
-        one must serve every argument.
+      order: for each platform ("tpu", "cuda", and "default" for all others) the names to try, the best first; an
+        `OnCard` where such a card is attached. The last one must serve every argument.
       *args: pytrees of arrays.
 
     Raises:
@@ -39,10 +41,15 @@ def dispatch(
       NotImplementedError: none of the wanted implementations can serve the arguments.
     """
 
-    def first_of(names: Sequence[str], of_several: bool = False) -> Implementation:
+    def first_of(names: Sequence[str | OnCard], of_several: bool = False) -> Implementation:
         def call(*args: Any) -> Any:
             reasons: list[str] = []
             for name in names:
+                if isinstance(name, OnCard):
+                    missing, name = name.missing(), name.name
+                    if missing:
+                        reasons.append(f"{name}: {missing}")
+                        continue
                 try:
                     run = implementations[name]
                     with jax.enable_x64(False), jax.named_scope(_scope(op, name, reasons)):

@@ -31,7 +31,7 @@ def run(tmp_path: Path, script: str, *options: str) -> dict:
 @pytest.mark.thorough
 def test_decode_speed(tmp_path):
     options = ["--shape", "smoke", "--batch", "2", "--length", "32", "--steps", "4", "--repeats", "1"]
-    result = run(tmp_path, "decode_speed.py", *options, "--layout", "cpu")
+    result = run(tmp_path, "decode_speed.py", *options, "--layout", "apart")
     assert [row["policy"] for row in result["rows"]] == ["full_cache", "vl_cache"]
     assert all(row["speed_up"]["median"] > 0 for row in result["rows"])
     assert all(row["same_tokens"] == 1 for row in result["rows"] if row["policy"] == "full_cache")
@@ -95,6 +95,25 @@ def test_decode_step_of_a_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
+def test_correctness_on_a_gpu(tmp_path):
+    cases = ["--decode", "1,2,4,2,1,64,64", "--prefill", "1,40,4,2,16,7", "--dtypes", "float32"]
+    result = run(tmp_path, "gpu/correctness.py", *cases)
+    numbers = [row["result"] for row in result["rows"] if row["implementation"] not in ("pallas_gpu", "cudnn")]
+    assert len(numbers) == 6
+    assert max(numbers) < 1e-4
+
+
+@pytest.mark.thorough
+def test_kernels_of_a_gpu(tmp_path):
+    options = ["--shape", "smoke", "--shapes", "2x40", "--scored", "8", "--steps", "3"]
+    result = run(tmp_path, "gpu/kernels.py", *options)
+    assert [row["name"].split(" ", 1)[1] for row in result["rows"]] == [
+        f"{policy} {part}" for policy in ("full_cache", "vl_cache") for part in ("prefill", "decode step")
+    ]
+    assert all(row["seconds"] > 0 == row["launches"] for row in result["rows"])  # a CPU has no kernels
+
+
+@pytest.mark.thorough
 def test_the_papers_table(tmp_path):
     options = ["--shape", "smoke", "--cases", "2x40", "1x30", "--steps", "3", "--repeats", "1"]
     result = run(tmp_path, "gpu/paper_table.py", *options, "--sides", "vl_cache", "transformers", "--budget", "0.5")
@@ -115,7 +134,7 @@ def test_the_layout_for_cpus_generates_the_same_tokens(policy, monkeypatch):
     model = harness.Llava(config)
     params = harness.random_params(model)
     batch = harness.random_batch(config, rows=2, length=40)
-    laid = [relaid(params, model, layout) for layout in ("stacked", "cpu")]
+    laid = [relaid(params, model, layout) for layout in ("stacked", "apart")]
     outs = [vlc.generate(m, p, batch, policy, 8, eos_token_ids=()) for m, p in laid]
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
     np.testing.assert_array_equal(outs[0].report.kept, outs[1].report.kept)

@@ -71,7 +71,7 @@ def compiled(implementation, interpret=True, small=True, **options):
     def run(*arguments, **more):
         with (  # read while tracing
             mock.patch.object(xla, "_BLOCK", BLOCK if small else xla._BLOCK),
-            mock.patch.multiple(xla_columns, _ROWS=BLOCK, _COLUMNS=32) if small else mock.MagicMock(),
+            mock.patch.multiple(xla_columns, _ROWS=BLOCK, _COLUMNS=32, _AT_ONCE=0) if small else mock.MagicMock(),
             mock.patch.multiple(pallas_tpu, _ROWS=BLOCK if interpret is True else 64, _COLUMNS=128)
             if small
             else mock.MagicMock(),

@@ -35,12 +35,12 @@ def assert_same(a, b):
 def test_a_cpu_loads_for_inference_and_changes_its_mind(folder, tmp_path):
     found = vlc.load(folder, "float32")
     plain = vlc.load(folder, "float32", layout="stacked")
-    assert (found.model.layout, plain.model.layout) == ("cpu", "stacked")
+    assert (found.model.layout, plain.model.layout) == ("apart", "stacked")
     assert jax.tree.map(jnp.shape, found.params) == jax.tree.map(lambda x: x.shape, found.model.abstract_params())
     assert found.params["decoder"]["layers_0"]["attention"]["query_key_value"]["kernel"].shape[1] == 64
-    assert_same(plain.with_layout("cpu").params, found.params)
+    assert_same(plain.with_layout("apart").params, found.params)
     assert_same(found.with_layout("stacked").params, plain.params)
-    assert found.with_layout("cpu") is found
+    assert found.with_layout("apart") is found
     assert vlc.load(folder, "bfloat16", param_dtype="float32").model.layout == "stacked"  # to train
     assert vlc.load(folder, "float32", mesh=jax.make_mesh((2,), ("model",))).model.layout == "stacked"
     vlc.save(found, tmp_path)
@@ -50,7 +50,7 @@ def test_a_cpu_loads_for_inference_and_changes_its_mind(folder, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_and_what_is_kept_are_the_same(tied):
     model, params = tiny_llava(qkv_bias=True, mlp_bias=True, tie_embeddings=tied)
-    other, laid = relaid(params, model, "cpu")
+    other, laid = relaid(params, model, "apart")
     assert ("lm_head" in params["decoder"], "lm_head" in laid["decoder"]) == (not tied, True)
     policy = vlc.VLCache(budget=0.4)
     outs = [
@@ -88,12 +88,12 @@ def test_loading_holds_no_second_copy(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused(folder):
-    with pytest.raises(vlc.InputError, match="layout='gpu' is not known: use one of stacked, cpu"):
+    with pytest.raises(vlc.InputError, match="layout='gpu' is not known: use one of stacked, apart"):
         vlc.load(folder, layout="gpu")
-    with pytest.raises(vlc.InputError, match="layout='cpu' is for one CPU, and a mesh was given"):
-        vlc.load(folder, layout="cpu", mesh=jax.make_mesh((2,), ("model",)))
+    with pytest.raises(vlc.InputError, match="layout='apart' is for one device, and a mesh was given"):
+        vlc.load(folder, layout="apart", mesh=jax.make_mesh((2,), ("model",)))
     vlm = vlc.load(folder, "float32")
-    with pytest.raises(vlc.InputError, match=r"lie for inference \(layout='cpu'\): train with .*with_layout"):
+    with pytest.raises(vlc.InputError, match=r"lie for inference \(layout='apart'\): train with .*with_layout"):
         answer_loss(vlm.model)
     answer_loss(vlm.with_layout("stacked").model)
     with pytest.raises(

@@ -88,7 +88,7 @@ def test_tokens_of_an_image_see_each_other(window):
 def test_layers_apart_are_the_same():
     _, config, params = gemma3(layers=3)
     tokens = np.random.default_rng(2).integers(3, 64, (1, LENGTH))
-    laid = forward(config, layout="cpu")
+    laid = forward(config, layout="apart")
     shapes = jax.eval_shape(lambda: laid.init(jax.random.key(0), tokens))["params"]
     other = arranged({"decoder": params}, {"decoder": shapes}, tied=True)["decoder"]
     np.testing.assert_allclose(forward(config)(params, tokens), laid(other, tokens), atol=1e-5)

@@ -125,7 +125,7 @@ def test_a_range_of_layers_is_a_part_of_all(tiny, batch):
     def attend(query, key, value, carry, x):
         return query * 0.5 + x.astype(jnp.float32), carry + x, key
 
-    for layout in ("stacked", "cpu"):
+    for layout in ("stacked", "apart"):
         other = dataclasses.replace(model, layout=layout)
         weights = params if layout == "stacked" else arranged(params, shapes_of(other), False)
         run = partial(other.apply, {"params": weights}, method="decode")

@@ -19,6 +19,7 @@ import harness
 
 import vlcache_jax as vlc
 from vlcache_jax.cache.state import KVState
+from vlcache_jax.models.decoder.layout import LAYOUTS
 from vlcache_jax.models.families.llava.model import Llava
 
 
@@ -45,12 +46,13 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=50, help="text tokens after the image, the rows that score")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--decode-attention", nargs="+", default=["xla_wide", "pallas_gpu"], help="implementations")
+    parser.add_argument("--layout", choices=sorted(LAYOUTS), default="apart", help="of the weights")
     parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--rounds", type=int, default=100, help="copies inside one program")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
-    model = Llava(harness.SHAPES[args.shape], jnp.bfloat16)
+    model = Llava(harness.SHAPES[args.shape], jnp.bfloat16, layout=args.layout)
     params = harness.random_params(model, dtype=jnp.bfloat16)
     block = jnp.zeros(args.copy_bytes // 2, jnp.bfloat16)
     copy = harness.repeated_copy(args.rounds)

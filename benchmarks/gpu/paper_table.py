@@ -41,7 +41,7 @@ def prompts_of(config: LlavaConfig, batch: int, length: int) -> vlc.Batch:
 
 def ours(config: LlavaConfig, batch: int, length: int, policy: vlc.Policy, steps: int) -> tuple[Run, Callable[[], Any]]:
     """A run, and the peak of memory in bytes."""
-    model = Llava(config, jnp.bfloat16)
+    model = Llava(config, jnp.bfloat16, layout="apart")  # as `vlc.load` has it on one GPU
     params = harness.random_params(model, dtype=jnp.bfloat16)
     prompts = prompts_of(config, batch, length)
 
@@ -142,7 +142,10 @@ def main() -> None:
     options = [x for k, v in settings.items() for x in (f"--{k}", str(v))]
     rows, lines = [], []
     for case in args.cases:
-        found = {side: in_own_process(side, case, options, args.limit) for side in args.sides}
+        found = {}
+        for side in args.sides:
+            found[side] = in_own_process(side, case, options, args.limit)
+            print(case, side, json.dumps(found[side]), flush=True)  # a run that is cut short has shown what it had
         for side, result in found.items():
             rows.append({"case": case, "side": side, **result})
             if "failed" in result:

@@ -6,6 +6,7 @@ import jax
 
 from vlcache_jax.kernels.attention import cudnn, reference, splash_tpu, xla, xla_wide
 from vlcache_jax.kernels.attention.mask import CAUSAL, Mask
+from vlcache_jax.kernels.cards import OnCard
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -15,7 +16,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla_wide": xla_wide.attention,
     "reference": reference.attention,
 }
-_ORDER = {"tpu": ("splash_tpu", "xla_wide"), "cuda": ("xla_wide",), "default": ("xla",)}
+_ORDER: dict[str, tuple[str | OnCard, ...]] = {
+    "tpu": ("splash_tpu", "xla_wide"),
+    "cuda": (OnCard("cudnn", (8, 0)), "xla_wide"),
+    "default": ("xla",),
+}
 
 
 def attention(

@@ -1,7 +1,9 @@
 """Plain XLA for GPUs: blocks of columns, all heads and rows of a block at once.
 
-A block of logits is small enough to stay in the L2 cache of a large GPU. Without the rows' log-sum-exp (or maximum,
-where entries are counted) a first pass over the blocks computes it.
+Rows come in blocks, each prompt's from its own first one on. The first block, which is mostly all there is, stands
+before the loop over the others: on a GPU the host waits for the condition of every turn of a loop whose number of turns
+is data. Without the rows' log-sum-exp (or maximum, where entries are counted) a first pass over the columns computes
+it.
 """
 
 import jax
@@ -11,7 +13,8 @@ from vlcache_jax.kernels.column_statistics.types import ColumnStatistics, Option
 from vlcache_jax.kernels.varying import varying
 
 _ROWS = 128  # rows of a block
-_COLUMNS = 4096  # columns of a block
+_COLUMNS = 4096  # columns of a block, whose logits stay in the L2 cache of a large GPU
+_AT_ONCE = 2**29  # bytes of logits up to which all columns are one block: a loop would make the logits twice
 
 
 def column_statistics(
@@ -21,30 +24,35 @@ def column_statistics(
     batch, size, heads = query.shape[:3]
     length, kv_heads = key.shape[1:3]
     group = heads // kv_heads
-    height, width = min(_ROWS, size), min(_COLUMNS, length)
+    height = min(_ROWS, size)
+    width = length if 4 * batch * heads * height * length <= _AT_ONCE else min(_COLUMNS, length)
     need_lse = lse is None
     need_maximum = maximum is None and (need_lse or options.log_threshold is not None)
     lowest = jnp.finfo(jnp.float32).min
+    k = key.swapaxes(1, 2)  # [batch, kv_heads, length, d]
+    arrays = query, k, rows, lse, maximum
 
-    def by_head(x: jax.Array) -> jax.Array:  # [batch, rows, heads, ...] -> [batch, kv_heads, group, rows, ...]
-        return jnp.moveaxis(x.reshape(batch, size, kv_heads, group, *x.shape[3:]), 1, 3)
+    def add_rows(number, columns, state):
+        """Adds a block of rows, which see no column of the blocks from `columns` on."""
+        index = (rows.low + number * height)[:, None] + jax.lax.iota(jnp.int32, height)[None]  # [batch, height]
+        inside = index < rows.high[:, None]
+        at = jnp.minimum(index, size - 1)
 
-    nothing = jnp.full((batch, size, heads), -jnp.inf, jnp.float32)
-    q, k = by_head(query), key.swapaxes(1, 2)  # [batch, kv_heads, length, d]
-    start, low, high = (x[:, None, None, None, None] for x in rows[:3])
+        def take(x):
+            return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-    def rows_from(at, wanted, state):
-        """Adds the rows wanted .. at + height - 1; at <= wanted where the last block is shifted back to fit."""
-        part = jax.lax.dynamic_slice_in_dim(q, at, height, axis=3)
-        index = at + jax.lax.iota(jnp.int32, height)[None, None, None, :, None]
-        chosen = (index >= jnp.maximum(wanted, low)) & (index < high)  # [batch, 1, 1, height, 1]
-        blocks: jax.Array | int = -(-length // width)
-        seen = start + index
-        if rows.last is not None:
-            seen = jax.lax.dynamic_slice_in_dim(rows.last, at, height, axis=1)[:, None, None, :, None]
-        elif size > height:  # no block beyond the last row's own column; one block of rows has a static number
-            last = jnp.max(start + jnp.minimum(high, at + height))
-            blocks = jnp.clip((last + width - 1) // width, 0, blocks)
+        def by_head(x):  # [batch, height, heads, ...] -> [batch, kv_heads, group, height, ...]
+            return jnp.moveaxis(x.reshape(batch, height, kv_heads, group, *x.shape[3:]), 1, 3)
+
+        def put(name, x):  # [batch, kv_heads, group, height] into [batch, size, heads]
+            x = x.reshape(batch, heads, height).swapaxes(1, 2)
+            row = jax.lax.iota(jnp.int32, batch)[:, None]
+            return state[name].at[row, jnp.where(inside, index, size)].set(x, mode="drop")
+
+        part = by_head(take(query))
+        chosen = inside[:, None, None, :, None]
+        seen = rows.start[:, None] + index if rows.last is None else take(rows.last)
+        seen = seen[:, None, None, :, None]
 
         def block(i):
             left = jnp.minimum(i * width, length - width)
@@ -54,74 +62,80 @@ def column_statistics(
             visible = (column >= i * width) & (column <= seen) & chosen
             return left, jnp.where(visible, logits, lowest), visible
 
-        top, log_sum = (jax.lax.dynamic_slice_in_dim(state[x], at, height, axis=3) for x in ("maximum", "lse"))
+        new = dict(state)
+        top, log_sum = (None if x is None else by_head(take(x.astype(jnp.float32))) for x in (maximum, lse))
         if need_lse or need_maximum:
 
             def measure(i, carry):
                 highest, total = carry
                 _, logits, _ = block(i)
-                new = jnp.maximum(highest, jnp.max(logits, axis=-1))
+                higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
                 if need_lse:
-                    total = total * jnp.exp(highest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
-                return new, total
+                    total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
+                return higher, total
 
-            zero = jnp.zeros(top.shape, jnp.float32)
-            highest, total = jax.lax.fori_loop(0, blocks, measure, varying((zero + lowest, zero), q, k, rows))
-            inside = chosen[..., 0]
+            zero = jnp.zeros(part.shape[:-1], jnp.float32)
+            highest, total = jax.lax.fori_loop(0, columns, measure, varying((zero + lowest, zero), *arrays))
             if need_maximum:
-                top = jnp.where(inside, highest, top)
+                top = highest
+                new["maximum"] = put("maximum", top)
             if need_lse:
-                log_sum = jnp.where(inside, highest + jnp.log(jnp.where(inside, total, 1)), log_sum)
+                log_sum = highest + jnp.log(jnp.where(chosen[..., 0], total, 1))
+                new["lse"] = put("lse", log_sum)
         shift = jnp.where(chosen, log_sum[..., None], 0)
 
         def add(i, sums):
             left, logits, visible = block(i)
             weights = jnp.where(visible, jnp.exp(logits - shift), 0)
-            new = dict(sums)
+            more = dict(sums)
             old = jax.lax.dynamic_slice_in_dim(sums["sums"], left, width, axis=3)
-            new["sums"] = jax.lax.dynamic_update_slice_in_dim(
+            more["sums"] = jax.lax.dynamic_update_slice_in_dim(
                 sums["sums"], old + jnp.sum(weights, axis=3), left, axis=3
             )
             if options.log_threshold is not None:
                 large = (logits - top[..., None] >= options.log_threshold) & visible
-                new["counts"] = sums["counts"] + jnp.sum(large, axis=(3, 4)).astype(jnp.float32)
+                more["counts"] = sums["counts"] + jnp.sum(large, axis=(3, 4)).astype(jnp.float32)
             if options.column_maximum:
                 old = jax.lax.dynamic_slice_in_dim(sums["column_maximum"], left, width, axis=3)
-                new["column_maximum"] = jax.lax.dynamic_update_slice_in_dim(
+                more["column_maximum"] = jax.lax.dynamic_update_slice_in_dim(
                     sums["column_maximum"], jnp.maximum(old, jnp.max(weights, axis=3)), left, axis=3
                 )
-            return new
+            return more
 
-        new = jax.lax.fori_loop(0, blocks, add, {n: x for n, x in state.items() if n not in ("lse", "maximum")})
-        for name, value in (("lse", log_sum), ("maximum", top)):
-            new[name] = jax.lax.dynamic_update_slice_in_dim(state[name], value, at, axis=3)
-        return new
+        of_columns = {n: x for n, x in state.items() if n not in ("lse", "maximum")}
+        return new | jax.lax.fori_loop(0, columns, add, of_columns)
+
+    def add_more(number, state):
+        """As `add_rows`, of which no block of columns is looked at that lies beyond what the rows see."""
+        end = jnp.minimum(rows.low + (number + 1) * height, rows.high)
+        columns = -(-length // width)
+        if rows.last is None:
+            columns = jnp.clip((jnp.max(rows.start + end) + width - 1) // width, 0, columns)
+        return add_rows(number, columns, state)
 
     zero = jnp.zeros((batch, kv_heads, group, length), jnp.float32)
+    nothing = jnp.full((batch, size, heads), -jnp.inf, jnp.float32)
     state = {"sums": zero}
-    state["lse"], state["maximum"] = (by_head(nothing if x is None else x.astype(jnp.float32)) for x in (lse, maximum))
+    if need_lse:
+        state["lse"] = nothing
+    if need_maximum:
+        state["maximum"] = nothing
     if options.log_threshold is not None:
         state["counts"] = zero[..., 0]
     if options.column_maximum:
         state["column_maximum"] = zero
-    state = varying(state, q, k, rows, lse, maximum)
-    if size == height:
-        state = rows_from(0, 0, state)
-    else:
-        state = jax.lax.fori_loop(
-            jnp.min(rows.low) // height,
-            (jnp.max(rows.high) + height - 1) // height,
-            lambda i, state: rows_from(jnp.minimum(i * height, size - height), i * height, state),
-            state,
-        )
+    state = add_rows(0, -(-length // width), varying(state, *arrays))
+    if size > height:
+        blocks = (jnp.max(rows.high - rows.low) + height - 1) // height
+        state = jax.lax.fori_loop(1, blocks, add_more, state)
 
-    def by_row(x: jax.Array) -> jax.Array:  # [batch, kv_heads, group, rows] -> [batch, rows, heads]
-        return spread(rows, x.reshape(batch, heads, size).swapaxes(1, 2))
+    def of_rows(name, given):
+        return state[name] if name in state else None if given is None else spread(rows, given.astype(jnp.float32))
 
     return ColumnStatistics(
         sums=state["sums"].reshape(batch, heads, length),
         counts=state["counts"].reshape(batch, heads) if "counts" in state else None,
-        lse=by_row(state["lse"]),
-        maximum=by_row(state["maximum"]) if need_maximum or maximum is not None else None,
+        lse=of_rows("lse", lse),
+        maximum=of_rows("maximum", maximum),
         column_maximum=state["column_maximum"].reshape(batch, heads, length) if options.column_maximum else None,
     )

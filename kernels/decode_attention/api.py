@@ -6,13 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.kernels.decode_attention import pallas_tpu, reference, xla
-from vlcache_jax.kernels.decode_attention.experimental import pallas_gpu
+from vlcache_jax.kernels.cards import OnCard
+from vlcache_jax.kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import Implementation, bound, dispatch
 from vlcache_jax.kernels.precision import PRECISIONS, Coded
 
-ORDER = {"tpu": ("pallas_tpu", "xla"), "cuda": ("xla_wide",), "default": ("xla",)}
+ORDER: dict[str, tuple[str | OnCard, ...]] = {
+    "tpu": ("pallas_tpu", "xla"),
+    "cuda": (OnCard("pallas_gpu", (9, 0), (10, 0)), "xla_wide"),
+    "default": ("xla",),
+}
 
 
 def decode_attention(

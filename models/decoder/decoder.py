@@ -204,11 +204,13 @@ class Decoder(nn.Module):
             body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
         state, items = (hidden, carry), (xs, windowed, numbers)
         if not isinstance(self.layers, DecoderLayer):
-            outputs = []
+            ys = None
             for number, layer in enumerate(self.layers[first:end]):
-                state, ys = body(layer, state, jax.tree.map(lambda x: x[number], items))  # noqa: B023
-                outputs.append(ys)
-            ys = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+                state, of_layer = body(layer, state, jax.tree.map(lambda x: x[number], items))  # noqa: B023
+                if number == 0:
+                    ys = jax.tree.map(lambda y: jnp.zeros((end - first, *y.shape), y.dtype), of_layer)
+                # In place, as in a scan: to stack them at the end would hold all of them twice.
+                ys = jax.tree.map(lambda all, y: all.at[number].set(y), ys, of_layer)  # noqa: B023
         elif (first, end) == (0, c.num_layers):
             # Without the check, which would trace the layer once more: nothing is broadcast out of the scan.
             scan = nn.scan(

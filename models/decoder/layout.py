@@ -28,13 +28,14 @@ class Layout:
     own_head: bool = False
 
 
-LAYOUTS = {"stacked": Layout(), "cpu": Layout(layers_apart=True, fused=True, own_head=True)}
-"""By name. "stacked" is for accelerators, meshes, training and checkpoints.
+LAYOUTS = {"stacked": Layout(), "apart": Layout(layers_apart=True, fused=True, own_head=True)}
+"""By name. "stacked" is for TPUs, meshes, training and checkpoints.
 
-"cpu" is for inference on a CPU. From stacked layers XLA's CPU backend copies the weights of each layer before it
-multiplies with them, at every decoded token, and each product costs a fixed time; a step takes half as long with this
-layout. A product with a table of embeddings as it lies takes several times as long as one with its transposed copy. The
-price is a program that grows with the number of layers, and so does its compile time. Tokens are the same.
+"apart" is for inference on one CPU or GPU. From stacked layers XLA's backends for both copy the weights of each layer
+before they multiply with them, at every decoded token, and each product costs a fixed time; a step takes half as long
+with this layout. On a CPU a product with a table of embeddings as it lies takes several times as long as one with its
+transposed copy. The price is a program that grows with the number of layers, and so does its compile time. Tokens are
+the same.
 """
 
 _FUSED = (("query", "key", "value"), ("gate", "up"))

@@ -56,7 +56,7 @@ class FamilyModule(nn.Module):
       config: what it is made of, a `ModelConfig`.
       dtype: of the computation.
       remat: recompute decoder layers in the backward pass (for fine-tuning large models).
-      layout: how the decoder's weights lie, "stacked" or "cpu" (`models.decoder.layout.LAYOUTS`).
+      layout: how the decoder's weights lie, "stacked" or "apart" (`models.decoder.layout.LAYOUTS`).
     """
 
     config: Any

@@ -42,7 +42,7 @@ class VLM:
         """The same, the decoder's weights in another layout; arrays that it does not change are shared.
 
         Args:
-          layout: "stacked" or "cpu", see `load`.
+          layout: "stacked" or "apart", see `load`.
 
         Raises:
           InputError: an unknown layout.
@@ -85,10 +85,10 @@ def load(
         each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
       revision: of a model on the Hub: a branch, tag or commit; "main" by default.
       allow_links: follow links that lead out of the folder, as in the stores of models that other programs keep.
-      layout: how the decoder's weights lie: "stacked", for accelerators, meshes and training; or "cpu", layers apart
-        and projections of one input as one matrix, with which a CPU decodes about twice as fast while programs grow
-        with the number of layers. Tokens are the same. None: "cpu" on a CPU without a mesh if parameters have the dtype
-        of the computation, as for inference, else "stacked". `VLM.with_layout` changes it.
+      layout: how the decoder's weights lie: "stacked", for TPUs, meshes and training; or "apart", each layer by itself
+        and projections of one input as one matrix, with which a CPU or GPU decodes about twice as fast while programs
+        grow with the number of layers. Tokens are the same. None: "apart" on a CPU or GPU without a mesh if parameters
+        have the dtype of the computation, as for inference, else "stacked". `VLM.with_layout` changes it.
 
     Returns:
       Model, parameters, processor and config.
@@ -96,7 +96,7 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
         model cannot be downloaded.
-      InputError: an unknown dtype or layout, the layout "cpu" on a mesh, or buckets that are not positive whole
+      InputError: an unknown dtype or layout, the layout "apart" on a mesh, or buckets that are not positive whole
         numbers.
 
     Warns:
@@ -111,9 +111,9 @@ def load(
     dtype, param_dtype = _dtype("dtype", dtype), _dtype("param_dtype", dtype if param_dtype is None else param_dtype)
     if layout is None:
         inference = mesh is None and param_dtype == dtype
-        layout = "cpu" if inference and default_device().platform == "cpu" else "stacked"
+        layout = "apart" if inference and default_device().platform in ("cpu", "gpu") else "stacked"
     if layout_of(layout).layers_apart and mesh is not None:
-        raise InputError(f"layout={layout!r} is for one CPU, and a mesh was given: leave one of them out")
+        raise InputError(f"layout={layout!r} is for one device, and a mesh was given: leave one of them out")
     folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets)

@@ -18,11 +18,11 @@ from vlcache_jax.kernels.varying import refuse_if_checked
 
 _ROWS = 64  # of a wgmma
 _BLOCK = 64  # slots
+_TILE = 8  # slots: a copy to shared memory starts at a multiple of them
 _SWIZZLE = 128  # bytes
 _PROCESSORS = 132  # of an H100 or H200
-_PER_PROCESSOR = 2  # warpgroups that fit
-_MIN_PART = 256  # slots worth a part of their own
-_MEMORY = 112 * 1024  # shared memory of one warpgroup
+_MIN_PART = 128  # slots worth a part of their own
+_MEMORY = 112 * 1024  # shared memory of one warpgroup: two fit on a processor
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -55,20 +55,34 @@ def decode_attention(
         raise NotImplementedError(f"head size {head_dim}: only 64, 128, 192 and 256")
     if rows > _ROWS:
         raise NotImplementedError(f"{rows} queries of a KV head: at most {_ROWS}")
-    if store.slots < _BLOCK:
-        raise NotImplementedError(f"{store.slots} slots: at least {_BLOCK}")
+    if store.slots < _BLOCK or store.slots % _TILE:
+        raise NotImplementedError(f"{store.slots} slots: at least {_BLOCK}, and a multiple of {_TILE}")
 
-    wanted = -(-_PROCESSORS * _PER_PROCESSOR // (batch * kv_heads))
-    parts = max(1, min(wanted, -(-store.slots // _MIN_PART)))
+    tables = (segments.offsets, segments.offsets + lengths)
+    offsets, ends = (jnp.broadcast_to(x, (batch, kv_heads)).astype(jnp.int32) for x in tables)
+    return _attend(query, store.keys, store.values, offsets, ends, scale, causal, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "interpret"))  # compiled once for all layers
+def _attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    offsets: jax.Array,
+    ends: jax.Array,
+    scale: float,
+    causal: bool,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    batch, n, heads, head_dim = query.shape
+    kv_heads, (lanes, slots) = offsets.shape[1], keys.shape[1:3]
+    group = heads // kv_heads
+    rows = n * group
+    parts = max(1, min(_PROCESSORS // (batch * kv_heads), slots // _MIN_PART))
     buffers = 3 if (6 * _BLOCK + _ROWS) * head_dim * 2 <= _MEMORY else 2
 
     q = query.reshape(batch, n, kv_heads, group, head_dim).swapaxes(1, 2).reshape(batch, kv_heads, rows, head_dim)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, _ROWS - rows), (0, 0)))
-
-    def per_head(table: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(table, (batch, kv_heads)).astype(jnp.int32)
-
-    offsets, ends = per_head(segments.offsets), per_head(segments.offsets + lengths)
     kernel = functools.partial(
         _kernel,
         scale=scale,
@@ -76,7 +90,7 @@ def decode_attention(
         group=group,
         parts=parts,
         buffers=buffers,
-        heads_per_lane=kv_heads // store.lanes,
+        heads_per_lane=kv_heads // lanes,
         dots=_TensorCore if interpret in (None, False) else _Interpreted,
     )
     out, lse = plgpu.kernel(
@@ -89,7 +103,7 @@ def decode_attention(
         grid_names=("row", "head", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if interpret in (None, False) else {"interpret": interpret}),
-    )(offsets, ends, q, store.keys, store.values)
+    )(offsets, ends, q, keys, values)
 
     out, lse = out[:, :, :, :rows], lse[:, :, :, :rows]
     whole = jax.scipy.special.logsumexp(lse, axis=2)
@@ -124,7 +138,8 @@ def _kernel(
     row, head, part = (jax.lax.axis_index(name) for name in ("row", "head", "part"))
     lane = jax.lax.div(head, jnp.int32(heads_per_lane))
     offset, end = offsets_ref[row, head], ends_ref[row, head]
-    blocks = jax.lax.div(end - offset + (_BLOCK - 1), jnp.int32(_BLOCK))
+    aligned = jax.lax.div(offset, jnp.int32(_TILE)) * _TILE
+    blocks = jax.lax.div(end - aligned + (_BLOCK - 1), jnp.int32(_BLOCK))
     share = jax.lax.div(blocks + (parts - 1), jnp.int32(parts))
     first = part * share
     steps = jnp.maximum(jnp.minimum(share, blocks - first), 0)
@@ -133,7 +148,7 @@ def _kernel(
 
     def body(q_smem: Any, k_smem: Any, v_smem: Any, q_barrier: Any, k_barriers: Any, v_barriers: Any) -> None:
         def start_of(step: Any) -> Any:  # the last block of the store is shifted back to fit
-            return jnp.minimum(offset + (first + step) * _BLOCK, slots - _BLOCK)
+            return jnp.minimum(aligned + (first + step) * _BLOCK, slots - _BLOCK)
 
         def fetch(step: Any, buffer: Any) -> None:
             source = (row, lane, pl.ds(start_of(step), _BLOCK))
@@ -152,7 +167,7 @@ def _kernel(
             out, highest, total = carry
             buffer = jax.lax.rem(step, jnp.int32(buffers))
             start = start_of(step)
-            wanted = offset + (first + step) * _BLOCK
+            wanted = jnp.maximum(aligned + (first + step) * _BLOCK, offset)
             plgpu.barrier_wait(k_barriers.at[buffer])
 
             logits = dots.logits(q_smem, k_smem.at[buffer]) * scale
