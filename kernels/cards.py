@@ -40,4 +40,5 @@ def compute_capability() -> tuple[int, int] | None:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return None
-    return min(tuple(map(int, device.compute_capability.split("."))) for device in devices)
+    found = (device.compute_capability.split(".") for device in devices)
+    return min((int(major), int(minor)) for major, minor in found)

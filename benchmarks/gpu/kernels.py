@@ -74,16 +74,19 @@ def main() -> None:
                 seconds, kernels = harness.timed(run) / count, kernel_times(run)
                 name = f"{size} {policy.name} {part}"
                 total, launches = (sum(x[i] for x in kernels.values()) / count for i in (1, 0))
-                print(f"{name}: {seconds * 1e3:.3f} ms; kernels {total * 1e3:.3f} ms, {launches:.0f} launches; "
-                      f"the first run {first[part]:.1f} s")  # fmt: skip
                 longest = sorted(kernels.items(), key=lambda item: -item[1][1])[: args.shown]
                 if longest:
-                    harness.table(["kernel", "launches", "ms"], [
+                    harness.table([name, "launches", "ms"], [
                         [kernel[:80], f"{n / count:.1f}", f"{t / count * 1e3:.3f}"] for kernel, (n, t) in longest
                     ])  # fmt: skip
                 rows.append({"name": name, "seconds": seconds, "kernel_seconds": total, "launches": launches,
                              "first_seconds": first[part]})  # fmt: skip
             del started
+    names = {"seconds": "ms", "kernel_seconds": "kernels, ms", "launches": "launches", "first_seconds": "first run, s"}
+    factors = (1e3, 1e3, 1, 1)
+    harness.table(["", *names.values()], [
+        [row["name"], *(f"{row[name] * by:.3f}" for name, by in zip(names, factors, strict=True))] for row in rows
+    ])  # fmt: skip
     harness.finish("kernels", {k: v for k, v in vars(args).items() if k != "json"}, rows, args.json)
 
 

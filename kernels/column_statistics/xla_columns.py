@@ -63,7 +63,8 @@ def column_statistics(
             return left, jnp.where(visible, logits, lowest), visible
 
         new = dict(state)
-        top, log_sum = (None if x is None else by_head(take(x.astype(jnp.float32))) for x in (maximum, lse))
+        zero = jnp.zeros(part.shape[:-1], jnp.float32)
+        top, log_sum = (zero if x is None else by_head(take(x.astype(jnp.float32))) for x in (maximum, lse))
         if need_lse or need_maximum:
 
             def measure(i, carry):
@@ -74,7 +75,6 @@ def column_statistics(
                     total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
                 return higher, total
 
-            zero = jnp.zeros(part.shape[:-1], jnp.float32)
             highest, total = jax.lax.fori_loop(0, columns, measure, varying((zero + lowest, zero), *arrays))
             if need_maximum:
                 top = highest
@@ -109,9 +109,9 @@ def column_statistics(
         """As `add_rows`, of which no block of columns is looked at that lies beyond what the rows see."""
         end = jnp.minimum(rows.low + (number + 1) * height, rows.high)
         columns = -(-length // width)
-        if rows.last is None:
-            columns = jnp.clip((jnp.max(rows.start + end) + width - 1) // width, 0, columns)
-        return add_rows(number, columns, state)
+        if rows.last is not None:
+            return add_rows(number, columns, state)
+        return add_rows(number, jnp.clip((jnp.max(rows.start + end) + width - 1) // width, 0, columns), state)
 
     zero = jnp.zeros((batch, kv_heads, group, length), jnp.float32)
     nothing = jnp.full((batch, size, heads), -jnp.inf, jnp.float32)
