@@ -55,8 +55,9 @@ def attention(
           "splash_tpu"  JAX's splash attention for TPUs. Causal, with or without a window, with or without blocks
                         (which take it a second pass). Its gradient with lse or blocks is that of "xla_wide".
           "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
-                        capability 8.0 and later. Causal (a window too) or full, bfloat16 or float16. A program that holds it can only be made
-                        where JAX finds cuDNN, so it is a default only where such a card is attached.
+                        capability 8.0 and later. Causal (a window too) or full, bfloat16 or float16. A program that
+                        holds it can only be made where JAX finds cuDNN, so it is a default only where such a card is
+                        attached.
           "xla_wide"    for accelerators: all heads at once, query rows in chunks where there are many.
           "xla"         for CPUs: one head at a time, query rows in chunks.
           "reference"   the definition.
