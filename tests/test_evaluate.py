@@ -155,6 +155,22 @@ def test_kill_9_at_a_random_moment(checkpoint, data, finished, tmp_path, capsys,
     assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
 
 
+def test_two_programs_share_the_samples(checkpoint, data, finished, tmp_path, capsys):
+    """Each has its part, one of them on a mesh; a sample that one has answered is not answered by another one."""
+    for share, more in (("0/2", []), ("1/2", ["--mesh", "data=4,model=2", "--rows", 4])):
+        evaluation(checkpoint, data, tmp_path, "--policy", POLICY, "--share", share, *more)
+    parts = [lines(tmp_path / f"part-{i}-of-2") for i in range(2)]
+    assert [len(part) for part in parts] == [7, 7]
+    assert {key: line["answer"] for part in parts for key, line in part.items()} == {
+        key: line["answer"] for key, line in lines(finished).items()
+    }
+    evaluation(checkpoint, data, tmp_path, "--policy", POLICY)
+    assert not list(tmp_path.glob("vl_cache*"))
+    assert table(tmp_path, capsys).splitlines()[3:] == [
+        line for line in table(finished, capsys).splitlines()[3:] if POLICY in line
+    ]
+
+
 def test_another_evaluation_is_refused_with_the_differences(checkpoint, data, finished, capsys):
     arguments = ["evaluate", "--model", checkpoint, "--data", data, "--out", finished, "--max-new-tokens", 7, *OPTIONS]
     assert main([str(x) for x in arguments]) == 2
@@ -235,6 +251,7 @@ def test_bad_data(tmp_path, name, text, message):
         (["--task", "vqa"], "task 'vqa' is not known"),
         (["--metric", "f1"], "metric 'f1' is not known"),
         (["--policy", "nothing"], "nothing"),
+        (["--share", "2/2"], "--share '2/2' is not of the form I/N"),
     ],
 )
 def test_bad_arguments_before_anything_is_loaded(data, tmp_path, capsys, arguments, message):

@@ -33,9 +33,9 @@ class OpenedCheckpoint:
         """Raises what `prefill` would, before weights are read."""
         check_prefill(self.model.spec, batch, policy, max_new_tokens)
 
-    def load(self, layout: str | None = None) -> "loading.VLM":
+    def load(self, layout: str | None = None, mesh: jax.sharding.Mesh | None = None) -> "loading.VLM":
         """Reads the weights."""
-        return loading.load(self.folder, self.dtype, layout=layout)
+        return loading.load(self.folder, self.dtype, mesh, layout=layout)
 
 
 def keep_programs(wanted: bool, progress: Progress) -> None:

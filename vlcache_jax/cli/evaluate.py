@@ -3,13 +3,15 @@
 import argparse
 
 from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
-from vlcache_jax.cli.options import output_folder
+from vlcache_jax.cli.options import device_mesh, output_folder
 from vlcache_jax.cli.process import remark
 from vlcache_jax.cli.report import show
+from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.evaluate import evaluate
 from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
 from vlcache_jax.policies import policy_by_name
+from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -24,11 +26,13 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     opened = open_checkpoint(
         arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
     )
+    share = None if arguments.share is None else _share(arguments.share)
+    mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     folder = output_folder(arguments.out, "--out")
     keep_programs(not arguments.no_compilation_cache, progress)
     progress.step("loading the weights")
     summaries = evaluate(
-        opened.load(),
+        opened.load(mesh=mesh),
         arguments.data,
         policies,
         folder,
@@ -39,9 +43,17 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         suffix=arguments.suffix,
         metric=arguments.metric,
         name=str(arguments.model),
+        share=share,
         progress=progress,
         **({} if arguments.rows is None else {"rows": arguments.rows}),
     )
     progress.close()
     show({str(folder): summaries}, arguments)
     remark(f"the answers are in {folder}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--share {words.shown(text)} is not of the form I/N, such as 0/4, with I below N")
+    return int(index), int(count)

@@ -1,10 +1,16 @@
 """From what was typed to files; everything wrong is refused before any work."""
 
+import argparse
+import math
 import tempfile
 from pathlib import Path
 
+import jax
+from jax.sharding import AxisType
+
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.writing import check_target, make_folder
+from vlcache_jax.terminal import words
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf"}
 
@@ -46,3 +52,27 @@ def check_writable(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"{what} cannot be written there ({error.strerror}): choose another path") from error
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """The sizes of "data=2,model=4". Raises InputError for anything else."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        try:
+            wanted = words.whole(1)(size)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--mesh {words.shown(text)} is not of the form data=2,model=4: {error}") from None
+        if name in axes:
+            raise InputError(f"--mesh {words.shown(text)} names {name!r} twice")
+        axes[name] = wanted
+    return axes
+
+
+def device_mesh(text: str) -> jax.sharding.Mesh:
+    """A mesh of all devices with these axes. Raises InputError if it does not fit them."""
+    axes = mesh_axes(text)
+    count = math.prod(axes.values())
+    if count != jax.device_count():
+        raise InputError(f"--mesh {words.shown(text)} is of {count} devices: there are {jax.device_count()}")
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

@@ -199,6 +199,8 @@ def _evaluate(commands: Any) -> None:
     parser.value("--suffix", words.words, "TEXT", "what follows each question (default: the task's)")
     parser.value("--metric", str, "NAME", "how answers are scored (default: the task's)")
     parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
+    parser.value("--share", str, "I/N", "answer every N-th sample from the I-th on (0 to N - 1); start N such programs")
+    parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")

@@ -5,14 +5,13 @@ import json
 
 import jax
 
+from vlcache_jax.cli.options import mesh_axes
 from vlcache_jax.cli.process import emit
-from vlcache_jax.errors import InputError
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import policy_text
-from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import table
 
@@ -23,7 +22,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command."""
     policy = policy_by_name(arguments.policy)
     compare = [policy_by_name(text) for text in arguments.compare]
-    mesh = None if arguments.mesh is None else _mesh(arguments.mesh)
+    mesh = None if arguments.mesh is None else mesh_axes(arguments.mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
     found = plan(
         _model(arguments),
@@ -50,20 +49,6 @@ def _model(arguments: argparse.Namespace) -> str | CheckpointFolder:
     return find_checkpoint(
         arguments.model, revision=arguments.revision, allow_links=arguments.allow_links, weights=False
     )
-
-
-def _mesh(text: str) -> dict[str, int]:
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        try:
-            wanted = words.whole(1)(size)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--mesh {words.shown(text)} is not of the form data=2,model=4: {error}") from None
-        if name in axes:
-            raise InputError(f"--mesh {words.shown(text)} names {name!r} twice")
-        axes[name] = wanted
-    return axes
 
 
 def describe(found: Plan) -> str:

@@ -39,6 +39,7 @@ def evaluate(
     suffix: str | None = None,
     metric: str | None = None,
     name: str = "",
+    share: tuple[int, int] | None = None,
     progress: Progress | None = None,
     **engine: Any,
 ) -> list[Summary]:
@@ -57,11 +58,13 @@ def evaluate(
       limit: only the first samples.
       max_new_tokens, suffix, metric: other than the task's.
       name: of the model, for the folder: another one cannot go on there.
+      share: (i, n) answers every n-th sample, from the i-th on (0 to n - 1): n programs, on as many hosts or devices,
+        share the work, and any of them may be started again. By default JAX's processes do so, where there are several.
       progress: shows samples and tokens a second, rows in flight and what is kept; nothing by default.
       **engine: options of `vlc.Engine`.
 
     Returns:
-      A summary for each policy.
+      A summary for each policy, of what all programs have answered so far.
 
     Raises:
       InputError: files that are none, columns or ids that are wrong, an unknown task or metric, or a folder that holds
@@ -87,12 +90,16 @@ def evaluate(
         "task": task,
         **dataclasses.asdict(asked),
     }
-    folder = RunFolder.begin(Path(out), settings)
-    with only_writer(folder.path):
+    index, count = share or (jax.process_index(), jax.process_count())
+    if not 0 <= index < count:
+        raise InputError(f"share={share}: give (i, n), i from 0 to n - 1")
+    folder = RunFolder.begin(Path(out), settings, f"part-{index}-of-{count}" if count > 1 else "")
+    own = ids[index::count]
+    with only_writer(folder.own):
         for text, policy in known.items():
             done = folder.results(text)
-            if missing := len([name for name in ids if name not in done]):
-                one = _OnePolicy(vlm, folder, text, asked, progress, ids, missing)
+            if missing := {name for name in own if name not in done}:
+                one = _OnePolicy(vlm, folder, text, asked, progress, missing)
                 one.run(lambda: _first(read_samples(files), limit), policy, engine)
     progress.step("scoring")
     return summarise(folder, names, compare)
@@ -109,41 +116,40 @@ class _OnePolicy:
     """The samples that one policy has yet to answer."""
 
     def __init__(
-        self, vlm: VLM, folder: RunFolder, name: str, task: Task, progress: Progress, ids: list[str], missing: int
+        self, vlm: VLM, folder: RunFolder, name: str, task: Task, progress: Progress, missing: set[str]
     ) -> None:
         self._vlm, self._folder, self._name, self._task = vlm, folder, name, task
-        self._progress, self._all, self._missing = progress, ids, missing
+        self._progress, self._missing = progress, missing
         self._pending: dict[str, Sample] = {}
 
     def run(self, samples: Any, policy: Any, options: dict[str, Any]) -> None:
         """Answers them."""
-        done, start = self._folder.results(self._name), time.monotonic()
+        start = time.monotonic()
         sizes = self._folder.sizes(self._name)
         most = max([self._task.max_new_tokens, *(sample.max_new_tokens or 0 for sample in samples())])
-        known = sizes or {"buckets": self._folder.buckets(), "most_rows": min(len(self._all), usual_rows())}
+        known = sizes or {"buckets": self._folder.buckets(), "most_rows": min(len(self._missing), usual_rows())}
         options = {"max_new_tokens": most, **known, **options} | (sizes or {})
         engine = Engine(self._vlm, policy, **options)
         self._progress.step(f"{self._name}: measuring the prompts, and compiling")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PolicyWarning)
-            stats = engine.warmup(self._requests(samples(), {}, keep=False))
+            stats = engine.warmup(self._task.request(sample, self._vlm.processor) for sample in samples())
             if sizes is None:
                 sizes = {"buckets": [list(bucket) for bucket in engine.buckets], "rows": stats.rows}
                 self._folder.add_start(self._name, {"sizes": sizes})
-            self._progress.step(self._name, total=self._missing)
+            self._progress.step(self._name, total=len(self._missing))
             kept = 0.0
-            for number, result in enumerate(engine.run(self._requests(samples(), done, keep=True)), 1):
+            for number, result in enumerate(engine.run(self._requests(samples())), 1):
                 self._folder.add(self._name, self._line(self._pending.pop(result.id), result))
                 kept += result.kept_fraction or 0
                 self._progress.advance()
                 self._progress.describe(_describe(self._name, engine, number, kept, time.monotonic() - start))
         self._folder.add_start(self._name, {"stats": dataclasses.asdict(engine.stats()), "jax": jax.__version__})
 
-    def _requests(self, samples: Iterable[Sample], done: Any, keep: bool) -> Iterator[Request]:
+    def _requests(self, samples: Iterable[Sample]) -> Iterator[Request]:
         for sample in samples:
-            if sample.id not in done:
-                if keep:
-                    self._pending[sample.id] = dataclasses.replace(sample, images=())
+            if sample.id in self._missing:
+                self._pending[sample.id] = dataclasses.replace(sample, images=())
                 yield self._task.request(sample, self._vlm.processor)
 
     def _line(self, sample: Sample, result: Result) -> dict[str, Any]:

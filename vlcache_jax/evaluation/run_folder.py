@@ -2,7 +2,8 @@
 
     run.json             what is asked of which model; another cannot be measured into the same folder
     NAME.jsonl           the samples that one policy has answered, as they finished
-    NAME.runs.jsonl      what each start of the program did: speed, versions, device
+    NAME.runs.jsonl      what each start of the program did: sizes, counts, versions
+    part-0-of-4/         the same two files, of the first of four programs that share the samples
 
 A line is on the disk before the next one begins. Of a program that was killed at most the last line is unfinished: it
 is not read, and its sample is answered again.
@@ -29,24 +30,25 @@ class RunFolder:
     Attributes:
       path: of the folder.
       settings: what `run.json` says.
+      own: where this program writes: the folder, or that of its part.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: dict[str, Any], part: str = "") -> None:
+        self.path, self.settings, self.own = path, settings, path / part
 
     @classmethod
-    def begin(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Opens a folder for these settings, or makes one.
+    def begin(cls, path: Path, settings: dict[str, Any], part: str = "") -> "RunFolder":
+        """Opens a folder for these settings, or makes one; and one in it for a part of the samples.
 
         Raises:
           InputError: it holds another evaluation; the message tells the differences.
         """
-        make_folder(path)
+        make_folder(path / part)
         if not (path / RUN).exists():
             if any(path.glob("*.jsonl")):
                 raise InputError(f"{path} holds .jsonl files but no {RUN}: choose another folder")
             write_text(path / RUN, json.dumps({"settings": settings}, indent=1) + "\n")
-        folder = cls.open(path)
+        folder = cls(path, cls.open(path).settings, part)
         names = sorted({*folder.settings, *settings})
         pairs = [(name, folder.settings.get(name), settings.get(name)) for name in names]
         different = [f"{name} was {shorten(a)}, now {shorten(b)}" for name, a, b in pairs if a != b]
@@ -69,41 +71,48 @@ class RunFolder:
 
     def policies(self) -> list[str]:
         """Those that have answered something, by name."""
-        files = [path for path in self.path.glob("*.jsonl") if not path.name.endswith(".runs.jsonl")]
+        files = [path for path in self._files("*.jsonl") if not path.name.endswith(".runs.jsonl")]
         names = (next((line["policy"] for line in _lines(path)), None) for path in files)
-        return sorted(name for name in names if name is not None)
+        return sorted({name for name in names if name is not None})
 
     def results(self, policy: str) -> dict[str, dict[str, Any]]:
         """A policy's lines by the ids of their samples; of several for one, the first."""
         found: dict[str, dict[str, Any]] = {}
-        for line in _lines(self._file(policy)):
-            if line["policy"] == policy:
-                found.setdefault(line["id"], line)
+        for file in self._files(_name(policy)):
+            for line in _lines(file):
+                if line["policy"] == policy:
+                    found.setdefault(line["id"], line)
         return found
 
     def add(self, policy: str, line: dict[str, Any]) -> None:
         """Appends a sample's line."""
-        append_line(self._file(policy), json.dumps({**line, "policy": policy}, ensure_ascii=False))
+        append_line(self.own / _name(policy), json.dumps({**line, "policy": policy}, ensure_ascii=False))
 
     def starts(self, policy: str) -> list[dict[str, Any]]:
         """What each start of the program did for a policy."""
-        return list(_lines(self._file(policy, ".runs")))
+        return [line for file in self._files(_name(policy, ".runs")) for line in _lines(file)]
 
     def add_start(self, policy: str, line: dict[str, Any]) -> None:
         """Appends what this one did."""
-        append_line(self._file(policy, ".runs"), json.dumps({**line, "policy": policy, "id": ""}))
+        append_line(self.own / _name(policy, ".runs"), json.dumps({**line, "policy": policy, "id": ""}))
 
     def sizes(self, policy: str) -> dict[str, Any] | None:
-        """The buckets and rows of the first start, with which all others go on: then they answer alike."""
-        return next((line["sizes"] for line in self.starts(policy) if "sizes" in line), None)
+        """The buckets and rows of this part's first start, with which all others go on: then they answer alike."""
+        starts = _lines(self.own / _name(policy, ".runs"))
+        return next((line["sizes"] for line in starts if "sizes" in line), None)
 
     def buckets(self) -> list[list[int]] | None:
-        """The sizes that prompts are padded to, where one of the policies has begun: they are all asked the same."""
-        starts = (self.sizes(policy) for policy in self.policies())
-        return next((sizes["buckets"] for sizes in starts if sizes), None)
+        """The sizes that prompts are padded to, where a policy or a part has begun: they are all asked the same."""
+        starts = (line for policy in self.policies() for line in self.starts(policy))
+        return next((line["sizes"]["buckets"] for line in starts if "sizes" in line), None)
 
-    def _file(self, policy: str, kind: str = "") -> Path:
-        return self.path / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', policy)}{kind}.jsonl"
+    def _files(self, pattern: str) -> list[Path]:
+        """Of all parts."""
+        return sorted([*self.path.glob(pattern), *self.path.glob(f"part-*/{pattern}")])
+
+
+def _name(policy: str, kind: str = "") -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', policy)}{kind}.jsonl"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
