@@ -22,12 +22,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         policy_by_name(text)
     task_by_name(arguments.task, metric=arguments.metric)
     find_files(arguments.data)
+    share = None if arguments.share is None else _share(arguments.share)
+    mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     progress.step("opening the checkpoint")
     opened = open_checkpoint(
         arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
     )
-    share = None if arguments.share is None else _share(arguments.share)
-    mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     folder = output_folder(arguments.out, "--out")
     keep_programs(not arguments.no_compilation_cache, progress)
     progress.step("loading the weights")
