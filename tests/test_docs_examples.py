@@ -100,6 +100,20 @@ def test_the_training_page(names: dict[str, Any]) -> None:
 
 
 @pytest.mark.thorough
+def test_the_pages_of_many_requests(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    names["paths"] = ["cat.jpg", "missing.jpg"]
+    for code in snippets("engine.md"):
+        exec(compile(code.replace("[(1024, 1), (2048, 3)]", "[(320, 1)]"), "engine.md", "exec"), names)
+    assert "'missing.jpg') is missing: check the path" in capsys.readouterr().out
+    assert names["engine"].stats().failed == 1
+    line = {"images": ["cat.jpg"], "question": "What is this?", "answers": ["a cat"]}
+    Path("docvqa.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    for code in snippets("evaluation.md"):
+        exec(compile(code, "evaluation.md", "exec"), names)
+    assert len(Path("runs/docvqa/full_cache.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+@pytest.mark.thorough
 def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     notebook = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"__name__": "notebook"}
