@@ -28,6 +28,7 @@ from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.row_options import RowOptions
 from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
+from vlcache_jax.inference.score import Scores, score
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.video import Video
@@ -120,6 +121,7 @@ __all__ = [
     "RollingWindow",
     "RowOptions",
     "Sampling",
+    "Scores",
     "SnapKV",
     "StreamingLLM",
     "Tokens",
@@ -146,6 +148,7 @@ __all__ = [
     "prefill",
     "save",
     "save_context",
+    "score",
     "stream",
     "stream_decode",
     "use_compilation_cache",

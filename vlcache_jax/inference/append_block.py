@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.store import PackedStore, regular_pool
-from vlcache_jax.inference.forward import embed_text, run_layers
+from vlcache_jax.inference.forward import embed_text, last_logits, run_layers
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic
@@ -51,6 +51,37 @@ def append_block(
     Returns:
       (logits after the last token of each row f32 [rows, vocab], the new store).
     """
+    spec = model.spec
+    hidden, keys, values, first = run_block(model, params, stores, next_position, next_index, tokens, lengths, kernels)
+    logits = last_logits(model, params, hidden, lengths)
+    # [layers, rows, kv_heads, length, head_dim] -> [rows, kv_heads, layers, length, head_dim]
+    keys, values = (jnp.moveaxis(x, 0, 2) for x in (keys, values))
+    old = stores[-1].lengths[:, 0, 0] if old_room else jnp.zeros_like(lengths)
+    if old_room:
+        keys, values = (
+            _join(x[:, :, : spec.num_layers * old_room].reshape(*y.shape[:3], old_room, -1), y, old, room)
+            for x, y in zip((stores[-1].keys, stores[-1].values), (keys, values))
+        )
+    keys, values = regular_pool(keys, room), regular_pool(values, room)
+    return logits, PackedStore.regular(keys, values, old + lengths, spec.num_layers, room, first - old)
+
+
+def run_block(
+    model: VisionLanguageModel,
+    params: Params,
+    stores: tuple[PackedStore, ...],
+    next_position: jax.Array,
+    next_index: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    kernels: Kernels,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The layers of `append_block`.
+
+    Returns:
+      (what logits are made of [rows, length, hidden], keys and values [layers, rows, kv_heads, length, head_dim], how
+      many tokens came before each row i32 [rows]).
+    """
     rows, length = tokens.shape
     spec = model.spec
     start, first = (jnp.repeat(x, rows // x.shape[0], total_repeat_length=rows) for x in (next_position, next_index))
@@ -67,18 +98,8 @@ def append_block(
         return out, carry, tuple(x.swapaxes(1, 2).astype(spec.dtype) for x in (key, value))
 
     embedded, layers = embed_text(model, params, tokens, start, lengths), jax.lax.iota(jnp.int32, spec.num_layers)
-    logits, _, (keys, values) = run_layers(model, params, embedded, lengths, attend, None, layers)
-
-    # [layers, rows, kv_heads, length, head_dim] -> [rows, kv_heads, layers, length, head_dim]
-    keys, values = (jnp.moveaxis(x, 0, 2) for x in (keys, values))
-    old = stores[-1].lengths[:, 0, 0] if old_room else jnp.zeros((rows,), jnp.int32)
-    if old_room:
-        keys, values = (
-            _join(x[:, :, : spec.num_layers * old_room].reshape(*y.shape[:3], old_room, -1), y, old, room)
-            for x, y in zip((stores[-1].keys, stores[-1].values), (keys, values))
-        )
-    keys, values = regular_pool(keys, room), regular_pool(values, room)
-    return logits, PackedStore.regular(keys, values, old + lengths, spec.num_layers, room, first - old)
+    hidden, _, (keys, values) = run_layers(model, params, embedded, attend, None, layers)
+    return hidden, keys, values, first
 
 
 def _join(before: jax.Array, block: jax.Array, lengths: jax.Array, room: int) -> jax.Array:

@@ -50,14 +50,8 @@ def extend(ctx: Context, *blocks: Any, kernels: Kernels | None = None) -> Contex
 
 def extended(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_tokens: int) -> Context:
     """`extend`, if `new_tokens` more have their place, too."""
-    if ctx.decoding.rewrites_context:
-        raise PolicyError(
-            f"policy {ctx.report.policy!r} has the rule decoding={ctx.decoding} for answers, which rewrites what was "
-            "kept: nothing can be appended to its context; answer the prompt itself, or use decoding=Append()"
-        )
-    tokens, lengths = _joined(placed([_flat(block, ctx.rows) for block in blocks], ctx.params))
+    tokens, lengths = appended(ctx, blocks, new_tokens)
     rows, length = tokens.shape
-    check_positions(ctx, lengths, new_tokens)
     join = bool(ctx.room) and rows == ctx.rows
     room = int(align(length))
     if join:
@@ -86,6 +80,18 @@ def extended(ctx: Context, blocks: Sequence[Any], kernels: Kernels | None, new_t
         report=dataclasses.replace(ctx.report, finite=finite),
         room=room,
     )
+
+
+def appended(ctx: Context, blocks: Sequence[Any], new_tokens: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The tokens i32 [rows, length] and lengths i32 [rows] of blocks behind a context, checked; see `extend`."""
+    if ctx.decoding.rewrites_context:
+        raise PolicyError(
+            f"policy {ctx.report.policy!r} has the rule decoding={ctx.decoding} for answers, which rewrites what was "
+            "kept: nothing can be appended to its context; answer the prompt itself, or use decoding=Append()"
+        )
+    tokens, lengths = _joined(placed([_flat(block, ctx.rows) for block in blocks], ctx.params))
+    check_positions(ctx, lengths, new_tokens)
+    return tokens, lengths
 
 
 @jax.jit

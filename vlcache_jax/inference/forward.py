@@ -34,21 +34,18 @@ def run_layers(
     model: VisionLanguageModel,
     params: Params,
     embedded: Embedded,
-    lengths: jax.Array,
     attend: Any,
     carry: Any = None,
     xs: Any = None,
 ) -> tuple[jax.Array, Any, Any]:
-    """(logits of the token behind each row's last one f32 [batch, vocab], the last layer's carry, ys of all layers).
+    """(what logits are made of [batch, length, hidden], the last layer's carry, ys of all layers).
 
     Args:
       embedded: from `embed_prompt` or `embed_text`.
-      lengths: i32 [batch], tokens of each row.
       attend, carry, xs: see `models.decoder.decoder`.
     """
     inputs = embedded.hidden, embedded.positions
-    hidden, carry, ys = _decode(model, params, *inputs, attend, carry, xs, layer_inputs=embedded.layer_inputs)
-    return _logits(model, params, hidden, lengths), carry, ys
+    return _decode(model, params, *inputs, attend, carry, xs, layer_inputs=embedded.layer_inputs)
 
 
 def run_stages(
@@ -98,7 +95,7 @@ def run_stages(
             more = stage.layer_inputs
             hidden, carry, ys = _decode(model, params, *inputs, carry, layers, layer_inputs=more, **part)
             outputs.append((stage, ys))
-    return _logits(model, params, hidden, stages[-1].lengths), carry, outputs
+    return last_logits(model, params, hidden, stages[-1].lengths), carry, outputs
 
 
 def _decode(model: VisionLanguageModel, params: Params, *inputs: Any, **options: Any) -> tuple[jax.Array, Any, Any]:
@@ -107,8 +104,13 @@ def _decode(model: VisionLanguageModel, params: Params, *inputs: Any, **options:
     return model.apply({"params": params}, *inputs, method="decode", **options)
 
 
-def _logits(model: VisionLanguageModel, params: Params, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """f32 [batch, vocab], of each row's last token."""
+def last_logits(model: VisionLanguageModel, params: Params, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Logits of the token behind each row's last one, f32 [batch, vocab]; hidden [batch, length, hidden]."""
     if hidden.shape[1] > 1:
         hidden = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-    return model.apply({"params": params}, hidden[:, 0], method="unembed")
+    return unembed(model, params, hidden[:, 0])
+
+
+def unembed(model: VisionLanguageModel, params: Params, hidden: jax.Array) -> jax.Array:
+    """f32 logits [..., vocab] of [..., hidden]."""
+    return model.apply({"params": params}, hidden, method="unembed")

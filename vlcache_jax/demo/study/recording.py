@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.inference.forward import embed_prompt, run_layers
+from vlcache_jax.inference.forward import embed_prompt, last_logits, run_layers
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.module import in_order
 from vlcache_jax.parallel import ops
@@ -49,8 +49,8 @@ def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recordin
         return out, carry, (query, key, value)
 
     embedded = embed_prompt(model, params, batch)
-    logits, _, (query, key, value) = run_layers(model, params, embedded, lengths, attend)
-    return Recording(query, key, value, logits)
+    hidden, _, (query, key, value) = run_layers(model, params, embedded, attend)
+    return Recording(query, key, value, last_logits(model, params, hidden, lengths))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Log-probabilities of given answers, beside the whole model and beside steps of one token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_context import POLICY, QUESTIONS, ROWS, followed_by, questions
+from tiny_models import ragged_batch, tiny_llava
+
+import vlcache_jax as vlc
+from vlcache_jax.inference import score as score_module
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return ragged_batch(rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def ctx(llava, batch):
+    return vlc.compress(*llava, batch, POLICY)
+
+
+@pytest.mark.parametrize(("length", "at_once"), [(7, 2**28), (9, 4 * ROWS * QUESTIONS * 64 * 2)])
+def test_with_the_full_cache_they_are_those_of_the_whole_model(llava, batch, length, at_once, monkeypatch):
+    """Also where the logits of two tokens at a time are all that may exist."""
+    model, params = llava
+    monkeypatch.setattr(score_module, "_LOGITS", at_once)  # read while tracing
+    answers = questions(length=length)
+    found = vlc.score(vlc.compress(model, params, batch), answers)
+    whole = followed_by(batch, answers)
+    logits = np.asarray(model.apply({"params": params}, whole, method="forward"), np.float64)
+    every = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    flat = np.asarray(found.log_probabilities).reshape(ROWS * QUESTIONS, -1)
+    for row, n in enumerate(np.ravel(answers.lengths)):
+        start = batch.lengths[row // QUESTIONS]
+        wanted = [every[row, start - 1 + i, answers.tokens.reshape(len(flat), -1)[row, i]] for i in range(n)]
+        np.testing.assert_allclose(flat[row, :n], wanted, atol=1e-5)
+        assert not flat[row, n:].any()
+        np.testing.assert_allclose(np.ravel(found.total)[row], np.sum(wanted), rtol=1e-5)
+        np.testing.assert_allclose(np.ravel(found.mean)[row], np.mean(wanted), rtol=1e-5)
+
+
+def test_of_a_compressed_prompt_they_are_those_of_single_steps(llava, ctx):
+    model, params = llava
+    out = vlc.answer(ctx, max_new_tokens=5, sampling=vlc.Sampling(), eos_token_ids=[])
+    found = jax.jit(vlc.score)(ctx, out)
+    logits, state = ctx.start(5)
+    for i in range(5):
+        wanted = jax.nn.log_softmax(logits)[jnp.arange(ROWS), out.tokens[:, i]]
+        np.testing.assert_allclose(found.log_probabilities[:, i], wanted, atol=1e-5)
+        logits, state = vlc.decode_step(model, params, out.tokens[:, i], state)
+
+
+def test_several_answers_are_scored_as_if_alone(ctx):
+    answers = questions()
+    found = vlc.score(ctx, answers)
+    assert found.total.shape == (ROWS, QUESTIONS)
+    for i in range(QUESTIONS):
+        alone = vlc.score(ctx, vlc.Continuation(answers.tokens[:, i], answers.lengths[:, i]))
+        np.testing.assert_allclose(found.log_probabilities[:, i], alone.log_probabilities, atol=1e-6)
+
+
+def test_what_cannot_be_scored_is_refused(llava, batch, ctx):
+    with pytest.raises(vlc.InputError, match="3 questions cannot be shared out to the context's 2 rows"):
+        vlc.score(ctx, questions(rows=1, each=3))
+    rewriting = vlc.compress(*llava, batch, vlc.VLCache(0.4, decoding=vlc.Recompress()))
+    with pytest.raises(vlc.PolicyError, match="rewrites what was kept"):
+        vlc.score(rewriting, questions())
+    with pytest.raises(vlc.NonFiniteError):
+        vlc.score(dataclasses.replace(ctx, logits=ctx.logits * jnp.nan), questions())

@@ -1,0 +1,127 @@
+"""How likely given answers are under what a context kept of its prompts."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlcache_jax.files.exporting import exportable
+from vlcache_jax.inference.append_block import run_block
+from vlcache_jax.inference.context import Context, branches
+from vlcache_jax.inference.extend import appended
+from vlcache_jax.inference.finiteness import require_finite
+from vlcache_jax.inference.forward import unembed
+from vlcache_jax.kernels.chunks import in_chunks
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.parallel.ops import Kernels
+
+_LOGITS = 2**28  # bytes of logits that exist at once
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of given answers. A pytree.
+
+    Attributes:
+      log_probabilities: f32 [..., length], natural logarithm of the probability of each token behind those before it;
+        0 behind an answer's end.
+      lengths: i32 [...], tokens of each answer.
+    """
+
+    log_probabilities: jax.Array
+    lengths: jax.Array
+
+    @property
+    def total(self) -> jax.Array:
+        """f32 [...], log-probability of the whole answer."""
+        return jnp.sum(self.log_probabilities, axis=-1)
+
+    @property
+    def mean(self) -> jax.Array:
+        """f32 [...], of its tokens: what multiple choice compares where answers differ in length."""
+        return self.total / self.lengths.astype(jnp.float32)
+
+
+def score(ctx: Context, answers: Any, *, kernels: Kernels | None = None) -> Scores:
+    """Log-probabilities of answers that are given, all tokens of all answers at once. Pure.
+
+    The model's own, before any temperature or filter of `Sampling`. The answers see what the context kept of the
+    prompt, and themselves, as the tokens of `answer` do. Compare several answers to one prompt for multiple choice;
+    score what was sampled under `FullCache()` too for the weights exp(full - kept) that correct for a compressed cache.
+
+    Args:
+      ctx: from `compress` or `extend`.
+      answers: `Continuation` or `Generation`, anything with `tokens` i32 [..., length] and `lengths` i32 [...];
+        flattened, equally many consecutive entries for each row of the context. Tokens behind an answer's length do not
+        count; to count the id that ends an answer let its length include it.
+      kernels: as in `compress`.
+
+    Returns:
+      Scores of the shape of the answers.
+
+    Raises:
+      PolicyError: the context's rule for generated tokens rewrites what was kept, so that all at once is not one by
+        one; see `extend`.
+      InputError: see `extend`.
+      NonFiniteError: logits that are not finite; see `generate`.
+
+    Example:
+      choices = vlm.processor.continuation([[" yes", " no"]])
+      vlc.score(vlc.compress(vlm.model, vlm.params, batch, vlc.VLCache(0.1)), choices).total  # f32 [1, 2]
+    """
+    tokens, lengths = appended(ctx, [answers])
+    with on_mesh_of(ctx.params, ctx.stores, tokens):
+        found, finite = _score(
+            ctx.model,
+            ctx.params,
+            ctx.stores,
+            (ctx.next_position, ctx.next_index),
+            (ctx.logits, ctx.report.finite),
+            tokens,
+            lengths,
+            kernels or Kernels(),
+        )
+    shape = np.shape(answers.lengths)
+    scores = Scores(found.reshape(*shape, -1), lengths.reshape(shape))
+    require_finite(finite.reshape(shape), scores, dtype=ctx.model.spec.dtype, density=ctx.report.density)
+    return scores
+
+
+@partial(jax.jit, static_argnames=("model", "kernels"))
+@automatic
+def _score(
+    model: Any,
+    params: Any,
+    stores: Any,
+    following: tuple[jax.Array, jax.Array],
+    before: tuple[jax.Array, jax.Array],
+    tokens: jax.Array,
+    lengths: jax.Array,
+    kernels: Kernels,
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities f32 [rows, length], whether they and the context are finite [rows])."""
+    rows, length = tokens.shape
+    logits, finite = (branches(x, rows) for x in before)
+    found = _log_probability(logits[:, None], tokens[:, :1])
+    if length > 1:
+        hidden, *_ = run_block(model, params, stores, *following, tokens, lengths, kernels)
+
+        def of_tokens(part: tuple[jax.Array, jax.Array], _: Any) -> jax.Array:
+            return _log_probability(unembed(model, params, part[0]), part[1])
+
+        at_once = max(1, _LOGITS // (4 * rows * logits.shape[-1]))
+        rest = in_chunks(of_tokens, (hidden[:, :-1], tokens[:, 1:]), at_once)
+        found = jnp.concatenate([found, rest], axis=1)
+    counts = jax.lax.iota(jnp.int32, length)[None] < lengths[:, None]
+    return jnp.where(counts, found, 0), finite & jnp.all(jnp.isfinite(found) | ~counts, axis=1)
+
+
+def _log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32 [rows, n] of tokens i32 [rows, n] under logits f32 [rows, n, vocab]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.scipy.special.logsumexp(logits, axis=-1)
