@@ -25,10 +25,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Tests compile far longer than they run. LLVM's optimisations are left out, and so, where JAX still has the older ones
-# (0.10), are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX tests with them.
+# (0.10), are the fusion emitters in MLIR, which take two thirds of the compile time. Later JAX tests with them. A
+# program is one module of LLVM's: to split it into many is for machines with cores to spare.
 # With `--users-compiler` programs are compiled as users compile them; CI runs the promises about bits like that.
 _QUICK_COMPILER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 
