@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from stub_model import kept_sets
+from stub_model import StubModel, kept_sets, stub_params
 from tiers import later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
@@ -88,29 +88,28 @@ def generate(llava, batch, policy, **options):
 
 @functools.cache
 def compiled(policy):
-    """(prefill with its report, how often it was traced)."""
-    model, _ = tiny_llava()
+    """(prefill with its report, how often it was traced). Of a stub: what is kept depends on its queries, keys only."""
     traces = []
 
     @jax.jit
     def run(params, batch):
         traces.append(1)
-        ctx = vlc.prefill(model, params, batch, policy)
+        ctx = vlc.prefill(StubModel(), params, batch, policy)
         _, state = ctx.start(NEW)
         return state, ctx.report.of_answers(state)
 
     return run, traces
 
 
-def prefilled(llava, policy, seed=0):
+def prefilled(policy, seed=0):
     """(state, report, batch) of four rows of up to 240 tokens: the same program for every test."""
     batch = ragged_batch(rows=4, length=240, seed=seed)
-    return *compiled(policy)[0](llava[1], batch), batch
+    return *compiled(policy)[0](stub_params(batch, seed), batch), batch
 
 
 @methods
-def test_one_compilation_whatever_the_prompts_hold(llava, policy):
-    kept = [np.asarray(prefilled(llava, policy, seed)[1].kept) for seed in range(5)]
+def test_one_compilation_whatever_the_prompts_hold(policy):
+    kept = [np.asarray(prefilled(policy, seed)[1].kept) for seed in range(5)]
     assert len(compiled(policy)[1]) == 1
     assert any(not np.array_equal(kept[0], other) for other in kept[1:])
 
@@ -138,9 +137,9 @@ def test_a_whole_answer_inside_a_jitted_function_with_other_work(llava, policy):
 
 
 @methods
-def test_memory_is_freed(llava, policy):
-    state, report, _ = prefilled(llava, policy)
-    full, full_report, _ = prefilled(llava, vlc.FullCache())
+def test_memory_is_freed(policy):
+    state, report, _ = prefilled(policy)
+    full, full_report, _ = prefilled(vlc.FullCache())
     real, whole = (sum(x.nbytes for x in jax.tree.leaves(s.stores)) for s in (state, full))
     assert report.state_bytes == real
     assert report.full_bytes == full_report.state_bytes == whole
@@ -158,8 +157,8 @@ def test_memory_is_freed(llava, policy):
 
 
 @methods
-def test_kept_tokens_are_the_budget(llava, policy):
-    _, report, _ = prefilled(llava, policy, seed=1)
+def test_kept_tokens_are_the_budget(policy):
+    _, report, _ = prefilled(policy, seed=1)
     lengths = np.asarray(report.prompt_lengths)
     total = np.asarray(report.kept_fraction) * 3 * lengths  # of a KV head on average
     if isinstance(policy.budget, vlc.Tokens):
@@ -210,8 +209,8 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
 
 
 @methods
-def test_padding_is_never_kept(llava, policy):
-    state, report, batch = prefilled(llava, policy, seed=5)
+def test_padding_is_never_kept(policy):
+    state, report, batch = prefilled(policy, seed=5)
     for layer in kept_sets(state):
         for length, heads in zip(batch.lengths, layer):
             for kept in heads:
