@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "contexts.md"
 
 @pytest.mark.thorough
 def test_the_page(tmp_path, monkeypatch):
-    code, rows = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    code, scored, rows = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "vlcache_jax").symlink_to(ROOT / "vlcache_jax")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -25,6 +25,9 @@ def test_the_page(tmp_path, monkeypatch):
     assert names["chat"].rows == 3
     again = vlc.extend(names["ctx"], names["questions"]).logits  # of the context as loaded
     assert again.argmax(-1).tolist() == names["out"].tokens[0, :, 0].tolist()
+    exec(compile(scored, str(PAGE), "exec"), names)
+    assert names["scores"].total.shape == (1, 2)
+    assert int(names["scores"].total.argmax()) == 0
     exec(compile(rows, str(PAGE), "exec"), names)
     assert 1 < int(names["state"].step[0]) <= 17
 
