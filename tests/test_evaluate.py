@@ -17,6 +17,9 @@ from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
+from vlcache_jax.evaluation.metrics import cider_d
+from vlcache_jax.evaluation.report import summarise
+from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files, read_samples
 
 POLICY, OPTIONS = "vl_cache:0.3", ["--rows", "3", "--dtype", "float32", "--no-compilation-cache"]
@@ -263,3 +266,18 @@ def test_bad_arguments_before_anything_is_loaded(data, tmp_path, capsys, argumen
 def test_a_folder_without_an_evaluation(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_captions_are_scored_together(tmp_path):
+    """CIDEr-D needs all references at once: the report scores what the lines hold."""
+    folder = RunFolder.begin(tmp_path, {"metric": "cider_d"})
+    said = {"a": "a man rides a horse", "b": "two dogs play", "c": ""}
+    right = {"a": ["a man rides a horse", "a rider"], "b": ["two cats sleep"], "c": ["a red bus"]}
+    for key in ("b", "a", "c"):
+        status = "ok" if said[key] else "failed"
+        line = {"id": key, "answer": said[key], "answers": right[key], "score": None, "status": status, "tokens": 3}
+        folder.add("full_cache", line | {"kept_fraction": 1.0})
+    (summary,) = summarise(RunFolder.open(tmp_path))
+    expected = cider_d(list(said.values()), list(right.values()))
+    assert summary.score.mean == pytest.approx(expected.mean())
+    assert (summary.samples, summary.failed, summary.scored) == (3, 1, 3)

@@ -12,9 +12,12 @@ from vlcache_jax.evaluation.metrics import (
     anls,
     bootstrap_interval,
     cider_d,
+    contained,
     edit_distance,
     exact_match,
+    option_letter,
     ptb_tokens,
+    relaxed_accuracy,
     vqa_accuracy,
 )
 
@@ -173,3 +176,33 @@ def test_paired_interval_is_narrower():
 def test_interval_refuses(values):
     with pytest.raises(ValueError, match="finite"):
         bootstrap_interval(np.array(values))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("10.5", "10", 1), ("10.51", "10", 0), ("-95", "-100", 1), ("5%", "0.05", 1), ("0", "0", 1), ("0.01", "0", 0),
+        ("Blue ", "blue", 1), ("blue", "red", 0), ("12", "twelve", 0), ("1,000", "1000", 0),
+    ],
+)  # fmt: skip
+def test_relaxed_accuracy(prediction, answer, expected):
+    assert relaxed_accuracy(prediction, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("B", 1), ("b", 1), ("(B)", 1), ("B. a dog", 1), ("B: a dog", 1), ("The answer is B.", 1), ("Answer: (B)", 1),
+        ("It is a dog", 1), ("a dog", 1), ("A", 0), ("A dog barks", 1), ("The answer is A", 0), ("none of them", 0),
+        ("", 0), ("a cat or a dog", 0), ("I choose C", 0),
+    ],
+)  # fmt: skip
+def test_option_letter(prediction, expected):
+    assert option_letter(prediction, ["B"], ["a cat", "a dog", "a bird"]) == expected
+    assert option_letter(prediction, ["a dog"], ["a cat", "a dog", "a bird"]) == expected
+
+
+def test_contained():
+    assert contained("Total:  12.50 EUR", ["12.50"]) == 1
+    assert contained("total", ["12.50", "TOTAL"]) == 1
+    assert contained("12.5", ["12.50"]) == 0

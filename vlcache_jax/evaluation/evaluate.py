@@ -124,7 +124,6 @@ class _OnePolicy:
 
     def run(self, samples: Any, policy: Any, options: dict[str, Any]) -> None:
         """Answers them."""
-        start = time.monotonic()
         sizes = self._folder.sizes(self._name)
         most = max([self._task.max_new_tokens, *(sample.max_new_tokens or 0 for sample in samples())])
         known = sizes or {"buckets": self._folder.buckets(), "most_rows": min(len(self._missing), usual_rows())}
@@ -138,7 +137,7 @@ class _OnePolicy:
                 sizes = {"buckets": [list(bucket) for bucket in engine.buckets], "rows": stats.rows}
                 self._folder.add_start(self._name, {"sizes": sizes})
             self._progress.step(self._name, total=len(self._missing))
-            kept = 0.0
+            kept, start = 0.0, time.monotonic()
             for number, result in enumerate(engine.run(self._requests(samples())), 1):
                 self._folder.add(self._name, self._line(self._pending.pop(result.id), result))
                 kept += result.kept_fraction or 0
