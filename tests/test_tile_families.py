@@ -29,6 +29,9 @@ PRESETS = {
     "internvl3-1b": 938e6,
     "internvl3-2b": 2.09e9,
     "internvl3-8b": 7.94e9,
+    "smolvlm2-256m": 256.5e6,
+    "smolvlm2-500m": 507e6,
+    "smolvlm2-2.2b": 2.246e9,
 }
 
 
@@ -176,7 +179,7 @@ def test_presets_are_written_and_read(name, tmp_path):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == pytest.approx(PRESETS[name], rel=1e-3)
 
 
-ONEVISION, INTERN = {"model_type": "llava_onevision"}, {"model_type": "internvl"}
+ONEVISION, INTERN, SMOL = ({"model_type": name} for name in ("llava_onevision", "internvl", "smolvlm"))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,11 @@ ONEVISION, INTERN = {"model_type": "llava_onevision"}, {"model_type": "internvl"
         (INTERN | {"downsample_ratio": 0.4}, "downsample_ratio is 0.4; expected 1 / n, .* divides the 32 patches"),
         (INTERN | {"downsample_ratio": 0.2}, "downsample_ratio is 0.2; expected 1 / n, .* divides the 32 patches"),
         (INTERN | {"vision_feature_layer": 25}, "vision_feature_layer is 25; expected one of -25..24"),
+        ({"model_type": "idefics2"}, "; this is an Idefics2: take an Idefics3 or a SmolVLM"),
+        (SMOL | {"image_token_id": 7, "scale_factor": 2}, "scale_factor is 2; expected a divisor of the 7 patches"),
+        (SMOL | {"image_token_id": 7, "scale_factor": 0}, "scale_factor is 0; expected a whole number"),
+        (SMOL | {"vision_config": {"model_type": "siglip2"}}, "model_type is .siglip2.; expected one of the supported"),
+        (SMOL | {"scale_factor": 7}, "image_token_index is 128257; expected a token id below the vocab_size 32000"),
         (INTERN | {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is .full.; expected one"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 TEXT_CONFIGS = {
     "llama": transformers.LlamaConfig,
@@ -127,12 +127,23 @@ def make_processor(config: Any, *, next: bool, chat_template: str | None = CHAT_
     )
 
 
-def make_tokenizer(more: dict[str, str] | None = None) -> transformers.PreTrainedTokenizerFast:
-    """Words separated by white space; <s> in front. `more`: special tokens by their names, behind the words."""
-    special = (*SPECIAL_TOKENS, *(more or {}).values())
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *WORDS, *special[len(SPECIAL_TOKENS) :]))}
+def make_tokenizer(more: dict[str, str] | None = None, breaks: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """Words separated by white space; <s> in front.
+
+    Args:
+      more: special tokens by their names, behind the words.
+      breaks: one and two line breaks are tokens, too, behind all others.
+    """
+    special = tuple(dict.fromkeys((*SPECIAL_TOKENS, *(more or {}).values())))
+    lines = ("\n", "\n\n") if breaks else ()
+    words = (*SPECIAL_TOKENS, *WORDS, *special[len(SPECIAL_TOKENS) :], *lines)
+    vocabulary = {token: i for i, token in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if breaks:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex("\n+"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+        )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

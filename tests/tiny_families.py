@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tiny_internvl
 import tiny_siglip_llava
+import tiny_smolvlm
 from PIL import Image
 
 
@@ -41,6 +42,7 @@ TINY = {
     ),
     "llava_onevision": Tiny(tiny_siglip_llava.make_tiny_siglip_llava, tiny_siglip_llava.make_processor),
     "internvl": Tiny(tiny_internvl.make_tiny_internvl, tiny_internvl.make_processor, "<IMG_CONTEXT>"),
+    "smolvlm": Tiny(tiny_smolvlm.make_tiny_smolvlm, tiny_smolvlm.make_processor),
 }
 
 

@@ -10,6 +10,7 @@ from vlcache_jax.files.writing import make_folder, write_text
 from vlcache_jax.models.decoder.config_writer import token_values
 from vlcache_jax.models.families.family import Family, ModelConfig
 from vlcache_jax.models.families.gemma3.family import GEMMA3
+from vlcache_jax.models.families.idefics3.family import IDEFICS3
 from vlcache_jax.models.families.internvl.family import INTERNVL
 from vlcache_jax.models.families.llava.family import LLAVA
 from vlcache_jax.models.families.qwen_vl.family import QWEN2_VL, QWEN3_VL
@@ -17,7 +18,7 @@ from vlcache_jax.models.io.files import Folder, checkpoint_folder, file_inside, 
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.io.unsupported import no_config, refuse_quantised
 
-_ALL = (LLAVA, GEMMA3, INTERNVL, QWEN2_VL, QWEN3_VL)
+_ALL = (LLAVA, GEMMA3, IDEFICS3, INTERNVL, QWEN2_VL, QWEN3_VL)
 FAMILIES: dict[str, Family] = {model_type: family for family in _ALL for model_type in family.model_types}
 """The family of every `model_type` that is read."""
 

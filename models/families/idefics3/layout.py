@@ -1,0 +1,132 @@
+"""How an image becomes tiles, and the text between them that says where each of them lies."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlcache_jax.errors import CheckpointError
+from vlcache_jax.files.json_text import shorten
+from vlcache_jax.files.limits import IMAGE_SIDE
+from vlcache_jax.models.families.idefics3.config import Idefics3Config
+from vlcache_jax.models.families.idefics3.config_writer import NAMES
+from vlcache_jax.models.families.tile_layout import TileLayout
+from vlcache_jax.models.images.tiles import split
+from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.io.section import Section
+
+_LARGEST = 4096  # pixels of the longer side, whatever the settings say, as in transformers
+_DEFAULTS: dict[str, Any] = {
+    "do_center_crop": False,
+    "do_image_splitting": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "max_image_size": {"longest_edge": 364},
+    "resample": 1,
+    "size": {"longest_edge": 4 * 364},
+}  # what the image processor's class fills in, where it differs from CLIP's
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedLayout(TileLayout):
+    """An image's longer side becomes `longest_edge`; then it is stretched to whole tiles and cut, with `splitting`."""
+
+    longest_edge: int = 1456
+    splitting: bool = True
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) with the longer side `longest_edge`; rounding as in transformers."""
+        aspect, long = width / height, self.longest_edge
+        short = int(long / aspect) if width >= height else int(long * aspect)
+        short += short % 2
+        height, width = (short, long) if width >= height else (long, short)
+        if long > _LARGEST:
+            aspect, long = width / height, _LARGEST
+            height, width = (int(long / aspect), long) if width >= height else (long, int(long * aspect))
+        return max(height, 1), max(width, 1)
+
+    def _canvas(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of whole tiles, for an image of `_resized` shape."""
+        side, aspect = self.config.vision.image_size, width / height
+
+        def whole(length: float) -> int:
+            return math.ceil(length / side) * side
+
+        if width >= height:
+            return whole(int(whole(width) / aspect)), whole(width)
+        return whole(height), whole(int(whole(height) * aspect))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles; see `TileLayout`."""
+        if not self.splitting:
+            return 1, 1
+        side = self.config.vision.image_size
+        height, width = self._canvas(*self._resized(height, width))
+        return max(1, height // side), max(1, width // side)
+
+    def tiles(self, image: Image.Image, name: str) -> np.ndarray:
+        """The tiles of an RGB image before normalisation; see `TileLayout`."""
+        rows, columns = self.grid(image.height, image.width)
+        resample, side = self.transform.resample, self.config.vision.image_size
+        image = resize(image, self._resized(image.height, image.width), resample, name)
+        if self.splitting:
+            image = resize(image, self._canvas(image.height, image.width), resample, name)
+        whole = self.transform.apply(image, name)[None]
+        return whole if rows * columns == 1 else np.concatenate([split(np.asarray(image), side), whole])
+
+    def text(self, rows: int, columns: int, tokens: Mapping[str, str]) -> str:
+        """The visual tokens of each tile behind a mark of its row and column; see `TileLayout`."""
+        around, visual = tokens["fake_image_token"], tokens["image_token"] * self.config.token_grid**2
+        whole = f"{around}{tokens['global_image_token']}{visual}{around}"
+        if rows * columns == 1:
+            return whole
+        marks = [[f"{around}<row_{r + 1}_col_{c + 1}>{visual}" for c in range(columns)] for r in range(rows)]
+        return "".join("".join(row) + "\n" for row in marks) + f"\n{whole}"
+
+    def files(self, image_token: str) -> dict[str, dict[str, Any]]:
+        """What transformers reads a processor from; see `ImageLayout`."""
+        del image_token  # the tokenizer names it
+        name = NAMES[self.config.model_type]
+        kind = {"processor_class": f"{name}Processor"}
+        values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        tiling = {
+            "do_image_splitting": self.splitting,
+            "do_pad": True,
+            "image_processor_type": f"{name}ImageProcessor",
+            "max_image_size": {"longest_edge": self.config.vision.image_size},
+            "size": {"longest_edge": self.longest_edge},
+        }
+        return {
+            "preprocessor_config.json": values | tiling | kind,
+            "processor_config.json": {"image_seq_len": self.config.token_grid**2} | kind,
+        }
+
+
+def read_layout(config: Idefics3Config, settings: dict[str, Any], source: str) -> MarkedLayout:
+    """The layout that the settings of an image processor, found in the file `source`, ask for.
+
+    Raises CheckpointError if they are malformed or do not fit the model.
+    """
+    given: dict[str, Any] = _DEFAULTS | {
+        key: value for key, value in settings.items() if value is not None or key.startswith("do_")
+    }
+    section = Section(Path(source), "", given, {})
+    edges = []
+    for key in ("size", "max_image_size"):
+        value = given[key].get("longest_edge") if isinstance(given[key], dict) else None
+        if type(value) is not int or value not in IMAGE_SIDE:
+            raise section.error(key, given[key], f'{{"longest_edge": a whole number {IMAGE_SIDE}}}')
+        edges.append(value)
+    side = config.vision.image_size
+    if edges[1] != side:
+        raise CheckpointError(
+            f"{source}: max_image_size is {shorten(given['max_image_size'])}, but the vision tower takes tiles of "
+            f"{side} pixels: make the two agree"
+        )
+    given["size"] = {"height": side, "width": side}
+    splitting = section.flag("do_image_splitting", True)
+    return MarkedLayout(config, ImageTransform.from_dict(given, source), edges[0], splitting)

@@ -1,0 +1,31 @@
+"""Idefics3 (https://arxiv.org/abs/2408.12637): a SigLIP tower, pixel shuffle, one matrix and a decoder.
+
+Tiles have the tower's full size, so patch i takes row i of the table of positions. transformers works the rows out by
+rounding fractions; its version 5 gives the eleventh of 27 rows or columns (SmolVLM 2.2B) that of the tenth, version 4
+does not.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlcache_jax.files.exporting import static_field
+from vlcache_jax.models.decoder.decoder import Decoder
+from vlcache_jax.models.families.tile_model import TileModel
+from vlcache_jax.models.vision.pixel_shuffle import pixel_shuffle
+from vlcache_jax.models.vision.siglip import SiglipVisionTower
+
+
+@static_field
+class Idefics3(TileModel):
+    """An Idefics3 or SmolVLM as a Flax Linen module; its `config` is an `Idefics3Config`. See `FamilyModule`."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.vision = SiglipVisionTower(c.vision, self.dtype)
+        self.projector = nn.Dense(c.decoder.hidden_size, use_bias=False, dtype=self.dtype, param_dtype=jnp.float32)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
+
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
+        """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""
+        return self.projector(pixel_shuffle(self.vision(pixels), self.config.shuffle))
