@@ -8,8 +8,9 @@ from PIL import Image
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
-from vlcache_jax.inputs import TEXT, Batch, Continuation
-from vlcache_jax.models.families.family import EncodedImage, ImageLayout, VideoLayout
+from vlcache_jax.inputs import Batch, Continuation
+from vlcache_jax.models.assembling import PromptSize, assembled, tile_bucket
+from vlcache_jax.models.families.family import EncodedImage, ImageLayout, VideoLayout, limited
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.images.video import Video
@@ -77,7 +78,9 @@ class Processor:
             self._chat_template("default")  # which may not parse: better known now
 
     @classmethod
-    def from_folder(cls, path: Folder, *, buckets: Sequence[int] | None = None) -> "Processor":
+    def from_folder(
+        cls, path: Folder, *, buckets: Sequence[int] | None = None, image_limits: Mapping[str, Any] | None = None
+    ) -> "Processor":
         """Reads the processor of a checkpoint folder, in the forms that transformers 4 and 5 write.
 
         Needs `config.json`, `tokenizer.json`, and `preprocessor_config.json` or a `processor_config.json`
@@ -88,11 +91,18 @@ class Processor:
           path: a local folder.
           buckets: padded prompt lengths to choose from; by default multiples of 64 up to 512, of 256 up to
             4096, then of 1024.
+          image_limits: how large images become, of a model that takes any size; what is left out, the checkpoint says.
+            `max_image_tokens`: visual tokens of an image; or the same as an area, `max_pixels`; `min_pixels`; or both
+            as `size`, {"shortest_edge": least, "longest_edge": greatest}, areas whatever their names.
 
         Raises:
           CheckpointError: a file is missing or malformed, or the parts do not fit one another.
+          InputError: limits that contradict each other, or of a model that has none.
         """
-        return cls(**read_parts(path), buckets=buckets)
+        parts = read_parts(path)
+        if image_limits:
+            parts["layout"] = limited(parts["layout"], image_limits)
+        return cls(**parts, buckets=buckets)
 
     @property
     def config(self) -> Any:
@@ -272,6 +282,24 @@ class Processor:
         lengths = np.asarray([len(of_text) for of_text in tokens], np.int32)
         return Continuation(ids.reshape(*lead, -1), lengths.reshape(lead))
 
+    def measure(self, images: Any = None, text: str | Sequence[str] = ()) -> list[PromptSize]:
+        """How large prompts are, before any program runs: arguments as of a call.
+
+        A prefill program is compiled for each `bucket` (and batch size): one that differs from row to row tells to fix
+        `pad_to` and `pad_tiles_to`, or to lower `image_limits`.
+
+        Raises InputError as a call does.
+
+        Example:
+          sizes = processor.measure([["a.jpg"], ["b.jpg", "c.jpg"]], prompts)
+          print(max(size.images for size in sizes), "programs:", {size.bucket for size in sizes})
+        """
+        single = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = image_rows(images, len(texts), single)
+        read = [self._read([prompt], [row], [True]) for prompt, row in zip(texts, rows)]
+        return [PromptSize.of(tokens[0], encoded[0], self._buckets) for encoded, tokens in read]
+
     def decode(self, out: Any) -> list[Any]:
         """The texts of generated tokens, special tokens left out.
 
@@ -298,6 +326,19 @@ class Processor:
         pad_to: int | None,
         pad_tiles_to: int | None,
     ) -> Batch:
+        encoded, tokens = self._read(texts, images, add_special_tokens)
+        length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
+        check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
+        most = max(sum(len(image.pixels) for image in row) for row in encoded)
+        check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
+        tiles = tile_bucket(encoded, most) if pad_tiles_to is None else pad_tiles_to
+        pixels = self.layout.normalised(encoded, int(tiles))
+        return assembled(tokens, encoded, pixels, int(length), self._visual_ids, self.padding_id)
+
+    def _read(
+        self, texts: list[str], images: list[list[Visual]], add_special_tokens: list[bool]
+    ) -> tuple[list[list[EncodedImage]], list[np.ndarray]]:
+        """The images and the tokens of all prompts."""
         for row, (prompt, row_images) in enumerate(zip(texts, images, strict=True)):
             if not prompt.strip():
                 raise InputError(f"row {row}: the prompt is empty")
@@ -312,14 +353,7 @@ class Processor:
         for row, row_images in enumerate(images):
             encoded.append(self._encode(row_images, row))
             tokens.append(self._encode_text(texts[row], encoded[-1], add_special_tokens[row], row))
-        length = bucket_length(max(map(len, tokens)), self._buckets) if pad_to is None else pad_to
-        check_room("pad_to", length, max(map(len, tokens)), "tokens in the longest prompt, its visual ones included")
-        most = max(sum(len(image.pixels) for image in row) for row in encoded)
-        check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
-        if pad_tiles_to is None:
-            patches = any(image.cells is not None for row in encoded for image in row)
-            pad_tiles_to = bucket_length(most) if patches else most
-        return self._assemble(tokens, encoded, int(length), int(pad_tiles_to))
+        return encoded, tokens
 
     def _encode(self, visuals: list[Visual], row: int) -> list[EncodedImage]:
         """The images and videos of one prompt, in its order."""
@@ -349,48 +383,3 @@ class Processor:
             )
         check_rows(tokens.tolist(), self.embedding_rows, self.tokenizer, f"row {row}")
         return tokens
-
-    def _assemble(self, tokens: list[np.ndarray], encoded: list[list[EncodedImage]], length: int, tiles: int) -> Batch:
-        token_rows = np.full((len(tokens), length), self.padding_id, np.int32)
-        vision_index = np.full((len(tokens), length), TEXT, np.int32)
-        for row, ids in enumerate(tokens):
-            token_rows[row, : len(ids)] = ids
-            indices, offset = [np.zeros(0, np.int32)], 0
-            for image in encoded[row]:
-                indices.append(np.where(image.index >= 0, image.index + offset, image.index))
-                offset += image.features
-            # A slice keeps the padding out: a checkpoint's padding token could be its image token.
-            vision_index[row, : len(ids)][np.isin(ids, self._visual_ids)] = np.concatenate(indices)
-        lengths = np.asarray([len(ids) for ids in tokens], np.int32)
-        pixels = self.layout.normalised(encoded, tiles)
-        return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, tiles), *_blend(vision_index, encoded))
-
-
-def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None:
-    """`Batch.cells` of the images of all prompts."""
-    found = None
-    for row, images in enumerate(encoded):
-        start = frames = 0
-        for image in images:
-            if image.cells is None:
-                continue
-            found = np.full((len(encoded), patches, 4), -1, np.int32) if found is None else found
-            end = start + len(image.cells)
-            found[row, start:end] = image.cells + np.array([frames, 0, 0, 0], np.int32)
-            start, frames = end, int(found[row, end - 1, 0]) + 2  # one is left out between images
-    return found
-
-
-def _blend(vision_index: np.ndarray, encoded: list[list[EncodedImage]]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`Batch.blend_index` and `Batch.blend_weights` of the images of all prompts."""
-    if all(image.blend is None for images in encoded for image in images):
-        return None, None
-    index, weights = (np.zeros((*vision_index.shape, 4), dtype) for dtype in (np.int32, np.float32))
-    for row, images in enumerate(encoded):
-        places, at, offset = np.flatnonzero(vision_index[row] != TEXT), 0, 0
-        for image in images:
-            here = places[at : at + len(image.index)]
-            if image.blend is not None:
-                index[row, here], weights[row, here] = image.blend[0] + offset, image.blend[1]
-            at, offset = at + len(image.index), offset + image.features
-    return index, weights

@@ -1,5 +1,6 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers: from checkpoint and images to logits and greedy answers."""
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,7 @@ from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, referenc
 import vlcache_jax as vlc
 from vlcache_jax.models.families.qwen_vl.model import QwenVL
 from vlcache_jax.models.families.registry import preset, read_config
+from vlcache_jax.models.processor import Processor
 
 NEW = 32
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -277,6 +279,31 @@ def test_a_picture_that_is_too_long_and_patches_that_do_not_fit(checkpoints):
         processor(images=[Image.new("RGB", (1000, 4))], text=["<|image_pad|>"])
     with pytest.raises(vlc.InputError, match="pad_tiles_to"):
         processor(images=[pictures()[4]], text=["<|image_pad|>"], pad_tiles_to=16)
+
+
+def test_limits_of_images_in_all_spellings(checkpoints):
+    folder, images = checkpoints["qwen2_5_vl"][0], pictures()
+    few = Processor.from_folder(folder, image_limits={"max_image_tokens": 8})
+    sizes = few.measure([images, []], ["<|image_pad|> " * 5, "w1 w2"])
+    assert max(sizes[0].images) <= 8
+    assert sizes[0].tokens == sum(sizes[0].images) == sizes[0].tiles // 4
+    batch = few([images], ["<|image_pad|> " * 5])
+    assert sizes[0].bucket == (batch.length, batch.pixels.shape[1])
+    assert sizes[1] == dataclasses.replace(sizes[1], tokens=2, images=(), tiles=0)
+    for same in ({"max_pixels": 512}, {"size": {"longest_edge": 512}}, {"max_pixels": 512, "max_image_tokens": 8}):
+        assert Processor.from_folder(folder, image_limits=same).layout == few.layout
+    own = vlc.load(folder, dtype="float32", image_limits={"min_pixels": 640})
+    assert (own.processor.layout.min_pixels, own.processor.layout.max_pixels) == (640, 3000)
+    for limits, message in (
+        ({"max_pixels": 500, "max_image_tokens": 8}, "max_pixels = 500 and max_image_tokens = 8 are the same limit"),
+        ({"max_pixels": 500, "size": {"longest_edge": 600}}, "are the same limit"),
+        ({"max_image_tokens": "few"}, "expected a number of visual tokens"),
+        ({"max_pixels": 10}, "would need at least 64 pixels and at most 10"),
+        ({"size": {"height": 10, "width": 10}}, "give shortest_edge and longest_edge"),
+        ({"max_tokens": 8}, "'max_tokens' is no limit of images"),
+    ):
+        with pytest.raises(vlc.InputError, match=message):
+            Processor.from_folder(folder, image_limits=limits)
 
 
 def test_regions_cover_the_image(checkpoints):

@@ -14,6 +14,7 @@ from processing_checkpoint import write_checkpoint
 from tiny_qwen import IMAGE, SHOWN, VIDEO, VIDEO_TEXTS, clips, image_processor, make_tiny_qwen, pictures
 
 import vlcache_jax as vlc
+from vlcache_jax.engine.buckets import pad
 from vlcache_jax.models.processor import Processor
 
 ROOT = Path(__file__).parents[1]
@@ -271,8 +272,17 @@ def test_a_model_without_videos(tmp_path):
     assert processor.sampling is None
     with pytest.raises(vlc.InputError, match="row 0, image 0 is a video, but this model takes none"):
         processor(images=[[video]], text=["<image>"])
+    with pytest.raises(vlc.InputError, match="resizes images to sizes of its own: leave image_limits out"):
+        Processor.from_folder(tmp_path, image_limits={"max_image_tokens": 8})
     with pytest.raises(vlc.InputError, match="'video' is not supported"):
         processor.chat([{"role": "user", "content": [{"type": "video", "video": video}]}])
+
+
+def test_the_engine_has_no_programs_for_videos(loaded):
+    vlm = loaded["qwen3_vl"]
+    batch = vlm.processor(images=visuals()[:1], text=[VIDEO_TEXTS["a video between texts"]])
+    with pytest.raises(vlc.InputError, match="it takes no videos yet"):
+        pad(batch, vlm.model.abstract_batch(1, 128, 128))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.images.frame_sampling import FrameSampling
@@ -140,6 +141,17 @@ class VideoLayout(ImageLayout, Protocol):
         """A video of a prompt. Raises InputError, naming it, if it cannot be used; `tokens` as in `encode`."""
 
 
+@runtime_checkable
+class SizedLayout(ImageLayout, Protocol):
+    """The layout of a family whose images may be of any size, within limits that can be chosen."""
+
+    def limited(self, limits: Mapping[str, Any]) -> ImageLayout:
+        """The same with other limits: `max_image_tokens`, `min_pixels`, `max_pixels` and `size`, as given.
+
+        Raises InputError for values that cannot be, or contradict each other.
+        """
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models: how its checkpoints are read and written, and what runs them.
@@ -175,3 +187,14 @@ class Family:
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image_token": "<image>"})
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def limited(layout: ImageLayout, limits: Mapping[str, Any]) -> ImageLayout:
+    """A layout with other limits of images: see `Processor.from_folder`. Raises InputError."""
+    unknown = sorted(set(limits) - {"max_image_tokens", "min_pixels", "max_pixels", "size"})
+    if unknown:
+        known = "max_image_tokens, min_pixels, max_pixels and size"
+        raise InputError(f"{unknown[0]!r} is no limit of images: the limits are {known}")
+    if not isinstance(layout, SizedLayout):
+        raise InputError("this model resizes images to sizes of its own: leave image_limits out")
+    return layout.limited(limits)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ def load(
     *,
     param_dtype: Any = None,
     buckets: Sequence[int] | None = None,
+    image_limits: Mapping[str, Any] | None = None,
     revision: str | None = None,
     allow_links: bool = False,
     layout: str | None = None,
@@ -83,6 +84,8 @@ def load(
         updates are smaller than half a step of the number and round away.
       buckets: the padded lengths that the processor gives prompts, such as (512, 1024, 2048): programs compile once for
         each that is used. None: multiples of 64 up to 512 tokens, of 256 up to 4096, then of 1024.
+      image_limits: how large images become, of a model that takes any size, such as {"max_image_tokens": 1024}; see
+        `Processor.from_folder`.
       revision: of a model on the Hub: a branch, tag or commit; "main" by default.
       allow_links: follow links that lead out of the folder, as in the stores of models that other programs keep.
       layout: how the decoder's weights lie: "stacked", for TPUs, meshes and training; or "apart", each layer by itself
@@ -96,8 +99,8 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
         model cannot be downloaded.
-      InputError: an unknown dtype or layout, the layout "apart" on a mesh, or buckets that are not positive whole
-        numbers.
+      InputError: an unknown dtype or layout, the layout "apart" on a mesh, limits that contradict each other, or buckets
+        that are not positive whole numbers.
 
     Warns:
       PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
@@ -116,7 +119,7 @@ def load(
         raise InputError(f"layout={layout!r} is for one device, and a mesh was given: leave one of them out")
     folder = find_checkpoint(path, revision=revision, allow_links=allow_links)
     config = read_config(folder)
-    processor = Processor.from_folder(folder, buckets=buckets)
+    processor = Processor.from_folder(folder, buckets=buckets, image_limits=image_limits)
     family = family_of(config)
     model, plain = (family.model(config, dtype, layout=name) for name in (layout, "stacked"))
     abstract = model.abstract_params()

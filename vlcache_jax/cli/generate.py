@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
     plan(pruning, opened.model.spec, batch)
+    visual = int((np.asarray(batch.vision_index) != TEXT).sum())
+    progress.note(f"the prompt has {int(batch.lengths[0])} tokens, {visual} of them visual")
     keep_programs(not arguments.no_compilation_cache, progress)
 
     progress.step("loading the weights")

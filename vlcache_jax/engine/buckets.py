@@ -43,6 +43,12 @@ def padding(shapes: Batch) -> Batch:
 
 def pad(batch: Batch, shapes: Batch) -> Batch:
     """A batch that fits into these shapes, padded to them."""
+    found, made = np.shape(batch.pixels)[2:], shapes.pixels.shape[2:]
+    if batch.pixels.shape[1] and found != made:
+        raise InputError(
+            f"tiles or patches of {list(found)}, where the engine's programs have {list(made)}: it takes no videos "
+            "yet, run them by vlc.generate"
+        )
     new = padding(shapes)
     for field in dataclasses.fields(new):
         to, found = getattr(new, field.name), getattr(batch, field.name)

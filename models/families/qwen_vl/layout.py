@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.files.json_text import shorten
 from vlcache_jax.models.families.family import EncodedImage
+from vlcache_jax.models.families.qwen_vl.areas import read_areas
 from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.families.qwen_vl.videos import VideoRules
 from vlcache_jax.models.images.frame_sampling import FrameSampling
@@ -47,6 +50,18 @@ class PatchLayout:
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         rows, columns = smart_resize(height, width, factor=factor, **limits, name=name)
         return rows // patch, columns // patch
+
+    def limited(self, limits: Mapping[str, Any]) -> "PatchLayout":
+        """The same with other sizes of images; see `SizedLayout`."""
+        size = limits.get("size")
+        if size is not None and (not isinstance(size, dict) or not set(size) <= {"shortest_edge", "longest_edge"}):
+            raise InputError(f"size = {shorten(size)}: give shortest_edge and longest_edge, which are areas in pixels")
+        try:
+            areas = self.min_pixels, self.max_pixels
+            least, most = read_areas(limits, "the limits of images", areas, self._token_side**2)
+        except CheckpointError as error:
+            raise InputError(str(error)) from error
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most)
 
     @property
     def _token_side(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import shorten
+from vlcache_jax.models.families.qwen_vl.areas import read_areas
 from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.families.qwen_vl.layout import PatchLayout
 from vlcache_jax.models.families.qwen_vl.videos import VideoRules
@@ -81,31 +82,6 @@ def _read(
             )
     if settings.get("do_resize") is False:
         raise CheckpointError(f"{source}: do_resize = false is not supported: images come in sizes of all kinds")
-    least = _pixels(settings, source, "shortest_edge", "min_pixels", limits[0])
-    most = _pixels(settings, source, "longest_edge", "max_pixels", limits[1])
-    if least > most:
-        raise CheckpointError(f"{source}: images would need at least {least} pixels and at most {most}: correct one")
+    least, most = read_areas(settings, source, limits)
     others = {key: value for key, value in settings.items() if key not in ("size", "crop_size", "do_center_crop")}
     return ImageTransform.from_dict(others | {"do_center_crop": False}, source), least, most
-
-
-def _pixels(settings: dict[str, Any], source: str, edge: str, name: str, default: int) -> int:
-    """An area, which goes by several names: in `size`, by either, or beside it. They must agree."""
-    size = settings.get("size")
-    size = size if isinstance(size, dict) else {}
-    found = {
-        label: value
-        for label, value in (
-            (f"size.{edge}", size.get(edge)), (f"size.{name}", size.get(name)), (name, settings.get(name)),
-        )
-        if value is not None
-    }  # fmt: skip
-    for label, value in found.items():
-        if type(value) is not int or not 1 <= value <= 2**30:
-            raise CheckpointError(f"{source}: {label} = {shorten(value)} is not supported: expected a number of pixels")
-    if len(set(found.values())) > 1:
-        listed = " and ".join(f"{label} = {value}" for label, value in found.items())
-        raise CheckpointError(
-            f"{source}: {listed} are the same limit of an image's pixels, with different values: leave all but one out"
-        )
-    return next(iter(found.values()), default)
