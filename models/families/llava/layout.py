@@ -181,7 +181,8 @@ def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> V
     own = str(settings.get("image_processor_type", "")).startswith(_OWN)
     kind = str(settings.get("image_processor_type") or image_processor(config))
     missing = next((v for name, v in defaults.IMAGE_PROCESSORS.items() if kind.startswith(name)), {})
-    settings = missing | {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
+    if missing:  # what CLIP's lacks is an error where a step needs it; of others the class fills it in
+        settings = missing | {k: v for k, v in settings.items() if v is not None or k.startswith("do_")}
     if missing and settings.get("crop_size") is None:  # tiles are of `size` then
         size = settings["size"]
         settings["crop_size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
