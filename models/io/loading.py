@@ -99,8 +99,8 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
         model cannot be downloaded.
-      InputError: an unknown dtype or layout, the layout "apart" on a mesh, limits that contradict each other, or buckets
-        that are not positive whole numbers.
+      InputError: an unknown dtype or layout, the layout "apart" on a mesh, limits that contradict each other, or
+        buckets that are not positive whole numbers.
 
     Warns:
       PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
