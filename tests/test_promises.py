@@ -182,7 +182,10 @@ def test_kept_tokens_are_the_budget(policy):
 @pytest.mark.parametrize("dtype", ["float32", *later("bfloat16")])
 @over(PARTS, bits=FEW[:1])
 def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
-    """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each."""
+    """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each.
+
+    The latter for two of the rows in each dtype.
+    """
     model, params = llava = tiny_llava(dtype)
     batch = ragged_batch(rows=4, seed=3)
     _, state = vlc.prefill(model, params, batch, policy).start(NEW)
@@ -190,7 +193,7 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     lengths = [None] if own_length else [batch.length, 64]
     if policy.candidate_fraction < 1:  # a fraction of the padded length: compared at the same padding
         lengths = [batch.length]
-    for row in range(4):
+    for row in range(4) if not own_length else (0, 1) if dtype == "float32" else (2, 3):
         for length in lengths:
             alone_batch = one_row(batch, row, length if length != 64 else None)
             if length == 64:

@@ -97,7 +97,8 @@ def defined(model, params, batch, row):
 
     for start, end, keep in zip((0, *CUTS), (*CUTS, LAYERS), (*KEEP, None)):
         stages.append(places.tolist())
-        hidden = apply(hidden, jnp.asarray(places)[None], attend, method="decode", layers=(start, end))[0]
+        decode = partial(apply, attend=attend, method="decode", layers=(start, end))
+        hidden = jax.jit(decode)(hidden, jnp.asarray(places)[None])[0]
         if keep is None:
             return stages, np.asarray(apply(hidden[0, -1], method="unembed"))
         scores = attention_of_the_last(params, end, hidden[0], places)
