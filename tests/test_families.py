@@ -1,10 +1,11 @@
-"""A family from outside: one value, registered here, and the whole library reads, runs and writes its models."""
+"""The page about a family of one's own: its code runs, and the whole library reads, runs and writes its models."""
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,122 +15,26 @@ from PIL import Image
 import vlcache_jax as vlc
 from vlcache_jax.demo.data.tokenizer import BOS, EOS, IMAGE, PAD, UNKNOWN, build_tokenizer
 from vlcache_jax.explain.pictures import explain
-from vlcache_jax.inputs import TEXT, Batch
+from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.config_reader import read_decoder, read_token_ids, text_section
-from vlcache_jax.models.decoder.config_writer import text_values, token_values
-from vlcache_jax.models.decoder.decoder import Decoder
-from vlcache_jax.models.decoder.weights import decoder_rules
 from vlcache_jax.models.families import registry
-from vlcache_jax.models.families.family import EncodedImage, Family
-from vlcache_jax.models.families.module import FamilyModule, in_order
-from vlcache_jax.models.io.rules import WeightRules, linear
+from vlcache_jax.models.images.transform import ImageTransform
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.text.tokenizer import Tokenizer
-from vlcache_jax.typing import Embedded
+from vlcache_jax.models.vision.config import VisionConfig
 
-SIDE, GRID = 8, 2  # pixels of a patch, patches of an image's side
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PatchesConfig:
-    """Patches straight into the decoder, between a token before and one after the image."""
-
-    model_type: str = "tiny_patches"
-    decoder: DecoderConfig
-    image_token_id: int
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-
-class Patches(FamilyModule):
-    def setup(self) -> None:
-        self.decoder = Decoder(self.config.decoder, self.dtype, self.remat, self.layout)
-        self.patches = nn.Dense(self.config.decoder.hidden_size, dtype=self.dtype)
-
-    def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
-        ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        pixels = jax.ShapeDtypeStruct((rows, tiles, GRID**2, SIDE * SIDE * 3), jnp.float32)
-        return Batch(ids, jax.ShapeDtypeStruct((rows,), jnp.int32), ids, pixels)
-
-    def embed(self, batch: Batch, position_ids: Any = None) -> Embedded:
-        embedded, index = self.decoder.embed(jnp.asarray(batch.tokens)), jnp.asarray(batch.vision_index)
-        if not batch.pixels.shape[1]:
-            return in_order(embedded, batch)
-        features = self.patches(jnp.asarray(batch.pixels))
-        features = features.reshape(batch.size, -1, features.shape[-1])
-        visual = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-        return in_order(jnp.where((index == TEXT)[..., None], embedded, visual), batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    config: PatchesConfig
-
-    def encode(self, images, names, tokens):
-        index = np.arange(GRID**2, dtype=np.int32)
-        text = f"={tokens['image_token'] * len(index)}+"
-        return [EncodedImage(self._patches(image), index, len(index), text) for image in images]
-
-    def _patches(self, image):
-        pixels = np.asarray(image.resize((GRID * SIDE, GRID * SIDE)))
-        grid = pixels.reshape(GRID, SIDE, GRID, SIDE, 3).swapaxes(1, 2)
-        return grid.reshape(1, GRID**2, -1)
-
-    def normalised(self, rows, tiles):
-        pixels = np.zeros((len(rows), tiles, GRID**2, SIDE * SIDE * 3), np.float32)
-        for row, images in enumerate(rows):
-            for number, image in enumerate(images):
-                pixels[row, number] = image.pixels[0] / 127.5 - 1
-        return pixels
-
-    def token_regions(self, shapes):
-        steps = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID), indexing="xy"), -1).reshape(-1, 2)
-        boxes = np.concatenate([steps, steps + 1], axis=1) / GRID
-        return [(boxes * np.array([width, height] * 2)).astype(np.float32) for height, width in shapes]
-
-    def files(self, image_token):
-        kind = {"processor_class": "PatchesProcessor"}
-        return {"preprocessor_config.json": kind, "processor_config.json": kind | {"image_token": image_token}}
-
-
-def read_config(root, top):
-    text = text_section(top)
-    decoder = read_decoder(text, top.flag("tie_word_embeddings", False))
-    tokens = read_token_ids(root, top, text, decoder.vocab_size)
-    return PatchesConfig(decoder=decoder, image_token_id=top.get("image_token_id"), **tokens)
-
-
-def config_values(config, dtype):
-    return {
-        "model_type": config.model_type,
-        "dtype": dtype,
-        "image_token_id": config.image_token_id,
-        "text_config": text_values(config.decoder) | token_values(config),
-        "tie_word_embeddings": config.decoder.tie_embeddings,
-    }
-
-
-FAMILY = Family(
-    model_types=("tiny_patches",),
-    read_config=read_config,
-    config_values=config_values,
-    model=Patches,
-    weights=WeightRules(
-        rules=(*linear("patches", "patches"), *decoder_rules("model", "lm_head")),
-        rename=lambda name: name.removeprefix("old."),
-    ),
-    read_layout=lambda config, settings, source: Layout(config),
-    image_tiles=lambda config: 1,
-    refused={"big_patches": "take tiny_patches"},
-)
+GRID = 2  # patches of an image's side
+PAGE = Path(__file__).parent.parent / "docs" / "add_a_family.md"
+*STEPS, REGISTER = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+page: dict[str, Any] = {"__name__": "add_a_family"}
+exec(compile("\n".join(STEPS), str(PAGE), "exec"), page)
+FAMILY = page["TILES"]
 
 
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
-    registry.register(FAMILY)
+    exec(compile(REGISTER, str(PAGE), "exec"), page)
 
 
 @pytest.fixture
@@ -139,17 +44,23 @@ def vlm(registered):
         family="qwen2", vocab_size=backend.get_vocab_size(), hidden_size=32, intermediate_size=48, num_layers=2,
         num_heads=4, num_kv_heads=2, head_dim=8, max_positions=128, qkv_bias=True,
     )  # fmt: skip
+    vision = VisionConfig(
+        hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, image_size=16, patch_size=8,
+        layer_norm_eps=1e-6, activation="gelu_pytorch_tanh",
+    )  # fmt: skip
     named = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": PAD, "image_token": IMAGE}
     ids = {name: backend.token_to_id(token) for name, token in named.items()}
-    config = PatchesConfig(
+    config = page["TilesConfig"](
+        vision=vision,
         decoder=decoder,
         image_token_id=ids["image_token"],
         bos_token_id=ids["bos_token"],
         pad_token_id=ids["pad_token"],
         eos_token_ids=(ids["eos_token"],),
     )
-    processor = Processor(tokenizer=Tokenizer(backend, named, config.eos_token_ids), layout=Layout(config))
-    model, rng = Patches(config, jnp.float32), np.random.default_rng(0)
+    layout = page["Layout"](config, ImageTransform(size=(16, 16), do_center_crop=False))
+    processor = Processor(tokenizer=Tokenizer(backend, named, config.eos_token_ids), layout=layout)
+    model, rng = page["Tiles"](config, jnp.float32), np.random.default_rng(0)
     params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), model.abstract_params())
     return vlc.VLM(model, params, processor, config)
 
@@ -183,13 +94,13 @@ def test_what_is_saved_is_loaded_and_answers(vlm, tmp_path):
 def test_a_model_type_that_nobody_reads_is_refused_with_what_is_supported(vlm, tmp_path):
     vlc.save(vlm, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    for model_type, hint in {"mllama": "", "big_patches": "; take tiny_patches"}.items():
+    for model_type, hint in {"mllama": "", "big_tiles": "; take tiny_tiles"}.items():
         (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": model_type}))
         with pytest.raises(
             vlc.CheckpointError, match=f"model_type is .{model_type}.; expected one of the supported "
         ) as e:
             vlc.load(tmp_path)
-        for supported in ("llava", "llava_next", "tiny_patches"):
+        for supported in ("llava", "llava_next", "tiny_tiles"):
             assert supported in str(e.value)
         assert str(e.value).endswith(hint)
 
@@ -202,8 +113,6 @@ def test_a_model_type_has_one_family(registered):
 
 
 def test_nothing_outside_its_folder_asks_for_a_family():
-    from pathlib import Path
-
     import vlcache_jax
 
     root = Path(vlcache_jax.__file__).parent.parent
