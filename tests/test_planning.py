@@ -1,5 +1,6 @@
 """The planner: its numbers are the compiler's, its searches end, its presets are the published models."""
 
+import dataclasses
 import json
 import math
 
@@ -229,6 +230,16 @@ def test_state_is_split_over_both_axes():
     assert programs.bytes_of(stores) == sum(x.size * 2 for x in stores) // 4
 
 
+def test_pruned_layers_hold_what_goes_on(programs):
+    pruning = vlc.PyramidDrop((1,), (0.5,), rooms=(32,))
+    whole, pruned = (
+        programs.state(dataclasses.replace(WORK, pruning=p), vlc.FullCache()).context.keys.shape
+        for p in (None, pruning)
+    )
+    layers = programs.model.spec.num_layers
+    assert whole[2] - pruned[2] == (layers - 1) * (64 - 32)
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_available_memory_is_just_below_the_published(chip):
     topology = f"{chip}:{'x'.join(['2', '2', '1'][: CHIPS[chip].axes])}"
@@ -305,6 +316,7 @@ def test_plan_searches(monkeypatch):
         ({"images": -1}, "images=-1"),
         ({"dtype": "int8"}, "use one of bfloat16"),
         ({"mesh": {"model": 3}}, "their product must"),
+        ({"pruning": vlc.PyramidDrop()}, "has no rooms: say how many tokens"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -116,11 +116,8 @@ def _generate(commands: Any) -> None:
     )
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
     _policy(parser)
-    parser.value(
-        "--pruning",
-        str,
-        "METHOD",
-        "drop visual tokens between layers: pyramid_drop, or with options pyramid_drop,layers=8/16,keep=0.5/0.25",
+    _pruning(
+        parser, "drop visual tokens between layers: pyramid_drop, or with options such as layers=8/16,keep=0.5/0.25"
     )
     parser.value("--max-new-tokens", words.whole(1), "N", "cut the answer there", MAX_NEW_TOKENS)
     parser.value("--temperature", words.number, "T", "sample at this temperature (default: greedy decoding)")
@@ -157,6 +154,7 @@ def _plan(commands: Any) -> None:
         POLICY,
         "another policy to put beside it, such as full_cache or vl_cache:0.3; repeat for several",
     )
+    _pruning(parser, "drop visual tokens between layers, with how many tokens go on: pyramid_drop,rooms=2048/1024/512")
     parser.value(
         "--mesh",
         str,
@@ -286,6 +284,10 @@ def _policy(parser: _Parser) -> None:
         "mass:0.98:0.4) and its options, such as vl_cache:0.05,heads=shared,rows=last:50",
         "vl_cache",
     )
+
+
+def _pruning(parser: _Parser, text: str) -> None:
+    parser.value("--pruning", str, "METHOD", text)
 
 
 def _dtype(parser: _Parser, default: str | None, text: str) -> None:

@@ -12,6 +12,7 @@ from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import policy_text
+from vlcache_jax.pruning.grammar import pruning_by_name
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import table
 
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         images=arguments.images,
         policy=policy,
         compare=compare,
+        pruning=None if arguments.pruning is None else pruning_by_name(arguments.pruning),
         mesh=mesh,
         dtype=arguments.dtype,
         search=not arguments.no_search,
@@ -57,7 +59,8 @@ def describe(found: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     head = [
         f"{found.model}, {found.parameters:,} parameters in {found.dtype}, on {found.topology} ({mesh})",
-        f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each",
+        f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each"
+        + (f", {found.pruning}" if found.pruning else ""),
         f"GiB per {per}; {_gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
         f"{_gib(found.available_bytes)}",
     ]

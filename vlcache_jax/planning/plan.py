@@ -23,6 +23,7 @@ from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
 from vlcache_jax.policies.budget import Budget, budget_text, budget_value
+from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.terminal.progress import Progress
 
 _LARGEST_BATCH = 1024
@@ -75,7 +76,7 @@ class Plan:
       topology, devices, devices_per_chip: the slice.
       mesh: size of each axis.
       dtype: of parameters and cache.
-      batch, prompt, new_tokens, tiles: the workload; see `Workload`.
+      batch, prompt, new_tokens, tiles, pruning: the workload; see `Workload`.
       hbm_bytes: published memory of a device.
       available_bytes: what the compiler lets a program use of it.
       hbm_bytes_per_second: published bandwidth of a device.
@@ -95,6 +96,7 @@ class Plan:
     prompt: int
     new_tokens: int
     tiles: int
+    pruning: str | None
     hbm_bytes: int
     available_bytes: int
     hbm_bytes_per_second: float
@@ -118,6 +120,7 @@ def plan(
     images: int = 1,
     policy: Policy | None = None,
     compare: Sequence[Policy] = (),
+    pruning: Pruning | None = None,
     mesh: Mapping[str, int] | None = None,
     dtype: str = "bfloat16",
     search: bool = True,
@@ -135,6 +138,7 @@ def plan(
       images: of each prompt; LLaVA-NeXT cuts one into 5 tiles.
       policy: what to keep; `VLCache(budget=0.1)` by default.
       compare: other policies, such as `FullCache()`.
+      pruning: as in `generate`, with `rooms`: a plan has no prompts of which tokens could be counted.
       mesh: sizes of the axes "data" (splits the batch) and "model" (splits heads and MLPs). By default "model" is the
         largest common divisor of devices and KV heads, and "data" takes the rest.
       dtype: of parameters and cache: "bfloat16", "float32" or "float16".
@@ -156,7 +160,7 @@ def plan(
     config, name = _config(model)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
-    work = _workload(config, batch, prompt, new_tokens, images)
+    work = _workload(config, batch, prompt, new_tokens, images, pruning)
     progress = Progress(enabled=False) if progress is None else progress
     progress.step("starting the TPU's compiler")
     chip = CHIPS[parse_topology(topology)[0]]
@@ -174,7 +178,8 @@ def plan(
         devices_per_chip=chip.devices,
         mesh=axes,
         dtype=dtype,
-        **dataclasses.asdict(work),
+        **{field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name != "pruning"},
+        pruning=None if pruning is None else repr(pruning),
         hbm_bytes=chip.hbm_bytes // chip.devices,
         available_bytes=planner.available,
         hbm_bytes_per_second=planner.bandwidth,
@@ -290,7 +295,9 @@ def _config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConfig, s
     return preset(name), name
 
 
-def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, images: int) -> Workload:
+def _workload(
+    config: ModelConfig, batch: int, prompt: int, new_tokens: int, images: int, pruning: Pruning | None
+) -> Workload:
     for field, value, least in (
         ("batch", batch, 1),
         ("prompt", prompt, 1),
@@ -299,6 +306,11 @@ def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, ima
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
+    if pruning is not None and pruning.rooms is None:
+        raise InputError(
+            f"pruning={pruning!r} has no rooms: say how many tokens of a prompt go on behind each cut, text included, "
+            "such as rooms=(2048, 1024, 512)"
+        )
     positions = config.decoder.extended_positions
     if prompt + new_tokens > positions:
         raise InputError(
@@ -306,5 +318,9 @@ def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, ima
             f"{positions}: lower one of them"
         )
     return Workload(
-        batch=batch, prompt=prompt, new_tokens=new_tokens, tiles=images * family_of(config).image_tiles(config)
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        tiles=images * family_of(config).image_tiles(config),
+        pruning=pruning,
     )

@@ -21,6 +21,7 @@ from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import Params
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -35,12 +36,14 @@ class Workload:
       prompt: their padded length, visual tokens included.
       new_tokens: room for generated tokens.
       tiles: image tiles of each prompt that go through the vision tower.
+      pruning: what drops visual tokens between layers of the prefill; its `rooms` say how many tokens go on.
     """
 
     batch: int
     prompt: int
     new_tokens: int
     tiles: int
+    pruning: Pruning | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,10 @@ class Programs:
         return _bytes(*[group for group in found.groups() if group is not None])
 
     def _prefill(self, work: Workload, policy: Policy) -> Callable[..., Any]:
-        return lambda params, batch: prefill(self.model, params, batch, policy).start(work.new_tokens)
+        def run(params: Params, batch: Batch) -> Any:
+            return prefill(self.model, params, batch, policy, pruning=work.pruning).start(work.new_tokens)
+
+        return run
 
     def _outputs(self, work: Workload, policy: Policy) -> tuple[jax.ShapeDtypeStruct, KVState]:
         with jax.set_mesh(self.mesh):
