@@ -250,7 +250,8 @@ class _Planner:
 
         def peak(size: int) -> tuple[bool, int | None]:
             # Decoding is compiled only where the prefill, which needs more as a rule, fits.
-            work = dataclasses.replace(self.work, **{field: size})
+            changed: dict[str, Any] = {field: size}
+            work = dataclasses.replace(self.work, **changed)
             first = self._compile("prefill", work, policy)
             if not self._fits(first):
                 return False, first.peak_bytes
