@@ -70,9 +70,10 @@ class Processor:
                 "image token"
             )
         check_vocabulary(tokenizer, self.embedding_rows)
-        video_token = self.special_tokens.get("video_token") if isinstance(layout, VideoLayout) else None
+        named, takes_videos = self.special_tokens.get("video_token"), isinstance(layout, VideoLayout)
+        video_token, unread = (named, None) if takes_videos else (None, named)
         video_id = None if video_token is None else tokenizer.token_to_id(video_token)
-        self._placeholders = Placeholders(image_token, None if video_id is None else video_token)
+        self._placeholders = Placeholders(image_token, None if video_id is None else video_token, unread)
         self._visual_ids = [self.config.image_token_id] + ([] if video_id is None else [video_id])
         if self.has_chat_template:
             self._chat_template("default")  # which may not parse: better known now

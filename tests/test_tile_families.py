@@ -124,6 +124,15 @@ def test_what_is_saved_is_read_here_and_by_transformers(loaded, tmp_path):
         torch.testing.assert_close(a[key], b[key])
 
 
+def test_a_video_is_refused(loaded):
+    image, token = pictures()[0][0], loaded.tiny.image
+    with pytest.raises(vlc.InputError, match="row 0, image 1 is a video, but this model takes none"):
+        loaded.vlm.processor(images=[[image, vlc.Video([image] * 2, fps=1.0)]], text=[f"{token} {token}"])
+    if "video_token" in loaded.vlm.processor.special_tokens:
+        with pytest.raises(vlc.InputError, match="holds '<video>', which stands for a video, but videos are not read"):
+            loaded.vlm.processor(text=["w1 <video>"])
+
+
 def test_names_of_tensors_as_transformers_has_them_in_memory(loaded, tmp_path):
     shutil.copytree(loaded.folder, tmp_path, dirs_exist_ok=True)
     tensors = {name: value.contiguous() for name, value in loaded.reference.state_dict().items()}

@@ -13,9 +13,11 @@ class Placeholders:
 
     Attributes:
       by_kind: their texts, by "image" and "video".
+      unread: the text that stands for a video, of a model whose videos are not read.
     """
 
-    def __init__(self, image: str, video: str | None) -> None:
+    def __init__(self, image: str, video: str | None, unread: str | None = None) -> None:
+        self.unread = unread
         self.by_kind: Mapping[str, str] = {"image": image} | ({} if video is None else {"video": video})
         self._pattern = re.compile("|".join(map(re.escape, self.by_kind.values())))
 
@@ -26,6 +28,11 @@ class Placeholders:
             raise InputError(
                 f"{where}, image {kinds.index('video')} is a video, but this model takes none: give some of its frames "
                 "as images"
+            )
+        if self.unread is not None and self.unread in prompt:
+            raise InputError(
+                f"{where}: the prompt holds {self.unread!r}, which stands for a video, but videos are not read of this "
+                "model: give some of its frames as images"
             )
         found = self._pattern.findall(prompt)
         for kind, token in self.by_kind.items():
