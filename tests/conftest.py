@@ -48,8 +48,9 @@ _WHOLE_MODELS = ("test_tpu_programs.py", "test_tpu_generated.py")
 _FIRST = [
     f"test_{name}.py"
     for name in (
-        "tpu_forward", "settings", "promises", "tpu_settings", "tpu_decode_attention", "tpu_programs", "benchmarks",
-        "study", "tpu_generated", "mesh_types", "tpu_attention", "demo_model", "docs_examples", "processes", "planning",
+        "pruning", "promises", "tpu_programs", "settings", "tpu_collectives", "mesh_types", "benchmarks",
+        "docs_examples", "tpu_decode_attention", "processes", "quantised_stores", "tpu_pruning", "study",
+        "tpu_generated", "demo_model", "planning", "tpu_forward", "tpu_settings", "tpu_attention",
     )
 ]  # fmt: skip
 
