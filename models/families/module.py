@@ -41,7 +41,8 @@ def features_in_order(features: jax.Array, batch: Batch) -> jax.Array:
     features = features.reshape(batch.size, -1, features.shape[-1])
     if batch.blend_index is not None:
         index, weights = jnp.asarray(batch.blend_index), jnp.asarray(batch.blend_weights)
-        found = jnp.take_along_axis(features[:, None], index[..., None], axis=2, mode="clip")  # [B, length, n, hidden]
+        found = jnp.take_along_axis(features, index.reshape(batch.size, -1, 1), axis=1, mode="clip")
+        found = found.reshape(*index.shape, -1)  # [batch, length, n, hidden]
         return jnp.einsum("btnd,btn->btd", found, weights.astype(features.dtype))
     index = jnp.maximum(jnp.asarray(batch.vision_index), 0)
     return jnp.take_along_axis(features, index[..., None], axis=1, mode="clip")
