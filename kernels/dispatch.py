@@ -101,7 +101,7 @@ def implementations(text: str) -> tuple[str, ...]:
       implementations(compiled.as_text())  # ("append=pallas_tpu", "attention=xla_wide <splash_tpu: ...>")
     """
     found = (_SCOPE.search(place) for place in re.findall(r'op_name="([^"]*)"', text))
-    return tuple(sorted({match[0] for match in found if match}))
+    return tuple(sorted({match[0].replace("\\'", "'") for match in found if match}))  # the text escapes quotes
 
 
 def bound(implementations: Mapping[str, Implementation], interpret: Any, *args: Any, **options: Any) -> dict[str, Any]:
