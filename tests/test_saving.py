@@ -133,7 +133,7 @@ PROCESSORS = {
     "another special token": lambda folder: edited(
         folder,
         "tokenizer_config.json",
-        extra_special_tokens={"video_token": "w7", "image_token": "<image>"},
+        extra_special_tokens={"crop_token": "w7", "image_token": "<image>"},
         sep_token={"__type": "AddedToken", "content": "w8", "lstrip": True, "rstrip": True, "special": True},
     ),
 }
