@@ -104,7 +104,7 @@ def main() -> None:
     config, dtype = harness.SHAPES[args.shape], jnp.dtype(args.dtype)
     stacked = Llava(config, dtype)
     weights = harness.random_params(stacked, dtype=dtype)
-    model, params = relaid(weights, stacked, "cpu" if jax.default_backend() == "cpu" else "stacked")
+    model, params = relaid(weights, stacked, "apart" if jax.default_backend() in ("cpu", "gpu") else "stacked")
     vlm = types.SimpleNamespace(model=model, params=params, processor=None)
     batches = prompts(config, args.requests, args.length)
     requests = [vlc.Request(prompt=batch, eos_token_ids=[]) for batch in batches]
