@@ -2,6 +2,7 @@
 
 import dataclasses
 import tracemalloc
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_cpu_loads_for_inference_and_changes_its_mind(folder, tmp_path):
+def test_one_device_loads_for_inference_and_changes_its_mind(folder, tmp_path, monkeypatch):
     found = vlc.load(folder, "float32")
     plain = vlc.load(folder, "float32", layout="stacked")
     assert (found.model.layout, plain.model.layout) == ("apart", "stacked")
@@ -43,6 +44,10 @@ def test_a_cpu_loads_for_inference_and_changes_its_mind(folder, tmp_path):
     assert found.with_layout("apart") is found
     assert vlc.load(folder, "bfloat16", param_dtype="float32").model.layout == "stacked"  # to train
     assert vlc.load(folder, "float32", mesh=jax.make_mesh((2,), ("model",))).model.layout == "stacked"
+    for platform, layout in (("gpu", "apart"), ("tpu", "stacked")):
+        device = types.SimpleNamespace(platform=platform)
+        monkeypatch.setattr("vlcache_jax.models.io.loading.default_device", lambda device=device: device)
+        assert vlc.load(folder, "float32").model.layout == layout
     vlc.save(found, tmp_path)
     assert_same(vlc.load(tmp_path, "float32", layout="stacked").params, plain.params)
 
