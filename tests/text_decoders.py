@@ -5,6 +5,16 @@ import torch
 
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
 
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+"""Sizes of the decoders of whole tiny models."""
+
 _PATHS = {
     "input_layernorm": ("input_norm",),
     "post_attention_layernorm": ("post_attention_norm",),

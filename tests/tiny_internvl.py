@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from processors_of_transformers import save_without_video, without_video
-from text_decoders import sharpen
+from text_decoders import TINY, sharpen
 from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, WORDS, make_tokenizer
 
 NAMED = {
@@ -25,12 +25,7 @@ def make_tiny_internvl(folder: str | Path) -> Any:
     words = len(SPECIAL_TOKENS) + len(WORDS)
     text = transformers.Qwen2Config(
         vocab_size=words + len(NAMED),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+        **TINY,
         **tokens,
     )
     vision = transformers.InternVLVisionConfig(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from processors_of_transformers import save_without_video, without_video
-from text_decoders import sharpen
+from text_decoders import TINY, sharpen
 from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, WORDS, make_tokenizer
 
 SIDE, PATCH, GRID = 34, 8, 4  # two pixels beyond the last patch
@@ -28,12 +28,7 @@ def make_tiny_siglip_llava(folder: str | Path, onevision: bool = True, **top: An
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     text = transformers.Qwen2Config(
         vocab_size=len(SPECIAL_TOKENS) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+        **TINY,
         **tokens,
     )
     vision = transformers.SiglipVisionConfig(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from processors_of_transformers import save_without_video, without_video
-from text_decoders import sharpen
+from text_decoders import TINY, sharpen
 from tiny_checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, WORDS, make_tokenizer
 from transformers.models.smolvlm import processing_smolvlm
 
@@ -25,12 +25,7 @@ def make_tiny_smolvlm(folder: str | Path) -> Any:
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     text = transformers.LlamaConfig(
         vocab_size=len(SPECIAL_TOKENS) + len(WORDS) + len(NAMED) + 2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+        **TINY,
         **tokens,
     )
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
