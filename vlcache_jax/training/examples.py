@@ -36,7 +36,8 @@ def make_train_batch(
       The batch, of numpy arrays.
 
     Raises:
-      InputError: different numbers of rows, an empty answer, a row longer than `length`, or what the processor raises.
+      InputError: different numbers of rows, an empty answer, a row longer than `length`, images of a model with
+        positions on three axes, or what the processor raises.
 
     Example:
       batch = make_train_batch(vlm.processor, [["a.png"]], ["USER: <image>\\nTotal? ASSISTANT:"], ["48.20"], 1024)
@@ -44,6 +45,11 @@ def make_train_batch(
     if len(prompts) != len(answers):
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: give one answer for each prompt")
     batch = processor(images=images, text=list(prompts), pad_tiles_to=pad_tiles_to)
+    if batch.cells is not None:
+        raise InputError(
+            "images of any size (Qwen-VL) cannot be trained on yet: a training batch has positions on one axis; give "
+            "prompts of text alone, or another family's model"
+        )
     tokenizer = processor.tokenizer
     conversations = []
     for row, answer in enumerate(answers):
