@@ -21,7 +21,7 @@ from vlcache_jax.models.text.buckets import bucket_length, check_buckets
 from vlcache_jax.models.text.chat import split_conversation
 from vlcache_jax.models.text.chat_template import ChatTemplate
 from vlcache_jax.models.text.placeholders import Placeholders
-from vlcache_jax.models.text.rows import check_rows, check_vocabulary
+from vlcache_jax.models.text.rows import check_image_token, check_rows, check_vocabulary
 from vlcache_jax.models.text.tokenizer import Tokenizer
 from vlcache_jax.parallel.mesh import check_known
 
@@ -62,18 +62,15 @@ class Processor:
         self.chat_templates = dict(chat_templates or {})
         self._templates: dict[str, ChatTemplate] = {}
         self._buckets = None if buckets is None else check_buckets(buckets)
-        found = tokenizer.token_to_id(self.visual_token)
-        if found != self.config.image_token_id:
-            raise CheckpointError(
-                f"the image token {self.visual_token!r} has the id {found} in tokenizer.json, but config.json "
-                f"says {self.config.image_token_id}: the tokenizer belongs to another model, or lacks the added "
-                "image token"
-            )
+        check_image_token(tokenizer, self.visual_token, self.config.image_token_id)
         check_vocabulary(tokenizer, self.embedding_rows)
-        named, takes_videos = self.special_tokens.get("video_token"), isinstance(layout, VideoLayout)
-        video_token, unread = (named, None) if takes_videos else (None, named)
-        video_id = None if video_token is None else tokenizer.token_to_id(video_token)
-        self._placeholders = Placeholders(image_token, None if video_id is None else video_token, unread)
+        unread = None
+        if self.sampling is None:
+            unread = self.special_tokens.get("video_token")
+        else:
+            self.special_tokens.setdefault("video_token", "<video>")  # which some tokenizers need not know
+        self._placeholders = Placeholders(image_token, self.video_token, unread)
+        video_id = None if self.video_token is None else tokenizer.token_to_id(self.video_token)
         self._visual_ids = [self.config.image_token_id] + ([] if video_id is None else [video_id])
         if self.has_chat_template:
             self._chat_template("default")  # which may not parse: better known now
@@ -125,6 +122,11 @@ class Processor:
     def visual_token(self) -> str:
         """The text of a visual token: mostly the same as `image_token`."""
         return self.special_tokens["image_token"]
+
+    @property
+    def video_token(self) -> str | None:
+        """The text that stands for one video in a prompt; None of a model that takes no videos."""
+        return None if self.sampling is None else self.special_tokens["video_token"]
 
     @property
     def sampling(self) -> FrameSampling | None:
@@ -213,6 +215,13 @@ class Processor:
           question = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
           batch = processor.chat([{"role": "user", "content": question}])
         """
+        texts, rows, add_special_tokens = self._rendered(conversations, images, template, add_generation_prompt)
+        return self._batch(texts, rows, add_special_tokens, pad_to, pad_tiles_to)
+
+    def _rendered(
+        self, conversations: Any, images: Any, template: str, add_generation_prompt: bool
+    ) -> tuple[list[str], list[list[Visual]], list[bool]]:
+        """The prompts of conversations, their images and videos, and whether special tokens have to be added."""
         renderer = self._chat_template(template)
         if not isinstance(conversations, (list, tuple)) or not conversations:
             raise InputError("conversations is not a list of conversations: give [[{'role': 'user', 'content': ...}]]")
@@ -226,8 +235,7 @@ class Processor:
         texts = [renderer.render(messages, add_generation_prompt) for messages, _ in pairs]
         bos = self.tokenizer.bos_token
         # Many templates write the beginning-of-sequence token themselves; it must not come twice.
-        add_special_tokens = [not bos or not text.startswith(bos) for text in texts]
-        return self._batch(texts, [of_row for _, of_row in pairs], add_special_tokens, pad_to, pad_tiles_to)
+        return texts, [of_row for _, of_row in pairs], [not bos or not text.startswith(bos) for text in texts]
 
     def _chat_template(self, name: str) -> ChatTemplate:
         if not self.chat_templates:
@@ -283,22 +291,27 @@ class Processor:
         lengths = np.asarray([len(of_text) for of_text in tokens], np.int32)
         return Continuation(ids.reshape(*lead, -1), lengths.reshape(lead))
 
-    def measure(self, images: Any = None, text: str | Sequence[str] = ()) -> list[PromptSize]:
-        """How large prompts are, before any program runs: arguments as of a call.
+    def measure(
+        self, images: Any = None, text: str | Sequence[str] = (), *, conversations: Sequence[Any] | None = None
+    ) -> list[PromptSize]:
+        """How large prompts are, before any program runs: arguments as of a call; or conversations as of `chat`.
 
         A prefill program is compiled for each `bucket` (and batch size): one that differs from row to row tells to fix
         `pad_to` and `pad_tiles_to`, or to lower `image_limits`.
 
-        Raises InputError as a call does.
+        Raises InputError as a call or `chat` does, which also raises CheckpointError.
 
         Example:
           sizes = processor.measure([["a.jpg"], ["b.jpg", "c.jpg"]], prompts)
           print(max(size.images for size in sizes), "programs:", {size.bucket for size in sizes})
         """
-        single = isinstance(text, str)
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = image_rows(images, len(texts), single)
-        read = [self._read([prompt], [row], [True]) for prompt, row in zip(texts, rows)]
+        if conversations is not None:
+            prompts = zip(*self._rendered(conversations, images, "default", True))
+        else:
+            texts = [text] if isinstance(text, str) else list(text)
+            rows = image_rows(images, len(texts), single=isinstance(text, str))
+            prompts = zip(texts, rows, [True] * len(texts))
+        read = [self._read([prompt], [row], [special]) for prompt, row, special in prompts]
         return [PromptSize.of(tokens[0], encoded[0], self._buckets) for encoded, tokens in read]
 
     def decode(self, out: Any) -> list[Any]:

@@ -85,6 +85,12 @@ class TestBeforeWeights:
     def test_new_tokens(self, refused: Run, count: str) -> None:
         assert f"--max-new-tokens: '{count}' is out of range" in refused("--max-new-tokens", count)
 
+    def test_videos_of_a_model_that_takes_none(self, refused: Run, image: Path, tmp_path: Path) -> None:
+        assert "a llava takes no videos: give some of its frames by --image" in refused("--video", str(image))
+        assert "none.mp4' is not a file" in refused("--video", str(tmp_path / "none.mp4"))
+        assert "--frames is of a video" in refused("--frames", "3")
+        assert "resizes images to sizes of its own" in refused("--max-image-tokens", "64")
+
     def test_positions(self, refused: Run) -> None:
         assert "the model has 1024" in refused("--max-new-tokens", "1020")
 

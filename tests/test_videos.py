@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -14,7 +15,11 @@ from processing_checkpoint import write_checkpoint
 from tiny_qwen import IMAGE, SHOWN, VIDEO, VIDEO_TEXTS, clips, image_processor, make_tiny_qwen, pictures
 
 import vlcache_jax as vlc
+from vlcache_jax.cli.main import main
 from vlcache_jax.engine.buckets import pad
+from vlcache_jax.explain.pictures import explain
+from vlcache_jax.explain.shown import MOST_FRAMES, shown
+from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.processor import Processor
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +164,68 @@ def test_chat(loaded):
         jax.tree.map(np.testing.assert_array_equal, batch, want)
 
 
+def test_the_size_of_a_conversation(loaded):
+    processor, (first, _) = loaded["qwen3_vl"].processor, visuals()[0] * 2
+    content = [{"type": "image"}, {"type": "video", "video": first}, {"type": "text", "text": "w1"}]
+    talk, images = [{"role": "user", "content": content}], [pictures()[0]]
+    batch = processor.chat(talk, images=images)
+    (size,) = processor.measure(images, conversations=talk)
+    assert (size.tokens, size.bucket) == (batch.lengths[0], (batch.length, batch.pixels.shape[1]))
+    assert sum(size.images) == (batch.vision_index >= 0).sum()
+    assert len(size.images) == 2
+
+
+def test_limits_hold_for_long_images(checkpoints):
+    processor = Processor.from_folder(checkpoints["qwen3_vl"][0], image_limits={"max_image_tokens": 8})
+    long = Image.new("RGB", (1590, 8))
+    with pytest.raises(vlc.InputError, match=r"row 0, image 0 is 1590 x 8 pixels, .* 39 visual tokens, where 8"):
+        processor(images=[[long]], text=["<|image_pad|>"])
+    shorter = long.resize((64, 8))
+    assert processor.measure([[shorter]], ["<|image_pad|>"])[0].images == (8,)
+
+
+@pytest.mark.parametrize("frames", [5, 60])
+def test_a_picture_of_a_video(loaded, frames):
+    """Its frames side by side, the first of each pair; of many some, evenly spread; their kept tokens lit."""
+    vlm = loaded["qwen3_vl"]
+    video = vlc.Video(np.random.default_rng(0).integers(0, 256, (frames, 16, 24, 3), dtype=np.uint8), fps=2.0)
+    images = [pictures()[0], video]
+    prompts, regions = shown(images, vlm.processor.layout)
+    assert [picture.size for picture in prompts] == [(50, 40), *[(24, 16)] * min(-(-frames // 2), MOST_FRAMES)]
+    text = "<|vision_start|><|image_pad|><|vision_end|>" + SHOWN
+    batch = vlm.processor(images=[images], text=[text])
+    assert sum(map(len, regions)) == (batch.vision_index >= 0).sum()
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in regions]
+    np.testing.assert_allclose([np.nansum(x) for x in areas], [p.width * p.height for p in prompts], rtol=1e-5)
+    lengths = batch.lengths[0]
+    kept = [np.arange(lengths - 8, lengths)[None]]  # the end of the last frame
+    report = types.SimpleNamespace(
+        policy="vl_cache", budget=0.1, kept_fraction=[0.1], state_bytes=1, full_bytes=2, prompt_lengths=[lengths]
+    )
+    drawn = explain(images, batch, kept, report, vlm.processor.layout)
+    other = explain(images, batch, [np.arange(8)[None]], report, vlm.processor.layout)
+    assert drawn.size == other.size
+    assert (np.asarray(drawn) != np.asarray(other)).any()
+    with pytest.raises(vlc.InputError, match="the 1 images have 30 visual tokens, row 0 of the batch has"):
+        explain(images[:1], batch, kept, report, vlm.processor.layout)
+
+
+def test_the_command_line(checkpoints, tmp_path, capsys):
+    write(tmp_path / "a.mp4", 25)
+    pictures()[0].save(tmp_path / "b.png")
+    files = ["--video", str(tmp_path / "a.mp4"), "--image", str(tmp_path / "b.png")]
+    options = ["--frames", "3", "--max-image-tokens", "8", "--max-new-tokens", "4", "--dtype", "float32", "--json"]
+    command = ["generate", "--model", str(checkpoints["qwen3_vl"][0]), *files, "--prompt", "w1 w2", *options]
+    assert main([*command, "--no-compilation-cache", "--explain", str(tmp_path / "kept.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    processor = Processor.from_folder(checkpoints["qwen3_vl"][0], image_limits={"max_image_tokens": 8})
+    parts = [{"type": "video", "video": str(tmp_path / "a.mp4"), "num_frames": 3}, {"type": "image", "image": files[3]}]
+    batch = processor.chat([{"role": "user", "content": [*parts, {"type": "text", "text": "w1 w2"}]}])
+    assert found["visual_tokens"] == (batch.vision_index >= 0).sum() == 2 * 12 + 6
+    assert found["prompt_tokens"] == batch.lengths[0]
+    assert load_image(tmp_path / "kept.png").width == 1600
+
+
 def write(path, frames, rate=10):
     import av
 
@@ -196,47 +263,6 @@ def test_the_page(loaded, tmp_path, monkeypatch):
     names = {"vlc": vlc, "vlm": loaded["qwen3_vl"], "frames": clips()[0]}
     exec(code, names)
     assert names["batch"].cells[..., 0].max() == 2
-
-
-@pytest.mark.parametrize(
-    ("count", "fps", "changes", "expected"),
-    [
-        (10, 1, {}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),  # 20 wanted, 10 there are
-        (30, 30, {}, [0, 10, 19, 29]),  # at least 4
-        (90, 30, {}, [0, 18, 36, 53, 71, 89]),
-        (100, 30, {"multiple": 2}, [0, 20, 40, 59, 79, 99]),
-        (75, 30, {"multiple": 2}, [0, 25, 49, 74]),  # 5 wanted
-        (90, 30, {"max_frames": 5}, [0, 22, 44, 67, 89]),
-        (90, 30, {"num_frames": 3}, [0, 44, 89]),
-        (3, 30, {"num_frames": 8}, [0, 1, 2]),
-        (3, 30, {"multiple": 4}, [0, 1, 2]),
-        (5, 30, {"fps": None}, [0, 1, 2, 3, 4]),
-    ],
-)
-def test_sampling(count, fps, changes, expected):
-    assert dataclasses.replace(vlc.FrameSampling(), **changes).indices(count, fps).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("frames", "options", "message"),
-    [
-        (clips()[0][:0], {"fps": 2}, "the video has 0 frames, at least 2 are needed"),
-        (clips()[0][:1], {"fps": 2}, "the video has 1 frames.*give a single one as an image"),
-        (clips()[0], {}, "give either times= .* or fps="),
-        (clips()[0], {"fps": 2, "times": range(5)}, "give either times= .* or fps="),
-        (clips()[0], {"fps": 0}, "fps=0: give the positive number"),
-        (clips()[0], {"times": [0, 1]}, r"times has the shape \[2\], but the video has 5 frames"),
-        (clips()[0], {"times": [0, 1, 1, 2, 3]}, r"times\[2\] = 1 does not come after times\[1\] = 1"),
-        (clips()[0], {"times": [0, 1, np.nan, 2, 3]}, "give finite seconds from 0 on"),
-        (clips()[0], {"times": [-1, 1, 2, 3, 4]}, "give finite seconds from 0 on"),
-        (clips()[0], {"times": "abcde"}, "times='abcde': give the seconds"),
-        ("a.mp4", {"fps": 2}, "frames is the path 'a.mp4': read a file by Video.from_file"),
-        (7, {"fps": 2}, "frames is a int: give a list of images"),
-    ],
-)
-def test_videos_that_cannot_be(frames, options, message):
-    with pytest.raises(vlc.InputError, match=message):
-        vlc.Video(frames, **options)
 
 
 def test_what_the_processor_refuses(loaded, tmp_path):

@@ -134,16 +134,36 @@ class VideoLayout(ImageLayout, Protocol):
     """The layout of a family that takes videos; its special token is the "video_token"."""
 
     @property
-    def sampling(self) -> FrameSampling:
-        """Which frames of a video file are taken."""
+    def sampling(self) -> FrameSampling | None:
+        """Which frames of a video file are taken; None: this model of the family takes no videos."""
 
     def encode_video(self, video: Video, name: str, tokens: Mapping[str, str]) -> EncodedImage:
         """A video of a prompt. Raises InputError, naming it, if it cannot be used; `tokens` as in `encode`."""
+
+    def video_regions(self, frames: int, height: int, width: int) -> list[tuple[int, np.ndarray]]:
+        """Which part of its frame each visual token of a video stands for.
+
+        Args:
+          frames: how many there are.
+          height, width: of each, in pixels.
+
+        Returns:
+          For each frame (or the first of several that share their tokens) its number and f32 [visual tokens, 4] as of
+          `token_regions`; all of them together are the video's tokens in the order of the prompt.
+        """
 
 
 @runtime_checkable
 class SizedLayout(ImageLayout, Protocol):
     """The layout of a family whose images may be of any size, within limits that can be chosen."""
+
+    @property
+    def min_pixels(self) -> int:
+        """The least area of a resized image."""
+
+    @property
+    def max_pixels(self) -> int:
+        """The greatest."""
 
     def limited(self, limits: Mapping[str, Any]) -> ImageLayout:
         """The same with other limits: `max_image_tokens`, `min_pixels`, `max_pixels` and `size`, as given.
@@ -196,5 +216,5 @@ def limited(layout: ImageLayout, limits: Mapping[str, Any]) -> ImageLayout:
         known = "max_image_tokens, min_pixels, max_pixels and size"
         raise InputError(f"{unknown[0]!r} is no limit of images: the limits are {known}")
     if not isinstance(layout, SizedLayout):
-        raise InputError("this model resizes images to sizes of its own: leave image_limits out")
+        raise InputError("this model resizes images to sizes of its own: leave image_limits out (--max-image-tokens)")
     return layout.limited(limits)

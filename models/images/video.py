@@ -25,10 +25,12 @@ class Video:
       frames: images (arrays, PIL images, paths; see `load_image`) of one size, or an array [frames, height, width, 3].
       times: seconds from the beginning of the video, one for each frame, rising.
       fps: instead of `times`, how many frames a second has.
+      duration: seconds of the whole video, of which these may be a few frames; None: up to the last of them. Some
+        models are told.
 
     Raises:
-      InputError: fewer than two frames, neither or both of `times` and `fps`, or times that do not fit the frames or do
-        not rise.
+      InputError: fewer than two frames, neither or both of `times` and `fps`, times that do not fit the frames or do
+        not rise, or a duration before the last of them.
 
     Example:
       >>> Video(np.zeros((3, 32, 32, 3), np.uint8), fps=2.0).times
@@ -38,6 +40,7 @@ class Video:
     frames: Sequence[ImageLike] | np.ndarray
     times: Sequence[float] = ()
     fps: float | None = None
+    duration: float | None = None
 
     def __post_init__(self) -> None:
         frames: Any = self.frames
@@ -56,6 +59,10 @@ class Video:
         if timed == (self.fps is not None):
             raise InputError("give either times= (seconds of each frame) or fps= of the frames, and not both")
         object.__setattr__(self, "times", _times(count, self.times, self.fps))
+        last, whole = self.times[-1], self.duration
+        number = isinstance(whole, (int, float)) and not isinstance(whole, bool)
+        if whole is not None and not (number and last <= whole < float("inf")):
+            raise InputError(f"duration={whole!r}: give the seconds of the whole video, at least {last:g}")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], sampling: FrameSampling) -> "Video":
@@ -68,14 +75,14 @@ class Video:
         Raises:
           InputError: PyAV is not installed, or the file is missing, no video, or has fewer than two frames.
         """
-        frames, times = read_frames(path, sampling)
-        return cls(frames, times)
+        frames, times, duration = read_frames(path, sampling)
+        return cls(frames, times, duration=duration)
 
     def sampled(self, sampling: FrameSampling) -> "Video":
-        """Some of the frames; their own number a second is taken from the first and the last time."""
+        """Some of the frames; how many a second has is taken from the first and the last time."""
         fps = (len(self.times) - 1) / (self.times[-1] - self.times[0])
         chosen = sampling.indices(len(self.times), fps)
-        return Video([self.frames[i] for i in chosen], [self.times[i] for i in chosen])
+        return Video([self.frames[i] for i in chosen], [self.times[i] for i in chosen], duration=self.duration)
 
     def load(self, name: str) -> list[Image.Image]:
         """The frames as RGB images of one size. Raises InputError, naming the frame, if they are not."""

@@ -14,21 +14,15 @@ MAX_FRAMES = 10_000_000
 """Of a file, before it is decoded."""
 
 
-def read_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> tuple[list[np.ndarray], list[float]]:
-    """Frames u8 [height, width, 3] of the first video stream, and their times in seconds from its first frame on.
+def read_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> tuple[list[np.ndarray], list[float], float]:
+    """Frames u8 [height, width, 3] of the first video stream, their times in seconds from its first frame on, and how
+    long the whole stream is.
 
     The file is read twice: once for the times of its frames, which no header is trusted with, and once to decode.
 
     Raises InputError, see `Video.from_file`.
     """
-    av = _pyav()
-    name = f"the video {os.fspath(path)[:200]!r}"
-    try:
-        is_file = Path(path).is_file()
-    except (OSError, ValueError) as error:  # a name too long, a NUL inside
-        raise InputError(f"{name} is not a usable path ({error})") from error
-    if not is_file:
-        raise InputError(f"{name} is not a file: check the path")
+    av, name = check_video_file(path)
     try:
         times = _times(av, path, name)
         if len(times) < 2:
@@ -39,7 +33,21 @@ def read_frames(path: str | os.PathLike[str], sampling: FrameSampling) -> tuple[
         raise InputError(f"{name} cannot be read ({error}): convert it, or fetch it again") from error
     if len(frames) < 2:
         raise InputError(f"{name} breaks off: {len(frames)} of {len(chosen)} frames could be decoded: fetch it again")
-    return [frame for _, frame in frames], [times[number] for number, _ in frames]
+    duration = times[-1] * len(times) / (len(times) - 1)
+    return [frame for _, frame in frames], [times[number] for number, _ in frames], duration
+
+
+def check_video_file(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """PyAV, and what errors call the video. Raises InputError: PyAV is not installed, or there is no such file."""
+    av = _pyav()
+    name = f"the video {os.fspath(path)[:200]!r}"
+    try:
+        is_file = Path(path).is_file()
+    except (OSError, ValueError) as error:  # a name too long, a NUL inside
+        raise InputError(f"{name} is not a usable path ({error})") from error
+    if not is_file:
+        raise InputError(f"{name} is not a file: check the path")
+    return av, name
 
 
 def _pyav() -> Any:

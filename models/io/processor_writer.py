@@ -36,7 +36,7 @@ def processor_files(processor: Processor) -> dict[str, str]:
 
 def _tokenizer_values(processor: Processor) -> dict[str, Any]:
     tokenizer = processor.tokenizer
-    named = processor.special_tokens
+    named = {name: x for name, x in processor.special_tokens.items() if tokenizer.token_to_id(x) is not None}
     return {
         **{name: token for name, token in named.items() if name in NAMED_TOKENS},
         "extra_special_tokens": {name: token for name, token in named.items() if name not in NAMED_TOKENS},

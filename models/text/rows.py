@@ -47,3 +47,13 @@ def check_rows(token_ids: Iterable[int], rows: int, tokenizer: Tokenizer, where:
             f"has {rows} rows (0 to {rows - 1}): leave it out of the prompt, or resize the embeddings of the "
             "fine-tuned model and save it again"
         )
+
+
+def check_image_token(tokenizer: Tokenizer, token: str, expected: int) -> None:
+    """Raises CheckpointError unless a visual token has the id that `config.json` says."""
+    found = tokenizer.token_to_id(token)
+    if found != expected:
+        raise CheckpointError(
+            f"the image token {token!r} has the id {found} in tokenizer.json, but config.json says {expected}: the "
+            "tokenizer belongs to another model, or lacks the added image token"
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 
 import jax
 
@@ -28,6 +29,7 @@ class OpenedCheckpoint:
     model: FamilyModel
     processor: Processor
     dtype: str
+    image_limits: Mapping[str, int]
 
     def check(self, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
         """Raises what `prefill` would, before weights are read."""
@@ -35,7 +37,7 @@ class OpenedCheckpoint:
 
     def load(self, layout: str | None = None, mesh: jax.sharding.Mesh | None = None) -> "loading.VLM":
         """Reads the weights."""
-        return loading.load(self.folder, self.dtype, mesh, layout=layout)
+        return loading.load(self.folder, self.dtype, mesh, layout=layout, image_limits=self.image_limits)
 
 
 def keep_programs(wanted: bool, progress: Progress) -> None:
@@ -49,18 +51,24 @@ def keep_programs(wanted: bool, progress: Progress) -> None:
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], dtype: str | None, *, revision: str | None = None, allow_links: bool = False
+    source: str | os.PathLike[str],
+    dtype: str | None,
+    *,
+    revision: str | None = None,
+    allow_links: bool = False,
+    image_limits: Mapping[str, int] | None = None,
 ) -> OpenedCheckpoint:
     """Opens a checkpoint, see `vlcache_jax.load`.
 
     `dtype` None is float32 on CPU, where bfloat16 is slow, and bfloat16 elsewhere.
 
-    Raises CheckpointError as `vlcache_jax.load` does.
+    Raises CheckpointError, and InputError for the limits, as `vlcache_jax.load` does.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     folder = find_checkpoint(source, revision=revision, allow_links=allow_links)
     config = read_config(folder)
     SafetensorsFolder(folder)
-    processor = Processor.from_folder(folder)
-    return OpenedCheckpoint(folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype)
+    limits = image_limits or {}
+    processor = Processor.from_folder(folder, image_limits=limits)
+    return OpenedCheckpoint(folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits)

@@ -3,7 +3,7 @@
 import argparse
 
 from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
-from vlcache_jax.cli.options import device_mesh, output_folder
+from vlcache_jax.cli.options import device_mesh, image_limits, output_folder
 from vlcache_jax.cli.process import remark
 from vlcache_jax.cli.report import show
 from vlcache_jax.errors import InputError
@@ -26,7 +26,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     progress.step("opening the checkpoint")
     opened = open_checkpoint(
-        arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
+        arguments.model,
+        arguments.dtype,
+        revision=arguments.revision,
+        allow_links=arguments.allow_links,
+        image_limits=image_limits(arguments.max_image_tokens),
     )
     folder = output_folder(arguments.out, "--out")
     keep_programs(not arguments.no_compilation_cache, progress)

@@ -1,15 +1,16 @@
 """`vlcache-jax generate`: one prompt about some images."""
 
 import argparse
+import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
-from vlcache_jax.cli.options import check_picture_path
+from vlcache_jax.cli.options import check_picture_path, image_limits
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.errors import InputError
@@ -18,11 +19,15 @@ from vlcache_jax.files.writing import write_picture
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.images.opening import load_image
+from vlcache_jax.models.images.video import Video
+from vlcache_jax.models.images.video_file import check_video_file
 from vlcache_jax.models.processor import Processor
+from vlcache_jax.models.text.arguments import Visual
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import budget_text, budget_value
 from vlcache_jax.pruning.grammar import pruning_by_name
 from vlcache_jax.pruning.plan import plan
+from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import megabytes, percent
 
@@ -38,10 +43,17 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     if not arguments.prompt.strip():
         raise InputError("the prompt is empty: give --prompt a text")
     progress.step("reading the prompt")
-    images = [load_image(path, f"image {number}") for number, path in enumerate(arguments.image, 1)]
+    if arguments.frames is not None and not any(isinstance(path, words.VideoPath) for path in arguments.image):
+        raise InputError("--frames is of a video: give one by --video, or leave it out")
+    read = [_opened(path, number) for number, path in enumerate(arguments.image, 1)]
     opened = open_checkpoint(
-        arguments.model, arguments.dtype, revision=arguments.revision, allow_links=arguments.allow_links
+        arguments.model,
+        arguments.dtype,
+        revision=arguments.revision,
+        allow_links=arguments.allow_links,
+        image_limits=image_limits(arguments.max_image_tokens),
     )
+    images = [_video(x, opened, arguments.frames) if isinstance(x, words.VideoPath) else x for x in read]
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
     plan(pruning, opened.model.spec, batch)
@@ -77,7 +89,25 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         write_picture(picture_path, answers.picture(vlm, images, batch, arguments.prompt, text))
 
 
-def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str, raw: bool) -> Batch:
+def _opened(path: str, number: int) -> Any:
+    """An image; of a video its path, which is one of a file."""
+    if not isinstance(path, words.VideoPath):
+        return load_image(path, f"image {number}")
+    check_video_file(path)
+    return path
+
+
+def _video(path: str, opened: OpenedCheckpoint, frames: int | None) -> Video:
+    sampling = opened.processor.sampling
+    if sampling is None:
+        raise InputError(
+            f"--video {words.shown(path)}: a {opened.model.config.model_type} takes no videos: give some of its frames "
+            "by --image"
+        )
+    return Video.from_file(path, sampling if frames is None else dataclasses.replace(sampling, num_frames=frames))
+
+
+def make_batch(opened: OpenedCheckpoint, images: Sequence[Visual], prompt: str, raw: bool) -> Batch:
     """A batch of one prompt, by the chat template unless `raw` or there is none.
 
     Raises InputError if placeholders and images do not match, or the prompt is empty.
@@ -86,8 +116,9 @@ def make_batch(opened: OpenedCheckpoint, images: list[Image.Image], prompt: str,
     if raw or not processor.has_chat_template:
         return processor(images=[images], text=[prompt])
     parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
-    if processor.image_token not in prompt:
-        parts = [{"type": "image", "image": image} for image in images] + parts
+    if not any(token in prompt for token in (processor.image_token, processor.video_token) if token):
+        kinds = ["video" if isinstance(image, Video) else "image" for image in images]
+        parts = [{"type": kind, kind: image} for kind, image in zip(kinds, images)] + parts
         return processor.chat([[{"role": "user", "content": parts}]])
     # Templates put images in front of the text; here the text has placed them already.
     return processor.chat([[{"role": "user", "content": parts}]], images=[images])

@@ -35,9 +35,9 @@ class _Parser(argparse.ArgumentParser):
             name, type=kind, metavar=metavar, default=default, help=(text + told).replace("%", "%%"), **options
         )
 
-    def several(self, name: str, kind: Any, metavar: str, text: str) -> None:
+    def several(self, name: str, kind: Any, metavar: str, text: str, **options: Any) -> None:
         """Adds an option with a value that may be repeated."""
-        self.add_argument(name, type=kind, metavar=metavar, action="append", default=[], help=text)
+        self.add_argument(name, type=kind, metavar=metavar, action="append", default=[], help=text, **options)
 
     def flag(self, name: str, text: str) -> None:
         """Adds an option without a value."""
@@ -106,12 +106,21 @@ def _generate(commands: Any) -> None:
         "checkpoint folder in the Hugging Face layout, or a model on the Hub, such as llava-hf/llava-1.5-7b-hf",
     )
     parser.several("--image", words.path, "FILE", "an image; repeat for several")
+    parser.several(
+        "--video",
+        words.video,
+        "FILE",
+        "a video, among the images in their order, of a model that takes any",
+        dest="image",
+    )
+    parser.value("--frames", words.whole(2), "N", "read so many frames of each video (default: the model's own rule)")
+    _image_limit(parser)
     parser.value(
         "--prompt",
         words.words,
         "TEXT",
-        "your message, put into the checkpoint's chat template (images come first, unless the text places them "
-        "with the image placeholder, such as <image>); as it stands with --raw or where there is no template",
+        "your message, put into the checkpoint's chat template (images and videos come first, unless the text places "
+        "them with their placeholders, such as <image>); as it stands with --raw or where there is no template",
         required=True,
     )
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
@@ -193,6 +202,7 @@ def _evaluate(commands: Any) -> None:
         required=True,
     )
     parser.value("--limit", words.whole(1), "N", "only the first N samples")
+    _image_limit(parser)
     parser.value("--max-new-tokens", words.whole(1), "N", "cut answers there (default: the task's)")
     parser.value("--suffix", words.words, "TEXT", "what follows each question (default: the task's)")
     parser.value("--metric", str, "NAME", "how answers are scored (default: the task's)")
@@ -283,6 +293,15 @@ def _policy(parser: _Parser) -> None:
         "what to keep: a method, its budget (0.1 or 10% of the prompt's cache, 256 tokens a layer, 64MiB a prompt, or "
         "mass:0.98:0.4) and its options, such as vl_cache:0.05,heads=shared,rows=last:50",
         "vl_cache",
+    )
+
+
+def _image_limit(parser: _Parser) -> None:
+    parser.value(
+        "--max-image-tokens",
+        words.whole(1),
+        "N",
+        "make images so small that each is N visual tokens at most, of a model that takes images of any size",
     )
 
 

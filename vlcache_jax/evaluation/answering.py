@@ -15,8 +15,8 @@ from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
-from vlcache_jax.models.images.opening import ImageLike
 from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.models.text.arguments import Visual
 from vlcache_jax.policies import Policy
 from vlcache_jax.policies.budget import policy_text
 from vlcache_jax.pruning.method import Pruning
@@ -41,7 +41,7 @@ class Answers:
     kept: list[Kept]
     seconds: dict[str, float]
 
-    def picture(self, vlm: VLM, images: Sequence[ImageLike], batch: Batch, question: str, answer: str) -> Image:
+    def picture(self, vlm: VLM, images: Sequence[Visual], batch: Batch, question: str, answer: str) -> Image:
         """See `explain`; of the first row, whose images, question and answer these are."""
         kept, layout = self.kept[0], vlm.processor.layout
         return explain(images, batch, kept, self.report, layout, question=question, answer=answer)

@@ -20,6 +20,7 @@ from vlcache_jax.evaluation.sample import Sample
 from vlcache_jax.evaluation.samples import find_files, read_samples
 from vlcache_jax.evaluation.tasks import Task, task_by_name
 from vlcache_jax.files.writing import only_writer
+from vlcache_jax.models.families.family import SizedLayout
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal.progress import Progress
@@ -90,6 +91,9 @@ def evaluate(
         "task": task,
         **dataclasses.asdict(asked),
     }
+    layout = vlm.processor.layout
+    if isinstance(layout, SizedLayout):
+        settings["image_pixels"] = [layout.min_pixels, layout.max_pixels]
     index, count = share or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
         raise InputError(f"share={share}: give (i, n), i from 0 to n - 1")

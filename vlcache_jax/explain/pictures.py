@@ -7,11 +7,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.explain.shown import shown
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.families.family import ImageLayout
-from vlcache_jax.models.images.opening import ImageLike, load_image
+from vlcache_jax.models.text.arguments import Visual
 from vlcache_jax.parallel.mesh import check_known
 from vlcache_jax.policies.budget import budget_text
 from vlcache_jax.policies.methods.method import title_of
@@ -36,7 +37,7 @@ def kept_by_layer(ctx: Context, row: int) -> Kept:
 
 
 def explain(
-    images: Sequence[ImageLike],
+    images: Sequence[Visual],
     batch: Batch,
     kept: Context | Sequence[np.ndarray],
     report: Report,
@@ -50,10 +51,11 @@ def explain(
 
     The large overlay shows, for every place in the images, the share of layers and KV heads that kept its token; the
     small ones the share of KV heads in one layer (of more than 12 layers, evenly spaced ones). Where LLaVA-NeXT's
-    coarse and fine tokens overlap, the larger share counts.
+    coarse and fine tokens overlap, the larger share counts. Of a video its frames are drawn, or 24 of them; of models
+    that take frames in pairs, the first of each pair.
 
     Args:
-      images: of the row, in the order of the prompt.
+      images: of the row, and videos, in the order of the prompt.
       batch: the prompts, of which `row` is drawn.
       kept: the context as `compress` returned it; or, for each layer, the row's kept positions i32 [kv_heads, n], -1
         beyond them (`ctx.kept_positions(layer)[row]`).
@@ -77,12 +79,11 @@ def explain(
         raise InputError(f"row={row} does not exist: the batch has rows 0 to {batch.size - 1}")
     check_known(batch.vision_index, "the batch's arrays")
     layers = kept_by_layer(kept, row) if isinstance(kept, Context) else [np.asarray(layer) for layer in kept]
-    pictures = [load_image(image, f"image {number}") for number, image in enumerate(images)]
+    pictures, regions = shown(images, layout)
     shares = _Shares.count(layers, np.asarray(batch.vision_index)[row], int(batch.lengths[row]))
-    regions = layout.token_regions([(picture.height, picture.width) for picture in pictures])
     if sum(map(len, regions)) != shares.visual.shape[1]:
         raise InputError(
-            f"the {len(pictures)} images have {sum(map(len, regions))} visual tokens, row {row} of the batch has "
+            f"the {len(images)} images have {sum(map(len, regions))} visual tokens, row {row} of the batch has "
             f"{shares.visual.shape[1]}: give the images of that row, in the order of the prompt"
         )
     return _draw(_Sheet.arrange(pictures, regions), shares, report, row, question, answer)

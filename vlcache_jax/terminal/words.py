@@ -48,6 +48,15 @@ def path(text: str) -> str:
     return text
 
 
+class VideoPath(str):
+    """The path of a video, typed among those of images."""
+
+
+def video(text: str) -> VideoPath:
+    """A path that can be one."""
+    return VideoPath(path(text))
+
+
 def words(text: str) -> str:
     """Text for the model: bytes that are no UTF-8 reach Python as lone surrogates, which no tokenizer reads."""
     try:

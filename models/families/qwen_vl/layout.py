@@ -16,6 +16,7 @@ from vlcache_jax.models.families.qwen_vl.videos import VideoRules
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.patches import cut_patches, patch_order
 from vlcache_jax.models.images.smart_resize import smart_resize
+from vlcache_jax.models.images.tiles import cells as grid_cells
 from vlcache_jax.models.images.transform import ImageTransform, resize
 from vlcache_jax.models.images.video import Video
 
@@ -30,6 +31,8 @@ class PatchLayout:
       config: of the model.
       transform: the filter of resizing, and how pixels are normalised.
       min_pixels, max_pixels: least and greatest area of a resized image.
+      max_tokens: visual tokens of an image at most, where the user has set limits. Those of a checkpoint are not kept
+        by images so long that they become a single row, as in transformers.
       videos: the same of videos.
     """
 
@@ -38,6 +41,7 @@ class PatchLayout:
     min_pixels: int
     max_pixels: int
     videos: VideoRules
+    max_tokens: int | None = None
 
     @property
     def sampling(self) -> FrameSampling:
@@ -49,6 +53,12 @@ class PatchLayout:
         patch, factor = self.config.vision.patch_size, self._token_side
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         rows, columns = smart_resize(height, width, factor=factor, **limits, name=name)
+        tokens = rows * columns // factor**2
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise InputError(
+                f"{name} is {width} x {height} pixels, so long that it would have {tokens} visual tokens, where "
+                f"{self.max_tokens} are allowed: crop it first, or allow more"
+            )
         return rows // patch, columns // patch
 
     def limited(self, limits: Mapping[str, Any]) -> "PatchLayout":
@@ -61,7 +71,7 @@ class PatchLayout:
             least, most = read_areas(limits, "the limits of images", areas, self._token_side**2)
         except CheckpointError as error:
             raise InputError(str(error)) from error
-        return dataclasses.replace(self, min_pixels=least, max_pixels=most)
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most, max_tokens=most // self._token_side**2)
 
     @property
     def _token_side(self) -> int:
@@ -133,13 +143,18 @@ class PatchLayout:
 
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
-        found, merge = [], self.config.vision.merge_size
+        merge, found = self.config.vision.merge_size, []
         for height, width in shapes:
-            rows, columns = (x // merge for x in self.grid(height, width))
-            row, column = (x.reshape(-1) for x in np.indices((rows, columns)))
-            boxes = np.stack([column, row, column + 1, row + 1], axis=1)
-            found.append((boxes * np.array([width / columns, height / rows] * 2)).astype(np.float32))
+            rows, columns = self.grid(height, width)
+            found.append(_regions((rows // merge, columns // merge), height, width))
         return found
+
+    def video_regions(self, frames: int, height: int, width: int) -> list[tuple[int, np.ndarray]]:
+        """Which part of its frame each visual token of a video stands for; see `VideoLayout`."""
+        pair, side = self.config.vision.frame_pair, self._token_side
+        rows, columns = self.videos.frame_shape(frames, height, width, pair, side, "the video")
+        boxes = _regions((rows // side, columns // side), height, width)
+        return [(first, boxes) for first in range(0, frames, pair)]
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
@@ -167,3 +182,8 @@ class PatchLayout:
             "temporal_patch_size": vision.frame_pair,
         }
         return {key: value for key, value in values.items() if key not in ("do_center_crop", "crop_size")}
+
+
+def _regions(grid: tuple[int, int], height: int, width: int) -> np.ndarray:
+    """The cells of a grid over an image of this shape, row by row: f32 [cells, 4]."""
+    return grid_cells(grid, (0.0, 0.0, float(width), float(height))).astype(np.float32)
