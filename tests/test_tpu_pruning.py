@@ -29,6 +29,7 @@ def shapes():
     return abstract(params, "bfloat16"), abstract(batch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(budget=0.1)], ids=["full", "10 %"])
 def test_ranges_copy_no_weights(policy):
     params, batch = shapes()
