@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,10 +18,11 @@ from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
-from vlcache_jax.evaluation.metrics import cider_d
-from vlcache_jax.evaluation.report import summarise
+from vlcache_jax.evaluation.metrics import bleu, cider_d, rouge_l
+from vlcache_jax.evaluation.report import markdown, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files, read_samples
+from vlcache_jax.evaluation.tasks import TASKS
 
 POLICY, OPTIONS = "vl_cache:0.3", ["--rows", "3", "--dtype", "float32", "--no-compilation-cache"]
 
@@ -217,13 +219,31 @@ def test_parquet(tmp_path):
             {"id": "m2", "question": "Or?", "options": "[]", "answer": "3", "image_1": image, "image_2": image},
         ],
         "c": [{"image": image, "answer": ["one caption", "another"]}],
+        "d": [
+            {
+                "pid": pid,
+                "question": "How long?",
+                "image": "images/9.jpg",
+                "decoded_image": image,
+                "unit": "cm",
+                "precision": precision,
+                "answer": "1.4",
+                "answer_type": "float",
+            }
+            for pid, precision in (("9", 1.0), ("10", math.nan))
+        ],
     }
     for name, rows in tables.items():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
-    docvqa, first, second, caption = read_samples(find_files([tmp_path]))
+    docvqa, first, second, caption, how_long, no_precision = read_samples(find_files([tmp_path]))
     assert (docvqa.id, docvqa.images, docvqa.answers, docvqa.more) == ("7", (url,), ("a", "b"), {"docId": 5})
     assert (first.images, first.choices, first.answers) == ((url,), ("x", "y"), ("B",))
     assert (second.images, second.choices) == ((url, url), ())
+    assert (how_long.id, how_long.images) == ("9", (url,))
+    assert how_long.more == {"unit": "cm", "precision": 1.0, "answer_type": "float"}
+    assert "precision" not in no_precision.more  # JSON has no NaN
+    hint = "(Unit: cm)\nAnswer the question using a single floating-point number with one decimal place."
+    assert all(TASKS["mathvista"].prompt(sample).endswith(hint) for sample in (how_long, no_precision))
     assert (caption.id, caption.question, caption.answers) == ("c-1", "", ("one caption", "another"))
 
 
@@ -280,4 +300,9 @@ def test_captions_are_scored_together(tmp_path):
     (summary,) = summarise(RunFolder.open(tmp_path))
     expected = cider_d(list(said.values()), list(right.values()))
     assert summary.score.mean == pytest.approx(expected.mean())
+    assert summary.also == {
+        "bleu_4": bleu(list(said.values()), list(right.values())),
+        "rouge_l": pytest.approx(np.mean([rouge_l(said[key], right[key]) for key in said])),
+    }
+    assert "bleu_4" in markdown([summary])
     assert (summary.samples, summary.failed, summary.scored) == (3, 1, 3)

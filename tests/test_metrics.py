@@ -15,6 +15,7 @@ from vlcache_jax.evaluation.metrics import (
     contained,
     edit_distance,
     exact_match,
+    math_answer,
     option_letter,
     ptb_tokens,
     relaxed_accuracy,
@@ -86,9 +87,9 @@ def test_vqa_accuracy_normalises():
         ("A man, riding a horse.", "a man riding a horse"),
         ("He doesn't; they'll, I'm, dogs' and John's", "he does n't they 'll i 'm dogs and john 's"),
         ("I cannot and wanna go", "i can not and wan na go"),
-        ("a well-known 3-star hotel -- really...", "a well-known 3 star hotel really"),
+        ("a well-known 3-star hotel -- really...", "a well-known 3-star hotel really"),
         ("1,234.5 at 10:30, 5% of $3.50", "1,234.5 at 10:30 5 % of $ 3.50"),
-        ('the "U.S. Army" (and) [others]', "the u.s. army and others"),
+        ('the "U.S. Army" (and) [others]', "the u.s. army -lrb- and -rrb- -lsb- others -rsb-"),
         ("", ""),
     ],
 )
@@ -206,3 +207,18 @@ def test_contained():
     assert contained("Total:  12.50 EUR", ["12.50"]) == 1
     assert contained("total", ["12.50", "TOTAL"]) == 1
     assert contained("12.5", ["12.50"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "kind", "precision", "expected"),
+    [
+        ("14", "14", "integer", None, 1), ("The answer is 14.", "14", "integer", None, 1),
+        ("2 + 12 = 14 apples", "14", "integer", None, 1), ("14 or 15", "14", "integer", None, 0),
+        ("1,200", "1200", "integer", None, 1), ("none", "14", "integer", None, 0), ("inf", "14", "integer", None, 0),
+        ("about 0.649 m", "0.6", "float", 1, 1), ("0.66", "0.6", "float", 1, 0), ("1.449", "1.45", "float", 2, 1),
+        ("Between [2007, 2008].", "[2007, 2008]", "list", None, 1), ("2007, 2008", "[2007, 2008]", "list", None, 0),
+        ("[2008, 2007]", "[2007, 2008]", "list", None, 0), ("Yes", "yes", "text", None, 1),
+    ],
+)  # fmt: skip
+def test_math_answer(prediction, answer, kind, precision, expected):
+    assert math_answer(prediction, answer, kind, precision) == expected

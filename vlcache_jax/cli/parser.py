@@ -190,7 +190,11 @@ def _evaluate(commands: Any) -> None:
         help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's .tsv or lmms-eval's .parquet",
     )
     parser.value(
-        "--task", str, "NAME", "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu or ocrbench", "jsonl"
+        "--task",
+        str,
+        "NAME",
+        "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench",
+        "jsonl",
     )
     parser.several("--policy", str, POLICY, "what to keep (default: vl_cache); repeat for several")
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")

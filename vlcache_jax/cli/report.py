@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlcache_jax.cli.process import emit
-from vlcache_jax.evaluation.report import HEADER, Summary, markdown, rows, summarise
+from vlcache_jax.evaluation.report import Summary, markdown, rows, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import table
@@ -28,4 +28,4 @@ def show(found: Mapping[str, Sequence[Summary]], arguments: argparse.Namespace) 
         return
     for path, summaries in found.items():
         title = f"{path} ({summaries[0].metric})" if summaries else path
-        emit(title + "\n\n" + (markdown(summaries) if arguments.markdown else table([HEADER, *rows(summaries)])))
+        emit(title + "\n\n" + (markdown(summaries) if arguments.markdown else table(rows(summaries))))

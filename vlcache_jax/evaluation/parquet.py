@@ -2,19 +2,19 @@
 
 import ast
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.evaluation.sample import Sample
+from vlcache_jax.evaluation.sample import LONGEST, Sample
 
 _ID = ("questionId", "question_id", "pid", "id", "index")
 _IMAGES = ("image", "decoded_image", "images")
 _ANSWERS = ("answers", "answer")
 _CHOICES = ("options", "choices")
 _ROWS = 8  # read at once: each holds images
-_LONGEST = 200  # characters of another column's value that is copied
 
 
 def read_parquet(file: Path) -> Iterator[Sample]:
@@ -50,12 +50,10 @@ def _sample(row: dict[str, Any], name: str) -> Sample:
     numbered = sorted(
         (key for key in row if key.startswith("image_") and key[6:].isdecimal()), key=lambda x: int(x[6:])
     )
+    if row.get("decoded_image") is not None:  # MathVista, whose `image` is the path of a file that is not there
+        row = {**row, "image": None}
     images = [image for key in (*_IMAGES, *numbered) if row.get(key) is not None for image in _list(row[key])]
-    more = {
-        key: value
-        for key, value in row.items()
-        if key not in known and (isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _LONGEST))
-    }
+    more = {key: value for key, value in row.items() if key not in known and _is_short(value)}
     return Sample(
         id=str(next((row[key] for key in _ID if row.get(key) is not None), name)),
         images=tuple(_image(image) for image in images),
@@ -64,6 +62,11 @@ def _sample(row: dict[str, Any], name: str) -> Sample:
         choices=tuple(map(str, _list(next((row[key] for key in _CHOICES if row.get(key) is not None), [])))),
         more=more,
     )
+
+
+def _is_short(value: Any) -> bool:
+    """Whether a value is copied to the result: a finite number, which JSON has, or a short text."""
+    return math.isfinite(value) if isinstance(value, int | float) else isinstance(value, str) and len(value) <= LONGEST
 
 
 def _list(value: Any) -> Sequence[Any]:

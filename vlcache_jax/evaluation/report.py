@@ -1,15 +1,17 @@
 """What an evaluation found, from the lines in its folder: means with intervals, and pairs of policies."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation.metrics.bleu import bleu
 from vlcache_jax.evaluation.metrics.bootstrap import Interval, bootstrap_interval
 from vlcache_jax.evaluation.metrics.cider import cider_d
 from vlcache_jax.evaluation.metrics.exact_match import exact_match
+from vlcache_jax.evaluation.metrics.rouge import rouge_l
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.tasks import CIDER
 
@@ -30,6 +32,7 @@ class Summary:
       compared: the policy it is compared with; None of that one, or without any.
       difference: mean of its scores minus the other's, sample by sample, with its 95 % interval.
       agreement: share of the samples that both answered in the same words.
+      also: other scores of captions, by name.
     """
 
     policy: str
@@ -43,6 +46,7 @@ class Summary:
     compared: str | None = None
     difference: Interval | None = None
     agreement: float | None = None
+    also: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def summarise(
@@ -79,6 +83,7 @@ def summarise(
             score=bootstrap_interval(np.array(_in_order(own))) if own else None,
             kept_fraction=_mean([line["kept_fraction"] for line in answered]),
             tokens=_mean([line["tokens"] for line in answered]),
+            also=_also(found) if metric == CIDER and own else {},
         )
         if compare is not None and compare != name:
             other = scores[compare]
@@ -100,9 +105,19 @@ def _scores(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _captions(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
+    keys, said, right = _said(lines)
+    return dict(zip(keys, map(float, cider_d(said, right))))
+
+
+def _also(lines: dict[str, dict[str, Any]]) -> dict[str, float]:
+    _, said, right = _said(lines)
+    return {"bleu_4": bleu(said, right), "rouge_l": float(np.mean([rouge_l(a, b) for a, b in zip(said, right)]))}
+
+
+def _said(lines: dict[str, dict[str, Any]]) -> tuple[list[str], list[str], list[list[str]]]:
+    """Ids of the samples with right answers, what was answered, and those."""
     keys = sorted(key for key, line in lines.items() if line["answers"])
-    scores = cider_d([lines[key]["answer"] for key in keys], [lines[key]["answers"] for key in keys])
-    return dict(zip(keys, map(float, scores)))
+    return keys, [lines[key]["answer"] for key in keys], [lines[key]["answers"] for key in keys]
 
 
 def _in_order(scores: dict[str, float]) -> list[float]:
@@ -114,19 +129,20 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(sorted(values))) if values else None
 
 
-HEADER = ["policy", "kept", "score", "95 %", "difference", "95 %", "agreement", "samples", "failed"]
+_HEADER = ["policy", "kept", "score", "95 %", "difference", "95 %", "agreement", "samples", "failed"]
 
 
 def rows(summaries: Sequence[Summary]) -> list[list[str]]:
-    """The cells of a table, a row for each policy."""
+    """The cells of a table: a header, and a row for each policy."""
 
-    def number(x: float | None, digits: int = 4) -> str:
-        return "" if x is None else f"{x:.{digits}f}"
+    def number(x: float | None) -> str:
+        return "" if x is None else f"{x:.4f}"
 
     def bounds(interval: Interval | None) -> str:
         return "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
 
-    return [
+    also = sorted({name for summary in summaries for name in summary.also})
+    cells = [
         [
             summary.policy,
             number(summary.kept_fraction),
@@ -137,12 +153,15 @@ def rows(summaries: Sequence[Summary]) -> list[list[str]]:
             number(summary.agreement),
             str(summary.samples),
             str(summary.failed),
+            *(number(summary.also.get(name)) for name in also),
         ]
         for summary in summaries
     ]
+    return [[*_HEADER, *also], *cells]
 
 
 def markdown(summaries: Sequence[Summary]) -> str:
     """The table in Markdown."""
-    lines = [HEADER, ["---"] * len(HEADER), *rows(summaries)]
+    header, *cells = rows(summaries)
+    lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

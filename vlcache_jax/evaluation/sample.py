@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LONGEST = 200
+"""Characters of another column's value that is copied to the result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.parquet import read_parquet
-from vlcache_jax.evaluation.sample import LETTERS, Sample
+from vlcache_jax.evaluation.sample import LETTERS, LONGEST, Sample
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.limits import DATA_URL_CHARACTERS
 from vlcache_jax.files.reading import open_plain
@@ -117,6 +117,7 @@ def _texts(values: dict[str, Any], several: str, one: str, place: str) -> tuple[
 def _tsv(file: Path) -> Iterator[Sample]:
     """VLMEvalKit's layout: index, question, answer, image: base64, a list of several, or another row's index."""
     repeated = {text for row in _rows(file) for text in _images(row.get("image", "")) if len(text) <= 64}
+    known = {"index", "question", "image", "image_path", "answer", *LETTERS, None}
     kept: dict[str, tuple[str, ...]] = {}
     for number, row in enumerate(_rows(file), 1):
         images = _images(row.get("image", ""))
@@ -139,7 +140,7 @@ def _tsv(file: Path) -> Iterator[Sample]:
             question=row["question"],
             answers=_images(answer) if answer.startswith("[") else ((answer,) if answer else ()),
             choices=choices,
-            more={name: row[name] for name in ("category", "split", "hint") if row.get(name)},
+            more={name: value for name, value in row.items() if name not in known and value and len(value) <= LONGEST},
         )
 
 

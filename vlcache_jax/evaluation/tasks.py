@@ -1,16 +1,19 @@
 """What is asked in each task, and how an answer is scored."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from vlcache_jax.engine.requests import Request
 from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation import mathvista
 from vlcache_jax.evaluation.metrics.anls import anls
 from vlcache_jax.evaluation.metrics.contained import contained
 from vlcache_jax.evaluation.metrics.exact_match import exact_match
+from vlcache_jax.evaluation.metrics.open_answer import open_answer
 from vlcache_jax.evaluation.metrics.option_letter import option_letter
 from vlcache_jax.evaluation.metrics.relaxed_accuracy import relaxed_accuracy
+from vlcache_jax.evaluation.metrics.rouge import rouge_l
 from vlcache_jax.evaluation.metrics.vqa import vqa_accuracy
 from vlcache_jax.evaluation.sample import LETTERS, Sample
 from vlcache_jax.models.processor import Processor
@@ -20,21 +23,37 @@ _LETTER = "\nAnswer with the option's letter from the given choices directly."
 CIDER = "cider_d"
 """The one metric that needs all answers at once."""
 
-
-def _best(score: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], float]:
-    return lambda answer, answers: max(score(answer, one) for one in answers)
+_Metric = Callable[[str, Sample], float]
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
-    "anls": anls,
-    "exact_match": _best(exact_match),
+def _best(score: Callable[[str, str], float]) -> _Metric:
+    return lambda answer, sample: max(score(answer, one) for one in sample.answers)
+
+
+def _letter(answer: str, sample: Sample) -> float:
+    return option_letter(answer, sample.answers, sample.choices)
+
+
+def _letter_or(score: _Metric) -> _Metric:
+    return lambda answer, sample: _letter(answer, sample) if sample.choices else score(answer, sample)
+
+
+METRICS: dict[str, _Metric | None] = {
+    "anls": lambda answer, sample: anls(answer, sample.answers),
+    "anls_lmms": lambda answer, sample: anls(answer, sample.answers, raw_lengths=True),
+    "exact_match": _letter_or(_best(exact_match)),
     "relaxed_accuracy": _best(relaxed_accuracy),
-    "vqa_accuracy": vqa_accuracy,
-    "option_letter": option_letter,
-    "contained": contained,
+    "vqa_accuracy": lambda answer, sample: vqa_accuracy(answer, sample.answers),
+    "option_letter": _letter,
+    "mmmu": _letter_or(lambda answer, sample: open_answer(answer, sample.answers)),
+    "mathvista_rule": mathvista.score,
+    "contained": lambda answer, sample: contained(
+        answer, sample.answers, formula=sample.more.get("dataset") == "HME100k"
+    ),
+    "rouge_l": lambda answer, sample: rouge_l(answer, sample.answers),
     CIDER: None,
 }
-"""From an answer and the right ones to a score."""
+"""From an answer and its sample, which has right ones, to a score."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,27 +62,36 @@ class Task:
 
     Attributes:
       suffix: what follows a question.
+      choice_suffix: what follows one with choices, and its choices, if it is not the suffix; without both, a letter
+        is asked for.
       max_new_tokens: of an answer.
       metric: a name in `METRICS`.
       capitalise: whether questions begin with a capital, and go on without, as lmms-eval's do.
       replace: whether the suffix takes the question's place.
+      hints: whether what follows is said for each kind of question, as MathVista does, unless there is a suffix.
     """
 
     suffix: str = ""
+    choice_suffix: str = ""
     max_new_tokens: int = 64
     metric: str = "exact_match"
     capitalise: bool = False
     replace: bool = False
+    hints: bool = False
 
     def prompt(self, sample: Sample) -> str:
         """The user's message."""
-        text = self.suffix if self.replace else sample.question
-        if self.capitalise:
-            text = text.capitalize()
+        if self.replace:
+            return self.suffix
+        text = sample.question.capitalize() if self.capitalise else sample.question
+        if self.hints:
+            text += mathvista.unit(sample)
         if sample.choices:
             text += "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, sample.choices))
-        suffix = _LETTER if sample.choices and not self.suffix else self.suffix
-        return text if self.replace else text + suffix
+        suffix = self.choice_suffix or self.suffix if sample.choices else self.suffix
+        if not suffix and self.hints:
+            suffix = mathvista.hint(sample)
+        return text + (suffix or _LETTER if sample.choices else suffix)
 
     def request(self, sample: Sample, processor: Processor) -> Request:
         """What is asked of the engine."""
@@ -79,13 +107,8 @@ class Task:
 
     def score(self, sample: Sample, answer: str) -> float | None:
         """None where there is no right answer to compare with, or all answers are needed."""
-        name = "option_letter" if sample.choices and self.metric == "exact_match" else self.metric
-        metric = METRICS[name]
-        if metric is None or not sample.answers:
-            return None
-        if name == "option_letter":
-            return option_letter(answer, sample.answers, sample.choices)
-        return float(metric(answer, sample.answers))
+        metric = METRICS[self.metric]
+        return None if metric is None or not sample.answers else metric(answer, sample)
 
 
 TASKS = {
@@ -95,10 +118,11 @@ TASKS = {
     "textvqa": Task(suffix=_SHORT, max_new_tokens=16, metric="vqa_accuracy", capitalise=True),
     "chartqa": Task(suffix=_SHORT, max_new_tokens=16, metric="relaxed_accuracy"),
     "coco_caption": Task(suffix="Provide a one-sentence caption for the provided image.", metric=CIDER, replace=True),
-    "mmmu": Task(suffix=_LETTER, max_new_tokens=128, metric="option_letter"),
+    "mmmu": Task(suffix="\n" + _SHORT, choice_suffix="\n" + _LETTER, max_new_tokens=128, metric="mmmu"),
+    "mathvista": Task(max_new_tokens=1024, metric="mathvista_rule", hints=True),
     "ocrbench": Task(max_new_tokens=128, metric="contained"),
 }
-"""By name; prompts and limits are those of lmms-eval."""
+"""By name; prompts and limits are those of lmms-eval, but for MathVista's limit of 16,384 tokens."""
 
 
 def task_by_name(name: str, **changes: Any) -> Task:
@@ -109,7 +133,10 @@ def task_by_name(name: str, **changes: Any) -> Task:
     """
     if name not in TASKS:
         raise InputError(f"task {name!r} is not known: use one of {', '.join(TASKS)}")
-    task = dataclasses.replace(TASKS[name], **{key: value for key, value in changes.items() if value is not None})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if "suffix" in changes:  # then it follows all questions
+        changes["choice_suffix"] = changes["suffix"]
+    task = dataclasses.replace(TASKS[name], **changes)
     if task.metric not in METRICS:
         raise InputError(f"metric {task.metric!r} is not known: use one of {', '.join(METRICS)}")
     return task

@@ -11,8 +11,9 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def option_letter(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """1.0 if a prediction names the right option.
 
-    The first of these that is there counts: a letter alone, "(B)", "B." or "B:" at the beginning; "answer is B"; a
-    capital letter that stands alone; the words of one choice. A right answer is a letter, or the words of a choice.
+    The first of these that is there counts: a letter alone; "B." or "B:" at the beginning; "answer is B"; the last
+    letter in brackets; the last capital letter that stands alone; the words of one choice. A right answer is a letter,
+    or the words of a choice. Nothing is guessed where there is none of these.
 
     Example:
       >>> option_letter("(B) a dog", ["B"]), option_letter("I think the answer is C.", ["B"])
@@ -21,7 +22,7 @@ def option_letter(prediction: str, answers: Sequence[str], choices: Sequence[str
       1.0
     """
     right = {_letter_of(answer, choices) for answer in answers}
-    return float(_named(prediction.strip(), choices) in right)
+    return float(named_letter(prediction, choices) in right)
 
 
 def _letter_of(answer: str, choices: Sequence[str]) -> str:
@@ -31,16 +32,19 @@ def _letter_of(answer: str, choices: Sequence[str]) -> str:
     return answer.strip().strip("().").upper()
 
 
-def _named(text: str, choices: Sequence[str]) -> str | None:
+def named_letter(text: str, choices: Sequence[str] = ()) -> str | None:
+    """The letter that a text names; see `option_letter`."""
+    text = text.strip()
     for pattern in (
         r"^\(?([A-Za-z])\)?[.:)]?$",
-        r"^\(?([A-Z])[).:]",
+        r"^([A-Z])[).:]",
         r"(?i:answer(?: is|:))\s*\(?([A-Z])\b",
-        r"\b([B-Z])\b|\(([A-Z])\)|(?<![\w'])(A)(?![\w'])(?!\s+[a-z])",
+        r"\(([A-Z])\)",
+        r"\b([B-Z])\b|(?<![\w'])(A)(?![\w'])(?!\s+[a-z])",
     ):
-        found = re.search(pattern, text)
+        found = list(re.finditer(pattern, text))
         if found:
-            return next(letter for letter in found.groups() if letter).upper()
+            return next(letter for letter in found[-1].groups() if letter).upper()
     words = [normalised(choice) for choice in choices]
     inside = [i for i, choice in enumerate(words) if choice and choice in normalised(text)]
     return _LETTERS[inside[0]] if len(inside) == 1 else None
