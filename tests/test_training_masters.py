@@ -13,6 +13,7 @@ import vlcache_jax as vlc
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.training.examples import make_train_batch
 from vlcache_jax.training.loss import answer_loss
+from vlcache_jax.training.parts import merge, split
 from vlcache_jax.training.state import init_state, make_train_step
 
 STEPS = 30
@@ -56,16 +57,17 @@ def test_the_loss_falls_with_float32_masters_and_hardly_without(folder):
         def measured(params, exact=exact, batch=batch):
             return float(exact(jax.tree.map(lambda x: jnp.array(x, jnp.float32), params), batch)[0])
 
-        step = make_train_step(answer_loss(vlm.model), optimizer, trainable=trainable)
-        state = init_state(vlm.params, optimizer, trainable)
-        before = measured(state.params)
+        step = make_train_step(answer_loss(vlm.model), optimizer)
+        tuned, frozen = split(vlm.params, trainable)
+        state = init_state(tuned, optimizer)
+        before = measured(vlm.params)
         for number in range(STEPS):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                state, _ = step(state, batch)
+                state, _ = step(state, batch, frozen)
             told = [str(w.message) for w in caught if "round away" in str(w.message)]
             assert len(told) == (1 if param_dtype == "bfloat16" and number == 0 else 0)
             assert all("bfloat16" in text and 'param_dtype="float32"' in text for text in told)
-        fall[param_dtype] = before - measured(state.params)
+        fall[param_dtype] = before - measured(merge(frozen, state.params))
     assert fall["float32"] > 0
     assert fall["float32"] > 3 * abs(fall["bfloat16"]), fall

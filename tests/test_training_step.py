@@ -11,7 +11,7 @@ from tests.tiny_models import IMAGE_TOKEN, PATCHES, tiny_llava
 from vlcache_jax.errors import InputError
 from vlcache_jax.training import Conversation, TrainBatch, answer_loss, init_state, make_train_step, pack
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
-from vlcache_jax.training.state import merge, split
+from vlcache_jax.training.parts import merge, split
 
 LENGTH = 48
 
@@ -40,15 +40,16 @@ def copied(tree):
     return jax.tree.map(lambda x: x + 0, tree)
 
 
-def run(loss, params, batch, steps=3, optimizer=None, **options):
+def run(loss, params, batch, steps=3, optimizer=None, trainable=None, **options):
     optimizer = optimizer or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
     step = make_train_step(loss, optimizer, **options)
-    state = init_state(copied(params), optimizer, options.get("trainable"))
+    tuned, frozen = split(copied(params), trainable)
+    state = init_state(tuned, optimizer)
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, frozen)
         losses.append(float(metrics["loss"]))
-    return state, losses
+    return state._replace(params=merge(frozen, state.params)), losses
 
 
 def test_loss_falls_on_one_batch(tiny):
@@ -140,7 +141,7 @@ def test_parameters_of_several_dtypes_under_strict_promotion(accumulate):
     state = init_state({"a": jnp.ones((1,)), "b": jnp.ones((1,), jnp.bfloat16)}, optimizer)
     step = make_train_step(loss, optimizer, accumulate=accumulate)
     with jax.numpy_dtype_promotion("strict"):
-        state, metrics = step(state, jnp.arange(4.0), jnp.float32(0.5))
+        state, metrics = step(state, jnp.arange(4.0), None, jnp.float32(0.5))
     np.testing.assert_allclose(state.params["a"], 0.995, atol=1e-4)
     assert state.params["b"].dtype == jnp.bfloat16
     assert state.params["b"] < 1
@@ -197,7 +198,7 @@ def test_scale_multiplies_the_update(tiny):
     optimizer = optax.adam(1e-2)
     step = make_train_step(answer_loss(model), optimizer)
     batch = pack(conversations(4), LENGTH)
-    still, _ = step(init_state(copied(params), optimizer), batch, 0.0)
+    still, _ = step(init_state(copied(params), optimizer), batch, scale=0.0)
     jax.tree.map(np.testing.assert_array_equal, still.params, params)
     assert int(still.step) == 1
 

@@ -20,7 +20,7 @@ from vlcache_jax.models.activations import activation
 from vlcache_jax.models.decoder import rope
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.decoder.layout import Layout, layout_of
-from vlcache_jax.models.decoder.linear import Linear, project
+from vlcache_jax.models.linear import Linear, project
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
 

@@ -84,9 +84,11 @@ def relaid(params: dict[str, Any], model: Any, layout: str) -> tuple[Any, dict[s
       layout: a key of `LAYOUTS`.
 
     Raises:
-      InputError: an unknown layout.
+      InputError: an unknown layout, or parameters that hold adapters.
     """
     layout_of(layout)
+    if any(path[-1] in ("lora_a", "lora_b") for path in traverse_util.flatten_dict(params)):
+        raise InputError("the parameters hold adapters, which lie beside stacked weights only: merge them first")
     new, plain = (dataclasses.replace(model, layout=name) for name in (layout, "stacked"))
     shapes, tied = plain.abstract_params(), model.config.decoder.tie_embeddings
     plainly = stacked(params, shapes, tied)

@@ -20,3 +20,11 @@ def oldest_name(name: str) -> str:
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
     name = re.sub(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model.", name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def newest_module(name: str) -> str:
+    """What transformers 5 calls the module, or the parameter, of a canonical name: adapters of PEFT are named so."""
+    name = re.sub(r"^language_model\.lm_head", "lm_head", name)
+    name = re.sub(r"^language_model\.model\.", "language_model.", name)
+    name = re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+    return re.sub(r"^(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", "model.", name)

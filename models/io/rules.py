@@ -51,6 +51,7 @@ class WeightRules:
     Attributes:
       rules: one for each parameter that a model of the family can have.
       rename: a tensor's name as `rules` has it: checkpoints of one family come with several layouts of names.
+      module: a name of `rules` as transformers 5 names its modules, which those of adapters go by.
       ignored: names (renamed, with `{layer}`) that hold nothing a model needs.
       shortened: first keys of the parameters whose later layers may lie unused in the checkpoint.
       written: tensors that no parameter holds but other programs look for, by their names: the path of the parameter
@@ -59,6 +60,7 @@ class WeightRules:
 
     rules: tuple[Rule, ...]
     rename: Callable[[str], str]
+    module: Callable[[str], str] = lambda name: name
     ignored: frozenset[str] = frozenset()
     shortened: frozenset[str] = frozenset()
     written: tuple[tuple[str, tuple[str, ...], float], ...] = ()

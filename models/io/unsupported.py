@@ -86,7 +86,8 @@ def _adapter_only(folder: CheckpointFolder) -> CheckpointError:
     base = read_json(file_inside(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     of = f" of {shorten(base)}" if isinstance(base, str) else ""
     return CheckpointError(
-        f"{folder} holds an adapter (LoRA or another of PEFT){of}, not a whole model: merge the two first, with PEFT: "
+        f"{folder} holds an adapter (LoRA or another of PEFT){of}, not a whole model: load that, then "
+        "this folder with vlcache_jax.training.load_adapters; or merge the two with PEFT: "
         "model = AutoPeftModelForImageTextToText.from_pretrained(folder) or PeftModel.from_pretrained(base_model, "
         "folder), then model.merge_and_unload().save_pretrained(another_folder), and save the processor there, too"
     )

@@ -28,8 +28,12 @@ class SafetensorsFolder:
       tensors: What the headers say, by tensor name.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, single: str = SINGLE_FILE) -> None:
         """Reads and checks the headers. Tensor data are read of tensors alone that are there twice.
+
+        Args:
+          folder: the checkpoint's.
+          single: the file that holds all tensors, where there is no index.
 
         Warns if the index names a wrong shard for a tensor that another one holds, or if two shards hold a tensor with
         the same bytes: what is loaded is right all the same.
@@ -38,11 +42,11 @@ class SafetensorsFolder:
           CheckpointError: if files are missing, corrupt, truncated, or named outside the folder, or two shards hold
             different tensors of one name.
         """
-        self.folder = checkpoint_folder(folder)
+        self.folder, self._single = checkpoint_folder(folder), single
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[str, np.memmap] = {}
         listed = self._files()
-        files = sorted(set(listed.values())) if listed else [SINGLE_FILE]
+        files = sorted(set(listed.values())) if listed else [single]
         for file in files:
             self._add(file, listed)
         if any(name not in self.tensors for name in listed):
@@ -86,7 +90,7 @@ class SafetensorsFolder:
 
     def _files(self) -> dict[str, str]:
         """Tensor name -> shard, from the index; empty if there is one single file."""
-        if self.folder.has(SINGLE_FILE):
+        if self.folder.has(self._single):
             return {}
         if not self.folder.has(INDEX_FILE):
             raise no_weights(self.folder)

@@ -7,13 +7,10 @@ from flax import linen as nn
 from vlcache_jax.errors import InputError
 from vlcache_jax.kernels.attention import FULL
 from vlcache_jax.models.activations import activation
+from vlcache_jax.models.linear import dense
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
-
-
-def _dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(features, use_bias, dtype=dtype, param_dtype=jnp.float32, name=name)
 
 
 def layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str) -> jax.Array:
@@ -39,12 +36,12 @@ class _Attention(nn.Module):
         heads = self.config.num_heads
 
         def split(name: str) -> jax.Array:
-            projected = _dense(channels, self.dtype, name, self.config.qkv_bias)(x_NTD)
+            projected = dense(channels, self.dtype, name, self.config.qkv_bias)(x_NTD)
             return projected.reshape(images, tokens, heads, channels // heads)
 
         query, key, value = split("query"), split("key"), split("value")
         out, _ = ops.attention(Kernels(), query, key, value, mask=FULL, with_lse=False)
-        return _dense(channels, self.dtype, "output")(out.reshape(x_NTD.shape))
+        return dense(channels, self.dtype, "output")(out.reshape(x_NTD.shape))
 
 
 class _MLP(nn.Module):
@@ -53,8 +50,8 @@ class _MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_NTD: jax.Array) -> jax.Array:
-        x_NTF = _dense(self.config.intermediate_size, self.dtype, "fc1")(x_NTD)
-        return _dense(x_NTD.shape[-1], self.dtype, "fc2")(activation(self.config.activation)(x_NTF))
+        x_NTF = dense(self.config.intermediate_size, self.dtype, "fc1")(x_NTD)
+        return dense(x_NTD.shape[-1], self.dtype, "fc2")(activation(self.config.activation)(x_NTF))
 
 
 class _Layer(nn.Module):

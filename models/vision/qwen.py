@@ -15,6 +15,7 @@ from vlcache_jax.kernels.attention import Mask
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.decoder.decoder import RMSNorm
 from vlcache_jax.models.decoder.rope import rotate
+from vlcache_jax.models.linear import dense
 from vlcache_jax.models.vision.qwen_config import QwenVisionConfig
 from vlcache_jax.models.vision.windows import run_attention, runs_of
 from vlcache_jax.parallel import ops
@@ -35,10 +36,6 @@ def _norm(x: jax.Array, rms: bool, dtype: jnp.dtype, name: str) -> jax.Array:
         return norm(x)
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, param_dtype=jnp.float32, name=name)
-
-
 def _rotation(cells: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin, f32 [batch, patches, head_dim / 2]: half of the pairs turn by the row, half by the column."""
     frequency = _THETA ** -(np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2))
@@ -57,7 +54,7 @@ class _Attention(nn.Module):
     ) -> jax.Array:
         c = self.config
         batch, patches, channels = x_BND.shape
-        projected = _dense(3 * channels, self.dtype, "qkv")(x_BND).reshape(batch, patches, 3, c.num_heads, -1)
+        projected = dense(3 * channels, self.dtype, "qkv")(x_BND).reshape(batch, patches, 3, c.num_heads, -1)
         query, key, value = (projected[:, :, i] for i in range(3))
         query, key = rotate(query, *rotation), rotate(key, *rotation)
 
@@ -68,7 +65,7 @@ class _Attention(nn.Module):
             return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0]
 
         out = ops.of_layer(c.windows, layer, attend, query, key, value, segments, runs)
-        return _dense(channels, self.dtype, "output")(out.reshape(x_BND.shape))
+        return dense(channels, self.dtype, "output")(out.reshape(x_BND.shape))
 
 
 class _MLP(nn.Module):
@@ -79,11 +76,11 @@ class _MLP(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         c, act = self.config, activation(self.config.activation)
         if c.gated_mlp:
-            gate = act(_dense(c.intermediate_size, self.dtype, "gate")(x_BND))
-            x_BNF = gate * _dense(c.intermediate_size, self.dtype, "up")(x_BND)
-            return _dense(x_BND.shape[-1], self.dtype, "down")(x_BNF)
-        x_BNF = act(_dense(c.intermediate_size, self.dtype, "fc1")(x_BND))
-        return _dense(x_BND.shape[-1], self.dtype, "fc2")(x_BNF)
+            gate = act(dense(c.intermediate_size, self.dtype, "gate")(x_BND))
+            x_BNF = gate * dense(c.intermediate_size, self.dtype, "up")(x_BND)
+            return dense(x_BND.shape[-1], self.dtype, "down")(x_BNF)
+        x_BNF = act(dense(c.intermediate_size, self.dtype, "fc1")(x_BND))
+        return dense(x_BND.shape[-1], self.dtype, "fc2")(x_BNF)
 
 
 class _Layer(nn.Module):
@@ -120,7 +117,7 @@ class _Merger(nn.Module):
         x = x.reshape(x.shape[0], -1, wide)
         if self.norm_last:
             x = _norm(x, c.rms_norms, self.dtype, "norm")
-        return _dense(c.output_size, self.dtype, "fc2")(activation("gelu")(_dense(wide, self.dtype, "fc1")(x)))
+        return dense(c.output_size, self.dtype, "fc2")(activation("gelu")(dense(wide, self.dtype, "fc1")(x)))
 
 
 class _PatchEmbedding(nn.Module):

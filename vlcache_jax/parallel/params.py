@@ -27,6 +27,9 @@ _SPLIT_AXIS = {
 _ROW_SPLIT_BIAS_REPLICATED = ("output", "down", "fc2", "linear_2")
 
 
+_OF_ADAPTERS = {"lora_a": -2, "lora_b": -1}  # which side of a split kernel is split in its adapter, too
+
+
 def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A `NamedSharding` for every parameter of a LLaVA.
 
@@ -51,6 +54,8 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
         axis = _SPLIT_AXIS.get(path[-2] if len(path) > 1 else "")
         if path[-1] == "bias" and axis is not None:
             axis = None if path[-2] in _ROW_SPLIT_BIAS_REPLICATED else -1
+        if path[-1] in _OF_ADAPTERS and axis != _OF_ADAPTERS[path[-1]]:
+            axis = None  # the rank is on every device
         if axis is not None and size > 1 and leaf.shape[axis] % size == 0:
             spec[axis] = MODEL_AXIS
         return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,20 +1,20 @@
-"""The train state, freezing by path, and the train step."""
+"""The train state and the train step."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
+from vlcache_jax.training.parts import Params, merge
 
-Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Any], tuple[jax.Array, Metrics]]
 """(params, batch) -> (loss f32 [], metrics)."""
@@ -24,8 +24,8 @@ class TrainState(NamedTuple):
     """Everything an update needs and changes: a pytree, donated to the step.
 
     Attributes:
-      params: all parameters, frozen ones included.
-      opt_state: the optimizer's, of the trainable parameters only.
+      params: those that are trained; frozen ones lie beside it and are in no file of it.
+      opt_state: the optimizer's.
       step: i32 []; updates done.
     """
 
@@ -34,57 +34,18 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-def split(params: Params, trainable: Sequence[str] | None) -> tuple[Params, Params]:
-    """(trainable, frozen) parts of nested parameters.
-
-    Args:
-      params: a nested dict.
-      trainable: path prefixes like "decoder" or "decoder/layers/attention"; None for everything.
-
-    Raises:
-      InputError: a prefix names nothing.
-    """
-    flat = flatten_dict(params, sep="/")
-    if trainable is None:
-        return params, {}
-    if isinstance(trainable, str) or not trainable:
-        raise InputError(f"trainable={trainable!r}: give a sequence of path prefixes, such as ('decoder',), or None")
-    for prefix in trainable:
-        if not any(_under(path, prefix) for path in flat):
-            raise InputError(
-                f"trainable prefix {prefix!r} names no parameter; the top level has {', '.join(sorted(params))}"
-            )
-    chosen = {path: any(_under(path, prefix) for prefix in trainable) for path in flat}
-    return (
-        unflatten_dict({path: x for path, x in flat.items() if chosen[path]}, sep="/"),
-        unflatten_dict({path: x for path, x in flat.items() if not chosen[path]}, sep="/"),
-    )
-
-
-def _under(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
-
-
-def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> Params:
-    """The inverse of `split`."""
-    return unflatten_dict(flatten_dict(a) | flatten_dict(b))
-
-
-def init_state(
-    params: Params, optimizer: optax.GradientTransformation, trainable: Sequence[str] | None = None
-) -> TrainState:
-    """A new train state around `params` (which the first step donates: keep a copy if you need one)."""
-    return TrainState(params, optimizer.init(split(params, trainable)[0]), jnp.zeros((), jnp.int32))
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A new train state around the trainable `params` (which the first step donates: keep a copy if you need one)."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    trainable: Sequence[str] | None = None,
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A jitted `step(state, batch, scale=1.0) -> (state, metrics)`.
+    """A jitted `step(state, batch, frozen=None, scale=1.0) -> (state, metrics)`.
 
     It follows the sharding of what it is given: with the batch split over a mesh axis and the parameters replicated
     or split, XLA inserts the collectives, and the result is that of one device.
@@ -93,8 +54,6 @@ def make_train_step(
       loss: what to minimise, see `vlcache_jax.training.loss.answer_loss`. Batches are weighted by the metric
         "weight" when gradients are accumulated, if the loss reports one.
       optimizer: any optax transformation; put clipping and the schedule into it.
-      trainable: path prefixes of the parameters to train, None for all. Nothing is differentiated, and no
-        optimizer state kept, for the others.
       accumulate: split the batch's leading axis into so many parts and sum their gradients; the leading axis of
         every array of the batch must be a multiple of it. A part takes every `accumulate`-th row, so that those of a
         batch that is split over devices stay where they are.
@@ -104,23 +63,25 @@ def make_train_step(
     model computes in its own dtype all the same.
 
     Returns:
-      The step. `state` is donated. `scale` multiplies the update: a learning-rate schedule that is decided while
-      training runs. Metrics are the loss's own and "loss", "gradient_norm". It raises InputError for a batch whose
-      rows cannot be divided into the parts.
+      The step. `state` is donated. `frozen` are the parameters that are not trained (`parts.split`): the loss gets
+      both as one tree, nothing is differentiated for them and they are not donated. `scale` multiplies the update: a
+      learning-rate schedule that is decided while training runs; others are optax's. Metrics are the loss's own and
+      "loss", "gradient_norm". It raises InputError for a batch whose rows cannot be divided into the parts.
 
     Raises:
       InputError: accumulate is no whole number of at least 1.
 
     Example:
+      tuned, frozen = split(vlm.params, ("decoder", "projector"))
       step = make_train_step(answer_loss(vlm.model), optax.adamw(1e-5), accumulate=4)
-      state, metrics = step(state, batch)
+      state, metrics = step(init_state(tuned, optimizer), batch, frozen)
     """
     if isinstance(accumulate, bool) or not isinstance(accumulate, int | np.integer) or accumulate < 1:
         raise InputError(f"accumulate={accumulate!r}: give a number of parts, at least 1")
 
     def gradients(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
         def objective(tuned: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(merge(tuned, frozen), batch)
+            value, metrics = loss(merge(frozen, tuned), batch)
             return value, metrics | {"loss": value}
 
         return jax.grad(objective, has_aux=True)(tuned)
@@ -144,8 +105,10 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):
             return jax.tree.map(lambda x: x / weight, (grads, metrics))
 
-    def step(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
-        tuned, frozen = split(state.params, trainable)
+    def step(
+        state: TrainState, batch: Any, frozen: Params, scale: jax.Array | float = 1.0
+    ) -> tuple[TrainState, Metrics]:
+        tuned = state.params
         _warn_of_rounding(tuned)
         grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
         # Optax takes powers of its rates by its count of steps; parameters, updates and scale may differ in dtype.
@@ -153,7 +116,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
             tuned = optax.apply_updates(tuned, jax.tree.map(lambda u: u * scale, updates))
             metrics = metrics | {"gradient_norm": optax.tree.norm(grads)}
-        return TrainState(merge(tuned, frozen), opt_state, state.step + 1), metrics
+        return TrainState(tuned, opt_state, state.step + 1), metrics
 
     def places(arguments: Any, results: Any) -> Any:
         """Of the results on a mesh with Explicit axes: the state lies where it lay."""
@@ -162,11 +125,13 @@ def make_train_step(
 
     compiled = jax.jit(automatic(step, places), donate_argnums=0)
 
-    def run(state: TrainState, batch: Any, scale: jax.Array | float = 1.0) -> tuple[TrainState, Metrics]:
+    def run(
+        state: TrainState, batch: Any, frozen: Params | None = None, scale: jax.Array | float = 1.0
+    ) -> tuple[TrainState, Metrics]:
         if accumulate > 1:
             _check_rows(batch, accumulate)
-        with on_mesh_of(state.params, batch):
-            return compiled(state, batch, scale)
+        with on_mesh_of((frozen, state.params), batch):
+            return compiled(state, batch, frozen or {}, scale)
 
     return run
 

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint goes where in the parameter tree, as data."""
 
 from vlcache_jax.models.decoder.weights import decoder_rules
-from vlcache_jax.models.families.names import oldest_name
+from vlcache_jax.models.families.names import newest_module, oldest_name
 from vlcache_jax.models.io.rules import Rule, WeightRules
 from vlcache_jax.models.vision.weights import SIGLIP_HEAD, siglip_rules
 
@@ -16,5 +16,6 @@ WEIGHTS = WeightRules(
         *decoder_rules("language_model.model", "language_model.lm_head"),
     ),
     rename=oldest_name,
+    module=newest_module,
     ignored=frozenset(f"{_VISION}.{name}" for name in SIGLIP_HEAD),
 )

@@ -6,12 +6,11 @@ rows but the first the position of the one before.
 """
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 
 from vlcache_jax.files.exporting import static_field
 from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.tile_model import TileModel
+from vlcache_jax.models.linear import dense
 from vlcache_jax.models.vision.pixel_shuffle import pixel_shuffle
 from vlcache_jax.models.vision.siglip import SiglipVisionTower
 
@@ -23,7 +22,7 @@ class Idefics3(TileModel):
     def setup(self) -> None:
         c = self.config
         self.vision = SiglipVisionTower(c.vision, self.dtype)
-        self.projector = nn.Dense(c.decoder.hidden_size, use_bias=False, dtype=self.dtype, param_dtype=jnp.float32)
+        self.projector = dense(c.decoder.hidden_size, self.dtype, use_bias=False)
         self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from vlcache_jax.files.exporting import static_field
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.tile_model import TileModel
+from vlcache_jax.models.linear import dense
 from vlcache_jax.models.vision.intern import InternVisionTower
 from vlcache_jax.models.vision.pixel_shuffle import pixel_shuffle
 
@@ -51,6 +52,6 @@ class Projector(nn.Module):
         with jax.numpy_dtype_promotion("standard"):  # Flax takes float32 statistics times the scale as it was loaded
             features = norm(features)
         for name in ("linear_1", "linear_2"):
-            features = nn.Dense(self.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, name=name)(features)
+            features = dense(self.hidden_size, self.dtype, name)(features)
             features = activation(self.activation)(features) if name == "linear_1" else features
         return features

@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint goes where in the parameter tree, as data."""
 
 from vlcache_jax.models.decoder.weights import decoder_rules
-from vlcache_jax.models.families.names import oldest_name
+from vlcache_jax.models.families.names import newest_module, oldest_name
 from vlcache_jax.models.io.rules import CONVOLUTION, Rule, WeightRules, layer_norm, linear
 
 _VISION = "vision_tower"
@@ -39,6 +39,7 @@ WEIGHTS = WeightRules(
         *decoder_rules("language_model.model", "language_model.lm_head"),
     ),
     rename=_rename,
+    module=newest_module,
     ignored=frozenset({f"{_VISION}.embeddings.mask_token"}),
     shortened=frozenset({"vision"}),
 )

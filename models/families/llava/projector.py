@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlcache_jax.models.activations import activation
+from vlcache_jax.models.linear import Linear, dense
 
 
 class Projector(nn.Module):
@@ -28,9 +29,7 @@ class Projector(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """[..., vision channels] -> [..., D]."""
 
-        def linear(name: str) -> nn.Dense:
-            return nn.Dense(
-                self.hidden_size, use_bias=self.use_bias, dtype=self.dtype, param_dtype=jnp.float32, name=name
-            )
+        def linear(name: str) -> Linear:
+            return dense(self.hidden_size, self.dtype, name, self.use_bias)
 
         return linear("linear_2")(activation(self.activation)(linear("linear_1")(features)))

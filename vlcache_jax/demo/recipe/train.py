@@ -36,6 +36,7 @@ from vlcache_jax.training.batch import TrainBatch, pack
 from vlcache_jax.training.checkpoint import has_state, load_state, save_state
 from vlcache_jax.training.loop import ProgressLog, prefetch
 from vlcache_jax.training.loss import answers_right, weighted_cross_entropy
+from vlcache_jax.training.parts import merge, split
 from vlcache_jax.training.state import Loss, Metrics, Params, init_state, make_train_step
 
 
@@ -263,15 +264,15 @@ def train_demo(
     path = directory / "state"
     model = Llava(recipe.config, jnp.bfloat16, remat=True)  # on two cores more than twice as fast as float32
     optimizer = _optimizer(recipe.rate, 0.05)
-    trainable = ("decoder", "projector", "ahead")
     tower = train_vision(recipe, directory, log, progress)
     progress.step("preparing the decoder")
-    state = init_state(initial_params(recipe, tower), optimizer, trainable)
+    tuned, frozen = split(initial_params(recipe, tower), ("decoder", "projector", "ahead"))
+    state = init_state(tuned, optimizer)
     reached: dict[str, Any] = {"stage": 0, "step": 0, "elapsed": 0.0, "running": 0.0, "entered": 0}
     if resume and has_state(path):
         begin, (state, reached) = reached, load_state(path, state)
         _check_reached(path, reached, begin, len(recipe.stages))
-    step = make_train_step(demo_loss(model), optimizer, trainable=trainable)
+    step = make_train_step(demo_loss(model), optimizer)
     clock = _Clock(minutes, steps, reached["elapsed"])
     progress.step("training the decoder", total=1.0)
     progress.advance(shown := clock.share(reached["step"]))
@@ -289,7 +290,7 @@ def train_demo(
         while (share := clock.share(reached["step"])) < 1:
             batch = next(batches)
             warm = min(1.0, (reached["step"] + 1) / recipe.warmup)
-            state, metrics = step(state, batch, warm * min(1.0, (1 - share) / recipe.decay))
+            state, metrics = step(state, batch, frozen, warm * min(1.0, (1 - share) / recipe.decay))
             reached["step"] += 1
             progress.advance(share - shown)
             shown = share
@@ -302,7 +303,7 @@ def train_demo(
                 log.report(stage=reached["stage"], step=number, share=share, running=running, eta=remaining, **values)
             if time.monotonic() - saved > save_every:
                 save()
-                scores = evaluate_tasks(model, state.params, recipe, stage.shapes[0].grid, 32)
+                scores = evaluate_tasks(model, merge(frozen, state.params), recipe, stage.shapes[0].grid, 32)
                 log.report(evaluated=number, stage=reached["stage"], **scores)
                 saved = time.monotonic()
             last = reached["stage"] == len(recipe.stages) - 1
@@ -312,7 +313,7 @@ def train_demo(
         batches.close()  # type: ignore[attr-defined]
     progress.step("writing the checkpoint")
     save()
-    params = {name: x for name, x in state.params.items() if name != "ahead"}
+    params = {name: x for name, x in merge(frozen, state.params).items() if name != "ahead"}
     export_demo(params, recipe.config, directory / "demo_model")
     write_examples(directory / "demo_images")
     return params
