@@ -43,7 +43,7 @@ GROUPS = {
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
             "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
             "policies: method",
-            "PyramidDrop",
+            "VisionZip CDPruner FastV PyramidDrop Feather",
             "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
         ],
     ),

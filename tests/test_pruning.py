@@ -260,7 +260,7 @@ class LastFirst(Pruning):
     def cuts(self, layers):
         return self.behind
 
-    def kept(self, cut, visual):
+    def kept(self, cut, visual, left):
         return visual // self.part
 
     def scores(self, cut, between):

@@ -68,7 +68,11 @@ from vlcache_jax.policies import (
 from vlcache_jax.policies.budget import Bytes, Mass, Tokens
 from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
-from vlcache_jax.pruning.pyramid_drop import PyramidDrop
+from vlcache_jax.pruning.methods.cd_pruner import CDPruner
+from vlcache_jax.pruning.methods.fast_v import FastV
+from vlcache_jax.pruning.methods.feather import Feather
+from vlcache_jax.pruning.methods.pyramid_drop import PyramidDrop
+from vlcache_jax.pruning.methods.vision_zip import VisionZip
 
 if TYPE_CHECKING:
     from vlcache_jax.planning import plan
@@ -82,6 +86,7 @@ __all__ = [
     "Append",
     "Batch",
     "Bytes",
+    "CDPruner",
     "CheckpointError",
     "Context",
     "Continuation",
@@ -90,6 +95,8 @@ __all__ = [
     "Engine",
     "Evict",
     "ExpectedAttention",
+    "FastV",
+    "Feather",
     "FrameSampling",
     "FullCache",
     "Generation",
@@ -128,6 +135,7 @@ __all__ = [
     "VLCache",
     "VLCacheError",
     "Video",
+    "VisionZip",
     "Window",
     "ZipVL",
     "answer",

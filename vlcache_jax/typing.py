@@ -20,6 +20,9 @@ class ModelSpec:
       pad_token_id: fills the output after a row has ended.
       vision_grid: patches along one side of a tile, whose features `Batch.vision_index` counts row by row; 0 if the
         features of a tile are no such square; None if it is not known.
+      vision_merge: of models whose batches have `cells`: patches along one side of what becomes a visual token; else 0.
+      tower_attention: which attention `embed(batch, tower=True)` tells of (`TowerView`): "class", the class token's;
+        "mean", all patches', of a tower without one; None if it tells of none.
       windows: of each layer. None: attention sees all that came before, and the layer has keys to evict. A number: it
         sees so many of the latest tokens, its own included, and stores no others; budgets are shared among the rest of
         the layers. Empty: no layer has a window.
@@ -33,6 +36,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
     vision_grid: int | None = None
+    vision_merge: int = 0
+    tower_attention: str | None = None
     windows: tuple[int | None, ...] = ()
 
     @property
@@ -44,6 +49,25 @@ class ModelSpec:
     def full_layers(self) -> tuple[int, ...]:
         """Layers without a window: those with something to evict."""
         return tuple(i for i, window in enumerate(self.layer_windows) if window is None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class TowerView:
+    """What a vision tower says of visual tokens, in the order of the prompt. A pytree; of text it may be anything.
+
+    All of it is of the layer that gave the features, and is 0 for tokens that stand for no patches.
+
+    Attributes:
+      attention: f32 [batch, length], which each token gets of the class token, or of all patches
+        (`ModelSpec.tower_attention`), averaged over heads.
+      keys: [batch, length, head_dim], the token's key, averaged over heads.
+      features: [batch, length, channels], what the projector makes its embedding of.
+    """
+
+    attention: jax.Array
+    keys: jax.Array
+    features: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +88,7 @@ class Embedded:
         n layers (Qwen3-VL's deepstack); None if nothing is.
       blocks: i32 [batch, length], which tokens of a prompt see each other in both directions, by image say
         (`kernels.attention.Mask.blocks`); -1 in text and in padding. None: every token sees itself and those before.
+      tower: of a model that was asked for it.
     """
 
     hidden: jax.Array
@@ -71,6 +96,7 @@ class Embedded:
     next_position: jax.Array
     layer_inputs: jax.Array | None = None
     blocks: jax.Array | None = None
+    tower: TowerView | None = None
 
 
 class VisionLanguageModel(Protocol):
@@ -83,7 +109,8 @@ class VisionLanguageModel(Protocol):
     def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any:
         """Linen's `apply`; `method` is one of
 
-        embed(batch) -> Embedded, embed_tokens(tokens) -> [batch, length, hidden],
+        embed(batch) -> Embedded (embed(batch, tower=True) and project_features(features) of a model with a
+        `spec.tower_attention`), embed_tokens(tokens) -> [batch, length, hidden],
         decode(hidden, positions, attend, carry, xs, layer_inputs=None, layers=None) -> (hidden, carry, ys): `positions`
         and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes;
         `layers` (first, end) runs a part of them, which only pruning asks for;

@@ -71,6 +71,16 @@ class FamilyModule(nn.Module):
         return None
 
     @property
+    def vision_merge(self) -> int:
+        """See `ModelSpec.vision_merge`."""
+        return 0
+
+    @property
+    def tower_attention(self) -> str | None:
+        """See `ModelSpec.tower_attention`."""
+        return None
+
+    @property
     def spec(self) -> ModelSpec:
         """What caching and generation need to know."""
         c = self.config
@@ -85,6 +95,8 @@ class FamilyModule(nn.Module):
             # Finished rows are fed it, so it must have a row of the table; a fine-tune's added padding token may not.
             pad_token_id=next(i for i in fillers if 0 <= i < c.decoder.vocab_size),
             vision_grid=self.vision_grid,
+            vision_merge=self.vision_merge,
+            tower_attention=self.tower_attention,
             windows=c.decoder.windows,
         )
 

@@ -126,7 +126,9 @@ def _generate(commands: Any) -> None:
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
     _policy(parser)
     _pruning(
-        parser, "drop visual tokens between layers: pyramid_drop, or with options such as layers=8/16,keep=0.5/0.25"
+        parser,
+        "drop visual tokens in front of the decoder or between layers: vision_zip, feather and others, or with options "
+        "such as pyramid_drop,layers=8/16,keep=0.5/0.25",
     )
     parser.value("--max-new-tokens", words.whole(1), "N", "cut the answer there", MAX_NEW_TOKENS)
     parser.value("--temperature", words.number, "T", "sample at this temperature (default: greedy decoding)")

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from vlcache_jax.pruning.method import Between
 from vlcache_jax.pruning.plan import Plan
-from vlcache_jax.pruning.stage import Stage
-from vlcache_jax.typing import Embedded, Params, VisionLanguageModel
+from vlcache_jax.pruning.stage import Stage, joined
+from vlcache_jax.typing import Embedded, Params, TowerView, VisionLanguageModel
 
 
-def embed_prompt(model: VisionLanguageModel, params: Params, batch: Any) -> Embedded:
-    """The prompts of a `Batch`."""
-    return model.apply({"params": params}, batch, method="embed")
+def embed_prompt(model: VisionLanguageModel, params: Params, batch: Any, tower: bool = False) -> Embedded:
+    """The prompts of a `Batch`; with what the vision tower says of them, if asked."""
+    return model.apply({"params": params}, batch, method="embed", **({"tower": True} if tower else {}))
 
 
 def embed_text(
@@ -55,6 +55,8 @@ def run_stages(
     plan: Plan,
     attend: Callable[[Stage], Any],
     carry: Any = None,
+    *,
+    tower: TowerView | None = None,
 ) -> tuple[jax.Array, Any, list[tuple[Stage, Any]]]:
     """`run_layers` of prompts that lose tokens between layers: one stage after another.
 
@@ -63,6 +65,7 @@ def run_stages(
       plan: where tokens are dropped; of the prompt's length.
       attend: the attention of a stage's layers; its `xs` are their numbers.
       carry: the first layer's.
+      tower: what the vision tower says of the prompts, for a method that asks.
 
     Returns:
       (logits, the last layer's carry, every stage with the ys of its layers).
@@ -76,25 +79,37 @@ def run_stages(
         _, _, seen = _decode(model, params, hidden, positions, record, layers=(layer, layer + 1))
         return jax.tree.map(lambda x: x[0], seen)
 
+    def project_features(features: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, features, method="project_features")
+
+    method = plan.pruning
     visual = jnp.sum(prompt.droppable, axis=1, dtype=jnp.int32)
-    hidden = prompt.hidden
+    hidden, entered = prompt.hidden, prompt
     for number, size in enumerate(sizes):
         stage = stages[-1]
         if number:
-            assert plan.pruning is not None
+            assert method is not None
             ran = dataclasses.replace(stage, hidden=hidden)
-            between = Between(stage=ran, entered=stage, prompt=prompt, project=project)
-            scores = plan.pruning.scores(number - 1, between)
-            count = plan.pruning.kept(number - 1, visual)
-            stage = ran.dropping(scores, count, plan.rooms[number], size)
+            between = Between(ran, entered, prompt, project, tower, project_features)
+            choice, left = method.choose(number - 1, between), jnp.sum(ran.droppable, axis=1, dtype=jnp.int32)
+            count = method.kept(number - 1, visual, left) if choice.count is None else choice.count
+            protected = None if ran.grid is None else method.protected(number - 1, ran.grid)
+            stage = ran.dropping(choice, count, protected, plan.rooms[number], size)
             stages.append(stage)
-        if size:
-            part = {} if len(sizes) == 1 else {"layers": stage.layers}
-            layers = stage.layers[0] + jax.lax.iota(jnp.int32, size)
-            inputs = stage.hidden, stage.positions, attend(stage)
-            more = stage.layer_inputs
+            hidden, entered = stage.hidden, stage
+        ranges = [stage.layers] if size else []
+        if method is not None and method.looks_back and size > 1 and number + 1 < len(sizes):
+            ranges = [(stage.layers[0], stage.layers[1] - 1), (stage.layers[1] - 1, stage.layers[1])]
+        parts = []
+        for first, end in ranges:
+            part = {} if len(sizes) == 1 else {"layers": (first, end)}
+            entered = dataclasses.replace(stage, hidden=hidden)
+            layers, more = first + jax.lax.iota(jnp.int32, end - first), stage.layer_inputs
+            inputs = hidden, stage.positions, attend(stage)
             hidden, carry, ys = _decode(model, params, *inputs, carry, layers, layer_inputs=more, **part)
-            outputs.append((stage, ys))
+            parts.append(ys)
+        if parts:
+            outputs.append((stage, joined(parts)))
     return last_logits(model, params, hidden, stages[-1].lengths), carry, outputs
 
 

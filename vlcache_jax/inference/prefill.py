@@ -25,6 +25,7 @@ from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.grid import grid_of
 from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.pruning.plan import Plan, plan
 from vlcache_jax.pruning.stage import Stage
@@ -151,11 +152,12 @@ def _prefill(
     model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, plan: Plan, kernels: Kernels
 ) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any, jax.Array]:
     """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers, tokens)."""
-    embedded, spec = embed_prompt(model, params, batch), model.spec
+    embedded, spec = embed_prompt(model, params, batch, plan.needs_tower), model.spec
     lengths, next_position = (varying(jnp.asarray(x), params, batch) for x in (batch.lengths, embedded.next_position))
     vision_index = jnp.asarray(batch.vision_index)
-    prompt = Stage.of_prompt(embedded, lengths, vision_index, plan.sizes(spec.num_layers)[0])
-    run = partial(run_stages, model, params, prompt, plan)
+    grid = None if plan.pruning is None else grid_of(spec, batch, jnp)
+    prompt = Stage.of_prompt(embedded, lengths, vision_index, plan.sizes(spec.num_layers)[0], grid)
+    run = partial(run_stages, model, params, prompt, plan, tower=embedded.tower)
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some
     rotate = partial(model.apply, {}, method="rotate")
     logits, stages, stores, allocation, observed = keep(run, rotate, spec, prompt, plan, policy, kernels)

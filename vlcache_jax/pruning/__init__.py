@@ -1,1 +1,1 @@
-"""Dropping visual tokens between layers: a method a file."""
+"""Dropping visual tokens in front of the decoder and between its layers: a method a file, in `methods`."""

@@ -1,6 +1,7 @@
 """Where tokens are dropped, and how long the rows of each stage are: static, decided before anything is traced."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.text.buckets import bucket_length
 from vlcache_jax.parallel.mesh import is_known
+from vlcache_jax.pruning.grid import grid_of
 from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import ModelSpec
 
@@ -26,6 +28,11 @@ class Plan:
     pruning: Pruning | None
     starts: tuple[int, ...]
     rooms: tuple[int, ...]
+
+    @property
+    def needs_tower(self) -> bool:
+        """Whether prompts are embedded with what the tower says of them."""
+        return self.pruning is not None and self.pruning.needs_tower and len(self.starts) > 1
 
     def sizes(self, layers: int) -> list[int]:
         """How many of a model's layers every stage has."""
@@ -49,13 +56,28 @@ def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
             f"{pruning.name}: layers of this model have windows, which count tokens of the prompt: it runs without "
             "pruning only"
         )
+    if pruning.needs_tower and spec.tower_attention is None:
+        raise PolicyError(
+            f"{pruning.name} needs the attention of the vision tower, of which this model tells nothing: choose a "
+            "method that looks at the decoder alone, for example Feather() or CDPruner()"
+        )
     cuts = pruning.cuts(spec.num_layers)
     if list(cuts) != sorted(set(cuts)) or any(not 0 <= cut < spec.num_layers for cut in cuts):
         raise PolicyError(
             f"{pruning.name} drops tokens behind layers {cuts}: give rising numbers below the model's "
             f"{spec.num_layers} layers"
         )
-    rooms, needed = pruning.rooms, _needed(pruning, len(cuts), batch)
+    if pruning.looks_back and 0 in cuts:
+        raise PolicyError(f"{pruning.name} goes by the layer before: it cannot drop in front of layer 0")
+    nowhere = np.zeros((1, 2, 1), np.int32)
+    if not (spec.vision_grid or spec.vision_merge) and any(
+        pruning.protected(cut, nowhere) is not None for cut in range(len(cuts))
+    ):
+        raise PolicyError(
+            f"{pruning.name} goes by rows and columns of visual tokens, which this model does not tell: leave the grid "
+            "out, as Feather(stride=0) does"
+        )
+    rooms, needed = pruning.rooms, _needed(pruning, len(cuts), spec, batch)
     if rooms is not None:
         if len(rooms) != len(cuts) or min(rooms, default=1) < 1:
             raise PolicyError(f"{pruning.name}: rooms={rooms} for {len(cuts)} cuts: give a padded length for each")
@@ -71,19 +93,28 @@ def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
     return Plan(pruning, (0, *cuts), tuple(bounded))
 
 
-def _needed(pruning: Pruning, cuts: int, batch: Batch) -> list[int]:
+def _needed(pruning: Pruning, cuts: int, spec: ModelSpec, batch: Batch) -> list[int]:
     """Tokens of the longest row behind every cut; nothing where the batch's numbers are not known."""
-    if not (is_known(batch.lengths) and is_known(batch.vision_index)):
+    cells = [] if batch.cells is None else [batch.cells]
+    if not all(map(is_known, (batch.lengths, batch.vision_index, *cells))):
         return []
-    lengths, vision_index = (np.asarray(jax.device_get(x)) for x in (batch.lengths, batch.vision_index))
-    before_last = np.arange(batch.length) < lengths[:, None] - 1
-    visual = np.sum((vision_index != TEXT) & before_last, axis=1)
+    batch = dataclasses.replace(batch, **{x: _numbers(getattr(batch, x)) for x in ("lengths", "vision_index", "cells")})
+    lengths, grid = np.asarray(batch.lengths), grid_of(spec, batch, np)
+    droppable = (np.asarray(batch.vision_index) != TEXT) & (np.arange(batch.length) < lengths[:, None] - 1)
+    visual = np.sum(droppable, axis=1)
     most = list(map(int, visual))
     longest = []
     for cut in range(cuts):
-        kept = [pruning.kept(cut, int(n)) for n in visual]
+        kept = [pruning.kept(cut, int(n), m) for n, m in zip(visual, most)]
         if any(not 0 <= k <= m for k, m in zip(kept, most)):
             raise PolicyError(f"{pruning.name} keeps {kept} visual tokens at cut {cut}, of {most}: it can only drop")
+        besides = None if grid is None else pruning.protected(cut, grid)
+        if besides is not None:
+            kept = np.minimum(kept + np.sum(besides & droppable, axis=1), most).tolist()
         most = kept
         longest.append(int(np.max(lengths - visual + kept)))
     return longest
+
+
+def _numbers(x: Any) -> Any:
+    return None if x is None else np.asarray(jax.device_get(x))

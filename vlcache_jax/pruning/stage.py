@@ -18,6 +18,23 @@ from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.typing import Embedded
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a pruning method wants of a stage.
+
+    Attributes:
+      scores: f32 [batch, room]: higher is kept first, of equal ones the first token, and one that is NaN comes last.
+      count: i32 [batch], how many of the `droppable` tokens stay, at most as many as the method's `kept` says; None for
+        as many as that.
+      hidden: what becomes of the tokens where those that go are merged into those that stay, like `Stage.hidden`; None:
+        they stay as they are.
+    """
+
+    scores: jax.Array
+    count: jax.Array | None = None
+    hidden: jax.Array | None = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stage:
@@ -31,6 +48,7 @@ class Stage:
       index: i32 [batch, room], rising: the place in the prompt of each token. None: nothing was dropped.
       blocks: as in `Embedded`, i32 [batch, room]; or None.
       layer_inputs: as in `Embedded`, [n, batch, room, hidden]; or None.
+      grid: i32 [batch, 2, room], row and column of visual tokens in their tile or image, -1 of others; None: not known.
       layers: the first layer, and the one before which they end (static).
     """
 
@@ -41,10 +59,18 @@ class Stage:
     index: jax.Array | None = None
     blocks: jax.Array | None = None
     layer_inputs: jax.Array | None = None
+    grid: jax.Array | None = None
     layers: tuple[int, int] = dataclasses.field(default=(0, 0), metadata={"static": True})
 
     @classmethod
-    def of_prompt(cls, embedded: Embedded, lengths: jax.Array, vision_index: jax.Array, layers: int) -> "Stage":
+    def of_prompt(
+        cls,
+        embedded: Embedded,
+        lengths: jax.Array,
+        vision_index: jax.Array,
+        layers: int,
+        grid: jax.Array | None = None,
+    ) -> "Stage":
         """Whole prompts, for the first `layers` layers."""
         return cls(
             embedded.hidden,
@@ -53,6 +79,7 @@ class Stage:
             vision_index,
             blocks=embedded.blocks,
             layer_inputs=embedded.layer_inputs,
+            grid=grid,
             layers=(0, layers),
         )
 
@@ -97,19 +124,26 @@ class Stage:
         """Hidden states and rotary positions of the tokens at `index` i32 [batch, n]."""
         return jnp.take_along_axis(self.hidden, index[..., None], axis=1), _at(self.positions, index)
 
-    def dropping(self, scores: jax.Array, count: jax.Array, room: int, layers: int) -> "Stage":
-        """The stage of the next `layers` layers: text, and the visual tokens with the best scores.
+    def dropping(
+        self, choice: Choice, count: jax.Array, protected: jax.Array | None, room: int, layers: int
+    ) -> "Stage":
+        """The stage of the next `layers` layers: text, and the visual tokens that were chosen.
 
         Args:
-          scores: f32 [batch, room]; of equal ones the first is kept, and one that is NaN comes last.
-          count: i32 [batch], how many of the `droppable` tokens stay.
+          choice: what a method wants.
+          count: i32 [batch], how many of the `droppable` tokens stay for their scores.
+          protected: bool [batch, room], tokens that stay, too; None for none.
           room: the new padded length. A row that keeps more tokens has hidden states of NaN from here on.
         """
 
-        def of_rows(stage: Stage, scores: jax.Array, count: jax.Array) -> tuple[Stage, jax.Array]:
+        def of_rows(
+            stage: Stage, scores: jax.Array, count: jax.Array, protected: jax.Array | None
+        ) -> tuple[Stage, jax.Array]:
             may_go = stage.droppable
             scores = jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
             best = largest(jnp.where(may_go, scores, -jnp.inf), count[:, None])
+            if protected is not None:
+                best |= protected
             stays = stage.valid & (best | ~may_go)
             total = jnp.sum(stays, axis=1, dtype=jnp.int32)
             # Behind the end the last token is repeated: positions are not beyond its own.
@@ -126,11 +160,13 @@ class Stage:
                 vision_index=jnp.where(inside, _at(stage.vision_index, order), TEXT),
                 index=index,
                 blocks=None if stage.blocks is None else jnp.where(inside, _at(stage.blocks, order), -1),
+                grid=None if stage.grid is None else jnp.where(inside[:, None], _at(stage.grid, order), -1),
             )
             return new, order
 
-        plain = dataclasses.replace(self, layer_inputs=None)  # whose first axis is not the rows
-        new, order = by_row(of_rows, len(self.lengths))(plain, scores, count)
+        hidden = self.hidden if choice.hidden is None else choice.hidden
+        plain = dataclasses.replace(self, hidden=hidden, layer_inputs=None)  # whose first axis is not the rows
+        new, order = by_row(of_rows, len(self.lengths))(plain, choice.scores, count, protected)
         more, end = self.layer_inputs, self.layers[1]
         if more is not None:
             more = None if end >= len(more) else jnp.take_along_axis(more, order[None, ..., None], axis=2)

@@ -17,8 +17,9 @@ from vlcache_jax.models.decoder.decoder import Decoder
 from vlcache_jax.models.families.llava.projector import Projector
 from vlcache_jax.models.families.module import FamilyModule, abstract_tiles, features_in_order, in_order
 from vlcache_jax.models.vision.clip import ClipVisionTower
+from vlcache_jax.models.vision.patch_attention import patch_attention
 from vlcache_jax.models.vision.siglip import SiglipVisionTower
-from vlcache_jax.typing import Embedded
+from vlcache_jax.typing import Embedded, TowerView
 
 
 @static_field
@@ -56,16 +57,49 @@ class Llava(FamilyModule):
             features = features[:, 1:]  # without the class token
         return self.projector(features)
 
-    def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
-        """Token and image embeddings in prompt order, one position after another."""
+    def project_features(self, features: jax.Array) -> jax.Array:
+        """`TowerView.features` [..., channels] -> [..., decoder hidden]."""
+        return self.projector(features)
+
+    @property
+    def tower_attention(self) -> str | None:
+        """See `ModelSpec.tower_attention`."""
+        if self.config.has_class_token or not self.config.feature_layers[-1]:
+            return None
+        return "class" if self.config.vision_type == "clip_vision_model" else "mean"
+
+    def _view_images(self, pixels: jax.Array, position_ids: jax.Array | None) -> tuple[jax.Array, TowerView]:
+        """`encode_images`, and what the tower says of the features: [n, features, ...]."""
+        c, has_class = self.config, self.tower_attention == "class"
+        layer = c.feature_layers[-1] - 1  # whose output they are
+        states = self.vision(pixels, (*c.feature_layers, layer), position_ids)
+        features, entered = states[..., : -c.vision.hidden_size], states[..., -c.vision.hidden_size :]
+        weights = jax.tree.map(lambda x: x[layer], self.vision.variables["params"]["layers"])
+        attention, keys = patch_attention(c.vision, weights, entered, has_class)
+        features = features[:, 1:] if has_class else features
+        return self.projector(features), TowerView(attention, keys, features)
+
+    def embed(self, batch: Batch, position_ids: jax.Array | None = None, tower: bool = False) -> Embedded:
+        """Token and image embeddings in prompt order, one position after another; `tower`: with a `TowerView`."""
         embedded = self.decoder.embed(jnp.asarray(batch.tokens))
         rows, tiles = batch.pixels.shape[:2]
         if tiles == 0:
-            return in_order(embedded, batch)
-        features = self.encode_images(
-            jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]), position_ids
-        )
+            return dataclasses.replace(in_order(embedded, batch), tower=self._no_view(batch) if tower else None)
+        pixels, view = jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]), None
+        if tower:
+            features, view = self._view_images(pixels, position_ids)
+            of_tokens = features_in_order(view.attention[..., None], batch)[..., 0]
+            view = TowerView(of_tokens, *(features_in_order(x, batch) for x in (view.keys, view.features)))
+        else:
+            features = self.encode_images(pixels, position_ids)
         index, visual = jnp.asarray(batch.vision_index), features_in_order(features, batch)
         if self.config.grid_pinpoints:
             visual = jnp.where((index == NEWLINE)[..., None], self.image_newline.astype(self.dtype), visual)
-        return in_order(jnp.where((index == TEXT)[..., None], embedded, visual), batch)
+        embedded = jnp.where((index == TEXT)[..., None], embedded, visual)
+        return dataclasses.replace(in_order(embedded, batch), tower=view)
+
+    def _no_view(self, batch: Batch) -> TowerView:
+        vision, shape = self.config.vision, batch.tokens.shape
+        sizes = vision.hidden_size // vision.num_heads, len(self.config.feature_layers) * vision.hidden_size
+        keys, features = (jnp.zeros((*shape, size), self.dtype) for size in sizes)
+        return TowerView(jnp.zeros(shape, jnp.float32), keys, features)

@@ -26,6 +26,11 @@ class QwenVL(FamilyModule):
         """0: images have grids of their own."""
         return 0
 
+    @property
+    def vision_merge(self) -> int:
+        """Patches along one side of what becomes a visual token."""
+        return self.config.vision.merge_size
+
     def abstract_batch(self, rows: int, length: int, tiles: int) -> Batch:
         """A batch of `jax.ShapeDtypeStruct`s: `rows` prompts of `length` tokens and `tiles` patches of still images."""
         vision = self.config.vision

@@ -3,11 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.pruning.attention import of_last_token
 from vlcache_jax.pruning.method import Between, Count, Pruning, named
+from vlcache_jax.pruning.options import check_parts
 
 
 @named("pyramid_drop")
@@ -43,14 +43,7 @@ class PyramidDrop(Pruning):
     keep: tuple[float, ...] = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
-        parts = self.keep
-        for value in parts:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise PolicyError(f"PyramidDrop(keep={parts}): give fractions of the visual tokens, from 0 to 1")
-        if not parts or list(parts) != sorted(parts, reverse=True):
-            raise PolicyError(f"PyramidDrop(keep={parts}): give one fraction or more, none above the one before")
-        if len(parts) != (3 if self.layers is None else len(self.layers)):
-            raise PolicyError(f"PyramidDrop(layers={self.layers}, keep={parts}): give as many layers as fractions")
+        check_parts(self.name, self.layers, self.keep, 3)
 
     def _parts(self, layers: int) -> list[tuple[int, float]]:
         """(layer, part) of every cut; one that keeps all is none."""
@@ -61,17 +54,10 @@ class PyramidDrop(Pruning):
         """See `Pruning.cuts`."""
         return tuple(layer for layer, _ in self._parts(layers))
 
-    def kept(self, cut: int, visual: Count) -> Count:
+    def kept(self, cut: int, visual: Count, left: Count) -> Count:
         """See `Pruning.kept`."""
         return floor_fraction(visual, [part for part in self.keep if part < 1][cut])
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         """See `Pruning.scores`."""
-        stage = between.stage
-        query, _, _ = between.project(stage.layers[1], *stage.tokens(stage.lengths[:, None] - 1))
-        _, key, _ = between.project(stage.layers[1], stage.hidden, stage.positions)
-        batch, head_dim = query.shape[0], query.shape[-1]
-        query = query.reshape(batch, key.shape[2], -1, head_dim)
-        logits = jnp.einsum("bhgd,bshd->bhgs", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-        attention = jax.nn.softmax(jnp.where(stage.valid[:, None, None], logits, -jnp.inf), axis=-1)
-        return jnp.mean(attention, axis=(1, 2))
+        return of_last_token(between.project, between.stage, between.stage.layers[1])

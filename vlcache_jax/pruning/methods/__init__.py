@@ -1,0 +1,8 @@
+"""A file for each method. Those imported here are known by name, in this order."""
+# ruff: noqa: F401, I001
+
+import vlcache_jax.pruning.methods.pyramid_drop
+import vlcache_jax.pruning.methods.fast_v
+import vlcache_jax.pruning.methods.feather
+import vlcache_jax.pruning.methods.vision_zip
+import vlcache_jax.pruning.methods.cd_pruner
