@@ -34,7 +34,7 @@ def patch_attention(
 
     def heads(name: str) -> jax.Array:
         dense = nn.Dense(channels, config.qkv_bias, dtype=dtype, parent=None)
-        y = dense.apply({"params": layer["attention"][name]}, x)
+        y: Any = dense.apply({"params": layer["attention"][name]}, x)
         return y.reshape(images, tokens, config.num_heads, -1)
 
     query, key = heads("query"), heads("key")

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import jax
-import numpy as np
 
 from vlcache_jax.pruning.stage import Choice, Stage
 from vlcache_jax.typing import TowerView
 
 Project = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 Count = TypeVar("Count", bound=int | jax.Array)
-Places = jax.Array | np.ndarray
+Places = Any
+"""`numpy` or `jax.numpy` arrays: what comes out is of the kind of what went in."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """FastV (arXiv 2403.06764): half of the visual tokens go behind the second layer."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -46,7 +46,8 @@ class FastV(Pruning):
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
         """See `Pruning.kept`. floor(x + 1/2) = floor(2 x) - floor(x)."""
-        return floor_fraction(2 * visual, self.keep) - floor_fraction(visual, self.keep)
+        count: Any = visual
+        return floor_fraction(2 * count, self.keep) - floor_fraction(count, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         """See `Pruning.scores`."""

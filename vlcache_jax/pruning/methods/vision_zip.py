@@ -71,7 +71,7 @@ class VisionZip(Pruning):
 
         def merged(attention, keys, features, droppable, has_feature):
             """(scores, index of the targets [batch, most], which are some, features of the targets)."""
-            kept = self.kept(0, jnp.sum(droppable, axis=1, dtype=jnp.int32), 0)
+            kept = floor_fraction(jnp.sum(droppable, axis=1, dtype=jnp.int32), self.keep)
             targets = floor_fraction(kept, self.contextual)
             attention = jnp.where(has_feature, attention, 0)  # of a row break
             dominant = largest(jnp.where(droppable, attention, -jnp.inf), (kept - targets)[:, None]) & droppable
