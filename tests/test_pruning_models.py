@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from text_model import text_batch
 from tiers import cases
 from tiny_models import one_row, ragged_batch, tiny_llava
@@ -159,3 +160,17 @@ def test_what_cannot_work_says_so(llava, batch):
     ):
         with pytest.raises(vlc.PolicyError, match=message):
             vlc.prefill(full, params, text_batch([9], 16), pruning=pruning)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("pruning", METHODS.values(), ids=list(METHODS))
+def test_on_a_mesh(pruning):
+    """The same tokens from rows on four devices and heads on two."""
+    model, params = tiny_llava(layers=LAYERS, heads=8, kv_heads=4)
+    batch = ragged_batch(rows=4, length=64, seed=3)
+    run = partial(vlc.generate, model, policy=vlc.VLCache(0.5), max_new_tokens=NEW, eos_token_ids=[], pruning=pruning)
+    plain = run(params=params, batch=batch)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    out = run(params=jax.device_put(params, NamedSharding(mesh, PartitionSpec())), batch=batch)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.report.kept, plain.report.kept)
