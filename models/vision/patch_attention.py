@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlcache_jax.kernels.attention import FULL
+from vlcache_jax.models.linear import Linear
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
@@ -33,7 +34,7 @@ def patch_attention(
         x = norm.apply({"params": layer["norm_1"]}, hidden)
 
     def heads(name: str) -> jax.Array:
-        dense = nn.Dense(channels, config.qkv_bias, dtype=dtype, parent=None)
+        dense = Linear(channels, config.qkv_bias, dtype, parent=None)
         y: Any = dense.apply({"params": layer["attention"][name]}, x)
         return y.reshape(images, tokens, config.num_heads, -1)
 
