@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiers import later
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -185,6 +184,56 @@ def test_a_stop_text_ends_an_answer_where_it_is():
     np.testing.assert_array_equal(cut.tokens, whole.tokens[: whole.text.index(stop) + 2])
 
 
+def test_an_answer_is_followed_and_given_up():
+    """Whoever follows sees beginnings of the answer; a row that nobody wants is free, and others never notice."""
+    request = vlc.Request(prompt=prompts()[4], sampling=SAMPLINGS[1], eos_token_ids=[])
+    (whole,) = engine().run([request])
+    seen = {"all": [], "some": [], "none": [], "broken": []}
+
+    def following(name, wanted):
+        def follow(result):
+            assert (result.finish, result.id, result.text) == ("running", name, None)
+            seen[name].append(result.tokens.tolist())
+            return wanted(len(result.tokens))
+
+        return dataclasses.replace(request, id=name, follow=follow)
+
+    asked = [
+        following("all", lambda n: None),
+        following("some", lambda n: n < 5),
+        following("none", lambda n: False),
+        following("broken", lambda n: 1 / 0),
+    ]
+    before = engine().stats()
+    results = {result.id: result for result in engine().run(asked)}
+    np.testing.assert_array_equal(results["all"].tokens, whole.tokens)
+    for tokens in (*seen["all"], *seen["some"]):
+        assert tokens == whole.tokens[: len(tokens)].tolist()
+    assert [len(tokens) for tokens in seen["all"] if tokens] == [6, 11]  # one token from the prompt, and steps of five
+    assert [len(tokens) for tokens in seen["some"] if tokens] == [6]
+    assert (results["some"].finish, len(results["some"].tokens), results["some"].ok) == ("cancelled", 6, False)
+    assert (results["none"].finish, len(results["none"].tokens), seen["none"]) == ("cancelled", 0, [[]])
+    assert "follow raised ZeroDivisionError" in results["broken"].reason
+    after = engine().stats()
+    assert (after.cancelled - before.cancelled, after.failed - before.failed) == (2, 1)
+
+
+def test_a_future_that_is_cancelled_frees_its_rows():
+    started = threading.Event()
+    request = vlc.Request(prompt=prompts()[5], eos_token_ids=[])
+    futures = [
+        engine().submit(dataclasses.replace(request, samples=3, sampling=SAMPLINGS[1], follow=lambda _: started.set()))
+    ]
+    futures += [engine().submit(request) for _ in range(2)]
+    futures[1].cancel()
+    assert started.wait(60)
+    futures[0].cancel()
+    (result,) = futures[2].result(timeout=60)
+    assert result.ok
+    engine().close()
+    assert engine().stats().rows_in_flight == 0
+
+
 def test_results_in_order():
     rng = np.random.default_rng(3)
     requests = [dataclasses.replace(asked(rng), sampling=SAMPLINGS[1], samples=1 + i % 3) for i in range(20)]
@@ -342,33 +391,3 @@ def test_on_a_mesh():
     assert own.stats().compilations == stats.compilations
     pool = own._state.kv.context.keys
     assert pool.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "model")), 4)
-
-
-KINDS = {
-    "ada_kv": vlc.AdaKV(budget=0.4, window=4),
-    "quantised": vlc.ZipVL(budget=0.4),
-    "evicted": vlc.VLCache(budget=0.3, evicted=vlc.Quantise(bits=4)),
-    "window": vlc.SnapKV(budget=0.4, window=4, decoding=vlc.RollingWindow(4)),
-    "full_cache": vlc.FullCache(),
-}
-
-
-@pytest.mark.parametrize("name", ["evicted", *later(*[name for name in KINDS if name != "evicted"])])
-def test_every_kind_of_store_in_rows_of_the_largest_bucket(name):
-    check_with_generate(vlm(), KINDS[name])
-
-
-@pytest.mark.thorough
-def test_layers_with_windows():
-    model, params = tiny_llava(layers=3, windows=(8, None, 8))
-    check_with_generate(types.SimpleNamespace(model=model, params=params, processor=None), vlc.VLCache(budget=0.4))
-
-
-def check_with_generate(own, policy):
-    """Short prompts and long ones, through two buckets, answer what they do in a batch of their own."""
-    batch = ragged_batch(rows=8, length=40)
-    expected = vlc.generate(own.model, own.params, batch, policy, 9, eos_token_ids=[])
-    running = vlc.Engine(own, policy, rows=4, max_new_tokens=9, buckets=[(24, 2), (40, 2)], prefill_rows=2)
-    requests = [vlc.Request(prompt=one_row(batch, row), eos_token_ids=[]) for row in range(8)]
-    for result in running.run(requests):
-        np.testing.assert_array_equal(result.tokens, expected.tokens[result.index])

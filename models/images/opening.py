@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.models.images.data_url import is_url, read_data_url
@@ -82,6 +82,16 @@ def _from_path(source: str | os.PathLike[str], name: str) -> Image.Image:
 
 
 def _from_file(file: str | IO[bytes], name: str) -> Image.Image:
+    with open_image(file, name) as image:
+        return _decode(image, name)
+
+
+def open_image(file: str | IO[bytes], name: str) -> Image.Image:
+    """Reads the header of an image, and none of its pixels: what `load_image` decodes.
+
+    Raises:
+      InputError: it is no image, or has no or too many pixels.
+    """
     try:
         image = Image.open(file, formats=_formats())
     # Pillow warns of 89 million pixels, raises from 179, and raises both where warnings are errors.
@@ -90,12 +100,16 @@ def _from_file(file: str | IO[bytes], name: str) -> Image.Image:
             f"{name} has too many pixels; the limit is {MAX_PIXELS / 1e6:.0f} million ({error}): scale it down first"
         ) from error
     except Exception as error:  # decoders raise all sorts of errors on broken headers
+        what = "of no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(
-            f"{name} cannot be read as an image ({error}): convert it to PNG or JPEG, or fetch it again"
+            f"{name} cannot be read as an image ({what}): convert it to PNG or JPEG, or fetch it again"
         ) from error
-    with image:
+    try:
         check_pixels(image.height, image.width, name)
-        return _decode(image, name)
+    except InputError:
+        image.close()
+        raise
+    return image
 
 
 def _formats() -> list[str]:

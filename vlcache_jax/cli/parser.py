@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _plan(commands)
     _evaluate(commands)
     _report(commands)
+    _serve(commands)
     _train_demo(commands)
     _study(commands)
     return parser
@@ -229,6 +230,38 @@ def _report(commands: Any) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+
+
+def _serve(commands: Any) -> None:
+    parser = _command(commands, "serve", "answer questions over HTTP, by OpenAI's chat API")
+    _model(
+        parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub, with a chat template"
+    )
+    parser.value("--name", words.words, "NAME", "by which clients ask for the model (default: the folder's, or the id)")
+    _policy(parser)
+    parser.value("--host", str, "ADDRESS", "to listen on; 0.0.0.0 for all of this machine", "127.0.0.1")
+    parser.value("--port", words.whole(0, 65535), "N", "to listen on; 0 for a free one", 8000)
+    parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
+    parser.value("--max-new-tokens", words.whole(1), "N", "of the longest answer", 512)
+    parser.value("--steps", words.whole(1), "N", "tokens between two looks at the answers, which streams wait for", 8)
+    parser.value("--images", words.whole(0, 64), "N", "to compile for prompts of up to N images", 4)
+    parser.value("--image-size", str, "WxH", "of the largest usual picture", "1024x1024")
+    _image_limit(parser)
+    parser.value("--text-tokens", words.whole(1), "N", "of the longest usual text beside the images", 1024)
+    parser.several(
+        "--bucket",
+        str,
+        "TOKENS:TILES",
+        "to compile for prompts of this size, in place of the last three options; repeat",
+    )
+    parser.value("--requests", words.whole(1), "N", "at the same time, waiting ones included", 256)
+    parser.value("--timeout", words.number, "SECONDS", "until an answer must have ended", 600)
+    parser.value("--body-megabytes", words.whole(1, 1024), "N", "of the largest request, its images included", 32)
+    parser.value("--megapixels", words.whole(1, 1000), "N", "of all images of a request", 50)
+    parser.value("--grace", words.whole(0), "SECONDS", "in which answers may still end after Ctrl-C or SIGTERM", 30)
+    parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
+    _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    _compilation_cache(parser)
 
 
 def _train_demo(commands: Any) -> None:

@@ -56,6 +56,18 @@ class Signals:
         finally:
             self._at_once = False
 
+    @contextlib.contextmanager
+    def left_to_others(self) -> Iterator[None]:
+        """Within, somebody else handles signals, and takes the time to: a server that ends what it is doing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # of a program that calls the command
+            return
+        waking = signal.set_wakeup_fd(-1)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(waking)
+
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self.status = 128 + signum
         if self._at_once:

@@ -19,7 +19,7 @@ from vlcache_jax.engine.programs import OF_ROWS, Programs
 from vlcache_jax.engine.reading import Reader
 from vlcache_jax.engine.requests import Request, Result
 from vlcache_jax.engine.running import Running
-from vlcache_jax.engine.serving import Service
+from vlcache_jax.engine.service import Service
 from vlcache_jax.engine.stats import CompileCounter, Stats
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inference.context import check_count
@@ -185,7 +185,7 @@ class Engine:
         """Answers a request beside others, on a thread that the first call starts; `close` ends it.
 
         Returns:
-          The future of the request's results, one for each sample.
+          The future of the request's results, one for each sample; to cancel it gives its answers up.
         """
         with self._serving:
             if self._service is None or self._service.ended:

@@ -33,6 +33,7 @@ class Read:
       questions: token ids that follow the prompt, i32 [n] each; one without any, if there are no questions.
       tokens: of the prompt.
       reason: why it failed.
+      refused: whether that is the request's fault.
     """
 
     index: int
@@ -43,6 +44,11 @@ class Read:
     questions: tuple[np.ndarray, ...] = ()
     tokens: int = 0
     reason: str | None = None
+    refused: bool = False
+
+    def failed(self, error: Exception) -> "Read":
+        """The same, but that it never will be."""
+        return Read(self.index, self.request, reason=reason(error), refused=isinstance(error, InputError))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Preparer:
             check_prefill(self.model.spec, batch, self.policy, following)
             return Read(index, request, batch, Bucket.of(batch), options, questions, int(batch.lengths[0]))
         except Exception as error:
-            return Read(index, request, reason=reason(error))
+            return Read(index, request).failed(error)
 
     def padded(self, read: Read, buckets: Sequence[Bucket]) -> Read:
         """The same, padded to the smallest of the buckets that holds it."""
@@ -88,7 +94,7 @@ class Preparer:
             batch = pad(read.batch, self.model.abstract_batch(1, *bucket))
             return dataclasses.replace(read, batch=batch, bucket=bucket)
         except InputError as error:
-            return Read(read.index, read.request, reason=reason(error))
+            return read.failed(error)
 
     def _batch(self, request: Request) -> Batch:
         prompt = request.prompt

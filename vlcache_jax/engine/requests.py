@@ -1,7 +1,7 @@
 """What is asked of an engine, and what it gives back."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,10 @@ class Request:
       seed: an integer or a key, as in `vlc.generate`.
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty sequence never stops.
       stop: texts that end an answer; they are no part of its text.
+      follow: for streams, and to give an answer up. Called by the thread that runs the engine, so it must be quick,
+        with the answer so far, a `Result` whose `finish` is "running": without tokens while the prompt waits, and then
+        whenever the host looks at the rows (`Engine(steps=...)`). Once it returns False, the answer is "cancelled" and
+        its row free.
 
     Example:
       vlc.Request(prompt="USER: <image>\\nWhat is this? ASSISTANT:", images=["cat.jpg"], max_new_tokens=32)
@@ -45,6 +49,7 @@ class Request:
     seed: Seeds = 0
     eos_token_ids: Sequence[int] | None = None
     stop: Sequence[str] = ()
+    follow: "Callable[[Result], bool | None] | None" = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +60,15 @@ class Result:
       index: how many requests came before its own.
       question: which of the request's questions; 0 without any.
       sample: which of the request's samples.
-      answers: how many results the request has: questions times samples, or 1 if it could not be read.
+      answers: how many results the request has: questions times samples, or 1 if it was not read.
       id: the request's.
-      finish: "stop" (a stop id or text), "length", or "failed".
+      finish: "stop" (a stop id or text), "length", "failed", "cancelled" (`Request.follow`), or, of what `follow` is
+        given, "running".
       tokens: i32 [n], the stop id included; up to the token with which a stop text was there.
-      text: the answer without special tokens and stop text; None of an engine without a processor.
+      text: the answer without special tokens and stop text; None of one that did not end, and of an engine without a
+        processor.
       reason: why it failed; None if it did not.
+      refused: whether it failed because of what it asks, an `InputError`.
       prompt_tokens: of the prompt; 0 if it could not be read.
       kept_fraction: of the prompt's cache, see `vlc.Report`.
       seconds: from the row's start to the end of the answer.
@@ -70,10 +78,11 @@ class Result:
     question: int
     sample: int
     id: Any
-    finish: Literal["stop", "length", "failed"]
+    finish: Literal["stop", "length", "failed", "cancelled", "running"]
     tokens: np.ndarray
     text: str | None = None
     reason: str | None = None
+    refused: bool = False
     answers: int = 1
     prompt_tokens: int = 0
     kept_fraction: float | None = None
@@ -82,4 +91,4 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether there is an answer."""
-        return self.finish != "failed"
+        return self.finish in ("stop", "length")

@@ -2,6 +2,8 @@
 
     take what was read, prefill and insert while rows are free, decode, prefill ahead, hand out, look at the rows
 
+Whoever follows an answer is asked in every turn whether it is still wanted, also while it waits.
+
 Nothing waits between a prefill, the insertion of its rows and the next steps; the host waits once in a turn, for the
 rows' flags, and then the device still has the next prefill to do. Results are handed out while the device decodes.
 """
@@ -19,7 +21,7 @@ from vlcache_jax.engine.programs import Programs, chosen, stacked
 from vlcache_jax.engine.reading import Reader
 from vlcache_jax.engine.requests import Result
 from vlcache_jax.engine.stats import Stats
-from vlcache_jax.engine.table import Answer, Decode, failure, result
+from vlcache_jax.engine.table import Answer, Decode, dropped, failure, given_up, result
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.rows import Prompt
 
@@ -103,6 +105,12 @@ class Running:
             else:
                 self._results.append(failure(read))
                 self._reader.release(1)
+        for bucket, queue in self._waiting.items():
+            gone = {read.index: found for read, _ in queue if (found := dropped(read)) is not None}
+            if gone:
+                self._results += gone.values()
+                self._reader.release(len(gone))
+                self._waiting[bucket] = deque(item for item in queue if item[0].index not in gone)
 
     def _ready(self) -> Bucket | None:
         """The bucket of the next micro-batch: of those that are full or wait no longer, that of the oldest request."""
@@ -138,8 +146,17 @@ class Running:
     def _insert(self) -> None:
         """Begins answers to the first of the prompts in free rows."""
         prompt, waiting = self._prompts[0]
-        free = self._free
-        answers = [waiting.popleft() for _ in range(min(len(free), len(waiting), len(prompt.logits)))]
+        free, answers = self._free, list[Answer]()
+        while waiting and len(answers) < min(len(free), len(prompt.logits)):
+            answer = waiting.popleft()
+            if (found := given_up(answer)) is None:
+                answers.append(answer)
+            else:
+                self._results.append(found)
+        if not waiting:
+            self._prompts.popleft()
+        if not answers:
+            return
         options = [(answer.read.options, answer.sample) for answer in answers]
         rows, of = free[: len(answers)], [answer.of for answer in answers]
         self._busy()
@@ -150,8 +167,6 @@ class Running:
         self.state = self._programs.insert(self.state, prompt, rows, of, together)
         for row, answer in zip(rows, answers):
             self._rows[row], answer.started = answer, time.monotonic()
-        if not waiting:
-            self._prompts.popleft()
 
     def _look(self) -> None:
         """Waits for the steps, and takes out the rows that have ended."""
@@ -165,7 +180,8 @@ class Running:
             new, answer.steps = int(steps[row]) - max(answer.steps, 1), int(steps[row])  # the first token took no step
             self._stats.decoded += new
             most = max(most, new)
-            found = result(answer, tokens[row, : steps[row]].copy(), done[row], finite[row], self._decode)
+            own = tokens[row, : steps[row]].copy()
+            found = result(answer, own, done[row], finite[row], self._decode) or given_up(answer, own)
             if found is not None:
                 self._results.append(found)
                 self._stats.tokens += len(found.tokens)
@@ -179,7 +195,8 @@ class Running:
     def _hand_out(self) -> Iterator[Result]:
         results, self._results = self._results, []
         self._stats.results += len(results)
-        self._stats.failed += sum(not result.ok for result in results)
+        self._stats.failed += sum(result.finish == "failed" for result in results)
+        self._stats.cancelled += sum(result.finish == "cancelled" for result in results)
         self._stats.rows_in_flight = self._active
         yield from results
 

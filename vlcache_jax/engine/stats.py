@@ -16,7 +16,7 @@ class Stats:
       programs: that the engine needs in all, with the one that tells how large a row is; 0 until it is warm.
       compilations: programs compiled or read from the compilation cache while it warmed up or ran; whatever else the
         process compiles at the time is counted, too.
-      requests, results, failed: that came in, and went out; `failed` are among the results.
+      requests, results, failed, cancelled: that came in, and went out; the last two are among the results.
       prompt_tokens, padded_tokens: of the prompts, without and with padding, idle rows of micro-batches included.
       tokens: generated.
       row_steps: decoding steps times rows.
@@ -32,6 +32,7 @@ class Stats:
     requests: int = 0
     results: int = 0
     failed: int = 0
+    cancelled: int = 0
     prompt_tokens: int = 0
     padded_tokens: int = 0
     tokens: int = 0

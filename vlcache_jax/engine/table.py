@@ -8,11 +8,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from vlcache_jax.engine.preparing import Read
+from vlcache_jax.engine.preparing import Read, reason
 from vlcache_jax.engine.requests import Result
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to their text."""
+
+NONE = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass
@@ -26,16 +28,16 @@ class Answer:
       of: row of the micro-batch.
       kept: f32 [rows of the micro-batch].
       steps: tokens so far.
-      started: when its row began.
+      started: when its row began; None before.
     """
 
     read: Read
     question: int
     sample: int
     of: int
-    kept: jax.Array
+    kept: jax.Array | None
     steps: int = 0
-    started: float = 0.0
+    started: float | None = None
 
 
 def result(answer: Answer, tokens: np.ndarray, done: bool, finite: bool, decode: Decode | None) -> Result | None:
@@ -58,20 +60,49 @@ def result(answer: Answer, tokens: np.ndarray, done: bool, finite: bool, decode:
             finish, done = "stop", True
     if not done and finite:
         return None
-    fields: dict[str, Any] = {
+    if not finite:
+        why = "NonFiniteError: scores or logits are NaN or infinite, so that no token can be told from another"
+        return Result(finish="failed", tokens=tokens[:0], reason=why, **_fields(answer))
+    kept = float(np.asarray(answer.kept)[answer.of])
+    return Result(finish=finish, tokens=tokens, text=text, kept_fraction=kept, **_fields(answer))
+
+
+def given_up(answer: Answer, tokens: np.ndarray = NONE) -> Result | None:
+    """The result of an answer that is not wanted any more, or None if it is to go on: asks the request's `follow`.
+
+    Args:
+      answer: whose row, or turn, it is.
+      tokens: i32 [n], so far.
+    """
+    follow = answer.read.request.follow
+    if follow is None:
+        return None
+    so_far = Result(finish="running", tokens=tokens, **_fields(answer))
+    try:
+        if follow(so_far) is not False:
+            return None
+    except Exception as error:
+        return dataclasses.replace(so_far, finish="failed", tokens=NONE, reason=f"follow raised {reason(error)}")
+    return dataclasses.replace(so_far, finish="cancelled", reason="given up: its follow returned False")
+
+
+def dropped(read: Read) -> Result | None:
+    """The only result of a request that is not wanted any more before it was its turn; None if it waits on."""
+    result = given_up(Answer(read, 0, 0, 0, None))
+    return result and dataclasses.replace(result, answers=1)
+
+
+def _fields(answer: Answer) -> dict[str, Any]:
+    request = answer.read.request
+    return {
         "index": answer.read.index,
         "question": answer.question,
         "sample": answer.sample,
         "answers": len(answer.read.questions) * request.samples,
         "id": request.id,
         "prompt_tokens": answer.read.tokens,
-        "seconds": time.monotonic() - answer.started,
+        "seconds": 0.0 if answer.started is None else time.monotonic() - answer.started,
     }
-    if not finite:
-        reason = "NonFiniteError: scores or logits are NaN or infinite, so that no token can be told from another"
-        return Result(finish="failed", tokens=tokens[:0], reason=reason, **fields)
-    kept = float(np.asarray(answer.kept)[answer.of])
-    return Result(finish=finish, tokens=tokens, text=text, kept_fraction=kept, **fields)
 
 
 def _cut(tokens: np.ndarray, stops: Sequence[str], decode: Decode) -> tuple[np.ndarray, str]:
@@ -95,6 +126,7 @@ def failure(read: Read) -> Result:
         sample=0,
         id=getattr(read.request, "id", None),
         finish="failed",
-        tokens=np.zeros(0, np.int32),
+        tokens=NONE,
         reason=read.reason,
+        refused=read.refused,
     )

@@ -1,5 +1,6 @@
 """Requests from many threads, answered by one that runs the engine."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -24,8 +25,15 @@ class Service:
         self._thread.start()
 
     def submit(self, request: Request) -> "Future[list[Result]]":
-        """The future of the request's results."""
+        """The future of the request's results; to cancel it frees the rows of its answers."""
         future: Future[list[Result]] = Future()
+        follow = getattr(request, "follow", None)
+
+        def asked_for(result: Result) -> bool:
+            return not future.cancelled() and (follow is None or follow(result) is not False)
+
+        if isinstance(request, Request):
+            request = dataclasses.replace(request, follow=asked_for)
         with self._lock:
             if self.ended:
                 raise RuntimeError("the engine's thread has ended: close the engine, and submit again")
@@ -47,10 +55,12 @@ class Service:
                 results.append(result)
                 if len(results) == result.answers:
                     del self._waiting[result.index]
-                    future.set_result(sorted(results, key=lambda result: (result.question, result.sample)))
+                    if future.set_running_or_notify_cancel():
+                        future.set_result(sorted(results, key=lambda result: (result.question, result.sample)))
         except BaseException as raised:
             error = raised
         with self._lock:
             self.ended = True
         for _, future in self._waiting.values():
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)

@@ -1,0 +1,58 @@
+"""The objects of OpenAI's chat API."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vlcache_jax.engine.requests import Result
+
+
+class Reply:
+    """Makes the objects of one reply.
+
+    Args:
+      model: that answers.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def completion(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
+        """The whole reply: each result `choices` times."""
+        found = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": result.finish,
+            }
+            for index, result in enumerate(result for result in results for _ in range(choices))
+        ]
+        return {**self._common, "object": "chat.completion", "choices": found, "usage": usage(results, choices)}
+
+    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        """A piece of one choice."""
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def last(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
+        """The end of a stream that was asked for the numbers of tokens."""
+        used = usage(results, choices)
+        return {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": used}
+
+
+def usage(results: Sequence[Result], choices: int) -> dict[str, int]:
+    """Tokens of the prompt, which was read once, and of all answers."""
+    prompt, answers = results[0].prompt_tokens, choices * sum(len(result.tokens) for result in results)
+    return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
+
+
+def models(name: str, since: int) -> dict[str, Any]:
+    """The list of the one model that is served."""
+    return {"object": "list", "data": [model(name, since)]}
+
+
+def model(name: str, since: int) -> dict[str, Any]:
+    """The model that is served."""
+    return {"id": name, "object": "model", "created": since, "owned_by": "vlcache_jax"}
