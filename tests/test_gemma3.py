@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from family_promises import check, check_rows_alone_and_budget_one
 from PIL import Image
 from safetensors.torch import save_file
 from text_model import by_definition
+from tiers import later
 from tiny_gemma3 import NAMED, TOKENS, make_processor, make_tiny_gemma3
 
 import vlcache_jax as vlc
@@ -103,6 +105,11 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(vlm,
     kept = {1: np.asarray(first.kept_positions(1))}
     assert (kept[1][1] >= 0).sum(axis=-1).max() < 0.5 * batch.lengths[1]
     np.testing.assert_allclose(np.stack(found), by_definition(model, params, batch, new, kept), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("promises", [check, *later(check_rows_alone_and_budget_one)])
+def test_promises(vlm, promises):
+    promises(vlm, pictures(), list(TEXTS))
 
 
 def test_blocks_are_those_of_transformers():

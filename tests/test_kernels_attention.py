@@ -18,18 +18,19 @@ IMPLEMENTATIONS = [*PLAIN, "splash_tpu"]
 SHAPES = [(2, 1, 2, 1, 4), (2, 8, 2, 2, 4), (1, 9, 4, 2, 4), (2, 24, 4, 2, 8), (1, 70, 6, 2, 4), (1, 43, 3, 3, 4)]
 
 
-def sees(row, column, causal, segments, blocks=None, window=None):
+def sees(row, column, causal, segments, blocks=None, window=None, apart=False):
     """Of one row of the batch: the rule in words of its own."""
+    shared = () if apart else (0,)
     together = blocks is not None and blocks[row] >= 0 and blocks[row] == blocks[column]
     near = window is None or row - column < window
     return (
         near
         and (column <= row or not causal or together)
-        and (segments is None or segments[column] in (0, segments[row]))
+        and (segments is None or segments[column] in (*shared, segments[row]))
     )
 
 
-def expected(query, key, value, segments=None, scale=None, causal=True, blocks=None, window=None):
+def expected(query, key, value, segments=None, scale=None, causal=True, blocks=None, window=None, apart=False):
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -38,7 +39,7 @@ def expected(query, key, value, segments=None, scale=None, causal=True, blocks=N
         for h in range(heads):
             for t in range(length):
                 rules = *(None if x is None else x[b] for x in (segments, blocks)), window
-                seen = [j for j in range(length) if sees(t, j, causal, *rules)]
+                seen = [j for j in range(length) if sees(t, j, causal, *rules, apart)]
                 logits = k[b, seen, h // group] @ q[b, t, h] * (scale or head_dim**-0.5)
                 lse[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
                 out[b, t, h] = np.exp(logits - lse[b, t, h]) @ v[b, seen, h // group]
@@ -51,7 +52,7 @@ def compiled(implementation, scale=None, with_lse=True):
         with (  # read while tracing
             mock.patch.multiple(xla, _CHUNK=CHUNK, _SPANS=SPANS, _WHOLE=16),
             mock.patch.multiple(xla_wide, _LOGITS=4 * 8 * 4 * 70, _SPANS=SPANS),
-            mock.patch.object(splash_tpu, "_SHORTEST", 1),
+            mock.patch.multiple(splash_tpu, _SHORTEST=1, _SHORTEST_FULL=1),
         ):
             return attention(
                 query,
@@ -94,22 +95,25 @@ def test_formula(shape, implementation):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize(
+    ("implementation", "apart"), [*((x, False) for x in PLAIN), *((x, True) for x in IMPLEMENTATIONS)]
+)
 @pytest.mark.parametrize("length", [9, 70])
-def test_segments(length, implementation, causal):
+def test_segments(length, implementation, apart, causal):
     q, k, v = inputs((2, length, 4, 2, 4), seed=1)
     shared = length // 3
-    # A shared prefix of segment 0, then three packed segments; the second row has no shared prefix.
+    # Segment 0, a shared prefix unless they are apart, then three packed segments; the second row has no segment 0.
     packed = 1 + np.arange(length) // (length // 3)
     segments = np.stack([np.where(np.arange(length) < shared, 0, packed), packed]).astype(np.int32)
-    out, lse = compiled(implementation)(q, k, v, Mask(causal=causal, segments=segments))
-    wanted, wanted_lse = expected(q, k, v, segments, causal=causal)
+    out, lse = compiled(implementation)(q, k, v, Mask(causal=causal, segments=segments, apart=apart))
+    wanted, wanted_lse = expected(q, k, v, segments, causal=causal, apart=apart)
     assert_close(out, wanted, 2e-6, 1e-5)
     assert_close(lse, wanted_lse, 2e-6, 1e-5)
-    assert np.abs(wanted - expected(q, k, v, causal=causal)[0]).max() > 0.1  # the segments matter
+    for other in ({}, {"segments": segments, "apart": not apart}):  # all of it matters
+        assert np.abs(wanted - expected(q, k, v, causal=causal, **other)[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]])
 def test_full(shape, implementation):
     q, k, v = inputs(shape, seed=2)
@@ -122,15 +126,16 @@ def test_full(shape, implementation):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1, 2, 2, 0], [1, 1, 1, 0, 2, 0, 2]]])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("blocks", [None, [[-1, 0, 0, 0, -1, 1, 1], [0, 0, 0, -1, -1, -1, -1]]])
 @pytest.mark.parametrize("window", [None, 2, 9])
-def test_the_meaning_of_a_mask(causal, segments, blocks, window):
+def test_the_meaning_of_a_mask(causal, segments, blocks, window, apart):
     given = {k: None if x is None else jnp.asarray(x) for k, x in (("segments", segments), ("blocks", blocks))}
-    mask = Mask(causal=causal, window=window, **given)
+    mask = Mask(causal=causal, window=window, apart=apart, **given)
     array = np.asarray(mask.as_array(7))
     for row, seen in enumerate(array):
         rules = *(None if x is None else x[row] for x in (segments, blocks)), window
-        np.testing.assert_array_equal(seen, [[sees(t, j, causal, *rules) for j in range(7)] for t in range(7)])
+        np.testing.assert_array_equal(seen, [[sees(t, j, causal, *rules, apart) for j in range(7)] for t in range(7)])
     for first, last in ((0, 7), (2, 4), (5, 9)):
         left, right = mask.span(first, last, 7)
         assert not array[:, first:last, :left].any()
@@ -237,13 +242,21 @@ def test_without_lse(shape, implementation):
     np.testing.assert_allclose(out, compiled(implementation)(*inputs(shape))[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("images", [False, True])
+_RUNS = (jnp.arange(150) // 50)[None]
+_MASKS = {
+    "causal": CAUSAL,
+    "images": Mask(blocks=jnp.where(jnp.arange(150) % 50 > 9, _RUNS, -1)),
+    "apart": Mask(causal=False, segments=_RUNS, apart=True),
+}
+
+
+@pytest.mark.parametrize("mask", _MASKS)
 @pytest.mark.parametrize("with_lse", [True, False])
-def test_gradients_of_splash_attention(with_lse, images):
+def test_gradients_of_splash_attention(with_lse, mask):
     q, k, v = inputs((1, 150, 2, 1, 8), seed=3)
     rng = np.random.default_rng(4)
     weight, lse_weight = rng.normal(size=q.shape), rng.normal(size=q.shape[:3])
-    mask = Mask(blocks=jnp.where(jnp.arange(150) % 50 > 9, jnp.arange(150) // 50, -1)[None]) if images else CAUSAL
+    mask = _MASKS[mask]
 
     def loss(implementation, q, k, v):
         out, lse = compiled(implementation, with_lse=with_lse)(q, k, v, mask)
@@ -316,8 +329,10 @@ def test_named_implementations_say_what_they_cannot():
     wide = jnp.zeros((1, 128, 1, 512))
     with pytest.raises(NotImplementedError, match="up to 256, not 512"):
         attention(wide, wide, wide, implementation="splash_tpu")
-    with pytest.raises(NotImplementedError, match="causal"):
+    with pytest.raises(NotImplementedError, match="at least 640 tokens, not 128"):
         attention(q, k, v, FULL, implementation="splash_tpu")
+    with pytest.raises(NotImplementedError, match="no window without causality"):
+        attention(q, k, v, Mask(causal=False, window=3), implementation="splash_tpu")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

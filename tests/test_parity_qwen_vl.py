@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from family_promises import check, check_rows_alone_and_budget_one
 from text_model import by_definition
+from tiers import later
 from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, reference_inputs
 
 import vlcache_jax as vlc
@@ -117,6 +119,12 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(chec
     one = vlm.processor(images=[images()[1]], text=[TEXTS[1]], pad_to=128, pad_tiles_to=256)
     alone = vlc.generate(model, params, one, policy, 8, eos_token_ids=[])
     np.testing.assert_array_equal(np.asarray(tokens)[:, 1], alone.tokens[0])
+
+
+@pytest.mark.parametrize("promises", [check, *later(check_rows_alone_and_budget_one)])
+@pytest.mark.parametrize("kind", [*later("qwen2_vl"), "qwen2_5_vl", "qwen3_vl"])
+def test_promises(checkpoints, kind, promises):
+    promises(vlc.load(checkpoints[kind][0], dtype="float32"), images(), TEXTS)
 
 
 def stages_of(context):

@@ -161,7 +161,7 @@ def test_run_attention_equals_the_definition(length):
     query, key, value = (jnp.asarray(rng.normal(size=(2, length, 3, 4)), jnp.float32) for _ in range(3))
     runs = np.stack([np.repeat(np.arange(length), rng.integers(1, 9, length))[:length] for _ in range(2)])
     runs = runs_of(jnp.asarray(runs, jnp.int32))
-    want = attention(query, key, value, Mask(causal=False, segments=runs + 1), implementation="reference")[0]
+    want = attention(query, key, value, Mask(causal=False, segments=runs, apart=True), implementation="reference")[0]
     np.testing.assert_allclose(run_attention(query, key, value, runs, 8), want, atol=1e-6)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from family_promises import check, check_rows_alone_and_budget_one
 from safetensors.torch import save_file
 from text_model import by_definition
+from tiers import later
 from tiny_families import TINY, pictures
 
 import vlcache_jax as vlc
@@ -98,6 +100,11 @@ def test_compressed_decoding_equals_the_full_model_with_the_rest_masked_out(load
     kept = {layer: np.asarray(first.kept_positions(layer)) for layer in range(3)}
     assert sum((of_layer[1] >= 0).sum(axis=-1).max() for of_layer in kept.values()) < 0.5 * 3 * batch.lengths[1]
     np.testing.assert_allclose(np.stack(found), by_definition(model, params, batch, new, kept), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("promises", [check, *later(check_rows_alone_and_budget_one)])
+def test_promises(loaded, promises):
+    promises(loaded.vlm, pictures(), loaded.tiny.texts)
 
 
 def test_what_is_saved_is_read_here_and_by_transformers(loaded, tmp_path):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from tiers import cases
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.attention import Mask, attention
@@ -62,3 +63,30 @@ def test_images_that_see_each_other(window):
     assert text.count('custom_call_target="tpu_custom_call"') == 2
     assert " while(" not in text
     assert temporaries(program) < 12 * 2 * 4096 * 8 * 256 * 2  # a few copies of the queries; the logits: 1 GB
+
+
+TOWERS = {  # images at once, tokens, heads, head_dim, whether several images are one sequence
+    "llava-onevision-qwen2-7b-ov": (8, 729, 16, 72, False),
+    "internvl3-8b": (8, 1025, 16, 64, False),
+    "smolvlm2-500m": (8, 1024, 12, 64, False),
+    "gemma-3-4b-it": (2, 4096, 16, 72, False),
+    "qwen2.5-vl-7b": (1, 5120, 16, 80, True),
+    "qwen3-vl-8b": (1, 5120, 16, 72, True),
+}
+
+
+@pytest.mark.parametrize("tower", cases(TOWERS, ["internvl3-8b", "qwen2.5-vl-7b"]))
+def test_vision_towers(tower):
+    """By default one kernel, no loop, and no logits in memory: XLA would hold up to 1 GiB of them at once."""
+    images, length, heads, head_dim, packed = tower
+    arrays, frames = [shape(images, length, heads, head_dim)] * 3, shape(images, length, dtype="int32")
+
+    def run(frames, *arrays):
+        mask = Mask(causal=False, segments=frames if packed else None, apart=packed)
+        return attention(*arrays, mask, with_lse=False)[0]
+
+    program = compile_for("v5e:2x2", run, frames, *arrays)
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert " while(" not in text
+    assert temporaries(program) < 4 * 2 * images * (length + 128) * heads * 128  # copies of queries, keys, values

@@ -53,7 +53,8 @@ def attention(
       implementation: None takes the first of the platform's order that serves the arguments. A name is tried alone, a
         tuple of names one after the other:
           "splash_tpu"  JAX's splash attention for TPUs. Causal, with or without a window, with or without blocks
-                        (which take it a second pass). Its gradient with lse or blocks is that of "xla_wide".
+                        (which take it a second pass), or full from 640 tokens on; with segments where they are apart.
+                        Its gradient with lse or blocks is that of "xla_wide".
           "cudnn"       cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs of compute
                         capability 8.0 and later. Causal (a window too) or full, bfloat16 or float16. A program that
                         holds it can only be made where JAX finds cuDNN, so it is a default only where such a card is

@@ -34,6 +34,7 @@ class Mask:
 
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     segments: jax.Array | None = None
+    apart: bool = dataclasses.field(default=False, metadata={"static": True})
     blocks: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     places: jax.Array | None = None
@@ -92,7 +93,8 @@ class Mask:
             seen = seen | ((of_row == of_column) & (of_row >= 0))
         if self.segments is not None:
             of_row, of_column = pairs(self.segments)
-            seen = seen & ((of_column == 0) | (of_column == of_row))
+            own = of_column == of_row
+            seen = seen & (own if self.apart else own | (of_column == 0))
         if self.window is None:
             return seen
         of_row, of_column = (row[None], column[None]) if self.places is None else pairs(self.places)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import gc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlcache_jax.models.io.rules import WeightRules
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
+_ALIGNMENT = 64  # bytes
 _LISTED = 20  # problems of one kind that a message spells out
 _COMPARED = 200  # names that are searched for one like another
 
@@ -198,7 +200,7 @@ def _callback(
     def callback(index: tuple[slice, ...] | None) -> np.ndarray:
         slices = tuple(s.indices(n) for s, n in zip(index or (slice(None),) * len(shape), shape, strict=True))
         if slices not in read:
-            out = np.empty([len(range(*s)) for s in slices], dtype)
+            out = _aligned([len(range(*s)) for s in slices], dtype)
             cut = tuple(slice(*s) for s in slices)
             first, last = (cut[-1].start, cut[-1].stop) if cut else (0, 0)
             begin = 0
@@ -217,3 +219,11 @@ def _callback(
         return read[slices]
 
     return callback
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX takes for its own on a CPU, where it copies those that begin elsewhere."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

@@ -44,7 +44,6 @@ class SafetensorsFolder:
         """
         self.folder, self._single = checkpoint_folder(folder), single
         self.tensors: dict[str, TensorInfo] = {}
-        self._maps: dict[str, np.memmap] = {}
         listed = self._files()
         files = sorted(set(listed.values())) if listed else [single]
         for file in files:
@@ -122,6 +121,8 @@ class SafetensorsFolder:
         return self._bytes(info).view(DTYPES[info.dtype]).reshape(info.shape)
 
     def _bytes(self, info: TensorInfo) -> np.ndarray:
-        if info.file not in self._maps:
-            self._maps[info.file] = np.memmap(file_inside(self.folder, info.file), np.uint8, mode="r")
-        return np.asarray(self._maps[info.file][info.start : info.stop])
+        if info.start == info.stop:
+            return np.empty(0, np.uint8)
+        # A mapping of its own, which goes with the view: pages that were read count as memory of this process.
+        path, size = file_inside(self.folder, info.file), info.stop - info.start
+        return np.asarray(np.memmap(path, np.uint8, mode="r", offset=info.start, shape=(size,)))

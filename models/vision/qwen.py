@@ -50,7 +50,7 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BND: jax.Array, rotation: tuple[jax.Array, jax.Array], segments: jax.Array, runs: jax.Array, layer
+        self, x_BND: jax.Array, rotation: tuple[jax.Array, jax.Array], frames: jax.Array, runs: jax.Array, layer
     ) -> jax.Array:
         c = self.config
         batch, patches, channels = x_BND.shape
@@ -58,13 +58,13 @@ class _Attention(nn.Module):
         query, key, value = (projected[:, :, i] for i in range(3))
         query, key = rotate(query, *rotation), rotate(key, *rotation)
 
-        def attend(window: int | None, query, key, value, segments, runs):
+        def attend(window: int | None, query, key, value, frames, runs):
             if window is not None:
                 return run_attention(query, key, value, runs, window**2)
-            mask = Mask(causal=False, segments=segments)
+            mask = Mask(causal=False, segments=frames, apart=True)
             return ops.attention(Kernels(), query, key, value, mask=mask, with_lse=False)[0]
 
-        out = ops.of_layer(c.windows, layer, attend, query, key, value, segments, runs)
+        out = ops.of_layer(c.windows, layer, attend, query, key, value, frames, runs)
         return dense(channels, self.dtype, "output")(out.reshape(x_BND.shape))
 
 
@@ -90,12 +90,12 @@ class _Layer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry, layer: jax.Array, rotation, segments, runs):
+    def __call__(self, carry, layer: jax.Array, rotation, frames, runs):
         x_BND, collected = carry
         rms = self.config.rms_norms
         normed = _norm(x_BND, rms, self.dtype, "norm_1")
         attention = _Attention(self.config, self.dtype, name="attention")
-        x_BND = x_BND + attention(normed, rotation, segments, runs, layer)
+        x_BND = x_BND + attention(normed, rotation, frames, runs, layer)
         x_BND = x_BND + _MLP(self.config, self.dtype, name="mlp")(_norm(x_BND, rms, self.dtype, "norm_2"))
         wanted = self.config.deepstack_layers
         collected = tuple(jnp.where(layer == i, x_BND, old) for i, old in zip(wanted, collected, strict=True))
@@ -216,7 +216,6 @@ class QwenVisionTower(nn.Module):
         _check(c, pixels.shape, cells.shape)
         cells = jnp.asarray(cells)
         frame = cells[..., FRAME]
-        segments = jnp.where(frame < 0, -1, frame + 1)  # 0 would be seen by all
         runs = frame
         if c.window is not None:
             runs = runs_of(frame, cells[..., ROW] // c.window, cells[..., COLUMN] // c.window)
@@ -238,7 +237,7 @@ class QwenVisionTower(nn.Module):
         )(c, self.dtype, name="layers")
         numbers = jax.lax.iota(jnp.int32, c.num_layers)
         start = (x_BND, (x_BND,) * len(c.deepstack_layers))
-        (x_BND, collected), _ = layers(start, numbers, rotation, segments, runs)
+        (x_BND, collected), _ = layers(start, numbers, rotation, frame, runs)
         features = _Merger(c, self.dtype, name="merger")(x_BND)
         if not collected:
             return features, None
