@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOPS = {"vlcache_jax": "vlcache_jax", "models": "vlcache_jax.models", "kernels": "vlcache_jax.kernels"}  # as installed
 ROOMS = [
-    "files", "terminal", "kernels", "parallel", "models", "cache", "policies", "pruning", "inference", "engine",
-    "serving", "explain", "evaluation", "training", "planning", "demo", "cli",
+    "files", "terminal", "kernels", "parallel", "models", "cache", "policies", "pruning", "patterns", "inference",
+    "engine", "serving", "explain", "evaluation", "training", "planning", "demo", "cli",
 ]  # fmt: skip
 """A room may import those before it, and the hall's errors, types and inputs."""
 HALL = {"__init__", "__main__", "errors", "inputs", "public", "typing"}

@@ -35,6 +35,9 @@ from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.loading import VLM, load
 from vlcache_jax.models.io.saving import save
 from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.patterns.a_shape import AShape
+from vlcache_jax.patterns.block_mask import BlockMask
+from vlcache_jax.patterns.tri_shape import TriShape
 from vlcache_jax.policies import (
     H2O,
     TOVA,
@@ -81,10 +84,12 @@ __all__ = [
     "H2O",
     "TOVA",
     "VLM",
+    "AShape",
     "AdaKV",
     "AirCache",
     "Append",
     "Batch",
+    "BlockMask",
     "Bytes",
     "CDPruner",
     "CheckpointError",
@@ -132,6 +137,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Tokens",
+    "TriShape",
     "VLCache",
     "VLCacheError",
     "Video",

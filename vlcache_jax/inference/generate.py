@@ -18,6 +18,7 @@ from vlcache_jax.inference.row_options import RowOptions, Samplings, StopIds, ro
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.seeds import Seeds, seed_words
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.method import Pruning
@@ -48,6 +49,7 @@ def generate(
     policy: Policy | None = None,
     max_new_tokens: int = 64,
     *,
+    prefill: Pattern | None = None,
     pruning: Pruning | None = None,
     sampling: Samplings = None,
     seeds: Seeds = 0,
@@ -65,6 +67,7 @@ def generate(
       batch: prompts, from `vlm.processor`.
       policy: what to keep of the prompt's cache; `FullCache()` by default.
       max_new_tokens: answers are cut at this length.
+      prefill: which keys the prompt's queries look at, `vlc.XAttention()` say; all by default.
       pruning: which visual tokens go on from layer to layer of the prefill, `vlc.PyramidDrop()` say; all by default.
       sampling: None for greedy decoding; one for all rows, or a sequence of one for each, None among them. Another
         compiles nothing.
@@ -88,7 +91,7 @@ def generate(
       texts = vlm.processor.decode(out)
     """
     options = row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)
-    ctx = run_prompts(model, params, batch, policy, max_new_tokens, pruning, kernels)
+    ctx = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels)
     return _answers(ctx, (batch.size,), max_new_tokens, options, kernels, policy or FullCache())
 
 
@@ -99,6 +102,7 @@ def stream(
     policy: Policy | None = None,
     max_new_tokens: int = 64,
     *,
+    prefill: Pattern | None = None,
     pruning: Pruning | None = None,
     sampling: Samplings = None,
     seeds: Seeds = 0,
@@ -114,7 +118,7 @@ def stream(
       in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
     row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)  # before anything is compiled
-    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, pruning, kernels).start(max_new_tokens)
+    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels).start(max_new_tokens)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
 

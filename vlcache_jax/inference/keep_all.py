@@ -11,8 +11,9 @@ from vlcache_jax.cache.packing import empty_codes, quantise_into, value_channels
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
 from vlcache_jax.kernels.varying import varying
-from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.patterns.attending import layer_attention
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.plan import Plan
 from vlcache_jax.pruning.stage import Stage, joined
@@ -20,8 +21,15 @@ from vlcache_jax.typing import ModelSpec
 
 
 def keep_all(
-    run: Any, rotate: Any, spec: ModelSpec, prompt: Stage, plan: Plan, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, None]:
+    run: Any,
+    rotate: Any,
+    spec: ModelSpec,
+    prompt: Stage,
+    plan: Plan,
+    policy: Policy,
+    pattern: Pattern | None,
+    kernels: Kernels,
+) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, None, Any]:
     """All tokens that layers ever look back at: each layer writes its segment of the pool in place.
 
     A layer with a window writes its latest tokens first, and behind them whatever fills up `room` slots: the next layer
@@ -40,8 +48,8 @@ def keep_all(
         lengths, room = stage.lengths, int(align(stage.room, segment_alignment(bits)))
 
         def attend(query, key, value, pools, layer):
-            masked: dict[str, Any] = {"mask": stage.mask, "with_lse": False}
-            out, _ = ops.layer_attention(kernels, windows, layer, query, key, value, lengths, **masked)
+            seen = query, key, value
+            out, _, told = layer_attention(kernels, pattern, spec, stage, layer, *seen, with_lse=False)
             held, start = lengths, layer * room
             if spec.windows or not alone:
                 start = jnp.asarray(starts, jnp.int32)[layer]
@@ -53,12 +61,12 @@ def keep_all(
                 key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
                 channels = value_channels(value, held)
                 new = key, value.astype(jnp.float32) / channels[:, None]
-                return out, write(pools, *new, held, start, room), channels
+                return out, write(pools, *new, held, start, room), (channels, told)
             pools = tuple(
                 split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2))
                 for pool, x in zip(pools, (key, value))
             )
-            return out, pools, None
+            return out, pools, (None, told)
 
         return attend
 
@@ -79,7 +87,7 @@ def keep_all(
     pools = varying(jax.tree.map(split, pools), prompt.lengths)
     logits, (keys, values, *scales), stages = run(attend_in, pools)
     of_codes = dict(zip(("key_scales", "value_scales"), scales), bits=bits)
-    channels = joined([ys for _, ys in stages])
+    channels, told = joined([ys for _, ys in stages])
     if channels is not None:
         of_codes["value_channels"] = channels.swapaxes(0, 1)
     if spec.windows:
@@ -91,4 +99,4 @@ def keep_all(
         context = PackedStore.by_layer(keys, values, parts, rooms, **of_codes)
     kept = jnp.broadcast_to(context.lengths[..., 0], (batch, layers))
     allocation = Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
-    return logits, [stage for stage, _ in stages], [context], allocation, None
+    return logits, [stage for stage, _ in stages], [context], allocation, None, told

@@ -15,6 +15,8 @@ from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.patterns.attending import layer_attention
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.decoding.rule import Prompt
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import LayerInputs
@@ -26,8 +28,15 @@ from vlcache_jax.typing import ModelSpec
 
 
 def keep_some(
-    run: Any, rotate: Any, spec: ModelSpec, prompt: Stage, plan: Plan, policy: Policy, kernels: Kernels
-) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, Any]:
+    run: Any,
+    rotate: Any,
+    spec: ModelSpec,
+    prompt: Stage,
+    plan: Plan,
+    policy: Policy,
+    pattern: Pattern | None,
+    kernels: Kernels,
+) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, Any, Any]:
     """Attention, scores and candidates layer by layer; then budgets, selection and packing for all layers at once.
 
     Layers with a window take no part in the budget: nothing scores them, and what they keep is their window.
@@ -110,8 +119,9 @@ def keep_some(
             return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(judge, *inputs))
 
         def attend(query, key, value, carry, layer):
-            options: dict[str, Any] = {"mask": stage.mask, "with_lse": measure and threshold is None}
-            out, lse = ops.layer_attention(kernels, windows, layer, query, key, value, lengths, **options)
+            with_lse = measure and threshold is None
+            whole = query, key, value
+            out, lse, told = layer_attention(kernels, pattern, spec, stage, layer, *whole, with_lse=with_lse)
             seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
             evicts = [window is None for window in windows]
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
@@ -132,13 +142,13 @@ def keep_some(
                 key, value = (jnp.pad(x, [(0, 0), (0, 0), (0, count - few), (0, 0)]) for x in (key, value))
                 scores, positions = _padded(scores, count, -jnp.inf), _padded(positions, count, length)
                 ties = None if ties is None else _padded(ties, count, 0)
-            return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted)
+            return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted, told)
 
         return attend
 
     logits, _, stages = run(attend_in, None)
     layer_outputs = joined([ys for _, ys in stages])
-    keys, values, scores, ties, positions, channels, (density, finite), measured, noted = layer_outputs
+    keys, values, scores, ties, positions, channels, (density, finite), measured, noted, told = layer_outputs
     there = joined([jnp.broadcast_to(stage.lengths, (stage.size, batch)) for stage, _ in stages])  # tokens of a layer
     density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
     if spec.windows:
@@ -199,7 +209,7 @@ def keep_some(
         requested = jnp.minimum(requested, jnp.expand_dims(there.T, range(2, requested.ndim)))
     allocation = Allocation(requested=requested, density=density.T)
     stores = [context, *policy.evicted.stores(selected, budget.layers)]
-    return logits, [stage for stage, _ in stages], stores, allocation, observed
+    return logits, [stage for stage, _ in stages], stores, allocation, observed, told
 
 
 def _padded(x: jax.Array, length: int, value: Any) -> jax.Array:

@@ -23,6 +23,8 @@ from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of, refuse_partly_checked
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
+from vlcache_jax.patterns.attending import check_pattern
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.grid import grid_of
@@ -38,6 +40,7 @@ def prefill(
     batch: Batch,
     policy: Policy | None = None,
     *,
+    prefill: Pattern | None = None,
     pruning: Pruning | None = None,
     kernels: Kernels | None = None,
 ) -> Context:
@@ -54,6 +57,8 @@ def prefill(
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
       policy: what to keep; `FullCache()` by default.
+      prefill: which keys the prompt's queries look at, `vlc.XAttention()` say; all by default. What a policy scores is
+        the attention of its rows with all keys, whatever the pattern. With a pattern there is no derivative.
       pruning: which visual tokens go on from layer to layer, `vlc.PyramidDrop()` say; all by default. The policy then
         chooses from the tokens that each layer has; its budget still counts the prompt as it was given.
       kernels: which implementations to use; the platform's best by default.
@@ -72,7 +77,7 @@ def prefill(
     Example:
       logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy).start(max_new_tokens=64)
     """
-    return run_prompts(model, params, batch, policy, 1, pruning, kernels)
+    return run_prompts(model, params, batch, policy, 1, prefill, pruning, kernels)
 
 
 def compress(
@@ -81,6 +86,7 @@ def compress(
     batch: Batch,
     policy: Policy | None = None,
     *,
+    prefill: Pattern | None = None,
     pruning: Pruning | None = None,
     kernels: Kernels | None = None,
 ) -> Context:
@@ -93,7 +99,7 @@ def compress(
       params: its parameters.
       batch: prompts, from `vlm.processor`.
       policy: what to keep; `FullCache()` by default.
-      pruning: see `prefill`.
+      prefill, pruning: see `prefill`.
       kernels: which implementation of each op to use; the platform's best by default.
 
     Returns:
@@ -106,7 +112,7 @@ def compress(
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
     """
-    ctx = run_prompts(model, params, batch, policy, 1, pruning, kernels)
+    ctx = run_prompts(model, params, batch, policy, 1, prefill, pruning, kernels)
     finite, density = ctx.report.finite, ctx.report.density
     require_finite(finite, ctx, dtype=model.spec.dtype, before=finite, density=density, policy=policy or FullCache())
     return ctx
@@ -118,6 +124,7 @@ def run_prompts(
     batch: Batch,
     policy: Policy | None,
     max_new_tokens: int,
+    pattern: Pattern | None,
     pruning: Pruning | None,
     kernels: Kernels | None,
 ) -> Context:
@@ -126,12 +133,15 @@ def run_prompts(
     check_prefill(model.spec, batch, policy, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()
+    check_pattern(pattern, model.spec)
     stages = plan(pruning, model.spec, batch)
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
-        ran = _prefill(model, params, batch, policy, stages, kernels or Kernels())
-    logits, stores, next_position, lengths, allocation, finite, observed, tokens = ran
+        ran = _prefill(model, params, batch, policy, pattern, stages, kernels or Kernels())
+    logits, stores, next_position, lengths, allocation, finite, observed, tokens, told = ran
     report = make_report(model.spec, policy, stores, allocation, lengths, batch.length, finite, tokens)
+    if pattern is not None:
+        report = report.with_prefill(pattern, told, model.spec, stages)
     return Context(
         model=model,
         params=params,
@@ -146,12 +156,19 @@ def run_prompts(
     )
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "plan", "kernels"))
+@partial(jax.jit, static_argnames=("model", "policy", "pattern", "plan", "kernels"))
 @automatic
 def _prefill(
-    model: VisionLanguageModel, params: Params, batch: Batch, policy: Policy, plan: Plan, kernels: Kernels
-) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any, jax.Array]:
-    """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers, tokens)."""
+    model: VisionLanguageModel,
+    params: Params,
+    batch: Batch,
+    policy: Policy,
+    pattern: Pattern | None,
+    plan: Plan,
+    kernels: Kernels,
+) -> tuple[jax.Array, tuple[PackedStore, ...], jax.Array, jax.Array, Allocation, jax.Array, Any, jax.Array, Any]:
+    """(logits, stores, next position, lengths, allocation, whether all was finite, what the rule remembers, tokens of
+    the stages, what a pattern listed in each layer)."""
     embedded, spec = embed_prompt(model, params, batch, plan.needs_tower), model.spec
     lengths, next_position = (varying(jnp.asarray(x), params, batch) for x in (batch.lengths, embedded.next_position))
     vision_index = jnp.asarray(batch.vision_index)
@@ -160,7 +177,7 @@ def _prefill(
     run = partial(run_stages, model, params, prompt, plan, tower=embedded.tower)
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some
     rotate = partial(model.apply, {}, method="rotate")
-    logits, stages, stores, allocation, observed = keep(run, rotate, spec, prompt, plan, policy, kernels)
+    logits, stages, stores, allocation, observed, told = keep(run, rotate, spec, prompt, plan, policy, pattern, kernels)
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
     tokens = jnp.stack([stage.lengths for stage in stages], axis=1)
-    return logits, tuple(stores), next_position, lengths, allocation, finite, observed, tokens
+    return logits, tuple(stores), next_position, lengths, allocation, finite, observed, tokens, told

@@ -14,9 +14,35 @@ from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inputs import Array
 from vlcache_jax.parallel.mesh import automatic, free_axes, on_every_process, on_mesh_of
 from vlcache_jax.parallel.replication import replicated, warn
+from vlcache_jax.patterns.attending import dense_layers, why_dense
+from vlcache_jax.patterns.listing import Told
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.budget import Budget
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.pruning.plan import Plan
 from vlcache_jax.typing import ModelSpec
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """What a sparse prefill looked at.
+
+    Attributes:
+      density: f32 [batch, layers], listed blocks / the blocks of causal attention, on average over heads; 1 in dense
+        layers. A single column counts for a part of a block wherever queries see it.
+      overflow: i32 [batch, layers], blocks and single columns that the pattern wanted and its lists had no room for.
+      pattern: its name (static).
+      dense_layers: numbers of the layers that ran dense (static).
+      why: why all of them did, if they did; None otherwise (static).
+    """
+
+    density: jax.Array
+    overflow: jax.Array
+    pattern: str = dataclasses.field(metadata={"static": True})
+    dense_layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    why: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @exportable
@@ -46,6 +72,7 @@ class Report:
         NaN or infinite: such an answer means nothing. Outside `jit` that is a `NonFiniteError`.
       stage_tokens: i32 [batch, stages]. The tokens that the layers of each stage had; one stage, with the whole prompt,
         unless visual tokens are dropped between layers (`pruning`).
+      prefill: what the queries of the prompt looked at, where a pattern was given; None without.
     """
 
     kept: jax.Array
@@ -61,11 +88,24 @@ class Report:
     replicated: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     finite: jax.Array | None = None
     stage_tokens: jax.Array | None = None
+    prefill: PrefillReport | None = None
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all buffers that an answer needs: `state_bytes` and `tail_bytes`."""
         return self.state_bytes + self.tail_bytes
+
+    def with_prefill(self, pattern: Pattern, told: Told, spec: ModelSpec, plan: Plan) -> "Report":
+        """The report of a prefill by a pattern; `told` is of all layers, [layers, batch] each."""
+        dense: list[int] = []
+        for start, size, room in zip(plan.starts, plan.sizes(spec.num_layers), plan.rooms):
+            are_dense = dense_layers(pattern, spec, room)
+            dense += [layer for layer in range(start, start + size) if are_dense[layer]]
+        why = why_dense(pattern, plan.rooms[0])
+        density, overflow = (x.swapaxes(0, 1) for x in told)
+        return dataclasses.replace(
+            self, prefill=PrefillReport(density, overflow, pattern.name, tuple(dense), why)
+        )
 
     def of_answers(self, state: KVState, finite: jax.Array | None = None) -> "Report":
         """The report of a context's answers, which began with `state`."""

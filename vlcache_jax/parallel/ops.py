@@ -21,10 +21,12 @@ from vlcache_jax.kernels import append as append_op
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
+from vlcache_jax.kernels import sparse_attention as sparse_attention_op
 from vlcache_jax.kernels.attention import CAUSAL, Mask
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
+from vlcache_jax.kernels.sparse_attention import Lists
 from vlcache_jax.parallel.mesh import local, split_axes
 
 _OPS = {
@@ -32,6 +34,7 @@ _OPS = {
     "column_statistics": column_statistics_op,
     "decode_attention": decode_attention_op,
     "append": append_op,
+    "sparse_attention": sparse_attention_op,
 }
 
 
@@ -45,6 +48,7 @@ class Kernels:
       column_statistics: "pallas_tpu", "xla", "xla_columns" or "reference".
       decode_attention: "pallas_tpu", "pallas_gpu", "xla", "xla_wide" or "reference".
       append: of a token's keys and values to those of the answer: "pallas_tpu", "xla" or "reference".
+      sparse_attention: of a prefill by a pattern: "pallas_tpu", "xla", "xla_wide" or "reference".
 
     Raises:
       InputError: a name that does not exist.
@@ -57,6 +61,7 @@ class Kernels:
     column_statistics: str | None = None
     decode_attention: str | None = None
     append: str | None = None
+    sparse_attention: str | None = None
 
     def __post_init__(self) -> None:
         for op, module in _OPS.items():
@@ -130,6 +135,44 @@ def layer_attention(
         return attention(kernels, *arrays, mask=dataclasses.replace(mask, window=window), with_lse=with_lse)
 
     return of_layer(windows, layer, run, query, key, value, lengths)
+
+
+def sparse_attention(
+    kernels: Kernels,
+    choose: Callable[..., tuple[Lists, Any]],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    per_row: Any,
+) -> tuple[jax.Array, Any]:
+    """`kernels.sparse_attention.sparse_attention` with the lists that a function chooses, on each device its own.
+
+    Args:
+      kernels: which implementation.
+      choose: (query, key, heads, per_row) -> (lists, what it tells of them, a pytree of arrays [batch, list heads,
+        ...]); heads i32 [heads] are the numbers in the model of a device's query heads.
+      query: [batch, length, heads, head_dim].
+      key: [batch, length, kv_heads, head_dim].
+      value: like `key`.
+      per_row: a pytree of arrays [batch, ...].
+
+    Returns:
+      (out, what was told).
+    """
+
+    def run(query, key, value, heads, per_row):
+        lists, told = choose(query, key, heads, per_row)
+        out, _ = sparse_attention_op.sparse_attention(
+            query, key, value, lists, implementation=kernels.sparse_attention
+        )
+        return out, told
+
+    rows, split_heads = split_axes(key.shape[0], key.shape[2])
+    split, of_list = PartitionSpec(rows, None, split_heads), PartitionSpec(rows, split_heads)
+    of_rows = jax.tree.map(lambda _: PartitionSpec(rows), per_row)
+    inputs = (split, split, split, PartitionSpec(split_heads), of_rows)
+    heads = jax.lax.iota(jnp.int32, query.shape[2])
+    return local(run, inputs, (split, of_list))(query, key, value, heads, per_row)
 
 
 def column_statistics(

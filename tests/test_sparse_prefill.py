@@ -1,0 +1,123 @@
+"""Sparse prefill end to end: a pattern of everything is dense, rows are alone, the report counts what was listed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from text_model import TextModel, text_batch
+from tiny_models import one_row
+
+import vlcache_jax as vlc
+from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
+
+LENGTH, LENGTHS, BLOCK, NEW = 64, [60, 41, 22, 7], 8, 5
+IMAGES = ((2, 16), (25, 16))
+CONFIG = DecoderConfig(
+    family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=8, max_positions=256, rope=RopeConfig(theta=1e4), rms_norm_eps=1e-5,
+)  # fmt: skip
+SMALL = {"min_tokens": 0, "block": BLOCK}
+SHAPE = vlc.AShape(8, 16, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = TextModel(CONFIG, jnp.dtype("float32"))
+    params = model.init(jax.random.key(0), text_batch([3], 16))["params"]
+    return model, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return text_batch(LENGTHS, LENGTH, images=IMAGES)
+
+
+def everything(inputs):
+    return jnp.ones((1, 1, inputs.blocks, inputs.blocks), bool)
+
+
+@pytest.mark.parametrize("policy", [vlc.FullCache(), vlc.VLCache(0.3), vlc.SnapKV(0.3, window=4)], ids=lambda p: p.name)
+def test_everything_is_dense(tiny, batch, policy):
+    dense = vlc.generate(*tiny, batch, policy, NEW)
+    sparse = vlc.generate(*tiny, batch, policy, NEW, prefill=vlc.BlockMask(everything, **SMALL))
+    np.testing.assert_array_equal(sparse.tokens, dense.tokens)
+    np.testing.assert_array_equal(sparse.report.kept, dense.report.kept)
+    np.testing.assert_allclose(sparse.report.density, dense.report.density, rtol=1e-5)
+    assert dense.report.prefill is None
+    np.testing.assert_allclose(sparse.report.prefill.density, 1)
+    np.testing.assert_array_equal(sparse.report.prefill.overflow, 0)
+    assert sparse.report.prefill.dense_layers == () and sparse.report.prefill.why is None
+
+
+def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
+    together = vlc.generate(*tiny, batch, vlc.VLCache(0.3), NEW, prefill=SHAPE)
+    for row in range(len(LENGTHS)):
+        alone = vlc.generate(*tiny, one_row(batch, row), vlc.VLCache(0.3), NEW, prefill=SHAPE)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_array_equal(alone.report.kept[0], together.report.kept[row])
+        np.testing.assert_allclose(alone.report.prefill.density[0], together.report.prefill.density[row], rtol=1e-6)
+
+
+def test_it_differs_from_dense_and_the_report_counts(tiny, batch):
+    dense, ctx = (vlc.compress(*tiny, batch, prefill=prefill) for prefill in (None, SHAPE))
+    assert not np.allclose(dense.logits[0], ctx.logits[0], atol=1e-3)
+    np.testing.assert_allclose(ctx.logits[3], dense.logits[3], atol=1e-5)  # shorter than the window
+    for row, length in enumerate(LENGTHS):
+        blocks = -(-length // BLOCK)
+        listed = sum(c == 0 or r - c <= 2 for r in range(blocks) for c in range(r + 1))
+        expected = listed / (blocks * (blocks + 1) / 2)
+        np.testing.assert_allclose(ctx.report.prefill.density[row], expected, rtol=1e-6)
+
+
+def test_short_prompts_and_named_layers_are_dense(tiny, batch):
+    dense = vlc.compress(*tiny, batch)
+    short = vlc.compress(*tiny, batch, prefill=dataclasses.replace(SHAPE, min_tokens=LENGTH + 1))
+    np.testing.assert_array_equal(short.logits, dense.logits)
+    assert short.report.prefill.dense_layers == (0, 1, 2)
+    assert "64 tokens are fewer than AShape(min_tokens=65)" in short.report.prefill.why
+    some = vlc.compress(*tiny, batch, prefill=dataclasses.replace(SHAPE, dense_layers=(0, 2)))
+    assert some.report.prefill.dense_layers == (0, 2)
+    density = np.asarray(some.report.prefill.density)
+    assert (density[:, [0, 2]] == 1).all() and density[0, 1] < 1
+
+
+def test_a_full_list_keeps_the_best_and_says_so(tiny, batch):
+    ctx = vlc.compress(*tiny, batch, prefill=dataclasses.replace(SHAPE, capacity=0.25))
+    wanted = [min(r + 1, 4) if r > 2 else r + 1 for r in range(8)]  # of the longest row: the first block and 3 near
+    np.testing.assert_array_equal(ctx.report.prefill.overflow[0], 2 * sum(max(0, n - 2) for n in wanted))
+    assert (np.asarray(ctx.report.prefill.density) > 0).all()
+
+
+def test_pruning_beside_it(tiny, batch):
+    prune = vlc.PyramidDrop((1, 2), (0.5, 0.25), rooms=(48, 40))
+    out = vlc.generate(*tiny, batch, vlc.VLCache(0.5), NEW, prefill=SHAPE, pruning=prune)
+    plain = vlc.generate(*tiny, batch, vlc.VLCache(0.5), NEW, pruning=prune)
+    everything_too = vlc.BlockMask(everything, **SMALL)
+    whole = vlc.generate(*tiny, batch, vlc.VLCache(0.5), NEW, prefill=everything_too, pruning=prune)
+    np.testing.assert_array_equal(whole.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.report.stage_tokens, plain.report.stage_tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: vlc.AShape(sinks=-1), r"AShape\(sinks=-1\)"),
+        (lambda: vlc.AShape(window=0), r"AShape\(window=0\)"),
+        (lambda: vlc.AShape(heads="all"), "'group' or 'each'"),
+        (lambda: vlc.AShape(capacity=0), "share of the blocks"),
+        (lambda: vlc.TriShape(last=-1), r"TriShape\(last=-1\)"),
+        (lambda: vlc.BlockMask(3), "give a function"),
+    ],
+)
+def test_options_out_of_range(make, message):
+    with pytest.raises(vlc.PolicyError, match=message):
+        make()
+
+
+def test_what_does_not_fit_the_model_is_refused(tiny, batch):
+    with pytest.raises(vlc.PolicyError, match="is not a pattern"):
+        vlc.generate(*tiny, batch, prefill="a_shape")
+    with pytest.raises(vlc.PolicyError, match=r"dense_layers=\[3\]"):
+        vlc.generate(*tiny, batch, prefill=vlc.AShape(dense_layers=(3,)))

@@ -1,0 +1,68 @@
+"""What a prompt's last rows attend to: from them patterns guess what the others do."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LastRowsAttention(NamedTuple):
+    """Of every query head, with all keys that the rows see.
+
+    Attributes:
+      probabilities: f32 [batch, heads, rows, length]; 0 behind a row, and in rows that a short prompt does not have.
+      first: i32 [batch], the prompt row of the first one.
+      count: i32 [batch], how many rows there are.
+    """
+
+    probabilities: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+    @property
+    def vertical(self) -> jax.Array:
+        """f32 [batch, heads, length]: the sum over the rows, of each key."""
+        return jnp.sum(self.probabilities, axis=2)
+
+    @property
+    def slash(self) -> jax.Array:
+        """f32 [batch, heads, length]: the sum over the rows of what lies so many tokens before each.
+
+        [.., o] = sum over rows t of the attention of row t to key t - o.
+        """
+        batch, heads, rows, length = self.probabilities.shape
+        # Row i turned round and moved i to the right: each distance is a column then.
+        turned = jnp.pad(self.probabilities[..., ::-1], [(0, 0)] * 3 + [(0, rows)])
+        width = length + rows
+        moved = turned.reshape(batch, heads, rows * width)[..., : rows * (width - 1)]
+        sums = jnp.sum(moved.reshape(batch, heads, rows, width - 1), axis=2)
+        sums = jnp.pad(sums, ((0, 0), (0, 0), (0, length)))
+
+        def of_row(sums: jax.Array, first: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(sums, length - 1 - first, length, axis=-1)
+
+        return jax.vmap(of_row)(sums, self.first)
+
+
+def last_rows_attention(query: jax.Array, key: jax.Array, lengths: jax.Array, rows: int) -> LastRowsAttention:
+    """The causal attention of each prompt's last `rows` rows, softmax in float32.
+
+    Args:
+      query: [batch, length, heads, head_dim].
+      key: [batch, length, kv_heads, head_dim].
+      lengths: i32 [batch].
+      rows: how many; a shorter prompt has all of its rows.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    first = jnp.maximum(lengths - rows, 0)
+    row = first[:, None] + jax.lax.iota(jnp.int32, rows)[None]
+    some = jnp.take_along_axis(query, jnp.minimum(row, length - 1)[..., None, None], axis=1)
+    some = some.reshape(batch, rows, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum("brkgd,bskd->bkgrs", some, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = logits.reshape(batch, heads, rows, length)
+    there = (row < lengths[:, None])[..., None]
+    seen = ((jax.lax.iota(jnp.int32, length)[None, None] <= row[..., None]) & there)[:, None]
+    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
+    return LastRowsAttention(weights, first, jnp.minimum(lengths, rows))
