@@ -47,6 +47,15 @@ GROUPS = {
             "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
         ],
     ),
+    "sparse_prefill": (
+        "Sparse prefill",
+        [
+            "AShape TriShape BlockMask",
+            "patterns.pattern: Pattern PatternInputs Chosen",
+            "patterns.grammar: pattern_by_name",
+            "inference.report: PrefillReport",
+        ],
+    ),
     "planning": ("Planning", ["planning: *"]),
     "training": ("Training", ["training: *"]),
     "metrics": ("Metrics", ["evaluation.metrics: *"]),

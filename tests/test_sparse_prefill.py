@@ -48,7 +48,8 @@ def test_everything_is_dense(tiny, batch, policy):
     assert dense.report.prefill is None
     np.testing.assert_allclose(sparse.report.prefill.density, 1)
     np.testing.assert_array_equal(sparse.report.prefill.overflow, 0)
-    assert sparse.report.prefill.dense_layers == () and sparse.report.prefill.why is None
+    assert sparse.report.prefill.dense_layers == ()
+    assert sparse.report.prefill.why is None
 
 
 def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
@@ -80,7 +81,8 @@ def test_short_prompts_and_named_layers_are_dense(tiny, batch):
     some = vlc.compress(*tiny, batch, prefill=dataclasses.replace(SHAPE, dense_layers=(0, 2)))
     assert some.report.prefill.dense_layers == (0, 2)
     density = np.asarray(some.report.prefill.density)
-    assert (density[:, [0, 2]] == 1).all() and density[0, 1] < 1
+    assert (density[:, [0, 2]] == 1).all()
+    assert density[0, 1] < 1
 
 
 def test_a_full_list_keeps_the_best_and_says_so(tiny, batch):

@@ -72,7 +72,8 @@ def sparse_attention(
     blocks = -(-length // lists.rows)
     if len(shape) != 4 or shape[0] != batch or shape[1] not in (key.shape[2], heads) or shape[2] != blocks:
         raise ValueError(
-            f"lists {shape} must be [{batch}, {key.shape[2]} or {heads}, {blocks}, capacity]: {lists.rows} queries a block"
+            f"lists {shape} must be [{batch}, {key.shape[2]} or {heads}, {blocks}, capacity]: "
+            f"{lists.rows} queries a block"
         )
     if lists.counts.shape != shape[:3]:
         raise ValueError(f"counts {lists.counts.shape} must be {shape[:3]}, one for each list")

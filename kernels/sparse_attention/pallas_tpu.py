@@ -90,8 +90,8 @@ def _call(options, q, k, v, table, sizes, interpret):
     dtype = jnp.promote_types(q.dtype, k.dtype)
 
     def kernel(table_ref, next_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *scratch):
-        # table_ref and next_ref i32 [1, 1 + capacity] in SMEM; q_ref and out_ref [rows, group * d]; lse_ref [1, queries];
-        # k_ref and v_ref [batch, tokens, kv_heads * d] in HBM
+        # table_ref and next_ref i32 [1, 1 + capacity] in SMEM; q_ref and out_ref [rows, group * d]; lse_ref
+        # [1, queries]; k_ref and v_ref [batch, tokens, kv_heads * d] in HBM
         queries_ref, k_buffer, v_buffer, highest_ref, total_ref, sum_ref, semaphores, state = scratch
         block = pl.program_id(1)
         row = jax.lax.div(pl.program_id(0), list_heads)
@@ -111,7 +111,9 @@ def _call(options, q, k, v, table, sizes, interpret):
                     tokens = pl.ds(pl.multiple_of(number * columns, columns), columns)
                     source = row, tokens, pl.ds(pl.multiple_of(kv_head * channels, channels), channels)
                     for x, (ref, copied) in enumerate(((k_ref, k_buffer), (v_ref, v_buffer))):
-                        copy = pltpu.make_async_copy(ref.at[source], copied.at[buffer, target], semaphores.at[x, buffer])
+                        copy = pltpu.make_async_copy(
+                            ref.at[source], copied.at[buffer, target], semaphores.at[x, buffer]
+                        )
                         copy.wait() if wait else copy.start()
 
                 if not wait:
@@ -241,9 +243,7 @@ def _call(options, q, k, v, table, sizes, interpret):
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         # Of full lists: how full they are is known when it runs.
-        cost_estimate=pl.CostEstimate(
-            flops=4 * pairs * channels, transcendentals=pairs, bytes_accessed=copied + there
-        ),
+        cost_estimate=pl.CostEstimate(flops=4 * pairs * channels, transcendentals=pairs, bytes_accessed=copied + there),
         interpret=interpret,
         name="sparse_attention",
     )(table, table, q, k, v)

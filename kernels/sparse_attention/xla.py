@@ -3,9 +3,10 @@
     block of queries i      ids | 0 | 3 | 7 | 8 | 9 | . . .      as many steps as the count asks for
                                  step 0         step 1
 
-`sparse_attention` runs one (row of the batch, list head) after the other, which is fast on CPUs: the work is that of the
-listed blocks. `wide` runs all of them at once, for accelerators: a step is one batch of products, and a block of queries
-takes as many steps as its longest list. So it does more work where lists of one block of queries differ in length.
+`sparse_attention` runs one (row of the batch, list head) after the other, which is fast on CPUs: the work is that of
+the listed blocks. `wide` runs all of them at once, for accelerators: a step is one batch of products, and a block
+of queries takes as many steps as its longest list. So it does more work where lists of one
+block of queries differ in length.
 """
 
 from functools import partial

@@ -10,6 +10,7 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.evaluate import evaluate
 from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
+from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
@@ -20,6 +21,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     policies = arguments.policy or ["vl_cache"]
     for text in [*policies, *([arguments.compare] if arguments.compare else [])]:
         policy_by_name(text)
+    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
     task_by_name(arguments.task, metric=arguments.metric)
     find_files(arguments.data)
     share = None if arguments.share is None else _share(arguments.share)
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         name=str(arguments.model),
         share=share,
         progress=progress,
+        **({} if pattern is None else {"prefill": pattern}),
         **({} if arguments.rows is None else {"rows": arguments.rows}),
     )
     progress.close()

@@ -16,6 +16,7 @@ from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.answering import Answers, answer
 from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inference.report import PrefillReport, Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.images.opening import load_image
@@ -23,6 +24,8 @@ from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.images.video_file import check_video_file
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.text.arguments import Visual
+from vlcache_jax.patterns.attending import check_pattern
+from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import budget_text, budget_value
 from vlcache_jax.pruning.grammar import pruning_by_name
@@ -36,6 +39,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
     policy = policy_by_name(arguments.policy)
+    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
     pruning = None if arguments.pruning is None else pruning_by_name(arguments.pruning)
     drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     drawn = {name: value for name, value in drawn.items() if value is not None}
@@ -56,6 +60,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     images = [_video(x, opened, arguments.frames) if isinstance(x, words.VideoPath) else x for x in read]
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, policy, arguments.max_new_tokens)
+    check_pattern(pattern, opened.model.spec)
     plan(pruning, opened.model.spec, batch)
     visual = int((np.asarray(batch.vision_index) != TEXT).sum())
     progress.note(f"the prompt has {int(batch.lengths[0])} tokens, {visual} of them visual")
@@ -72,6 +77,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         policy,
         arguments.max_new_tokens,
         progress,
+        pattern=pattern,
         pruning=pruning,
         sampling=sampling,
         seed=arguments.seed,
@@ -145,10 +151,29 @@ def _summary(batch: Batch, answers: Answers) -> str:
     times = ", ".join(f"{name} {value:.2f} s" for name, value in answers.seconds.items())
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
-        f"{int(batch.lengths[0])} prompt tokens{dropped}; cache held {megabytes(report.held_bytes)}: prompt "
-        f"{megabytes(report.state_bytes)} instead of {megabytes(report.full_bytes)}, room for the answer "
-        f"{megabytes(report.tail_bytes)}; {tokens} tokens; {times}]"
+        f"{int(batch.lengths[0])} prompt tokens{dropped}{_looked(report)}; cache held "
+        f"{megabytes(report.held_bytes)}: prompt {megabytes(report.state_bytes)} instead of "
+        f"{megabytes(report.full_bytes)}, room for the answer {megabytes(report.tail_bytes)}; {tokens} tokens; {times}]"
     )
+
+
+def _looked(report: Report) -> str:
+    found = report.prefill
+    if found is None or found.why:
+        return "" if found is None else f"; dense prefill: {found.why}"
+    missing = int(np.sum(found.overflow))
+    full = f", and had no room for {missing}" if missing else ""
+    return f"; {found.pattern} looked at {percent(float(np.mean(found.density)))} of the blocks of attention{full}"
+
+
+def _looks(found: PrefillReport) -> dict[str, Any]:
+    return {
+        "pattern": found.pattern,
+        "density": [round(float(x), 4) for x in found.density[0]],
+        "overflow": np.asarray(found.overflow)[0].tolist(),
+        "dense_layers": list(found.dense_layers),
+        "why": found.why,
+    }
 
 
 def _describe(
@@ -167,6 +192,7 @@ def _describe(
         "kept_fraction": float(report.kept_fraction[0]),
         "exact": bool(report.exact[0]),
         "stage_tokens": np.asarray(report.stage_tokens)[0].tolist(),
+        **({} if report.prefill is None else {"prefill": _looks(report.prefill)}),
         "full_bytes": report.full_bytes,
         **answers.costs(),
         "model": arguments.model,

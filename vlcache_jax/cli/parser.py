@@ -126,6 +126,7 @@ def _generate(commands: Any) -> None:
     )
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
     _policy(parser)
+    _prefill(parser)
     _pruning(
         parser,
         "drop visual tokens in front of the decoder or between layers: vision_zip, feather and others, or with options "
@@ -166,6 +167,7 @@ def _plan(commands: Any) -> None:
         POLICY,
         "another policy to put beside it, such as full_cache or vl_cache:0.3; repeat for several",
     )
+    _prefill(parser)
     _pruning(parser, "drop visual tokens between layers, with how many tokens go on: pyramid_drop,rooms=2048/1024/512")
     parser.value(
         "--mesh",
@@ -200,6 +202,7 @@ def _evaluate(commands: Any) -> None:
         "jsonl",
     )
     parser.several("--policy", str, POLICY, "what to keep (default: vl_cache); repeat for several")
+    _prefill(parser)
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
     parser.value(
         "--out",
@@ -341,6 +344,16 @@ def _image_limit(parser: _Parser) -> None:
         words.whole(1),
         "N",
         "make images so small that each is N visual tokens at most, of a model that takes images of any size",
+    )
+
+
+def _prefill(parser: _Parser) -> None:
+    parser.value(
+        "--prefill",
+        str,
+        "PATTERN",
+        "sparse prefill of long prompts, which keys their queries look at: a pattern and its options, such as "
+        "a_shape:128,window=2048,min_tokens=8192 (default: all)",
     )
 
 

@@ -9,6 +9,7 @@ from vlcache_jax.cli.options import mesh_axes
 from vlcache_jax.cli.process import emit
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
+from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import policy_text
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         images=arguments.images,
         policy=policy,
         compare=compare,
+        prefill=None if arguments.prefill is None else pattern_by_name(arguments.prefill),
         pruning=None if arguments.pruning is None else pruning_by_name(arguments.pruning),
         mesh=mesh,
         dtype=arguments.dtype,
@@ -60,7 +62,7 @@ def describe(found: Plan) -> str:
     head = [
         f"{found.model}, {found.parameters:,} parameters in {found.dtype}, on {found.topology} ({mesh})",
         f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each"
-        + (f", {found.pruning}" if found.pruning else ""),
+        + "".join(f", {part}" for part in (found.prefill, found.pruning) if part),
         f"GiB per {per}; {_gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
         f"{_gib(found.available_bytes)}",
     ]

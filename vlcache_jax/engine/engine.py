@@ -26,6 +26,7 @@ from vlcache_jax.inference.context import check_count
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.parallel.ops import Kernels
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.method import Pruning
@@ -65,7 +66,7 @@ class Engine:
       ahead: requests that are read ahead; twice the rows and at least 16 by default.
       memory_bytes: of each device that rows and prefills may take together, where rows are "auto"; by default nine
         tenths of what the device says is free, and on a CPU of half of that.
-      pruning, kernels: as in `vlc.generate`.
+      prefill, pruning, kernels: as in `vlc.generate`.
 
     Raises:
       InputError: a number below 1, or buckets that are none or larger than the model. Later, before anything runs: rows
@@ -95,6 +96,7 @@ class Engine:
         threads: int | None = None,
         ahead: int | None = None,
         memory_bytes: int | None = None,
+        prefill: Pattern | None = None,
         pruning: Pruning | None = None,
         kernels: Kernels | None = None,
     ) -> None:
@@ -117,6 +119,7 @@ class Engine:
             vlm.model,
             vlm.params,
             policy,
+            prefill,
             pruning,
             kernels or Kernels(),
             0 if rows == "auto" else rows,  # until they are known

@@ -45,8 +45,8 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
     batch = placed(programs.nothing(bucket, prefill_rows), params)
     options = placed(programs.options(_SAMPLE), params)
     with on_mesh_of(params):
-        arguments = (model, params, batch, programs.policy, programs.pruning, programs.kernels)
-        prefill = _memory(read_prompts.lower(*arguments))
+        how = programs.policy, programs.pattern, programs.pruning, programs.kernels
+        prefill = _memory(read_prompts.lower(model, params, batch, *how))
         prompt = jax.eval_shape(partial(_asked, programs), params, batch)
         empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room))
     images = sum(x.nbytes for x in jax.tree.leaves(batch))
@@ -59,7 +59,8 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
 def _asked(programs: Programs, params: Params, batch: Batch) -> Prompt:
     """What rows begin with."""
     model, kernels = programs.model, programs.kernels
-    prompt, _ = read_prompts(model, params, batch, programs.policy, programs.pruning, kernels)
+    how = programs.policy, programs.pattern, programs.pruning, kernels
+    prompt, _ = read_prompts(model, params, batch, *how)
     if not programs.question_tokens:
         return prompt
     of = jnp.zeros((len(prompt.logits),), jnp.int32)

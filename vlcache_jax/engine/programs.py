@@ -28,6 +28,7 @@ from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import MODEL_AXIS, automatic, free_axes, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import Params, VisionLanguageModel
@@ -36,17 +37,18 @@ OF_ROWS = 3
 """Programs that no bucket changes."""
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "pruning", "kernels"))
+@partial(jax.jit, static_argnames=("model", "policy", "pattern", "pruning", "kernels"))
 def read_prompts(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
     policy: Policy,
+    pattern: Pattern | None,
     pruning: Pruning | None,
     kernels: Kernels,
 ) -> tuple[Prompt, jax.Array]:
     """Compressed prompts without the parameters that a context holds, and what was kept, f32 [rows]."""
-    ctx = prefill(model, params, batch, policy, pruning=pruning, kernels=kernels)
+    ctx = prefill(model, params, batch, policy, prefill=pattern, pruning=pruning, kernels=kernels)
     return Prompt.of(ctx), ctx.report.kept_fraction
 
 
@@ -88,7 +90,7 @@ class Programs:
     """The programs of an engine, with all that stays the same in every call.
 
     Attributes:
-      model, params, policy, pruning, kernels: as in `generate`.
+      model, params, policy, pruning, kernels: as in `generate`; `pattern` is its `prefill`.
       rows: of the decode batch.
       room: tokens of an answer.
       question_tokens: room for a question; 0 for none.
@@ -98,6 +100,7 @@ class Programs:
     model: VisionLanguageModel
     params: Params
     policy: Policy
+    pattern: Pattern | None
     pruning: Pruning | None
     kernels: Kernels
     rows: int
@@ -115,7 +118,8 @@ class Programs:
         """Prefill; waits for nothing."""
         batch = placed(batch, self.params)
         with on_mesh_of(self.params):
-            return read_prompts(self.model, self.params, batch, self.policy, self.pruning, self.kernels)
+            how = self.policy, self.pattern, self.pruning, self.kernels
+            return read_prompts(self.model, self.params, batch, *how)
 
     def ask(self, prompt: Prompt, of: list[int], questions: list[np.ndarray]) -> Prompt:
         """As many rows as the prompt has, of which the first are `of` it, with questions behind them."""

@@ -17,6 +17,7 @@ from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.text.arguments import Visual
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies import Policy
 from vlcache_jax.policies.budget import policy_text
 from vlcache_jax.pruning.method import Pruning
@@ -64,6 +65,7 @@ def answer(
     max_new_tokens: int,
     progress: Progress,
     *,
+    pattern: Pattern | None = None,
     pruning: Pruning | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -77,7 +79,8 @@ def answer(
       policy: what to keep.
       max_new_tokens: answers are cut there.
       progress: gets two steps.
-      pruning: as in `prefill`.
+      pattern: as `prefill` of `generate`.
+      pruning: as in `generate`.
       sampling: None for greedy decoding.
       seed: of the sampling.
       on_token: called with each token as it comes; for a batch of one row.
@@ -87,7 +90,7 @@ def answer(
     prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
     progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
-        ctx = prefill(model, params, batch, policy, pruning=pruning)
+        ctx = prefill(model, params, batch, policy, prefill=pattern, pruning=pruning)
         logits, state = jax.block_until_ready(ctx.start(max_new_tokens))
     report = ctx.report.of_answers(state)
     kept = [kept_by_layer(ctx, row) for row in range(batch.size)]

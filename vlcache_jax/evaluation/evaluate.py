@@ -90,6 +90,7 @@ def evaluate(
         "data": [{"file": file.name, "bytes": file.stat().st_size} for file in files],
         "task": task,
         **dataclasses.asdict(asked),
+        **{key: repr(engine[key]) for key in ("prefill", "pruning") if engine.get(key) is not None},
     }
     layout = vlm.processor.layout
     if isinstance(layout, SizedLayout):

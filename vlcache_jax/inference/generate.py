@@ -118,7 +118,9 @@ def stream(
       in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
     row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)  # before anything is compiled
-    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels).start(max_new_tokens)
+    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels).start(
+        max_new_tokens
+    )
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
 

@@ -103,9 +103,7 @@ class Report:
             dense += [layer for layer in range(start, start + size) if are_dense[layer]]
         why = why_dense(pattern, plan.rooms[0])
         density, overflow = (x.swapaxes(0, 1) for x in told)
-        return dataclasses.replace(
-            self, prefill=PrefillReport(density, overflow, pattern.name, tuple(dense), why)
-        )
+        return dataclasses.replace(self, prefill=PrefillReport(density, overflow, pattern.name, tuple(dense), why))
 
     def of_answers(self, state: KVState, finite: jax.Array | None = None) -> "Report":
         """The report of a context's answers, which began with `state`."""

@@ -162,9 +162,7 @@ def sparse_attention(
 
     def run(query, key, value, heads, per_row):
         lists, told = choose(query, key, heads, per_row)
-        out, _ = sparse_attention_op.sparse_attention(
-            query, key, value, lists, implementation=kernels.sparse_attention
-        )
+        out, _ = sparse_attention_op.sparse_attention(query, key, value, lists, implementation=kernels.sparse_attention)
         return out, told
 
     rows, split_heads = split_axes(key.shape[0], key.shape[2])

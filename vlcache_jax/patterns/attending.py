@@ -42,9 +42,7 @@ def dense_layers(pattern: Pattern | None, spec: ModelSpec, room: int) -> tuple[b
     """Which layers of prompts padded to `room` tokens are dense: those with windows always are."""
     if pattern is None or why_dense(pattern, room):
         return (True,) * spec.num_layers
-    return tuple(
-        window is not None or layer in pattern.dense_layers for layer, window in enumerate(spec.layer_windows)
-    )
+    return tuple(window is not None or layer in pattern.dense_layers for layer, window in enumerate(spec.layer_windows))
 
 
 def layer_attention(

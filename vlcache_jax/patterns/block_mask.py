@@ -1,4 +1,4 @@
-"""Masks of one's own, or of trained gates (SeerAttention, arXiv 2410.13276; S2-Attention; PowerAttention): a function."""
+"""Masks of one's own, or of trained gates (SeerAttention, arXiv 2410.13276), as a function."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,12 +1,13 @@
 """What a prompt's last rows attend to: from them patterns guess what the others do."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 
-class LastRowsAttention(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LastRowsAttention:
     """Of every query head, with all keys that the rows see.
 
     Attributes:

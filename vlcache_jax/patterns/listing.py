@@ -1,4 +1,4 @@
-"""From what a pattern chose to the lists of the op: heads united, what lies behind left out, the best where they fill."""
+"""From what a pattern chose to the lists of the op: heads united, later keys left out, the best where room ends."""
 
 import math
 from typing import NamedTuple
@@ -55,7 +55,9 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
             columns = largest(rank, jnp.full((1,) * 3, room)) & columns
         loose = indices(columns, room)
         overflow += wanted - jnp.sum(columns, axis=2, dtype=jnp.int32)
-        behind = jnp.maximum(rows[:, None] - (jax.lax.iota(jnp.int32, inputs.length) // block)[None], 0)  # blocks that see a key
+        behind = jnp.maximum(
+            rows[:, None] - (jax.lax.iota(jnp.int32, inputs.length) // block)[None], 0
+        )  # blocks that see a key
         work += jnp.sum(columns * behind[:, None], axis=2).astype(jnp.float32) / block
     of_all = jnp.sum(causal, axis=(2, 3)).astype(jnp.float32)
     return Lists(ids, counts, loose, block, block), Told(work / of_all, overflow)

@@ -88,7 +88,7 @@ class Pattern:
     Attributes:
       heads: "group" gives the query heads of a KV head one list, of what any of them wants: its keys are read once for
         all. "each" gives each query head its own.
-      capacity: which part of a prompt's blocks of keys a list can hold at most. Where a block of queries wants more, the
+      capacity: which part of a prompt's blocks of keys a list can hold. Where a block of queries wants more, the
         best ones are kept, and `report.prefill.overflow` counts the others. Time follows what is listed, not this.
       min_tokens: prompts padded to fewer tokens are dense.
       dense_layers: numbers of layers that are dense whatever the length.

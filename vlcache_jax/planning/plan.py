@@ -16,6 +16,7 @@ from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.families.registry import family_of, preset, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.parallel.replication import replicated
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import DATA_AXIS, check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload
@@ -76,7 +77,7 @@ class Plan:
       topology, devices, devices_per_chip: the slice.
       mesh: size of each axis.
       dtype: of parameters and cache.
-      batch, prompt, new_tokens, tiles, pruning: the workload; see `Workload`.
+      batch, prompt, new_tokens, tiles, prefill, pruning: the workload; see `Workload`.
       hbm_bytes: published memory of a device.
       available_bytes: what the compiler lets a program use of it.
       hbm_bytes_per_second: published bandwidth of a device.
@@ -96,6 +97,7 @@ class Plan:
     prompt: int
     new_tokens: int
     tiles: int
+    prefill: str | None
     pruning: str | None
     hbm_bytes: int
     available_bytes: int
@@ -120,6 +122,7 @@ def plan(
     images: int = 1,
     policy: Policy | None = None,
     compare: Sequence[Policy] = (),
+    prefill: Pattern | None = None,
     pruning: Pruning | None = None,
     mesh: Mapping[str, int] | None = None,
     dtype: str = "bfloat16",
@@ -138,6 +141,7 @@ def plan(
       images: of each prompt; LLaVA-NeXT cuts one into 5 tiles.
       policy: what to keep; `VLCache(budget=0.1)` by default.
       compare: other policies, such as `FullCache()`.
+      prefill: as in `generate`.
       pruning: as in `generate`, with `rooms`: a plan has no prompts of which tokens could be counted.
       mesh: sizes of the axes "data" (splits the batch) and "model" (splits heads and MLPs). By default "model" is the
         largest common divisor of devices and KV heads, and "data" takes the rest.
@@ -160,7 +164,7 @@ def plan(
     config, name = _config(model)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
-    work = _workload(config, batch, prompt, new_tokens, images, pruning)
+    work = _workload(config, batch, prompt, new_tokens, images, prefill, pruning)
     progress = Progress(enabled=False) if progress is None else progress
     progress.step("starting the TPU's compiler")
     chip = CHIPS[parse_topology(topology)[0]]
@@ -170,6 +174,9 @@ def plan(
     programs = Programs(family_of(config).model(config, jnp.dtype(dtype)), make_mesh(devices, axes))
     planner = _Planner(programs, work, chip.hbm_bytes_per_second / chip.devices, max_compilations, search, progress)
     policies = [VLCache(budget=0.1) if policy is None else policy, *compare]
+    texts: dict[str, Any] = {
+        name: None if x is None else repr(x) for name, x in (("prefill", prefill), ("pruning", pruning))
+    }
     return Plan(
         model=name,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.params)),
@@ -178,8 +185,8 @@ def plan(
         devices_per_chip=chip.devices,
         mesh=axes,
         dtype=dtype,
-        **{field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name != "pruning"},
-        pruning=None if pruning is None else repr(pruning),
+        **{field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name not in texts},
+        **texts,
         hbm_bytes=chip.hbm_bytes // chip.devices,
         available_bytes=planner.available,
         hbm_bytes_per_second=planner.bandwidth,
@@ -297,7 +304,13 @@ def _config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConfig, s
 
 
 def _workload(
-    config: ModelConfig, batch: int, prompt: int, new_tokens: int, images: int, pruning: Pruning | None
+    config: ModelConfig,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    images: int,
+    prefill: Pattern | None,
+    pruning: Pruning | None,
 ) -> Workload:
     for field, value, least in (
         ("batch", batch, 1),
@@ -323,5 +336,6 @@ def _workload(
         prompt=prompt,
         new_tokens=new_tokens,
         tiles=images * family_of(config).image_tiles(config),
+        prefill=prefill,
         pruning=pruning,
     )

@@ -18,6 +18,7 @@ from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.models.families.family import FamilyModel
+from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.policies.policy import Policy
@@ -36,6 +37,7 @@ class Workload:
       prompt: their padded length, visual tokens included.
       new_tokens: room for generated tokens.
       tiles: image tiles of each prompt that go through the vision tower.
+      prefill: what the prompt looks at; None for all.
       pruning: what drops visual tokens between layers of the prefill; its `rooms` say how many tokens go on.
     """
 
@@ -43,6 +45,7 @@ class Workload:
     prompt: int
     new_tokens: int
     tiles: int
+    prefill: Pattern | None = None
     pruning: Pruning | None = None
 
 
@@ -140,7 +143,8 @@ class Programs:
 
     def _prefill(self, work: Workload, policy: Policy) -> Callable[..., Any]:
         def run(params: Params, batch: Batch) -> Any:
-            return prefill(self.model, params, batch, policy, pruning=work.pruning).start(work.new_tokens)
+            how: dict[str, Any] = {"prefill": work.prefill, "pruning": work.pruning}
+            return prefill(self.model, params, batch, policy, **how).start(work.new_tokens)
 
         return run
 
