@@ -25,11 +25,8 @@ class BlockMask(Pattern):
       PolicyError: no function, or a value out of range.
 
     Example:
-      def powers(inputs):  # PowerAttention: blocks at distances of powers of two, and the first one
-          distance = inputs.distance
-          return ((distance & (distance - 1)) == 0)[None, None]
-
-      out = vlc.generate(vlm.model, vlm.params, batch, prefill=vlc.BlockMask(powers))
+      near = lambda inputs: (inputs.distance & (inputs.distance - 1) == 0)[None, None]  # PowerAttention: 0, 1, 2, 4 ...
+      out = vlc.generate(vlm.model, vlm.params, batch, prefill=vlc.BlockMask(near))
     """
 
     function: Callable[[PatternInputs], jax.Array | Chosen]
