@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from family_promises import check, check_rows_alone_and_budget_one
+from processors_of_transformers import Frames
 from safetensors.torch import save_file
 from text_model import by_definition
 from tiers import later
@@ -18,6 +19,7 @@ from tiny_families import TINY, pictures
 
 import vlcache_jax as vlc
 from vlcache_jax.explain.pictures import explain
+from vlcache_jax.explain.shown import shown
 from vlcache_jax.inputs import NEWLINE, TEXT
 from vlcache_jax.models.families.internvl.layout import InternLayout
 from vlcache_jax.models.families.registry import family_of, preset, read_config, write_config
@@ -44,6 +46,7 @@ class Loaded:
     reference: object
     vlm: object
     batch: object
+    forward: object
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -51,21 +54,29 @@ def loaded(request, tmp_path_factory):
     tiny, folder = TINY[request.param], tmp_path_factory.mktemp(request.param)
     reference = tiny.make(folder)
     vlm = vlc.load(folder, dtype="float32", layout="stacked")
-    return Loaded(tiny, folder, reference, vlm, vlm.processor(images=pictures(), text=tiny.texts))
+    forward = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))
+    return Loaded(tiny, folder, reference, vlm, vlm.processor(images=pictures(), text=tiny.texts), forward)
 
 
 def test_parity(loaded):
     """Ids, pixels, logits at every position and greedy answers: several sizes, several images, none; a ragged batch."""
-    vlm, batch, processor = loaded.vlm, loaded.batch, loaded.tiny.processor()
-    logits = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))(vlm.params, batch)
+    processor, rows = loaded.tiny.processor(), []
+    for text, images in zip(loaded.tiny.texts, pictures()):
+        rows.append(processor(images=[images] if images else None, text=[text], return_tensors="pt"))
+    check_parity(loaded, loaded.batch, rows)
+
+
+def check_parity(loaded, batch, rows):
+    """A batch of the shapes of `loaded.batch`, whose programs are compiled, with transformers' inputs for its rows."""
+    vlm = loaded.vlm
+    logits = loaded.forward(vlm.params, batch)
     out = vlc.generate(vlm.model, vlm.params, batch, vlc.FullCache(), NEW, eos_token_ids=[])
-    for row, (text, images) in enumerate(zip(loaded.tiny.texts, pictures())):
-        inputs = processor(images=[images] if images else None, text=[text], return_tensors="pt")
+    for row, inputs in enumerate(rows):
         n = inputs["input_ids"].shape[1]
         np.testing.assert_array_equal(batch.tokens[row, : batch.lengths[row]], inputs["input_ids"][0])
-        if images:
-            theirs = inputs["pixel_values"].numpy()
-            theirs = theirs.reshape(-1, *theirs.shape[-3:]).transpose(0, 2, 3, 1)
+        pixels = [inputs[key].numpy() for key in ("pixel_values", "pixel_values_videos") if key in inputs]
+        if pixels:
+            theirs = np.concatenate([x.reshape(-1, *x.shape[-3:]) for x in pixels]).transpose(0, 2, 3, 1)
             np.testing.assert_allclose(batch.pixels[row, : len(theirs)], theirs, atol=1e-6)
         with torch.no_grad():
             expected = loaded.reference(**inputs).logits[0].numpy()
@@ -73,6 +84,37 @@ def test_parity(loaded):
         np.testing.assert_allclose(logits[row, :n], expected, atol=1e-4, rtol=0)
         assert np.abs(expected).max() > 1
         np.testing.assert_array_equal(out.tokens[row], answer)
+
+
+def test_videos(loaded):
+    """As above, of frames that are not square, at odd times; beside an image where transformers takes both."""
+    if loaded.tiny.frames is None:
+        with pytest.raises(vlc.InputError, match="row 0, image 0 is a video, but this model takes none"):
+            loaded.vlm.processor(images=[[vlc.Video([pictures()[0][0]] * 2, fps=1.0)]], text=[loaded.tiny.image])
+        return
+    frames = np.random.default_rng(2).integers(0, 256, (3, 40, 70, 3), dtype=np.uint8)
+    video, image = vlc.Video(frames, times=[0.0, 1.6, 65.0], duration=3671.5), pictures()[5][0]
+    processor, (make, key) = loaded.tiny.processor(), loaded.tiny.frames
+    processor.video_processor = Frames(make(), key, video.times, video.duration)
+    texts, visuals = ["w1 <video> w2 w3", f"{loaded.tiny.image} w4 <video> w5"], [[video], [image, video]]
+    if key == "pixel_values":  # in which transformers' videos take the place of its images
+        texts, visuals = texts[:1], visuals[:1]
+    rows = [
+        processor(text=[text], images=[of_row[0]] if len(of_row) > 1 else None, videos=[frames], return_tensors="pt")
+        for text, of_row in zip(texts, visuals)
+    ]
+    rest = loaded.batch.size - len(rows)
+    sizes = {"pad_to": loaded.batch.length, "pad_tiles_to": loaded.batch.pixels.shape[1]}
+    ours = loaded.vlm.processor(images=visuals + [[]] * rest, text=texts + ["w1"] * rest, **sizes)
+    check_parity(loaded, ours, rows)
+    text = loaded.vlm.processor.layout.encode_video(video, "the video", loaded.vlm.processor.special_tokens).text
+    assert text == processor.replace_video_token(processor.video_processor([frames]), 0)
+    _, regions = shown([video], loaded.vlm.processor.layout)
+    assert np.concatenate(regions).shape[0] == (ours.vision_index[0] != TEXT).sum()
+    assert all(np.nanmax(boxes[:, 2:], axis=0).tolist() == [70, 40] for boxes in regions)
+    talk = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "w2"}]}]
+    batch = loaded.vlm.processor.chat(talk)
+    np.testing.assert_array_equal(batch.pixels[0], ours.pixels[0, :3])
 
 
 def test_chat(loaded):
@@ -129,15 +171,6 @@ def test_what_is_saved_is_read_here_and_by_transformers(loaded, tmp_path):
     a, b = (p(images=[pictures()[1]], return_tensors="pt") for p in (ours, theirs))
     for key in b:
         torch.testing.assert_close(a[key], b[key])
-
-
-def test_a_video_is_refused(loaded):
-    image, token = pictures()[0][0], loaded.tiny.image
-    with pytest.raises(vlc.InputError, match="row 0, image 1 is a video, but this model takes none"):
-        loaded.vlm.processor(images=[[image, vlc.Video([image] * 2, fps=1.0)]], text=[f"{token} {token}"])
-    if "video_token" in loaded.vlm.processor.special_tokens:
-        with pytest.raises(vlc.InputError, match="holds '<video>', which stands for a video, but videos are not read"):
-            loaded.vlm.processor(text=["w1 <video>"])
 
 
 def test_names_of_tensors_as_transformers_has_them_in_memory(loaded, tmp_path):

@@ -20,11 +20,13 @@ class Tiny:
       make: a folder to the model of transformers, which is saved there with its processor.
       processor: the processor of transformers.
       image: what stands for an image in a prompt.
+      frames: the image processor that makes tiles of frames, and what the model calls their pixels; None: no videos.
     """
 
     make: Callable[[Any], Any]
     processor: Callable[[], Any]
     image: str = "<image>"
+    frames: tuple[Callable[[], Any], str] | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -40,9 +42,22 @@ TINY = {
         partial(tiny_siglip_llava.make_tiny_siglip_llava, onevision=False),
         partial(tiny_siglip_llava.make_processor, onevision=False),
     ),
-    "llava_onevision": Tiny(tiny_siglip_llava.make_tiny_siglip_llava, tiny_siglip_llava.make_processor),
-    "internvl": Tiny(tiny_internvl.make_tiny_internvl, tiny_internvl.make_processor, "<IMG_CONTEXT>"),
-    "smolvlm": Tiny(tiny_smolvlm.make_tiny_smolvlm, tiny_smolvlm.make_processor),
+    "llava_onevision": Tiny(
+        tiny_siglip_llava.make_tiny_siglip_llava,
+        tiny_siglip_llava.make_processor,
+        frames=(tiny_siglip_llava.frame_processor, "pixel_values_videos"),
+    ),
+    "internvl": Tiny(
+        tiny_internvl.make_tiny_internvl,
+        tiny_internvl.make_processor,
+        "<IMG_CONTEXT>",
+        (tiny_internvl.frame_processor, "pixel_values_videos"),
+    ),
+    "smolvlm": Tiny(
+        tiny_smolvlm.make_tiny_smolvlm,
+        tiny_smolvlm.make_processor,
+        frames=(tiny_smolvlm.frame_processor, "pixel_values"),
+    ),
 }
 
 

@@ -17,6 +17,7 @@ NAMED = {
 }
 SIDE, PATCH, TOKENS = 32, 8, 4
 MAX_PATCHES = 5
+VIDEO = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.4] * 3, "image_std": [0.6] * 3}
 
 
 def make_tiny_internvl(folder: str | Path) -> Any:
@@ -53,7 +54,7 @@ def make_tiny_internvl(folder: str | Path) -> Any:
                 layer.lambda_2.normal_(1.0, 0.3)
     model.generation_config.update(**tokens)
     model.save_pretrained(folder)
-    save_without_video(make_processor(), folder)
+    save_without_video(make_processor(), folder, VIDEO)
     return model
 
 
@@ -68,3 +69,8 @@ def make_processor() -> Any:
         image_seq_length=TOKENS,
         chat_template=CHAT_TEMPLATE.replace("<image>", "<IMG_CONTEXT>"),
     )
+
+
+def frame_processor() -> Any:
+    """What makes tiles of the frames of videos."""
+    return transformers.GotOcr2ImageProcessorPil(**VIDEO, crop_to_patches=False)

@@ -18,6 +18,11 @@ NAMED = {
     "image_token": "<image>",
     **{f"mark_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)},
 }
+VIDEO = {
+    "video_sampling": {"fps": 1, "max_frames": 7, "video_size": {"longest_edge": 48}},
+    "image_mean": [0.4] * 3,
+    "image_std": [0.6] * 3,
+}
 
 
 def make_tiny_smolvlm(folder: str | Path) -> Any:
@@ -36,13 +41,13 @@ def make_tiny_smolvlm(folder: str | Path) -> Any:
         model = sharpen(transformers.SmolVLMForConditionalGeneration(config), 0.2)
     model.generation_config.update(**tokens)
     model.save_pretrained(folder)
-    save_without_video(make_processor(), folder)
+    save_without_video(make_processor(), folder, VIDEO)
     return model
 
 
 def make_processor() -> Any:
     """The processor of `make_tiny_smolvlm`, with PIL-based image processing."""
-    processing_smolvlm.num2words = str  # which it asks for, but needs for videos alone
+    processing_smolvlm.num2words = {3: "three"}.__getitem__  # of a package that the tests do not install
     images = transformers.SmolVLMImageProcessorPil(
         size={"longest_edge": LONGEST}, max_image_size={"longest_edge": SIDE}, image_std=[0.25] * 3
     )
@@ -54,3 +59,14 @@ def make_processor() -> Any:
     )
     processor.video_processor = SimpleNamespace(num_frames=None, fps=None)  # a chat asks for these two, image or not
     return processor
+
+
+def frame_processor() -> Any:
+    """What makes tiles of the frames of videos."""
+    return transformers.SmolVLMImageProcessorPil(
+        size=VIDEO["video_sampling"]["video_size"],
+        max_image_size={"longest_edge": SIDE},
+        image_mean=VIDEO["image_mean"],
+        image_std=VIDEO["image_std"],
+        do_image_splitting=False,
+    )

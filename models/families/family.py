@@ -82,6 +82,7 @@ class EncodedImage:
       blend: (i32 [visual tokens, 4], f32 [visual tokens, 4]) for `Batch.blend_index` and `blend_weights`, features
         counted as in `index`.
       around: what is taken away before and behind the token that stands for it, where the prompt has both.
+      moving: whether it is a video.
     """
 
     pixels: np.ndarray
@@ -91,6 +92,7 @@ class EncodedImage:
     cells: np.ndarray | None = None
     blend: tuple[np.ndarray, np.ndarray] | None = None
     around: tuple[str, str] = ("", "")
+    moving: bool = False
 
 
 class ImageLayout(Protocol):

@@ -159,19 +159,18 @@ class ImageTransform:
         return levels
 
 
-def stacked_tiles(transform: ImageTransform, rows: Sequence[Sequence[np.ndarray]], tiles: int, side: int) -> np.ndarray:
+def stacked_tiles(rows: Sequence[Sequence[tuple[ImageTransform, np.ndarray]]], tiles: int, side: int) -> np.ndarray:
     """Normalised square tiles by row, f32 [rows, tiles, side, side, 3], padded with zeros.
 
     Args:
-      transform: says how they are normalised.
-      rows: for each row the tiles of its images, u8 [tiles of the image, side, side, 3].
+      rows: for each row how each of its images is normalised, and its tiles u8 [tiles of the image, side, side, 3].
       tiles: of a row, at least as many as any has.
       side: of a tile, in pixels.
     """
     pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
     for row, images in enumerate(rows):
         start = 0
-        for image in images:
+        for transform, image in images:
             pixels[row, start : start + len(image)] = transform.normalise(image)
             start += len(image)
     return pixels

@@ -1,6 +1,5 @@
 """Conversations to plain messages, which a chat template may see, and their images and videos, which it may not."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -118,7 +117,7 @@ def _video(part: Mapping[str, Any], where: str, sampling: FrameSampling) -> Any:
     source = sources[0] if len(sources) == 1 else None
     if isinstance(source, (str, os.PathLike)) and "times" not in given:
         try:
-            changed = dataclasses.replace(sampling, **given)
+            changed = sampling.changed(**given)
         except TypeError as error:
             raise InputError(f"{where}: {given} is no sampling: give numbers") from error
         return Video.from_file(source, changed)

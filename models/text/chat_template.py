@@ -79,7 +79,11 @@ class ChatTemplate:
             return message
         visual = {part["type"] for part in content} & set(self._placeholders)
         if self._takes(role, "parts"):
-            if all(self._takes(role, kind) for kind in visual):
+            lost = {kind for kind in visual if not self._takes(role, kind)}
+            if lost == {"video"}:  # only the token is missing, which stands between the other parts
+                token = {"type": "text", "text": self._placeholders["video"]}
+                return {**message, "content": [token if part["type"] == "video" else part for part in content]}
+            if not lost:
                 return message
             return {**message, "content": [{"type": "text", "text": self._as_text(content)}]}
         return {**message, "content": self._as_text(content)} if self._takes(role, "text") else message

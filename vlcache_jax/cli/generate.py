@@ -1,7 +1,6 @@
 """`vlcache-jax generate`: one prompt about some images."""
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -110,7 +109,7 @@ def _video(path: str, opened: OpenedCheckpoint, frames: int | None) -> Video:
             f"--video {words.shown(path)}: a {opened.model.config.model_type} takes no videos: give some of its frames "
             "by --image"
         )
-    return Video.from_file(path, sampling if frames is None else dataclasses.replace(sampling, num_frames=frames))
+    return Video.from_file(path, sampling if frames is None else sampling.changed(num_frames=frames))
 
 
 def make_batch(opened: OpenedCheckpoint, images: Sequence[Visual], prompt: str, raw: bool) -> Batch:

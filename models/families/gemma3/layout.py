@@ -67,7 +67,7 @@ class SquareLayout:
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
         """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
         side = self.config.vision.image_size
-        return stacked_tiles(self.transform, [[image.pixels for image in row] for row in rows], tiles, side)
+        return stacked_tiles([[(self.transform, image.pixels) for image in row] for row in rows], tiles, side)
 
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""

@@ -3,7 +3,7 @@
 from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.idefics3.config_reader import read_config
 from vlcache_jax.models.families.idefics3.config_writer import config_values
-from vlcache_jax.models.families.idefics3.layout import read_layout
+from vlcache_jax.models.families.idefics3.layout import read_layout, with_videos
 from vlcache_jax.models.families.idefics3.model import Idefics3
 from vlcache_jax.models.families.idefics3.presets import PRESETS
 from vlcache_jax.models.families.idefics3.weights import WEIGHTS
@@ -15,6 +15,7 @@ IDEFICS3 = Family(
     model=Idefics3,
     weights=WEIGHTS,
     read_layout=read_layout,
+    read_videos=with_videos,
     image_tiles=lambda config: 17,  # of all published models: four by four, and the whole
     presets=PRESETS,
     refused={"idefics2": "this is an Idefics2: take an Idefics3 or a SmolVLM"},

@@ -14,12 +14,14 @@ from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import IMAGE_SIDE
 from vlcache_jax.models.families.idefics3.config import Idefics3Config
 from vlcache_jax.models.families.idefics3.config_writer import NAMES
+from vlcache_jax.models.families.idefics3.sizes import resized_shape
+from vlcache_jax.models.families.idefics3.videos import read_videos, video_text
 from vlcache_jax.models.families.tile_layout import TileLayout
 from vlcache_jax.models.images.tiles import split
 from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.section import Section
 
-_LARGEST = 4096  # pixels of the longer side, whatever the settings say, as in transformers
 _DEFAULTS: dict[str, Any] = {
     "do_center_crop": False,
     "do_image_splitting": True,
@@ -38,19 +40,8 @@ class MarkedLayout(TileLayout):
     longest_edge: int = 1456
     splitting: bool = True
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) with the longer side `longest_edge`; rounding as in transformers."""
-        aspect, long = width / height, self.longest_edge
-        short = int(long / aspect) if width >= height else int(long * aspect)
-        short += short % 2
-        height, width = (short, long) if width >= height else (long, short)
-        if long > _LARGEST:
-            aspect, long = width / height, _LARGEST
-            height, width = (int(long / aspect), long) if width >= height else (long, int(long * aspect))
-        return max(height, 1), max(width, 1)
-
     def _canvas(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of whole tiles, for an image of `_resized` shape."""
+        """(height, width) of whole tiles, for an image of `resized_shape`."""
         side, aspect = self.config.vision.image_size, width / height
 
         def whole(length: float) -> int:
@@ -65,14 +56,14 @@ class MarkedLayout(TileLayout):
         if not self.splitting:
             return 1, 1
         side = self.config.vision.image_size
-        height, width = self._canvas(*self._resized(height, width))
+        height, width = self._canvas(*resized_shape(height, width, self.longest_edge))
         return max(1, height // side), max(1, width // side)
 
     def tiles(self, image: Image.Image, name: str) -> np.ndarray:
         """The tiles of an RGB image before normalisation; see `TileLayout`."""
         rows, columns = self.grid(image.height, image.width)
         resample, side = self.transform.resample, self.config.vision.image_size
-        image = resize(image, self._resized(image.height, image.width), resample, name)
+        image = resize(image, resized_shape(image.height, image.width, self.longest_edge), resample, name)
         if self.splitting:
             image = resize(image, self._canvas(image.height, image.width), resample, name)
         whole = self.transform.apply(image, name)[None]
@@ -87,6 +78,10 @@ class MarkedLayout(TileLayout):
         marks = [[f"{around}<row_{r + 1}_col_{c + 1}>{visual}" for c in range(columns)] for r in range(rows)]
         return "".join("".join(row) + "\n" for row in marks) + f"\n{whole}"
 
+    def video_text(self, video: Video, name: str, tokens: Mapping[str, str]) -> str:
+        """The text of a single tile for each frame, behind its time; see `TileLayout`."""
+        return video_text(video, self.text(1, 1, tokens), name)
+
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
         del image_token  # the tokenizer names it
@@ -100,10 +95,14 @@ class MarkedLayout(TileLayout):
             "max_image_size": {"longest_edge": self.config.vision.image_size},
             "size": {"longest_edge": self.longest_edge},
         }
-        return {
+        files = {
             "preprocessor_config.json": values | tiling | kind,
             "processor_config.json": {"image_seq_len": self.config.token_grid**2} | kind,
         }
+        if self.videos is None:
+            return files
+        video = self.videos.values() | {"video_processor_type": f"{name}VideoProcessor"} | kind
+        return files | {"video_preprocessor_config.json": video}
 
 
 def read_layout(config: Idefics3Config, settings: dict[str, Any], source: str) -> MarkedLayout:
@@ -129,4 +128,13 @@ def read_layout(config: Idefics3Config, settings: dict[str, Any], source: str) -
         )
     given["size"] = {"height": side, "width": side}
     splitting = section.flag("do_image_splitting", True)
-    return MarkedLayout(config, ImageTransform.from_dict(given, source), edges[0], splitting)
+    layout = MarkedLayout(config, ImageTransform.from_dict(given, source), edges[0], splitting)
+    return with_videos(layout, settings, source)
+
+
+def with_videos(layout: MarkedLayout, settings: dict[str, Any], source: str) -> MarkedLayout:
+    """`layout` with what the settings of a video processor say; see `Family.read_videos`."""
+    if layout.config.model_type != "smolvlm":
+        return layout
+    side = layout.config.vision.image_size
+    return dataclasses.replace(layout, videos=read_videos(settings, source, side, _DEFAULTS))

@@ -3,7 +3,7 @@
 from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.internvl.config_reader import read_config
 from vlcache_jax.models.families.internvl.config_writer import config_values
-from vlcache_jax.models.families.internvl.layout import read_layout
+from vlcache_jax.models.families.internvl.layout import read_layout, read_videos
 from vlcache_jax.models.families.internvl.model import InternVL
 from vlcache_jax.models.families.internvl.presets import PRESETS
 from vlcache_jax.models.families.internvl.weights import WEIGHTS
@@ -20,6 +20,7 @@ INTERNVL = Family(
     model=InternVL,
     weights=WEIGHTS,
     read_layout=read_layout,
+    read_videos=read_videos,
     image_tiles=lambda config: 13,  # a grid of twelve, and the whole
     presets=PRESETS,
     refused={"internvl_chat": _ORIGINAL},

@@ -9,14 +9,19 @@ import numpy as np
 from PIL import Image
 
 from vlcache_jax.files.limits import TILES, Range
+from vlcache_jax.models.families.frame_tiles import read_frame_tiles
 from vlcache_jax.models.families.internvl.config import InternVLConfig
 from vlcache_jax.models.families.tile_layout import TileLayout
+from vlcache_jax.models.images.frame_sampling import SegmentSampling
 from vlcache_jax.models.images.tiles import split
 from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.section import Section
 
 # What the image processor's class fills in, where it differs from CLIP's.
 _DEFAULTS = {"do_center_crop": False, "size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
+
+_VIDEO_DEFAULTS = {"size": {"height": 384, "width": 384}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +63,25 @@ class InternLayout(TileLayout):
         visual = tokens["image_token"] * (tiles * self.config.token_grid**2)
         return f"{tokens['start_image_token']}{visual}{tokens['end_image_token']}"
 
+    def video_text(self, video: Video, name: str, tokens: Mapping[str, str]) -> str:
+        """Each frame as a single tile behind its number; see `TileLayout`."""
+        frame = self.text(1, 1, tokens)
+        return "\n".join(f"Frame{number}: {frame}" for number in range(1, len(video.times) + 1))
+
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
         del image_token  # the tokenizer names it
         kind = {"processor_class": "InternVLProcessor"}
         values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
         tiling = {"min_patches": self.min_tiles, "max_patches": self.max_tiles}
-        return {
+        files = {
             "preprocessor_config.json": values | tiling | {"image_processor_type": "GotOcr2ImageProcessor"} | kind,
             "processor_config.json": {"image_seq_length": self.config.token_grid**2} | kind,
         }
+        if self.videos is not None:
+            video = {"video_processor_type": "InternVLVideoProcessor"} | kind
+            files["video_preprocessor_config.json"] = self.videos.values() | video
+        return files
 
 
 def read_layout(config: InternVLConfig, settings: dict[str, Any], source: str) -> InternLayout:
@@ -81,4 +95,15 @@ def read_layout(config: InternVLConfig, settings: dict[str, Any], source: str) -
     section = Section(Path(source), "", given, {})
     least = section.integer("min_patches", Range(1, TILES))
     most = section.integer("max_patches", Range(least, TILES))
-    return InternLayout(config, ImageTransform.from_dict(given, source), least, most)
+    layout = InternLayout(config, ImageTransform.from_dict(given, source), least, most)
+    return read_videos(layout, settings, source)
+
+
+def read_videos(layout: InternLayout, settings: dict[str, Any], source: str) -> InternLayout:
+    """`layout` with what the settings of a video processor say; see `Family.read_videos`.
+
+    Where they do not say which frames are taken, the authors' own program takes eight.
+    """
+    sampling = SegmentSampling(num_frames=8, min_frames=2, middle=True)
+    side = layout.config.vision.image_size
+    return dataclasses.replace(layout, videos=read_frame_tiles(settings, source, side, _VIDEO_DEFAULTS, sampling))

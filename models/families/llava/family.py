@@ -4,7 +4,7 @@ from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.config_reader import read_config
 from vlcache_jax.models.families.llava.config_writer import config_values
-from vlcache_jax.models.families.llava.layout import read_layout
+from vlcache_jax.models.families.llava.layout import read_layout, read_videos
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.llava.presets import PRESETS
 from vlcache_jax.models.families.llava.weights import WEIGHTS
@@ -27,6 +27,7 @@ LLAVA = Family(
     model=Llava,
     weights=WEIGHTS,
     read_layout=read_layout,
+    read_videos=read_videos,
     image_tiles=_image_tiles,
     presets=PRESETS,
     refused=dict.fromkeys(("llava_llama", "llava_mistral", "llava_qwen", "llava_qwen2"), _ORIGINAL),

@@ -1,6 +1,7 @@
 """How an image becomes tiles, and the tiles' features visual tokens."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,14 @@ from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import PINPOINTS
 from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.families.family import EncodedImage
+from vlcache_jax.models.families.frame_tiles import FrameTiles, read_frame_tiles
 from vlcache_jax.models.families.llava import anyres, defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.regions import token_regions
+from vlcache_jax.models.images.frame_sampling import FrameSampling, SegmentSampling
+from vlcache_jax.models.images.tiles import cells
 from vlcache_jax.models.images.transform import ImageTransform, resize, stacked_tiles
+from vlcache_jax.models.images.video import Video
 
 _PROCESSORS = {
     "llava": "LlavaProcessor",
@@ -23,6 +28,7 @@ _PROCESSORS = {
     "llava_onevision": "LlavaOnevisionProcessor",
 }
 _OWN = "LlavaImageProcessor"  # of LLaVA's original code
+_VIDEO_DEFAULTS = {"size": {"height": 384, "width": 384}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +36,15 @@ class VisionLayout:
     """Which tiles an image is cut into, and in which order the language model sees their features.
 
     LLaVA-1.5 has one tile per image, LLaVA-NeXT one for the whole image and those of `anyres`. LLaVA-OneVision does as
-    LLaVA-NeXT where a prompt has one image, and has one tile for each, padded to a square, where it has several.
+    LLaVA-NeXT where a prompt has one image, and has one tile for each, padded to a square, where it has several. Of a
+    video it has one tile for each frame, stretched to a square, whose features it shrinks to half as many a side.
 
     Raises CheckpointError if the image processor's tiles would not fit the vision tower.
     """
 
     config: LlavaConfig
     transform: ImageTransform
+    videos: FrameTiles | None = None
 
     def __post_init__(self) -> None:
         side = self.config.vision.image_size
@@ -134,15 +142,48 @@ class VisionLayout:
             encoded.append(EncodedImage(tiles, index, features, tokens["image_token"] * len(index), blend=blend))
         return encoded
 
+    @property
+    def sampling(self) -> FrameSampling | None:
+        """Which frames of a video file are taken; see `VideoLayout`."""
+        return None if self.videos is None else self.videos.sampling
+
+    @property
+    def _video_grid(self) -> int:
+        """Visual tokens along one side of a frame."""
+        return math.ceil(self.config.vision.grid_size / 2)
+
+    def encode_video(self, video: Video, name: str, tokens: Mapping[str, str]) -> EncodedImage:
+        """A video of a prompt, closed by a single row break; see `VideoLayout`."""
+        assert self.videos is not None
+        tiles = np.stack([self.videos.tile(frame, name) for frame in video.load(name)])
+        count, side = self.config.features_per_tile, self.config.vision.grid_size
+        grid = np.arange(count, dtype=np.int32).reshape(side, side)
+        near, four, weights = anyres.shrink(grid, (self._video_grid,) * 2)
+        first = count * np.arange(len(tiles), dtype=np.int32)[:, None]
+        index = np.append((near.reshape(1, -1) + first).reshape(-1), np.int32(NEWLINE))
+        four = (four.reshape(1, -1, 4) + first[..., None]).reshape(-1, 4)
+        blend = tuple(np.pad(x, ((0, 1), (0, 0))) for x in (four, np.tile(weights.reshape(-1, 4), (len(tiles), 1))))
+        features, text = count * len(tiles), tokens["video_token"] * len(index)
+        return EncodedImage(tiles, index, features, text, blend=(blend[0], blend[1]), moving=True)
+
     def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
         """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
         side = self.config.vision.image_size
-        return stacked_tiles(self.transform, [[image.pixels for image in row] for row in rows], tiles, side)
+        return stacked_tiles([[(self._transform(image), image.pixels) for image in row] for row in rows], tiles, side)
+
+    def _transform(self, image: EncodedImage) -> ImageTransform:
+        return self.videos.transform if image.moving and self.videos else self.transform
 
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
         transform = self.transform if self._cut(len(shapes)) else self._whole
         return [token_regions(self.config, transform, *shape, self._cut(len(shapes))) for shape in shapes]
+
+    def video_regions(self, frames: int, height: int, width: int) -> list[tuple[int, np.ndarray]]:
+        """Which part of its frame each visual token of a video stands for; see `VideoLayout`."""
+        boxes = cells((self._video_grid,) * 2, (0.0, 0.0, float(width), float(height))).astype(np.float32)
+        found = [(number, boxes) for number in range(frames)]
+        return [*found[:-1], (frames - 1, np.pad(boxes, ((0, 1), (0, 0)), constant_values=np.nan))]  # a row break
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
@@ -169,7 +210,11 @@ class VisionLayout:
                 "vision_aspect_ratio": f"anyres_max_{config.max_tiles}",
                 "vision_feature_select_strategy": config.feature_select,
             }
-        return {"preprocessor_config.json": values | kind, "processor_config.json": settings | kind}
+        files = {"preprocessor_config.json": values | kind, "processor_config.json": settings | kind}
+        if self.videos is not None:
+            video = {"video_processor_type": "LlavaOnevisionVideoProcessor"} | kind
+            files["video_preprocessor_config.json"] = self.videos.values() | video
+        return files
 
 
 def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> VisionLayout:
@@ -187,7 +232,21 @@ def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> V
         size = settings["size"]
         settings["crop_size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
     transform = ImageTransform.from_dict(settings, source, square="do_pad" if own else None)
-    return VisionLayout(agree_on_pinpoints(config, settings.get("image_grid_pinpoints")), transform)
+    layout = VisionLayout(agree_on_pinpoints(config, settings.get("image_grid_pinpoints")), transform)
+    side = config.vision.image_size
+    return read_videos(layout, settings | {"size": {"height": side, "width": side}}, source)
+
+
+def read_videos(layout: VisionLayout, settings: dict[str, Any], source: str) -> VisionLayout:
+    """`layout` with what the settings of a video processor say; see `Family.read_videos`.
+
+    Where LLaVA-OneVision's do not say which frames are taken, 32 are, as its authors' evaluation has it.
+    """
+    if layout.config.model_type != "llava_onevision":
+        return layout
+    sampling = SegmentSampling(num_frames=32, min_frames=2)
+    side = layout.config.vision.image_size
+    return dataclasses.replace(layout, videos=read_frame_tiles(settings, source, side, _VIDEO_DEFAULTS, sampling))
 
 
 def image_processor(config: LlavaConfig) -> str:

@@ -114,7 +114,8 @@ class PatchLayout:
         if rules.timestamps and rules.wrapper == "v4":
             around = tokens["vision_start_token"], tokens["vision_end_token"]
         whole = np.concatenate(index)
-        return EncodedImage(np.concatenate(patches), whole, len(whole), text, np.concatenate(cells), around=around)
+        made = np.concatenate(patches), whole, len(whole), text, np.concatenate(cells)
+        return EncodedImage(*made, around=around, moving=True)
 
     def _time(self, number: int, seconds: float) -> int:
         """Where a pair of frames stands on the time axis of its video."""
@@ -132,8 +133,7 @@ class PatchLayout:
         for row, images in enumerate(rows):
             start = 0
             for image in images:
-                n, moving = len(image.pixels), image.pixels.shape[1] > still
-                transform = self.videos.transform if moving else self.transform
+                n, transform = len(image.pixels), self.videos.transform if image.moving else self.transform
                 colours = image.pixels.reshape(n, 3, -1).swapaxes(1, 2)
                 pixels = transform.normalise(colours).swapaxes(1, 2)
                 repeats = channels // image.pixels.shape[1]  # of a still image, all frames are equal

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.models.families.qwen_vl.areas import read_areas
 from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.families.qwen_vl.layout import PatchLayout
 from vlcache_jax.models.families.qwen_vl.videos import VideoRules
-from vlcache_jax.models.images.frame_sampling import FrameSampling
+from vlcache_jax.models.images.frame_sampling import FrameSampling, read_sampling
 from vlcache_jax.models.images.transform import ImageTransform
 
 # Of transformers, where the checkpoint does not say: of an image, of a frame (Qwen2-VL, Qwen2.5-VL), of a video.
@@ -47,20 +47,13 @@ def read_videos(layout: PatchLayout, settings: dict[str, Any], source: str) -> P
     cap = settings.get("cap_pixels_per_frame")
     if cap not in (None, True, False):
         raise CheckpointError(f"{source}: cap_pixels_per_frame = {shorten(cap)}: expected true or false")
-    numbers = {key: settings[key] for key in ("fps", "min_frames", "max_frames") if settings.get(key) is not None}
-    try:
-        sampling = dataclasses.replace(rules.sampling, **numbers)
-    except (InputError, TypeError) as error:
-        raise CheckpointError(
-            f"{source}: fps, min_frames and max_frames = {shorten(numbers)} are no sampling"
-        ) from error
     changed = dataclasses.replace(
         rules,
         transform=transform,
         min_pixels=least,
         max_pixels=most,
         cap_pixels_per_frame=bool(cap),
-        sampling=sampling,
+        sampling=read_sampling(rules.sampling, settings, source),
     )
     return dataclasses.replace(layout, videos=changed)
 
