@@ -85,7 +85,7 @@ class PiToMe(Pruning):
                 merged = (x * size[..., None] + sums[..., :-1]) / total[..., None]
                 return jnp.where((came > 0)[..., None], merged, x), alive & ~source, total
 
-            start = hidden.astype(jnp.float32), alive, varying(jnp.ones(alive.shape), hidden)
+            start: tuple[jax.Array, ...] = hidden.astype(jnp.float32), alive, varying(jnp.ones(alive.shape), hidden)
             x, alive, _ = jax.lax.while_loop(goes_on, merge, start)
             return alive.astype(jnp.float32), x.astype(hidden.dtype)
 

@@ -68,8 +68,8 @@ class SparseVLM(Pruning):
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
         """See `Pruning.kept`."""
-        best = floor_fraction(visual, self._parts[cut])
-        recycled = floor_fraction(left - best, self.recycle)
+        best: Any = floor_fraction(visual, self._parts[cut])
+        recycled: Any = floor_fraction(left - best, self.recycle)
         return best + recycled // 10 + 1 - 1 // (recycled + 1)
 
     def choose(self, cut: int, between: Between) -> Choice:

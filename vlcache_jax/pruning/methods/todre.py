@@ -1,7 +1,7 @@
 """ToDRE (arXiv 2505.18757): diverse visual tokens in front of the decoder, and none once text and images have met."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,8 @@ class ToDRE(Pruning):
         """See `Pruning.kept`."""
         if cut == 0 and self.keep < 1:
             return floor_fraction(visual, self.keep)
-        return left if self.late is not None and self.late < 1 else 0 * left
+        count: Any = left
+        return count if self.late is not None and self.late < 1 else 0 * count
 
     def choose(self, cut: int, between: Between) -> Choice:
         """See `Pruning.choose`."""
