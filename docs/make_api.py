@@ -16,7 +16,7 @@ COMMAND = "python docs/make_api.py"
 
 # Page: its title, and what is on it, in order: names of vlcache_jax, or of a module of it ("metrics: ..."; * for all).
 GROUPS = {
-    "loading": ("Loading", ["load save VLM use_compilation_cache"]),
+    "loading": ("Loading", ["load save VLM WeightCoding use_compilation_cache"]),
     "prompts": (
         "Prompts",
         [

@@ -30,6 +30,7 @@ from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inference.score import Scores, score
 from vlcache_jax.inputs import Batch, Continuation
+from vlcache_jax.models.coding import WeightCoding
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.loading import VLM, load
@@ -156,6 +157,7 @@ __all__ = [
     "VLCacheError",
     "Video",
     "VisionZip",
+    "WeightCoding",
     "Window",
     "ZipVL",
     "answer",

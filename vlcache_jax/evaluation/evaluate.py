@@ -87,6 +87,7 @@ def evaluate(
     settings = {
         "model": name,
         "dtype": str(jax.numpy.dtype(vlm.model.spec.dtype)),
+        "weights": str(vlm.model.weights or "float"),
         "data": [{"file": file.name, "bytes": file.stat().st_size} for file in files],
         "task": task,
         **dataclasses.asdict(asked),
