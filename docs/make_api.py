@@ -51,7 +51,7 @@ GROUPS = {
     "sparse_prefill": (
         "Sparse prefill",
         [
-            "AShape TriShape BlockMask",
+            "XAttention FlexPrefill MInference MMInference AShape TriShape BlockMask",
             "patterns.pattern: Pattern PatternInputs Chosen",
             "patterns.grammar: pattern_by_name",
             "inference.report: PrefillReport",

@@ -38,7 +38,11 @@ from vlcache_jax.models.io.saving import save
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.a_shape import AShape
 from vlcache_jax.patterns.block_mask import BlockMask
+from vlcache_jax.patterns.flex_prefill import FlexPrefill
+from vlcache_jax.patterns.m_inference import MInference
+from vlcache_jax.patterns.mm_inference import MMInference
 from vlcache_jax.patterns.tri_shape import TriShape
+from vlcache_jax.patterns.x_attention import XAttention
 from vlcache_jax.policies import (
     H2O,
     TOVA,
@@ -112,6 +116,7 @@ __all__ = [
     "ExpectedAttention",
     "FastV",
     "Feather",
+    "FlexPrefill",
     "FrameSampling",
     "FullCache",
     "Generation",
@@ -123,6 +128,8 @@ __all__ = [
     "KeyNorm",
     "LastRows",
     "LookM",
+    "MInference",
+    "MMInference",
     "Mass",
     "Merge",
     "MixKV",
@@ -159,6 +166,7 @@ __all__ = [
     "VisionZip",
     "WeightCoding",
     "Window",
+    "XAttention",
     "ZipVL",
     "answer",
     "compress",

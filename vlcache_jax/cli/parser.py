@@ -355,8 +355,9 @@ def _prefill(parser: _Parser) -> None:
         "--prefill",
         str,
         "PATTERN",
-        "sparse prefill of long prompts, which keys their queries look at: a pattern and its options, such as "
-        "a_shape:128,window=2048,min_tokens=8192 (default: all)",
+        "sparse prefill of long prompts, which keys their queries look at: x_attention, flex_prefill, "
+        "m_inference, mm_inference, a_shape or tri_shape, and options such as x_attention:0.9,min_tokens=8192 "
+        "(default: all)",
     )
 
 
