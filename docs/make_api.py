@@ -16,7 +16,7 @@ COMMAND = "python docs/make_api.py"
 
 # Page: its title, and what is on it, in order: names of vlcache_jax, or of a module of it ("metrics: ..."; * for all).
 GROUPS = {
-    "loading": ("Loading", ["load save VLM WeightCoding use_compilation_cache"]),
+    "loading": ("Loading", ["load save VLM use_compilation_cache"]),
     "prompts": (
         "Prompts",
         [
@@ -43,15 +43,14 @@ GROUPS = {
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
             "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
             "policies: method",
-            "VisionZip TokenCorrelation DivPrune PiToMe ToDRE AIM CDPruner FastV PyramidDrop Feather SparseVLM",
-            "KeepCurve search_keep_curve",
+            "VisionZip CDPruner FastV PyramidDrop Feather",
             "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
         ],
     ),
     "sparse_prefill": (
         "Sparse prefill",
         [
-            "XAttention FlexPrefill MInference MMInference AShape TriShape BlockMask",
+            "AShape TriShape BlockMask",
             "patterns.pattern: Pattern PatternInputs Chosen",
             "patterns.grammar: pattern_by_name",
             "inference.report: PrefillReport",

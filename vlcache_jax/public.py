@@ -30,7 +30,6 @@ from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inference.score import Scores, score
 from vlcache_jax.inputs import Batch, Continuation
-from vlcache_jax.models.coding import WeightCoding
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.loading import VLM, load
@@ -38,11 +37,7 @@ from vlcache_jax.models.io.saving import save
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.a_shape import AShape
 from vlcache_jax.patterns.block_mask import BlockMask
-from vlcache_jax.patterns.flex_prefill import FlexPrefill
-from vlcache_jax.patterns.m_inference import MInference
-from vlcache_jax.patterns.mm_inference import MMInference
 from vlcache_jax.patterns.tri_shape import TriShape
-from vlcache_jax.patterns.x_attention import XAttention
 from vlcache_jax.policies import (
     H2O,
     TOVA,
@@ -76,24 +71,16 @@ from vlcache_jax.policies import (
 from vlcache_jax.policies.budget import Bytes, Mass, Tokens
 from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
-from vlcache_jax.pruning.methods.aim import AIM
 from vlcache_jax.pruning.methods.cd_pruner import CDPruner
-from vlcache_jax.pruning.methods.div_prune import DivPrune
 from vlcache_jax.pruning.methods.fast_v import FastV
 from vlcache_jax.pruning.methods.feather import Feather
-from vlcache_jax.pruning.methods.keep_curve import KeepCurve, search_keep_curve
-from vlcache_jax.pruning.methods.pi_to_me import PiToMe
 from vlcache_jax.pruning.methods.pyramid_drop import PyramidDrop
-from vlcache_jax.pruning.methods.sparse_vlm import SparseVLM
-from vlcache_jax.pruning.methods.todre import ToDRE
-from vlcache_jax.pruning.methods.token_correlation import TokenCorrelation
 from vlcache_jax.pruning.methods.vision_zip import VisionZip
 
 if TYPE_CHECKING:
     from vlcache_jax.planning import plan
 
 __all__ = [
-    "AIM",
     "H2O",
     "TOVA",
     "VLM",
@@ -109,32 +96,26 @@ __all__ = [
     "Context",
     "Continuation",
     "DecodingState",
-    "DivPrune",
     "Drop",
     "Engine",
     "Evict",
     "ExpectedAttention",
     "FastV",
     "Feather",
-    "FlexPrefill",
     "FrameSampling",
     "FullCache",
     "Generation",
     "InputError",
     "KVState",
-    "KeepCurve",
     "Kernels",
     "KeyDifference",
     "KeyNorm",
     "LastRows",
     "LookM",
-    "MInference",
-    "MMInference",
     "Mass",
     "Merge",
     "MixKV",
     "NonFiniteError",
-    "PiToMe",
     "PlacementWarning",
     "Policy",
     "PolicyError",
@@ -154,19 +135,14 @@ __all__ = [
     "Sampling",
     "Scores",
     "SnapKV",
-    "SparseVLM",
     "StreamingLLM",
-    "ToDRE",
-    "TokenCorrelation",
     "Tokens",
     "TriShape",
     "VLCache",
     "VLCacheError",
     "Video",
     "VisionZip",
-    "WeightCoding",
     "Window",
-    "XAttention",
     "ZipVL",
     "answer",
     "compress",
@@ -187,7 +163,6 @@ __all__ = [
     "save",
     "save_context",
     "score",
-    "search_keep_curve",
     "stream",
     "stream_decode",
     "use_compilation_cache",

@@ -30,7 +30,6 @@ class OpenedCheckpoint:
     processor: Processor
     dtype: str
     image_limits: Mapping[str, int]
-    weights: str | None = None
 
     def check(self, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
         """Raises what `prefill` would, before weights are read."""
@@ -38,9 +37,7 @@ class OpenedCheckpoint:
 
     def load(self, layout: str | None = None, mesh: jax.sharding.Mesh | None = None) -> "loading.VLM":
         """Reads the weights."""
-        return loading.load(
-            self.folder, self.dtype, mesh, layout=layout, image_limits=self.image_limits, weights=self.weights
-        )
+        return loading.load(self.folder, self.dtype, mesh, layout=layout, image_limits=self.image_limits)
 
 
 def keep_programs(wanted: bool, progress: Progress) -> None:
@@ -56,7 +53,6 @@ def keep_programs(wanted: bool, progress: Progress) -> None:
 def open_checkpoint(
     source: str | os.PathLike[str],
     dtype: str | None,
-    weights: str | None = None,
     *,
     revision: str | None = None,
     allow_links: bool = False,
@@ -75,6 +71,4 @@ def open_checkpoint(
     SafetensorsFolder(folder)
     limits = image_limits or {}
     processor = Processor.from_folder(folder, image_limits=limits)
-    return OpenedCheckpoint(
-        folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits, weights
-    )
+    return OpenedCheckpoint(folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits)
