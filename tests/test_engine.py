@@ -104,11 +104,14 @@ def test_ten_thousand_arrivals():
 
 def test_answers_are_those_of_generate():
     model, params = vlm().model, vlm().params
-    requests = [vlc.Request(prompt=prompt, max_new_tokens=9, eos_token_ids=[]) for prompt in prompts()]
+    options = {"max_new_tokens": 9, "eos_token_ids": [], "log_probabilities": True}
+    requests = [vlc.Request(prompt=prompt, sampling=SAMPLINGS[3], **options) for prompt in prompts()]
     batch = ragged_batch(rows=PROMPTS, length=40)
-    expected = vlc.generate(model, params, batch, vlc.VLCache(budget=0.4), 9, eos_token_ids=[])
+    expected = vlc.generate(model, params, batch, vlc.VLCache(budget=0.4), sampling=SAMPLINGS[3], **options)
     for result in engine().run(requests):
         np.testing.assert_array_equal(result.tokens, expected.tokens[result.index])
+        for name in ("log_probabilities", "sampling_log_probabilities"):
+            np.testing.assert_allclose(getattr(result, name), getattr(expected, name)[result.index], atol=1e-5)
         np.testing.assert_allclose(result.kept_fraction, expected.report.kept_fraction[result.index])
         assert result.prompt_tokens == int(prompts()[result.index].lengths[0])
 

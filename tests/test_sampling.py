@@ -90,14 +90,14 @@ def test_filter_examples(sampling, kept):
 
 def test_greedy_takes_the_lowest_id_on_a_tie():
     logits = jnp.array([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-1.0, -2.0, -3.0, -0.5]])
-    tokens = next_token(logits, options(3, None), jnp.zeros(3, jnp.int32))
+    tokens, *_ = next_token(logits, options(3, None), jnp.zeros(3, jnp.int32))
     assert tokens.tolist() == [1, 0, 3]
     assert tokens.dtype == jnp.int32
 
 
 def compiled(sampling):
     def draw(logits, seeds, step):
-        return _next_token(logits, options(len(logits), sampling, seeds), np.full(len(logits), step, np.int32))
+        return _next_token(logits, options(len(logits), sampling, seeds), np.full(len(logits), step, np.int32))[0]
 
     return draw
 

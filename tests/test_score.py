@@ -44,6 +44,8 @@ def test_with_the_full_cache_they_are_those_of_the_whole_model(llava, batch, len
         wanted = [every[row, start - 1 + i, answers.tokens.reshape(len(flat), -1)[row, i]] for i in range(n)]
         np.testing.assert_allclose(flat[row, :n], wanted, atol=1e-5)
         assert not flat[row, n:].any()
+        taken = [every[row, start - 1 + i].argmax() == answers.tokens.reshape(len(flat), -1)[row, i] for i in range(n)]
+        assert found.greedy.reshape(len(flat), -1)[row].tolist() == taken + [True] * (length - n)
         np.testing.assert_allclose(np.ravel(found.total)[row], np.sum(wanted), rtol=1e-5)
         np.testing.assert_allclose(np.ravel(found.mean)[row], np.mean(wanted), rtol=1e-5)
 
@@ -57,6 +59,54 @@ def test_of_a_compressed_prompt_they_are_those_of_single_steps(llava, ctx):
         wanted = jax.nn.log_softmax(logits)[jnp.arange(ROWS), out.tokens[:, i]]
         np.testing.assert_allclose(found.log_probabilities[:, i], wanted, atol=1e-5)
         logits, state = vlc.decode_step(model, params, out.tokens[:, i], state)
+
+
+def distribution(logits, sampling):
+    """Log-probabilities f64 [vocab] after temperature, top-k and top-p, by sorting; 0 of whatever greedy takes."""
+    if sampling is None:
+        return np.zeros(len(logits))
+    logits = np.asarray(logits, np.float64) / sampling.temperature
+    order = np.argsort(-logits)
+    kept = order[: sampling.top_k or len(order)]
+    share = np.exp(logits[kept]) / np.exp(logits[kept]).sum()
+    kept = kept[: int(np.searchsorted(np.cumsum(share), sampling.top_p or 1) + 1)]
+    found = np.full(len(logits), -np.inf)
+    found[kept] = logits[kept] - np.log(np.exp(logits[kept]).sum())
+    return found
+
+
+@pytest.mark.parametrize("policy", [vlc.FullCache(), POLICY])
+def test_of_generated_tokens_they_are_those_of_one_pass_over_the_answer(llava, batch, policy):
+    model, params = llava
+    samplings = [vlc.Sampling(temperature=1.7, top_k=9, top_p=0.8), None]
+    options = {"sampling": samplings, "seeds": 5, "eos_token_ids": []}
+    plain = vlc.generate(model, params, batch, policy, 6, **options)
+    out = vlc.generate(model, params, batch, policy, 6, log_probabilities=True, **options)
+    assert plain.log_probabilities is None
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    ctx = vlc.compress(model, params, batch, policy)
+    scores = vlc.score(ctx, out)
+    np.testing.assert_allclose(out.log_probabilities, scores.log_probabilities, atol=1e-5)
+    assert np.asarray(scores.greedy)[1].all()
+    logits, state = ctx.start(6)
+    for i in range(6):
+        wanted = [distribution(logits[row], samplings[row])[out.tokens[row, i]] for row in range(ROWS)]
+        np.testing.assert_allclose(out.sampling_log_probabilities[:, i], wanted, atol=1e-5)
+        logits, state = vlc.decode_step(model, params, out.tokens[:, i], state)
+
+
+def test_behind_the_end_of_an_answer_there_are_none(ctx):
+    free = vlc.answer(
+        ctx, max_new_tokens=6, samples=2, sampling=vlc.Sampling(), eos_token_ids=[], log_probabilities=True
+    )
+    out = vlc.answer(
+        ctx, max_new_tokens=6, samples=2, sampling=vlc.Sampling(), eos_token_ids=[int(free.tokens[0, 1, 2])],
+        log_probabilities=True,
+    )  # fmt: skip
+    inside = np.arange(6) < np.asarray(out.lengths)[..., None]
+    assert not inside.all()
+    np.testing.assert_array_equal(out.log_probabilities, np.where(inside, free.log_probabilities, 0))
+    np.testing.assert_array_equal(out.sampling_log_probabilities, np.where(inside, free.sampling_log_probabilities, 0))
 
 
 def test_several_answers_are_scored_as_if_alone(ctx):

@@ -28,9 +28,10 @@ LOGITS = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
 
 def draws(logits, seeds, steps=8):
     rows = np.ones(len(logits), np.int32)
-    options = RowOptions(seeds, 3 * rows.astype(np.float32), 99 * rows, rows.astype(np.float32), -rows[:, None], rows)
+    floats, none = rows.astype(np.float32), np.zeros(len(rows), bool)
+    options = RowOptions(seeds, 3 * floats, 99 * rows, floats, -rows[:, None], rows, none)
     draw = jax.jit(next_token)
-    return np.stack([draw(logits, options, step * rows) for step in range(steps)], axis=1)
+    return np.stack([draw(logits, options, step * rows)[0] for step in range(steps)], axis=1)
 
 
 @settings

@@ -136,7 +136,7 @@ def test_the_code_of_the_page(address, capsys):
 
 
 def test_a_stream_is_the_same_in_pieces(vlm, client):
-    options = {"messages": messages(1), "temperature": 2, "seed": 5, "n": 2, "model": "tiny"}
+    options = {"messages": messages(1), "temperature": 2, "seed": 5, "n": 2, "model": "tiny", "logprobs": True}
     whole = client.chat.completions.create(**options)
     stop = whole.choices[0].message.content.split()[5]
     for stops in ({}, {"stop": ["no such text", stop]}):
@@ -144,13 +144,16 @@ def test_a_stream_is_the_same_in_pieces(vlm, client):
         chunks = list(
             client.chat.completions.create(**options, **stops, stream=True, stream_options={"include_usage": True})
         )
-        texts, finish = ["", ""], [None, None]
+        texts, finish, logs = ["", ""], [None, None], [[], []]
         for chunk in chunks:
             for choice in chunk.choices:
                 texts[choice.index] += choice.delta.content or ""
                 finish[choice.index] = choice.finish_reason or finish[choice.index]
+                logs[choice.index] += choice.logprobs.content if choice.logprobs else []
         assert texts == [choice.message.content for choice in whole.choices]
         assert finish == [choice.finish_reason for choice in whole.choices]
+        assert logs == [choice.logprobs.content for choice in whole.choices]
+        assert sum(map(len, logs)) == whole.usage.completion_tokens
         assert chunks[-1].usage == whole.usage
         assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 2
     assert finish[0] == "stop"

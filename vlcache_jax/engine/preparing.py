@@ -143,7 +143,8 @@ class Preparer:
             raise InputError("stop texts need a processor, which the engine has none of: give eos_token_ids")
         n, stop_ids = request.samples, request.eos_token_ids
         seeds = _following(np.asarray(jax.device_get(seed_words(request.seed, (), what="a request"))), n)
-        return row_options(self.model.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids)
+        logs = request.log_probabilities
+        return row_options(self.model.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids, logs)
 
 
 def _following(words: np.ndarray, count: int) -> np.ndarray:

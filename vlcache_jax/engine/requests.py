@@ -30,6 +30,7 @@ class Request:
       seed: an integer or a key, as in `vlc.generate`.
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty sequence never stops.
       stop: texts that end an answer; they are no part of its text.
+      log_probabilities: return those of the tokens, too.
       follow: for streams, and to give an answer up. Called by the thread that runs the engine, so it must be quick,
         with the answer so far, a `Result` whose `finish` is "running": without tokens while the prompt waits, and then
         whenever the host looks at the rows (`Engine(steps=...)`). Once it returns False, the answer is "cancelled" and
@@ -49,6 +50,7 @@ class Request:
     seed: Seeds = 0
     eos_token_ids: Sequence[int] | None = None
     stop: Sequence[str] = ()
+    log_probabilities: bool = False
     follow: "Callable[[Result], bool | None] | None" = None
 
 
@@ -67,6 +69,8 @@ class Result:
       tokens: i32 [n], the stop id included; up to the token with which a stop text was there.
       text: the answer without special tokens and stop text; None of one that did not end, and of an engine without a
         processor.
+      log_probabilities, sampling_log_probabilities: f32 [n], of the tokens, as `vlc.Generation` has them; None unless
+        they were asked for.
       reason: why it failed; None if it did not.
       refused: whether it failed because of what it asks, an `InputError`.
       prompt_tokens: of the prompt; 0 if it could not be read.
@@ -81,6 +85,8 @@ class Result:
     finish: Literal["stop", "length", "failed", "cancelled", "running"]
     tokens: np.ndarray
     text: str | None = None
+    log_probabilities: np.ndarray | None = None
+    sampling_log_probabilities: np.ndarray | None = None
     reason: str | None = None
     refused: bool = False
     answers: int = 1

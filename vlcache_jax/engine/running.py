@@ -171,8 +171,9 @@ class Running:
     def _look(self) -> None:
         """Waits for the steps, and takes out the rows that have ended."""
         state, stopped = self.state, []
-        arrays = jax.device_get((state.step, state.done, state.kv.finite, state.tokens))
-        steps, done, finite, tokens = (np.asarray(x) for x in arrays)
+        of_tokens = (state.tokens, state.log_probabilities, state.sampling_log_probabilities)
+        arrays = jax.device_get((state.step, state.done, state.kv.finite, *of_tokens))
+        steps, done, finite, tokens, of_model, of_draw = (np.asarray(x) for x in arrays)
         most = 0
         for row, answer in enumerate(self._rows):
             if answer is None:
@@ -181,7 +182,8 @@ class Running:
             self._stats.decoded += new
             most = max(most, new)
             own = tokens[row, : steps[row]].copy()
-            found = result(answer, own, done[row], finite[row], self._decode) or given_up(answer, own)
+            logs = (of_model[row], of_draw[row])
+            found = result(answer, own, logs, done[row], finite[row], self._decode) or given_up(answer, own, logs)
             if found is not None:
                 self._results.append(found)
                 self._stats.tokens += len(found.tokens)

@@ -14,6 +14,9 @@ from vlcache_jax.engine.requests import Result
 Decode = Callable[[Sequence[int]], str]
 """Token ids to their text."""
 
+Logs = tuple[np.ndarray, np.ndarray]
+"""Log-probabilities of a row's tokens, f32 [room] each: under the model, and as they were drawn."""
+
 NONE = np.zeros(0, np.int32)
 
 
@@ -40,12 +43,15 @@ class Answer:
     started: float | None = None
 
 
-def result(answer: Answer, tokens: np.ndarray, done: bool, finite: bool, decode: Decode | None) -> Result | None:
+def result(
+    answer: Answer, tokens: np.ndarray, logs: Logs, done: bool, finite: bool, decode: Decode | None
+) -> Result | None:
     """The result of a row, or None if it is to go on.
 
     Args:
       answer: of the row.
       tokens: i32 [n], so far.
+      logs: of the row.
       done: whether it has ended on the device.
       finite: whether it means anything.
       decode: of the processor.
@@ -64,20 +70,21 @@ def result(answer: Answer, tokens: np.ndarray, done: bool, finite: bool, decode:
         why = "NonFiniteError: scores or logits are NaN or infinite, so that no token can be told from another"
         return Result(finish="failed", tokens=tokens[:0], reason=why, **_fields(answer))
     kept = float(np.asarray(answer.kept)[answer.of])
-    return Result(finish=finish, tokens=tokens, text=text, kept_fraction=kept, **_fields(answer))
+    return Result(finish=finish, tokens=tokens, text=text, kept_fraction=kept, **_fields(answer, len(tokens), logs))
 
 
-def given_up(answer: Answer, tokens: np.ndarray = NONE) -> Result | None:
+def given_up(answer: Answer, tokens: np.ndarray = NONE, logs: Logs = (NONE, NONE)) -> Result | None:
     """The result of an answer that is not wanted any more, or None if it is to go on: asks the request's `follow`.
 
     Args:
       answer: whose row, or turn, it is.
       tokens: i32 [n], so far.
+      logs: of its row.
     """
     follow = answer.read.request.follow
     if follow is None:
         return None
-    so_far = Result(finish="running", tokens=tokens, **_fields(answer))
+    so_far = Result(finish="running", tokens=tokens, **_fields(answer, len(tokens), logs))
     try:
         if follow(so_far) is not False:
             return None
@@ -92,9 +99,11 @@ def dropped(read: Read) -> Result | None:
     return result and dataclasses.replace(result, answers=1)
 
 
-def _fields(answer: Answer) -> dict[str, Any]:
+def _fields(answer: Answer, count: int = 0, logs: Logs = (NONE, NONE)) -> dict[str, Any]:
     request = answer.read.request
+    names = ("log_probabilities", "sampling_log_probabilities") if request.log_probabilities else ()
     return {
+        **{name: of_row[:count].astype(np.float32) for name, of_row in zip(names, logs)},  # copies
         "index": answer.read.index,
         "question": answer.question,
         "sample": answer.sample,

@@ -52,7 +52,7 @@ def decode(
     if is_ready(state.next_position):
         _check_values(model, state, max_new_tokens)
     options = row_options(model.spec, logits.shape[0], max_new_tokens, sampling, seeds, eos_token_ids)
-    tokens, lengths, finite = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
+    tokens, lengths, finite, _ = decode_all(model, params, logits, state, max_new_tokens, options, kernels)
     _check_values(model, state, max_new_tokens)
     density = state.allocation.density
     require_finite(finite, (tokens, lengths), dtype=model.spec.dtype, before=state.finite, density=density)
@@ -67,15 +67,20 @@ def decode_all(
     max_new_tokens: int,
     options: RowOptions,
     kernels: Kernels | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`decode` without checks of the state: tokens, lengths, and bool [batch], whether all was finite."""
+) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """`decode` without checks of the state.
+
+    Returns:
+      Tokens, lengths, whether all was finite, bool [batch], and the log-probabilities of a `DecodingState`.
+    """
     room = answer_room(max_new_tokens)
     options, most = placed((options, np.int32(max(room, logits.shape[0]))), params)
     with on_mesh_of(params, logits, state):
         loop, stores = begin(model, logits, state, options, room)
         loop = chunk(model, params, stores, loop, most, most, kernels or Kernels())
-        tokens = jax.lax.slice_in_dim(loop.tokens, 0, max_new_tokens, axis=1)
-    return on_every_process((tokens, loop.step, loop.kv.finite))
+        long = (loop.tokens, loop.log_probabilities, loop.sampling_log_probabilities)
+        tokens, *logs = (jax.lax.slice_in_dim(x, 0, max_new_tokens, axis=1) for x in long)
+    return on_every_process((tokens, loop.step, loop.kv.finite, tuple(logs)))
 
 
 def stream_decode(

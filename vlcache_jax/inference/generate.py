@@ -35,11 +35,18 @@ class Generation:
       tokens: i32 [batch, max_new_tokens], filled with the pad id after a row's end.
       lengths: i32 [batch]. Tokens of each answer, the end-of-sequence token included.
       report: what was kept, and what it cost.
+      log_probabilities: f32 [batch, max_new_tokens], natural logarithm of the probability of each token under the model
+        that sees what was kept, before any temperature or filter, as `vlc.score` has them; 0 behind a row's end. None
+        unless they were asked for.
+      sampling_log_probabilities: the same of the distribution that the token was drawn from, after temperature, top-k
+        and top-p: what importance weights divide by. 0 for greedy rows, which draw nothing else.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     report: Report
+    log_probabilities: jax.Array | None = None
+    sampling_log_probabilities: jax.Array | None = None
 
 
 def generate(
@@ -54,6 +61,7 @@ def generate(
     sampling: Samplings = None,
     seeds: Seeds = 0,
     eos_token_ids: StopIds = None,
+    log_probabilities: bool = False,
     kernels: Kernels | None = None,
 ) -> Generation:
     """Answers a batch of prompts with a compressed cache.
@@ -76,6 +84,7 @@ def generate(
         `vlc.answer`.
       eos_token_ids: ids that end a row, or a list of them for each row; those of the checkpoint by default. An empty
         list never stops.
+      log_probabilities: return those of the tokens, too, which compiles nothing else.
       kernels: which implementation of each op to use; the platform's best by default.
 
     Returns:
@@ -90,9 +99,11 @@ def generate(
       out = vlc.generate(vlm.model, vlm.params, batch, policy=vlc.VLCache(budget=0.1), max_new_tokens=64)
       texts = vlm.processor.decode(out)
     """
-    options = row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)
+    options = row_options(
+        model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids, log_probabilities=log_probabilities
+    )
     ctx = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels)
-    return _answers(ctx, (batch.size,), max_new_tokens, options, kernels, policy or FullCache())
+    return _answers(ctx, (batch.size,), max_new_tokens, options, log_probabilities, kernels, policy or FullCache())
 
 
 def stream(
@@ -134,6 +145,7 @@ def answer(
     sampling: Samplings = None,
     seeds: Seeds = 0,
     eos_token_ids: StopIds = None,
+    log_probabilities: bool = False,
     kernels: Kernels | None = None,
 ) -> Generation:
     """Answers questions to a context, all at once; the context is neither copied nor repeated. Pure, like `generate`.
@@ -148,6 +160,7 @@ def answer(
       seeds: one, or an array of the answers' leading axes, or broadcast to them; integers or keys, as in `generate`.
         With a single one sample i draws with seed + i. A draw depends on its own seed, never on the others.
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty list never stops.
+      log_probabilities: as in `generate`.
       kernels: as in `compress`.
 
     Returns:
@@ -173,11 +186,13 @@ def answer(
     lead = (ctx.rows,) if questions is None else np.shape(getattr(questions, "lengths", ()))
     shape = lead if samples is None else (*lead, samples)
     seeds = seed_words(seeds, shape, samples, f"answers {shape}").reshape(-1, 2)
-    options = row_options(ctx.model.spec, len(seeds), max_new_tokens, sampling, seeds, eos_token_ids)
+    options = row_options(
+        ctx.model.spec, len(seeds), max_new_tokens, sampling, seeds, eos_token_ids, log_probabilities=log_probabilities
+    )
     if questions is None:
         check_positions(ctx, np.zeros(ctx.rows, np.int32), max_new_tokens)
     asked = ctx if questions is None else extended(ctx, (questions,), kernels, max_new_tokens)
-    return _answers(asked, shape, max_new_tokens, options, kernels)
+    return _answers(asked, shape, max_new_tokens, options, log_probabilities, kernels)
 
 
 def _answers(
@@ -185,14 +200,17 @@ def _answers(
     shape: tuple[int, ...],
     max_new_tokens: int,
     options: RowOptions,
+    log_probabilities: bool,
     kernels: Kernels | None,
     policy: Policy | None = None,
 ) -> Generation:
     """One answer for each of `shape`; `policy`, where it is known, is for the message of an error."""
     logits, state = started(ctx, max_new_tokens, len(options.temperature))
-    tokens, lengths, finite = decode_all(ctx.model, ctx.params, logits, state, max_new_tokens, options, kernels)
+    tokens, lengths, finite, logs = decode_all(ctx.model, ctx.params, logits, state, max_new_tokens, options, kernels)
     report = ctx.report.of_answers(state, finite.reshape(shape))
-    out = Generation(tokens.reshape(*shape, max_new_tokens), lengths.reshape(shape), report)
+    wanted = (tokens, *logs) if log_probabilities else (tokens,)
+    tokens, *rest = (x.reshape(*shape, max_new_tokens) for x in wanted)
+    out = Generation(tokens, lengths.reshape(shape), report, *rest)
     before, density = state.finite.reshape(shape), report.density
     require_finite(report.finite, out, dtype=ctx.model.spec.dtype, before=before, density=density, policy=policy)
     return out

@@ -38,6 +38,8 @@ class DecodingState:
       step: i32 [rows]. Tokens of its answer so far.
       done: bool [rows]. Whether it has ended, or never was filled.
       tokens: i32 [rows, room]. The answers, filled with the pad id.
+      log_probabilities, sampling_log_probabilities: f32 [rows, room]. Of the tokens, as `Generation` has them, of rows
+        that ask for them; else 0.
     """
 
     kv: KVState
@@ -46,6 +48,8 @@ class DecodingState:
     step: jax.Array
     done: jax.Array
     tokens: jax.Array
+    log_probabilities: jax.Array
+    sampling_log_probabilities: jax.Array
 
 
 def begin(
@@ -76,11 +80,12 @@ def _begin(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: 
 
 def begun(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int) -> DecodingState:
     """`begin`, to be traced inside other programs; results may be arguments."""
-    token = next_token(logits, options, jnp.zeros(logits.shape[:1], jnp.int32))
+    token, *logs = next_token(logits, options, jnp.zeros(logits.shape[:1], jnp.int32))
     tokens = jnp.full((len(token), room), model.spec.pad_token_id, jnp.int32).at[:, 0].set(token)
+    of_model, of_draw = (jnp.zeros(tokens.shape, jnp.float32).at[:, 0].set(log) for log in logs)
     done = options.stops(token) | (options.max_new_tokens <= 1)
     kv = dataclasses.replace(kv, finite=kv.finite & usable_rows(logits))
-    return DecodingState(kv, options, token, jnp.ones_like(token), done, tokens)
+    return DecodingState(kv, options, token, jnp.ones_like(token), done, tokens, of_model, of_draw)
 
 
 @partial(jax.jit, static_argnames=("model", "kernels"), donate_argnames=("state",))
@@ -126,7 +131,8 @@ def _step(
         next_index=jnp.where(done, state.kv.next_index, kv.next_index),
         tail=dataclasses.replace(kv.tail, length=jnp.where(done, 0, kv.tail.length)),  # never full, and soon read
     )
-    token = jnp.where(done, model.spec.pad_token_id, next_token(logits, state.options, step))
+    token, of_model, of_draw = next_token(logits, state.options, step)
+    token = jnp.where(done, model.spec.pad_token_id, token)
     here = (jax.lax.iota(jnp.int32, state.tokens.shape[1])[None] == step[:, None]) & ~done[:, None]
     step = jnp.where(done, step, step + 1)
     return DecodingState(
@@ -136,6 +142,8 @@ def _step(
         step=step,
         done=done | state.options.stops(token) | (step >= state.options.max_new_tokens),
         tokens=jnp.where(here, token[:, None], state.tokens),
+        log_probabilities=jnp.where(here, of_model[:, None], state.log_probabilities),
+        sampling_log_probabilities=jnp.where(here, of_draw[:, None], state.sampling_log_probabilities),
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.selection import as_unsigned, highest
 from vlcache_jax.inference.row_options import RowOptions
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.seeds import random_bits, uniform
 
 
@@ -45,8 +46,14 @@ def filtered_logits(logits: jax.Array, temperature: jax.Array, top_k: jax.Array,
     return _where_any(top_p < 1, likeliest, logits)
 
 
-def next_token(logits: jax.Array, options: RowOptions, step: jax.Array) -> jax.Array:
-    """Greedy or sampled token of each row.
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32 [...] of tokens i32 [...] under logits f32 [..., vocab]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.scipy.special.logsumexp(logits, axis=-1)
+
+
+def next_token(logits: jax.Array, options: RowOptions, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Greedy or sampled token of each row, and how likely it was.
 
     What no row asks for costs nothing: an all-greedy batch is one argmax.
 
@@ -57,21 +64,28 @@ def next_token(logits: jax.Array, options: RowOptions, step: jax.Array) -> jax.A
       step: i32 [rows], index of the token in the answer.
 
     Returns:
-      i32 [rows].
+      (tokens i32 [rows]; their log-probabilities under the model, and those with which they were drawn, f32 [rows]
+      each, 0 for rows that do not ask for them).
     """
     seeds, temperature = jnp.asarray(options.seeds), jnp.asarray(options.temperature)
     top_k, top_p = jnp.asarray(options.top_k), jnp.asarray(options.top_p)
-    samples = temperature > 0
+    samples, asked = temperature > 0, jnp.asarray(options.log_probabilities)
+    zero = varying(jnp.zeros(logits.shape[:1], jnp.float32), logits, step, options)
 
     def draw(words: jax.Array, step: jax.Array, row: jax.Array) -> jax.Array:  # as jax.random.categorical by default
         number = jnp.maximum(uniform(random_bits(words, (step,), row.shape[0])), jnp.finfo(jnp.float32).tiny)
         return jnp.argmax(row - jnp.log(-jnp.log(number))).astype(jnp.int32)
 
-    def drawn(greedy: jax.Array) -> jax.Array:
+    def drawn(greedy: jax.Array) -> tuple[jax.Array, jax.Array]:
         filtered = filtered_logits(logits, jnp.where(samples, temperature, 1), top_k, top_p)
-        return jnp.where(samples, jax.vmap(draw)(seeds, step, filtered), greedy)
+        token = jnp.where(samples, jax.vmap(draw)(seeds, step, filtered), greedy)
+        of_draw = _where_any(asked & samples, lambda _: log_probability(filtered, token), zero)
+        return token, jnp.where(asked & samples, of_draw, 0)
 
-    return _where_any(samples, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token, of_draw = jax.lax.cond(jnp.any(samples), drawn, lambda greedy: (greedy, zero), greedy)
+    of_model = _where_any(asked, lambda _: log_probability(logits, token), zero)
+    return token, jnp.where(asked, of_model, 0), of_draw
 
 
 def _where_any(rows: jax.Array, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

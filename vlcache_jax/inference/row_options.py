@@ -37,6 +37,7 @@ class RowOptions:
       top_p: f32 [rows]; 1 for no limit.
       stop_ids: i32 [rows, n]; filled with -1, which is no token.
       max_new_tokens: i32 [rows].
+      log_probabilities: bool [rows], whether those of its tokens are wanted.
     """
 
     seeds: jax.Array
@@ -45,6 +46,7 @@ class RowOptions:
     top_p: jax.Array
     stop_ids: jax.Array
     max_new_tokens: jax.Array
+    log_probabilities: jax.Array
 
     def stops(self, token: jax.Array) -> jax.Array:
         """bool [rows]: whether a row ends with its token, i32 [rows]."""
@@ -59,6 +61,7 @@ def row_options(
     seeds: Seeds = 0,
     eos_token_ids: StopIds = None,
     most_stop_ids: int | None = None,
+    log_probabilities: bool = False,
 ) -> RowOptions:
     """The arrays that a user's words mean; in numpy, but for seeds that are JAX's.
 
@@ -66,7 +69,7 @@ def row_options(
       spec: of the model, for its stop ids.
       rows: how many.
       max_new_tokens: of every row.
-      sampling, seeds, eos_token_ids: as in `generate`.
+      sampling, seeds, eos_token_ids, log_probabilities: as in `generate`.
       most_stop_ids: for how many there is room; as many as are needed by default.
 
     Raises:
@@ -85,6 +88,7 @@ def row_options(
         "top_p": np.array([s.top_p if s and s.top_p else 1 for s in each], np.float32),
         "stop_ids": _stop_ids(rows, spec.eos_token_ids if eos_token_ids is None else eos_token_ids, most_stop_ids),
         "max_new_tokens": np.full(rows, max_new_tokens, np.int32),
+        "log_probabilities": np.full(rows, bool(log_probabilities)),
     }
     return RowOptions(**arrays)
 

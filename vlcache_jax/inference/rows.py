@@ -69,6 +69,7 @@ def insert(
     sampling: Sampling | None = None,
     seed: Seeds = 0,
     eos_token_ids: Sequence[int] | None = None,
+    log_probabilities: bool = False,
 ) -> DecodingState:
     """Begins the answer to a context in one row of a running state; what the row held is gone.
 
@@ -84,6 +85,7 @@ def insert(
       sampling: None for greedy decoding.
       seed: an integer or a key, as in `generate`.
       eos_token_ids: ids that end the answer; those of the checkpoint by default. An empty list never stops.
+      log_probabilities: write those of the row's tokens into the state.
 
     Returns:
       The state; the row has its first token.
@@ -108,7 +110,7 @@ def insert(
     if is_ready(ctx.next_position):
         check_positions(ctx, np.zeros(ctx.rows, np.int32), max_new_tokens)
     stop_ids = state.options.stop_ids.shape[1]
-    options = row_options(ctx.model.spec, 1, max_new_tokens, sampling, seed, eos_token_ids, stop_ids)
+    options = row_options(ctx.model.spec, 1, max_new_tokens, sampling, seed, eos_token_ids, stop_ids, log_probabilities)
     each = [x.reshape(1) if isinstance(x, jax.core.Tracer) else np.array([x], np.int32) for x in (row, of)]
     numbers = (*each, np.int32(1))
     options, numbers = placed((options, numbers), ctx.params)

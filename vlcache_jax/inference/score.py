@@ -14,6 +14,7 @@ from vlcache_jax.inference.context import Context, branches
 from vlcache_jax.inference.extend import appended
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.inference.forward import unembed
+from vlcache_jax.inference.next_token import log_probability
 from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
@@ -30,10 +31,12 @@ class Scores:
     Attributes:
       log_probabilities: f32 [..., length], natural logarithm of the probability of each token behind those before it;
         0 behind an answer's end.
+      greedy: bool [..., length], whether greedy decoding takes the token there; True behind an answer's end.
       lengths: i32 [...], tokens of each answer.
     """
 
     log_probabilities: jax.Array
+    greedy: jax.Array
     lengths: jax.Array
 
     @property
@@ -76,7 +79,7 @@ def score(ctx: Context, answers: Any, *, kernels: Kernels | None = None) -> Scor
     """
     tokens, lengths = appended(ctx, [answers])
     with on_mesh_of(ctx.params, ctx.stores, tokens):
-        found, finite = _score(
+        found, greedy, finite = _score(
             ctx.model,
             ctx.params,
             ctx.stores,
@@ -87,7 +90,7 @@ def score(ctx: Context, answers: Any, *, kernels: Kernels | None = None) -> Scor
             kernels or Kernels(),
         )
     shape = np.shape(answers.lengths)
-    scores = Scores(found.reshape(*shape, -1), lengths.reshape(shape))
+    scores = Scores(found.reshape(*shape, -1), greedy.reshape(*shape, -1), lengths.reshape(shape))
     require_finite(finite.reshape(shape), scores, dtype=ctx.model.spec.dtype, density=ctx.report.density)
     return scores
 
@@ -103,25 +106,24 @@ def _score(
     tokens: jax.Array,
     lengths: jax.Array,
     kernels: Kernels,
-) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities f32 [rows, length], whether they and the context are finite [rows])."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log-probabilities f32 [rows, length], greedy bool [rows, length], whether all is finite bool [rows])."""
     rows, length = tokens.shape
     logits, finite = (branches(x, rows) for x in before)
-    found = _log_probability(logits[:, None], tokens[:, :1])
+    found, greedy = _of_tokens(logits[:, None], tokens[:, :1])
     if length > 1:
         hidden, *_ = run_block(model, params, stores, *following, tokens, lengths, kernels)
 
-        def of_tokens(part: tuple[jax.Array, jax.Array], _: Any) -> jax.Array:
-            return _log_probability(unembed(model, params, part[0]), part[1])
+        def of_tokens(part: tuple[jax.Array, jax.Array], _: Any) -> tuple[jax.Array, jax.Array]:
+            return _of_tokens(unembed(model, params, part[0]), part[1])
 
         at_once = max(1, _LOGITS // (4 * rows * logits.shape[-1]))
         rest = in_chunks(of_tokens, (hidden[:, :-1], tokens[:, 1:]), at_once)
-        found = jnp.concatenate([found, rest], axis=1)
+        found, greedy = (jnp.concatenate(pair, axis=1) for pair in zip((found, greedy), rest))
     counts = jax.lax.iota(jnp.int32, length)[None] < lengths[:, None]
-    return jnp.where(counts, found, 0), finite & jnp.all(jnp.isfinite(found) | ~counts, axis=1)
+    finite &= jnp.all(jnp.isfinite(found) | ~counts, axis=1)
+    return jnp.where(counts, found, 0), greedy | ~counts, finite
 
 
-def _log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """f32 [rows, n] of tokens i32 [rows, n] under logits f32 [rows, n, vocab]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.scipy.special.logsumexp(logits, axis=-1)
+def _of_tokens(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return log_probability(logits, tokens), jnp.argmax(logits, axis=-1) == tokens

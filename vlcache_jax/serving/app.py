@@ -129,7 +129,7 @@ class ChatServer:
         waiting = _Waiting(exchange, request, start + self._limits.seconds, self._limits.seconds)
         try:
             first = await waiting.next()
-            reply = Reply(self._name)
+            reply = Reply(self._name, self._tokenizer)
             if asked.stream:
                 checked = first if isinstance(first, Result) else _answers(first)
                 return _EventStream(waiting, self._chunks(asked, reply, waiting, checked))
@@ -184,22 +184,24 @@ class ChatServer:
     ) -> AsyncIterator[dict[str, Any]]:
         samples = asked.request.samples
         deltas = [Delta(self._tokenizer.decode_stream(), asked.request.stop) for _ in range(samples)]
+        told = [0] * samples
         choices = {sample: range(sample * asked.choices, (sample + 1) * asked.choices) for sample in range(samples)}
         more = {"usage": None} if asked.usage else {}
         for index in range(samples * asked.choices):
             yield reply.chunk(index, {"role": "assistant", "content": ""}) | more
         while isinstance(event, Result):
-            if piece := deltas[event.sample].push(event.tokens.tolist()):
-                for index in choices[event.sample]:
-                    yield reply.chunk(index, {"content": piece}) | more
+            piece, logs = deltas[event.sample].push(event.tokens.tolist()), reply.logprobs(event, told[event.sample])
+            told[event.sample] = len(event.tokens)
+            for index in choices[event.sample] if piece or logs else ():
+                yield reply.chunk(index, {"content": piece}, logs) | more
             following = await waiting.next()
             event = following if isinstance(following, Result) else _answers(following)
         for result in event:
-            piece = deltas[result.sample].finish(result.text or "")
+            piece, logs = deltas[result.sample].finish(result.text or ""), reply.logprobs(result, told[result.sample])
             for index in choices[result.sample]:
-                if piece:
-                    yield reply.chunk(index, {"content": piece}) | more
-                yield reply.chunk(index, {}, result.finish) | more
+                if piece or logs:
+                    yield reply.chunk(index, {"content": piece}, logs) | more
+                yield reply.chunk(index, {}, finish=result.finish) | more
         if asked.usage:
             yield reply.last(event, asked.choices)
 

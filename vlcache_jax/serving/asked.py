@@ -104,9 +104,8 @@ def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits) -> A
         sampling=sampling,
         seed=_whole(fields, "seed", -(2**63), 2**63 - 1, secrets.randbits(63)),
         stop=_stops(fields.get("stop", []), limits),
+        log_probabilities=_flag(fields, "logprobs"),
     )
-    if _flag(fields, "logprobs"):
-        raise Refusal(400, "logprobs is not supported", param="logprobs")
     return Asked(request, 1 if sampling else count, _flag(fields, "stream"), _flag(options, "include_usage"))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_jax.engine.requests import Result
+from vlcache_jax.models.text.tokenizer import Tokenizer
 
 
 class Reply:
@@ -13,9 +14,11 @@ class Reply:
 
     Args:
       model: that answers.
+      tokenizer: of the checkpoint.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def completion(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
@@ -24,16 +27,35 @@ class Reply:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": self.logprobs(result),
                 "finish_reason": result.finish,
             }
             for index, result in enumerate(result for result in results for _ in range(choices))
         ]
         return {**self._common, "object": "chat.completion", "choices": found, "usage": usage(results, choices)}
 
-    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    def logprobs(self, result: Result, since: int = 0) -> dict[str, Any] | None:
+        """Of the tokens from `since` on; None unless they were asked for."""
+        if result.log_probabilities is None:
+            return None
+        content = []
+        for token, log in zip(result.tokens[since:].tolist(), result.log_probabilities[since:].tolist()):
+            text = self._tokenizer.decode([token], skip_special_tokens=False)
+            whole = "\ufffd" not in text  # else it is a part of a character
+            content.append(
+                {"token": text, "logprob": log, "bytes": list(text.encode()) if whole else None, "top_logprobs": []}
+            )
+        return {"content": content, "refusal": None}
+
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+    ) -> dict[str, Any]:
         """A piece of one choice."""
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
 
     def last(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
