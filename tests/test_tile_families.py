@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -115,6 +116,21 @@ def test_videos(loaded):
     talk = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "w2"}]}]
     batch = loaded.vlm.processor.chat(talk)
     np.testing.assert_array_equal(batch.pixels[0], ours.pixels[0, :3])
+
+
+def test_parity_of_internvl3_5(tmp_path):
+    """Its decoder is Qwen3, with norms of queries and keys, and heads of a size of their own."""
+    tiny = TINY["internvl"]
+    reference = tiny.make(tmp_path, partial(transformers.Qwen3Config, head_dim=12))
+    vlm = vlc.load(tmp_path, dtype="float32", layout="stacked")
+    assert (vlm.config.decoder.family, vlm.config.decoder.qk_norm, vlm.config.decoder.head_dim) == ("qwen3", True, 12)
+    forward = jax.jit(lambda p, b: vlm.model.apply({"params": p}, b, method="forward"))
+    images, text = pictures()[1], tiny.texts[1]
+    rows = [tiny.processor()(images=[images], text=[text], return_tensors="pt")]
+    batch = vlm.processor(images=[images], text=[text])
+    check_parity(Loaded(tiny, tmp_path, reference, vlm, batch, forward), batch, rows)
+    vlc.save(vlm, tmp_path / "saved")
+    assert vlc.load(tmp_path / "saved", dtype="float32").config == vlm.config
 
 
 def test_chat(loaded):

@@ -20,11 +20,11 @@ MAX_PATCHES = 5
 VIDEO = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.4] * 3, "image_std": [0.6] * 3}
 
 
-def make_tiny_internvl(folder: str | Path) -> Any:
-    """Saves a random InternVL; returns the model of transformers."""
+def make_tiny_internvl(folder: str | Path, text_config: Any = transformers.Qwen2Config) -> Any:
+    """Saves a random InternVL with a decoder of this class; returns the model of transformers."""
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     words = len(SPECIAL_TOKENS) + len(WORDS)
-    text = transformers.Qwen2Config(
+    text = text_config(
         vocab_size=words + len(NAMED),
         **TINY,
         **tokens,

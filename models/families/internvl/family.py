@@ -1,4 +1,4 @@
-"""InternVL3 of transformers: 1B to 14B."""
+"""InternVL3 and InternVL3.5 of transformers, without experts: 1B to 14B."""
 
 from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.internvl.config_reader import read_config
