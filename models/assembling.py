@@ -69,20 +69,18 @@ def assembled(
         # A slice keeps the padding out: a checkpoint's padding token could be its image token.
         vision_index[row, : len(ids)][np.isin(ids, visual_ids)] = np.concatenate(indices)
     lengths = np.asarray([len(ids) for ids in tokens], np.int32)
-    return Batch(
-        token_rows, lengths, vision_index, pixels, _cells(encoded, pixels.shape[1]), *_blend(vision_index, encoded)
-    )
+    return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, pixels), *_blend(vision_index, encoded))
 
 
-def _cells(encoded: list[list[EncodedImage]], patches: int) -> np.ndarray | None:
-    """`Batch.cells` of the images of all prompts."""
-    found = None
+def _cells(encoded: list[list[EncodedImage]], pixels: np.ndarray) -> np.ndarray | None:
+    """`Batch.cells` of the images of all prompts, also where no prompt has any; None where pixels are of tiles."""
+    if pixels.ndim != 3 or not pixels.shape[1]:
+        return None
+    found = np.full((*pixels.shape[:2], 4), -1, np.int32)
     for row, images in enumerate(encoded):
         start = frames = 0
         for image in images:
-            if image.cells is None:
-                continue
-            found = np.full((len(encoded), patches, 4), -1, np.int32) if found is None else found
+            assert image.cells is not None
             end = start + len(image.cells)
             found[row, start:end] = image.cells + np.array([frames, 0, 0, 0], np.int32)
             start, frames = end, int(found[row, end - 1, 0]) + 2  # one is left out between images

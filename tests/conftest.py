@@ -43,7 +43,7 @@ _HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  
 
 
 # These compile whole models for TPUs, for minutes.
-_WHOLE_MODELS = ("test_tpu_programs.py", "test_tpu_generated.py")
+_WHOLE_MODELS = ("test_tpu_programs.py", "test_tpu_families.py", "test_tpu_generated.py")
 # The files that take longest, both tiers together: started first, they leave no worker alone at the end.
 _FIRST = [
     f"test_{name}.py"

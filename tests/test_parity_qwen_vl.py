@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from family_promises import check, check_rows_alone_and_budget_one
 from text_model import by_definition
 from tiers import later
@@ -93,8 +94,8 @@ def test_images_of_all_sizes_share_programs(checkpoints):
         return vlm.model.apply({"params": params}, batch, method="forward")
 
     a, b, c, d, _ = pictures()
-    for of_row in ([a], [b, c], [d, d, c]):
-        batch = vlm.processor(images=[of_row], text=["w1 <|image_pad|>" * len(of_row)], pad_tiles_to=256)
+    for of_row in ([a], [b, c], [d, d, c], []):
+        batch = vlm.processor(images=[of_row], text=["w1 <|image_pad|>" * len(of_row) or "w1"], pad_tiles_to=256)
         assert np.isfinite(forward(vlm.params, batch)).all()
     assert len(traced) == 1
 
@@ -337,3 +338,19 @@ def test_regions_cover_the_image(checkpoints):
 )  # fmt: skip
 def test_presets_have_the_published_numbers_of_parameters(name, published):
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(QwenVL(preset(name)).abstract_params())) == published
+
+
+def test_presets_have_the_sizes_of_the_classes_of_transformers():
+    """Where its defaults are those of a published tower: of Qwen3-VL-8B, and of Qwen2.5-VL."""
+    theirs, ours = transformers.Qwen3VLConfig().vision_config, preset("qwen3-vl-8b").vision
+    assert (theirs.depth, theirs.hidden_size, theirs.intermediate_size) == (27, ours.hidden_size, 4304)
+    assert (ours.num_layers, ours.intermediate_size, ours.num_heads) == (27, 4304, theirs.num_heads)
+    assert (ours.patch_size, ours.table_side**2) == (theirs.patch_size, theirs.num_position_embeddings)
+    assert ours.deepstack_layers == tuple(theirs.deepstack_visual_indexes)
+    theirs, config = transformers.Qwen2_5_VLConfig(), preset("qwen2.5-vl-7b")
+    vision, ours = theirs.vision_config, config.vision
+    assert (ours.num_layers, ours.intermediate_size) == (vision.depth, vision.intermediate_size)
+    assert (ours.num_heads, ours.patch_size) == (vision.num_heads, vision.patch_size)
+    assert (ours.window * ours.patch_size, ours.output_size) == (vision.window_size, vision.out_hidden_size)
+    assert ours.full_layers == tuple(vision.fullatt_block_indexes)
+    assert config.decoder.vocab_size == theirs.text_config.vocab_size
