@@ -36,7 +36,7 @@ def feather(method, row, cut):
     scores = row.attention_of([row.n - 1], 3, row.entered, row.visual, rotated=False)[:, 0].mean(axis=0)
     kept = best(scores, row.visual, part(len(row.visual), method.keep[cut]))
     if cut == 0 and method.stride:
-        kept += [i for i in row.visual if row.index[i] >= 0 and not any(row.grid[:, i] % method.stride)]
+        kept += [i for i in row.visual if row.index[i] >= 0 and not any(row.grid[1:, i] % method.stride)]
     return sorted(set(kept)), {}
 
 
@@ -75,3 +75,139 @@ def cd_pruner(method, row, cut):
 
         chosen.append(max((j for j in range(len(row.visual)) if j not in chosen), key=gain))
     return sorted(row.visual[j] for j in chosen), {}
+
+
+def div_prune(method, row, cut):
+    if not row.visual:
+        return [], {}
+    distance = 1 - unit(row.hidden) @ unit(row.hidden).T
+    others = {i: min([distance[i, j] for j in row.visual if j != i], default=np.inf) for i in row.visual}
+    chosen = []
+    for _ in range(part(row.count, method.keep)):
+        far = {i: min(distance[i, j] for j in chosen) for i in row.visual} if chosen else others
+        chosen.append(max((i for i in row.visual if i not in chosen), key=lambda i: far[i]))
+    return sorted(chosen), {}
+
+
+def todre(method, row, cut):
+    if cut:
+        visual = [i for i in range(row.n) if row.index[i] != -1]
+        if not visual:
+            return [], {}
+        weights = causal(row, 4)
+        behind = [i for i in row.text if i > visual[0]]
+        shares = [
+            weights[:, rows][:, :, columns].sum(axis=-1) for rows, columns in ((behind, visual), (visual, row.text))
+        ]
+        return ([] if all(np.mean(x) < method.late for x in shares if x.size) else row.visual), {}
+    cosine, chosen = unit(row.hidden) @ unit(row.hidden).T, []
+    for _ in range(part(row.count, method.keep)):
+        near = {i: cosine[i, chosen].sum() if chosen else -row.attention[i] for i in row.visual}
+        chosen.append(min((i for i in row.visual if i not in chosen), key=lambda i: near[i]))
+    return sorted(chosen), {}
+
+
+def causal(row, layer, hidden=None, temperature=1.0):
+    """The causal attention [heads, n, n] of a layer."""
+    query, key = row.heads(layer, row.hidden if hidden is None else hidden)
+    logits = np.einsum("qhd,khd->hqk", query, key) / np.sqrt(query.shape[-1]) / temperature
+    weights = np.tril(np.exp(logits - logits.max(axis=-1, keepdims=True)))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def tile_of(row, i):
+    return row.grid[0, i]
+
+
+def closest(x, i, among, row):
+    """The token with the largest cosine, of the same tile if there is one."""
+    return max(among, key=lambda j: (tile_of(row, i) == tile_of(row, j), x[i] @ x[j], -j))
+
+
+def aim(method, row, cut):
+    keep = part(row.count, method.keep)
+    if cut or method.keep == 1:
+        steps = method.last - method.first + 1
+        weights, x = causal(row, 4, temperature=0.1), np.full(row.n, 1 / row.n)
+        x = np.tile(x, (len(weights), 1))
+        for _ in range(5):
+            x = np.einsum("hi,hij->hj", x, weights)
+        count = floor(keep * (1 - Fraction(cut + (method.keep == 1), steps)))
+        return best(np.sqrt((x**2).mean(axis=0)), row.visual, count), {}
+    alive, hidden, new = row.visual, row.hidden.copy(), {}
+    while len(alive) > max(keep, 1):
+        x, goes = unit(hidden), min(len(alive) - keep, len(alive) // 2)
+        to = {i: closest(x, i, alive[1::2], row) for i in alive[::2]} if len(alive) > 1 else {}
+        order = sorted(to, key=lambda i: (tile_of(row, i) != tile_of(row, to[i]), -x[i] @ x[to[i]]))[:goes]
+        came = {j: [hidden[i] for i in order if to[i] == j] for j in alive[1::2]}
+        for j, parts in came.items():
+            if parts:
+                new[j] = hidden[j] = np.mean([hidden[j], *parts], axis=0)
+        alive = [i for i in alive if i not in order]
+    return alive if keep else [], new
+
+
+def pi_to_me(method, row, cut):
+    alive, hidden, new = row.visual, row.hidden.copy(), {}
+    size, keep = np.ones(row.n), part(row.count, method.keep)
+    while len(alive) > max(keep, 1):
+        x, goes = unit(hidden), min(len(alive) - keep, len(alive) // 2)
+
+        def energy(i):
+            s = np.array([x[i] @ x[j] for j in alive if tile_of(row, i) == tile_of(row, j)]) - method.margin  # noqa: B023
+            return np.where(s > 0, s, np.exp(s) - 1).mean()
+
+        order = sorted(alive, key=lambda i: -energy(i))[: 2 * goes]
+        to = {i: closest(x, i, order[1::2], row) for i in order[::2]}
+        for j in order[1::2]:
+            parts = [i for i in to if to[i] == j]
+            if parts:
+                members = [j, *parts]
+                hidden[j] = np.average(hidden[members], axis=0, weights=size[members])
+                size[j], new[j] = size[members].sum(), hidden[j]
+        alive = [i for i in alive if i not in to]
+    return alive if keep else [], new
+
+
+def token_correlation(method, row, cut):
+    visual = [i for i in row.visual if row.index[i] >= 0]
+    cosine, ranks = unit(row.keys) @ unit(row.keys).T, {}
+    for tile in {tile_of(row, i) for i in visual}:
+        mine = [i for i in visual if tile_of(row, i) == tile]
+        partners = {i: sum(cosine[i, j] > method.threshold for j in mine if j != i) for i in mine}
+        order = sorted(mine, key=lambda i: -row.attention[i])
+        ranks |= {i: rank for rank, i in enumerate(order[: sum(n < method.partners for n in partners.values())])}
+    return sorted(sorted(sorted(ranks), key=lambda i: ranks[i])[: part(row.count, method.keep)]), {}
+
+
+def keep_curve(method, row, cut):
+    scores = row.attention_of([row.n - 1], 3, row.entered)[:, 0].mean(axis=0)
+    falls = [x for x, before in zip(method.keep[1:], method.keep) if x < before]
+    return best(scores, row.visual, part(row.count, falls[cut])), {}
+
+
+def sparse_vlm(method, row, cut):
+    prompt = row.stub.prompt_row(row.number)
+    if not row.visual:
+        return [], {}
+    logits = prompt.hidden[prompt.visual] @ prompt.hidden[prompt.text].T
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    rating = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
+    raters = prompt.places[prompt.text][rating > rating.mean()]
+    rows = [i for i in range(row.n) if row.places[i] in raters]
+    scores = causal(row, 3, row.entered)[:, rows].mean(axis=(0, 1))
+    kept = best(scores, row.visual, part(row.count, method.keep[cut]))
+    rest = [i for i in row.visual if i not in kept]
+    some = best(scores, rest, part(len(rest), method.recycle))
+    if not some:
+        return kept, {}
+    x = row.hidden[some]
+    distance = np.sqrt(((x[:, None] - x) ** 2).mean(axis=-1))
+    density = np.exp(-(np.sort(distance, axis=1)[:, :5] ** 2).mean(axis=1))
+    delta = [
+        min([d for d, r in zip(ds, density) if r > mine], default=distance.max()) for ds, mine in zip(distance, density)
+    ]
+    centres = sorted(np.argsort(-density * delta, kind="stable")[: len(some) // 10 + 1].tolist())
+    goes = [i if i in centres else min(centres, key=lambda c: distance[i, c]) for i in range(len(some))]
+    new = {some[c]: x[[i for i, to in enumerate(goes) if to == c]].mean(axis=0) for c in centres}
+    return sorted(kept + list(new)), new

@@ -30,7 +30,7 @@ class Stub:
         inside = np.arange(ROOM) < self.lengths[:, None]
         self.vision_index = np.where(inside, index, TEXT).astype(np.int32)
         feature = self.vision_index % SIDE**2
-        places = np.stack([feature // SIDE, feature % SIDE], axis=1)
+        places = np.stack([self.vision_index // SIDE**2, feature // SIDE, feature % SIDE], axis=1)
         self.grid = np.where(self.vision_index[:, None] >= 0, places, -1).astype(np.int32)
 
         def tokens(*shape):
@@ -51,15 +51,19 @@ class Stub:
         """As in `Between`."""
 
         def heads(weights, rotated):
-            y = (jnp.matmul(hidden, jnp.asarray(weights[layer]), precision="highest")).reshape(
+            y = (jnp.matmul(hidden, jnp.asarray(weights[layer], hidden.dtype), precision="highest")).reshape(
                 *hidden.shape[:2], -1, HEAD_DIM
             )
             if not rotated:
                 return y
-            angle = positions[..., None, None].astype(jnp.float32) * FREQUENCY.astype(np.float32)[None, None, None]
+            y, angle = (
+                y.astype(jnp.float32),
+                positions[..., None, None].astype(jnp.float32) * FREQUENCY.astype(np.float32)[None, None, None],
+            )
             first, second = jnp.split(y, 2, axis=-1)
             cos, sin = jnp.cos(angle), jnp.sin(angle)
-            return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+            y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+            return y.astype(hidden.dtype)
 
         return heads(self.query, True), heads(self.key, True), heads(self.value, False)
 
@@ -89,12 +93,17 @@ class Stub:
         prompt = self.vision_index[number, : self.lengths[number] - 1]
         return Row(self, places, np.asarray(stage.hidden)[number, :n], number, int((prompt != TEXT).sum()))
 
+    def prompt_row(self, number):
+        """A row as its prompt was."""
+        n = self.lengths[number]
+        return Row(self, np.arange(n), self.entered[number, :n], number, 0)
+
 
 class Row:
     """A row of a `Stub` at a cut: `hidden` and `entered` [n, width]; `visual` tokens may go, the prompt had `count`."""
 
     def __init__(self, stub, places, hidden, number, count):
-        self.stub, self.places, self.n, self.count = stub, places, len(places), count
+        self.stub, self.places, self.n, self.count, self.number = stub, places, len(places), count, number
         self.hidden = hidden.astype(np.float64)
         self.entered = stub.entered[number, places].astype(np.float64)
         self.index, self.grid = stub.vision_index[number, places], stub.grid[number][:, places]

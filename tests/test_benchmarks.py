@@ -151,3 +151,11 @@ def test_batch_invariance(tmp_path):
     again = run(tmp_path, "batch_invariance.py", *options)
     assert again["rows"] == first["rows"]
     assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 3, "what is done is not done again"
+
+
+@pytest.mark.thorough
+def test_pruning(tmp_path):
+    options = ["--shape", "smoke", "--images", "2", "--text", "8", "--repeats", "1", "--methods", "feather,vision_zip"]
+    rows = run(tmp_path, "pruning.py", *options)["rows"]
+    assert [row["pruning"] for row in rows] == ["dense", "feather", "vision_zip"]
+    assert all(row["ratio"]["median"] > 0 for row in rows)

@@ -71,16 +71,24 @@ from vlcache_jax.policies import (
 from vlcache_jax.policies.budget import Bytes, Mass, Tokens
 from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
+from vlcache_jax.pruning.methods.aim import AIM
 from vlcache_jax.pruning.methods.cd_pruner import CDPruner
+from vlcache_jax.pruning.methods.div_prune import DivPrune
 from vlcache_jax.pruning.methods.fast_v import FastV
 from vlcache_jax.pruning.methods.feather import Feather
+from vlcache_jax.pruning.methods.keep_curve import KeepCurve, search_keep_curve
+from vlcache_jax.pruning.methods.pi_to_me import PiToMe
 from vlcache_jax.pruning.methods.pyramid_drop import PyramidDrop
+from vlcache_jax.pruning.methods.sparse_vlm import SparseVLM
+from vlcache_jax.pruning.methods.todre import ToDRE
+from vlcache_jax.pruning.methods.token_correlation import TokenCorrelation
 from vlcache_jax.pruning.methods.vision_zip import VisionZip
 
 if TYPE_CHECKING:
     from vlcache_jax.planning import plan
 
 __all__ = [
+    "AIM",
     "H2O",
     "TOVA",
     "VLM",
@@ -96,6 +104,7 @@ __all__ = [
     "Context",
     "Continuation",
     "DecodingState",
+    "DivPrune",
     "Drop",
     "Engine",
     "Evict",
@@ -107,6 +116,7 @@ __all__ = [
     "Generation",
     "InputError",
     "KVState",
+    "KeepCurve",
     "Kernels",
     "KeyDifference",
     "KeyNorm",
@@ -116,6 +126,7 @@ __all__ = [
     "Merge",
     "MixKV",
     "NonFiniteError",
+    "PiToMe",
     "PlacementWarning",
     "Policy",
     "PolicyError",
@@ -135,7 +146,10 @@ __all__ = [
     "Sampling",
     "Scores",
     "SnapKV",
+    "SparseVLM",
     "StreamingLLM",
+    "ToDRE",
+    "TokenCorrelation",
     "Tokens",
     "TriShape",
     "VLCache",
@@ -163,6 +177,7 @@ __all__ = [
     "save",
     "save_context",
     "score",
+    "search_keep_curve",
     "stream",
     "stream_decode",
     "use_compilation_cache",

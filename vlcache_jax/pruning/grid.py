@@ -7,13 +7,13 @@ import numpy as np
 from vlcache_jax.inputs import Batch
 from vlcache_jax.typing import ModelSpec
 
-_ROW, _COLUMN = 2, 3  # of `Batch.cells`
+_FRAME, _ROW, _COLUMN = 0, 2, 3  # of `Batch.cells`
 
 
 def grid_of(spec: ModelSpec, batch: Batch, numpy: Any) -> Any:
-    """i32 [batch, 2, length]: row and column of each visual token, -1 of others; None if the model's have none.
+    """i32 [batch, 3, length]: tile, row and column of each visual token, -1 of others; None if the model's have none.
 
-    In a tile its own rows and columns count, whatever the tile is a part of.
+    In a tile its own rows and columns count, whatever the tile is a part of; of images of any size, tiles are frames.
 
     Args:
       spec: of the model.
@@ -25,13 +25,13 @@ def grid_of(spec: ModelSpec, batch: Batch, numpy: Any) -> Any:
     if batch.cells is not None and spec.vision_merge:
         first = numpy.asarray(batch.cells)[:, :: spec.vision_merge**2]  # patches of a feature are consecutive
         if not first.shape[1]:
-            return numpy.full((len(index), 2, index.shape[1]), -1, np.int32)
+            return numpy.full((len(index), 3, index.shape[1]), -1, np.int32)
         source = numpy.minimum(source, first.shape[1] - 1)
-        found = [numpy.take_along_axis(first[..., axis], source, axis=1) for axis in (_ROW, _COLUMN)]
-        places = numpy.stack(found, axis=1) // spec.vision_merge
+        frame, row, column = (numpy.take_along_axis(first[..., x], source, axis=1) for x in (_FRAME, _ROW, _COLUMN))
+        places = numpy.stack([frame, row // spec.vision_merge, column // spec.vision_merge], axis=1)
     elif spec.vision_grid:
-        feature = source % spec.vision_grid**2
-        places = numpy.stack([feature // spec.vision_grid, feature % spec.vision_grid], axis=1)
+        side = spec.vision_grid
+        places = numpy.stack([source // side**2, source % side**2 // side, source % side], axis=1)
     else:
         return None
     return numpy.where(index[:, None] >= 0, places, -1).astype(np.int32)

@@ -67,6 +67,11 @@ class Pruning:
         """For messages."""
         return type(self).__name__
 
+    def of_model(self, layers: int) -> "Pruning":
+        """The method for a model of so many layers, on which options may depend; others are asked of it."""
+        del layers
+        return self
+
     def cuts(self, layers: int) -> tuple[int, ...]:
         """Behind how many layers of a model with `layers` of them tokens are dropped: rising, from 0 to layers - 1."""
         raise NotImplementedError
@@ -88,8 +93,8 @@ class Pruning:
 
         Args:
           cut: number of the cut.
-          grid: i32 [batch, 2, room], rows and columns of visual tokens in their tile or image, -1 of others; of NumPy
-            where rooms are chosen.
+          grid: i32 [batch, 3, room], tile or frame of visual tokens, row and column in it, -1 of others; of NumPy where
+            rooms are chosen.
         """
         del cut, grid
         return None

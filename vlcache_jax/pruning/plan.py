@@ -51,6 +51,7 @@ def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
         return Plan(None, (0,), (batch.length,))
     if not isinstance(pruning, Pruning):
         raise PolicyError(f"pruning={pruning!r} is not a pruning method: build one, for example PyramidDrop()")
+    pruning = pruning.of_model(spec.num_layers)
     if spec.windows:
         raise PolicyError(
             f"{pruning.name}: layers of this model have windows, which count tokens of the prompt: it runs without "
@@ -69,7 +70,7 @@ def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
         )
     if pruning.looks_back and 0 in cuts:
         raise PolicyError(f"{pruning.name} goes by the layer before: it cannot drop in front of layer 0")
-    nowhere = np.zeros((1, 2, 1), np.int32)
+    nowhere = np.zeros((1, 3, 1), np.int32)
     if not (spec.vision_grid or spec.vision_merge) and any(
         pruning.protected(cut, nowhere) is not None for cut in range(len(cuts))
     ):

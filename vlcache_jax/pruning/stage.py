@@ -48,7 +48,7 @@ class Stage:
       index: i32 [batch, room], rising: the place in the prompt of each token. None: nothing was dropped.
       blocks: as in `Embedded`, i32 [batch, room]; or None.
       layer_inputs: as in `Embedded`, [n, batch, room, hidden]; or None.
-      grid: i32 [batch, 2, room], row and column of visual tokens in their tile or image, -1 of others; None: not known.
+      grid: i32 [batch, 3, room], tile or frame of visual tokens, row and column in it, -1 of others; None: not known.
       layers: the first layer, and the one before which they end (static).
     """
 

@@ -128,5 +128,6 @@ def determinantal_order(x: jax.Array, weight: jax.Array, candidate: jax.Array, m
         diagonal = jnp.where(picked, -jnp.inf, diagonal - row * row)
         return rows.at[:, number].set(row), diagonal, scores
 
-    start = varying((jnp.zeros((batch, most, n)), diagonal, jnp.full(diagonal.shape, -jnp.inf)), x)
+    rows, unchosen = jnp.zeros((batch, most, n), jnp.float32), jnp.full(diagonal.shape, -jnp.inf, jnp.float32)
+    start = varying((rows, diagonal, unchosen), x)
     return jax.lax.fori_loop(0, most, step, start)[2]

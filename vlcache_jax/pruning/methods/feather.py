@@ -64,7 +64,7 @@ class Feather(Pruning):
         """See `Pruning.protected`."""
         if not self.stride or not self._cuts or self._cuts[cut]:
             return None
-        return (grid[:, 0] >= 0) & (grid[:, 0] % self.stride == 0) & (grid[:, 1] % self.stride == 0)
+        return (grid[:, 1] >= 0) & (grid[:, 1] % self.stride == 0) & (grid[:, 2] % self.stride == 0)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         """See `Pruning.scores`."""
