@@ -16,7 +16,7 @@ COMMAND = "python docs/make_api.py"
 
 # Page: its title, and what is on it, in order: names of vlcache_jax, or of a module of it ("metrics: ..."; * for all).
 GROUPS = {
-    "loading": ("Loading", ["load save VLM use_compilation_cache"]),
+    "loading": ("Loading", ["load save VLM WeightCoding use_compilation_cache"]),
     "prompts": (
         "Prompts",
         [
@@ -51,7 +51,7 @@ GROUPS = {
     "sparse_prefill": (
         "Sparse prefill",
         [
-            "AShape TriShape BlockMask",
+            "XAttention FlexPrefill MInference MMInference AShape TriShape BlockMask",
             "patterns.pattern: Pattern PatternInputs Chosen",
             "patterns.grammar: pattern_by_name",
             "inference.report: PrefillReport",

@@ -83,8 +83,8 @@ def test_json(folder, capsys):
     assert status == 0
     assert set(found) == {
         "model", "parameters", "topology", "devices", "devices_per_chip", "mesh", "dtype", "batch", "prompt",
-        "new_tokens", "tiles", "pruning", "hbm_bytes", "available_bytes", "hbm_bytes_per_second", "weight_bytes",
-        "policies", "versions",
+        "new_tokens", "weights", "tiles", "prefill", "pruning", "hbm_bytes", "available_bytes", "hbm_bytes_per_second",
+        "weight_bytes", "policies", "versions",
     }  # fmt: skip
     assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
         ("vl_cache", 0.1), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),

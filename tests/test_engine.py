@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.engine.buckets import Bucket
 from vlcache_jax.engine.memory import need
 from vlcache_jax.parallel.params import param_shardings
 
@@ -327,7 +328,7 @@ def test_buckets_are_chosen_for_the_first_requests():
     own = vlc.Engine(vlm(), rows=2, max_new_tokens=4)
     requests = [vlc.Request(prompt=prompt) for prompt in prompts()]
     assert all(result.ok for result in own.run(requests))
-    assert own.buckets == {(64, 2): 2}
+    assert own.buckets == {(64, 2, 1): 2}
     assert 0 < own.stats().padding_share < 1
     with pytest.raises(vlc.InputError, match=r"no prompt to choose buckets for.*a request is a int"):
         vlc.Engine(vlm()).warmup([3])
@@ -343,10 +344,10 @@ def test_as_many_rows_as_fit():
 
     few, own = automatic(vlc.FullCache(), 1_000_000)
     held = sum(x.nbytes for x in jax.tree.leaves(own._state.kv))
-    assert 0.7 < held / (1_000_000 - need(own._programs, (40, 2), 2).prefill) <= 1
+    assert 0.7 < held / (1_000_000 - need(own._programs, Bucket(40, 2), 2).prefill) <= 1
     smaller = dataclasses.replace(own._programs, policy=vlc.VLCache(budget=0.4))
     assert few.compilations == few.programs == 2 + 3 + 1
-    more = need(smaller, (40, 2), 2).rows(1_000_000)
+    more = need(smaller, Bucket(40, 2), 2).rows(1_000_000)
     assert more > few.rows  # most of a row is room for the answer here
     with pytest.raises(vlc.InputError, match="no row fits into 1,000 bytes"):
         automatic(vlc.FullCache(), 1_000)

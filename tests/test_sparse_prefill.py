@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from text_model import TextModel, text_batch
+from tiers import cases
 from tiny_models import one_row
 
 import vlcache_jax as vlc
@@ -52,10 +53,20 @@ def test_everything_is_dense(tiny, batch, policy):
     assert sparse.report.prefill.why is None
 
 
-def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
-    together = vlc.generate(*tiny, batch, vlc.VLCache(0.3), NEW, prefill=SHAPE)
+TABLE = ((("vertical_and_slash", 4, 8), ("stream_llm", 8, 8), ("block_sparse", 1, 1)),) * 3
+ALL = {
+    "x_attention": vlc.XAttention(0.7, 4, **SMALL),
+    "flex_prefill": vlc.FlexPrefill(0.6, 0.3, 8, **SMALL),
+    "m_inference": vlc.MInference(TABLE, **SMALL),
+    "tri_shape": vlc.TriShape(8, 16, 8, heads="each", **SMALL),
+}
+
+
+@pytest.mark.parametrize("pattern", cases(ALL, ["x_attention"]))
+def test_a_row_of_a_batch_is_the_row_alone(tiny, batch, pattern):
+    together = vlc.generate(*tiny, batch, vlc.VLCache(0.3), NEW, prefill=pattern)
     for row in range(len(LENGTHS)):
-        alone = vlc.generate(*tiny, one_row(batch, row), vlc.VLCache(0.3), NEW, prefill=SHAPE)
+        alone = vlc.generate(*tiny, one_row(batch, row), vlc.VLCache(0.3), NEW, prefill=pattern)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_array_equal(alone.report.kept[0], together.report.kept[row])
         np.testing.assert_allclose(alone.report.prefill.density[0], together.report.prefill.density[row], rtol=1e-6)
@@ -121,5 +132,9 @@ def test_options_out_of_range(make, message):
 def test_what_does_not_fit_the_model_is_refused(tiny, batch):
     with pytest.raises(vlc.PolicyError, match="is not a pattern"):
         vlc.generate(*tiny, batch, prefill="a_shape")
+    with pytest.raises(vlc.PolicyError, match="a table of 2 layers for a model of 3"):
+        vlc.generate(*tiny, batch, prefill=vlc.MInference(TABLE[:2]))
+    with pytest.raises(vlc.PolicyError, match="does not tell where its visual tokens lie"):
+        vlc.generate(*tiny, batch, prefill=vlc.MMInference(**SMALL))
     with pytest.raises(vlc.PolicyError, match=r"dense_layers=\[3\]"):
         vlc.generate(*tiny, batch, prefill=vlc.AShape(dense_layers=(3,)))

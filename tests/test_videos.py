@@ -16,7 +16,9 @@ from tiny_qwen import IMAGE, SHOWN, VIDEO, VIDEO_TEXTS, clips, image_processor, 
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
-from vlcache_jax.engine.buckets import pad
+from vlcache_jax.engine.buckets import Bucket, fit
+from vlcache_jax.evaluation.samples import read_samples
+from vlcache_jax.evaluation.tasks import task_by_name
 from vlcache_jax.explain.pictures import explain
 from vlcache_jax.explain.shown import MOST_FRAMES, shown
 from vlcache_jax.models.images.opening import load_image
@@ -304,11 +306,42 @@ def test_a_model_without_videos(tmp_path):
         processor.chat([{"role": "user", "content": [{"type": "video", "video": video}]}])
 
 
-def test_the_engine_has_no_programs_for_videos(loaded):
-    vlm = loaded["qwen3_vl"]
-    batch = vlm.processor(images=visuals()[:1], text=[VIDEO_TEXTS["a video between texts"]])
-    with pytest.raises(vlc.InputError, match="it takes no videos yet"):
-        pad(batch, vlm.model.abstract_batch(1, 128, 128))
+def test_the_engine_answers_as_single_runs_do(loaded):
+    """Videos beside images and plain text: buckets of their own, each row as if it were alone."""
+    vlm, policy, still = loaded["qwen2_5_vl"], vlc.VLCache(budget=0.4), "<|vision_start|><|image_pad|><|vision_end|> w5"
+    asked = [(visuals()[1], VIDEO_TEXTS["an image and two videos"]), (visuals()[0], f"w9 {SHOWN}")]
+    more = [([], "w1 w2 w3"), ([pictures()[3]], still)]
+    requests = [vlc.Request(prompt=text, images=own, eos_token_ids=[]) for own, text in asked + more]
+    engine = vlc.Engine(vlm, policy, rows=2, max_new_tokens=8, prefill_rows=2, buckets=[(64, 64), (128, 256, 2)])
+    results = list(engine.run(requests, ordered=True))
+    assert all(result.ok for result in results), results
+    for result, (own, text) in zip(results, asked):
+        row = vlm.processor(images=[own], text=[text], pad_to=128, pad_tiles_to=256)
+        single = vlc.generate(vlm.model, vlm.params, row, policy, 8, eos_token_ids=[])
+        np.testing.assert_array_equal(result.tokens, single.tokens[0])
+
+
+def test_buckets_of_videos():
+    """Plain text joins the images, or the videos where there are none."""
+    text, image, video = Bucket(60, 0), Bucket(200, 32), Bucket(100, 64, 2)
+    assert fit([video, text, image], 6) == (Bucket(64, 0), Bucket(128, 64, 2), Bucket(256, 32))
+    assert fit([video, text], 6) == (Bucket(64, 0, 2), Bucket(128, 64, 2))
+    assert fit([text], 6) == (Bucket(64, 0),)
+    assert Bucket(128, 64, 2).holds(text)
+    assert not Bucket(256, 64, 2).holds(image)
+
+
+def test_samples_with_videos(loaded, tmp_path):
+    write(tmp_path / "a.mp4", 25)
+    (tmp_path / "data.jsonl").write_text('{"video": "a.mp4", "question": "w1", "answer": "w2"}\n')
+    (sample,) = read_samples([tmp_path / "data.jsonl"])
+    processor = loaded["qwen3_vl"].processor
+    request = task_by_name("jsonl").request(sample, processor)
+    content = [{"type": "video", "video": str(tmp_path / "a.mp4")}, {"type": "text", "text": "w1"}]
+    assert request.prompt == [{"role": "user", "content": content}]
+    assert processor.chat(request.prompt).cells[..., 0].max() == 2
+    with pytest.raises(vlc.InputError, match="the sample '1' has videos, but the checkpoint no chat template"):
+        task_by_name("jsonl").request(sample, types.SimpleNamespace(has_chat_template=False, image_token=""))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inference.score import Scores, score
 from vlcache_jax.inputs import Batch, Continuation
+from vlcache_jax.models.coding import WeightCoding
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.loading import VLM, load
@@ -37,7 +38,11 @@ from vlcache_jax.models.io.saving import save
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.a_shape import AShape
 from vlcache_jax.patterns.block_mask import BlockMask
+from vlcache_jax.patterns.flex_prefill import FlexPrefill
+from vlcache_jax.patterns.m_inference import MInference
+from vlcache_jax.patterns.mm_inference import MMInference
 from vlcache_jax.patterns.tri_shape import TriShape
+from vlcache_jax.patterns.x_attention import XAttention
 from vlcache_jax.policies import (
     H2O,
     TOVA,
@@ -111,6 +116,7 @@ __all__ = [
     "ExpectedAttention",
     "FastV",
     "Feather",
+    "FlexPrefill",
     "FrameSampling",
     "FullCache",
     "Generation",
@@ -122,6 +128,8 @@ __all__ = [
     "KeyNorm",
     "LastRows",
     "LookM",
+    "MInference",
+    "MMInference",
     "Mass",
     "Merge",
     "MixKV",
@@ -156,7 +164,9 @@ __all__ = [
     "VLCacheError",
     "Video",
     "VisionZip",
+    "WeightCoding",
     "Window",
+    "XAttention",
     "ZipVL",
     "answer",
     "compress",

@@ -15,12 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from vlcache_jax.models.activations import activation
+from vlcache_jax.models.coding import CODED, WeightCoding
 from vlcache_jax.models.decoder import rope
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.decoder.layout import Layout, layout_of
-from vlcache_jax.models.linear import Linear, project
+from vlcache_jax.models.linear import STACKS, Linear, project
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
 
@@ -53,6 +55,7 @@ class SelfAttention(nn.Module):
     config: DecoderConfig
     dtype: Any
     layout: Layout
+    coding: WeightCoding | None = None
     in_range: bool = False
 
     @nn.compact
@@ -71,7 +74,7 @@ class SelfAttention(nn.Module):
 
         wide, narrow = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         outputs = {"query": wide, "key": narrow, "value": narrow}
-        query, key, value = map(split, project(x, outputs, c.qkv_bias, self.dtype, self.layout.fused))
+        query, key, value = map(split, project(x, outputs, c.qkv_bias, self.dtype, self.layout.fused, self.coding))
         if c.qk_norm:
             query, key = _norm(c, self.dtype, "query_norm")(query), _norm(c, self.dtype, "key_norm")(key)
         # Whoever attends divides by the root of head_dim; a scale of the model's own is made up for in float32.
@@ -79,7 +82,7 @@ class SelfAttention(nn.Module):
         query = rope.rotate(query, cos, sin) if own == 1 else rope.rotate(query, cos * own, sin * own)
         out, carry, ys = attend(query, rope.rotate(key, cos, sin), value, carry, xs)
         out = out.astype(self.dtype).reshape(batch, length, c.num_heads * c.head_dim)
-        return Linear(c.hidden_size, c.output_bias, self.dtype, name="output")(out), carry, ys
+        return Linear(c.hidden_size, c.output_bias, self.dtype, coding=self.coding, name="output")(out), carry, ys
 
 
 class GatedMLP(nn.Module):
@@ -88,13 +91,15 @@ class GatedMLP(nn.Module):
     config: DecoderConfig
     dtype: Any
     layout: Layout
+    coding: WeightCoding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         outputs = {"gate": c.intermediate_size, "up": c.intermediate_size}
-        gate, up = project(x, outputs, c.mlp_bias, self.dtype, self.layout.fused)
-        return Linear(c.hidden_size, c.mlp_bias, self.dtype, name="down")(activation(c.activation)(gate) * up)
+        gate, up = project(x, outputs, c.mlp_bias, self.dtype, self.layout.fused, self.coding)
+        down = Linear(c.hidden_size, c.mlp_bias, self.dtype, coding=self.coding, name="down")
+        return down(activation(c.activation)(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -103,14 +108,15 @@ class DecoderLayer(nn.Module):
     config: DecoderConfig
     dtype: Any
     layout: Layout
+    coding: WeightCoding | None = None
     in_range: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.input_norm = _norm(c, self.dtype)
-        self.attention = SelfAttention(c, self.dtype, self.layout, self.in_range)
+        self.attention = SelfAttention(c, self.dtype, self.layout, self.coding, self.in_range)
         self.post_attention_norm = _norm(c, self.dtype)
-        self.mlp = GatedMLP(c, self.dtype, self.layout)
+        self.mlp = GatedMLP(c, self.dtype, self.layout, self.coding)
         if c.branch_norms:
             self.pre_mlp_norm, self.post_mlp_norm = _norm(c, self.dtype), _norm(c, self.dtype)
 
@@ -131,21 +137,23 @@ class Decoder(nn.Module):
       dtype: of the computation; norms, softmax and logits are float32 whatever it is.
       remat: recompute each layer in the backward pass instead of keeping its activations.
       layout: the name of how its weights lie, see `LAYOUTS`.
+      coding: of the layers' projections.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: bool = False
     layout: str = "stacked"
+    coding: WeightCoding | None = None
 
     def setup(self) -> None:
         c, layout = self.config, layout_of(self.layout)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
-        layers: Any = DecoderLayer(c, self.dtype, layout)
+        layers: Any = DecoderLayer(c, self.dtype, layout, self.coding)
         if layout.layers_apart:
-            layers = [DecoderLayer(c, self.dtype, layout) for _ in range(c.num_layers)]
+            layers = [DecoderLayer(c, self.dtype, layout, self.coding) for _ in range(c.num_layers)]
         self.layers = layers
         self.final_norm = _norm(c, self.dtype)
         self.lm_head = None
@@ -211,7 +219,7 @@ class Decoder(nn.Module):
                     ys = jax.tree.map(lambda y: jnp.zeros((end - first, *y.shape), y.dtype), of_layer)
                 # In place, as in a scan: to stack them at the end would hold all of them twice.
                 ys = jax.tree.map(lambda all, y: all.at[number].set(y), ys, of_layer)  # noqa: B023
-        elif (first, end) == (0, c.num_layers):
+        elif (first, end) == (0, c.num_layers) and (self.coding is None or self.is_initializing()):
             # Without the check, which would trace the layer once more: nothing is broadcast out of the scan.
             scan = nn.scan(
                 body,
@@ -227,16 +235,26 @@ class Decoder(nn.Module):
         return self.final_norm(hidden) if end == c.num_layers else hidden, carry, ys
 
     def _run_some(self, body: Any, first: int, end: int, state: Any, items: Any) -> tuple[Any, Any]:
-        """A scan over some of the stacked layers. Each takes its weights where they lie: a slice would be a copy."""
-        stacked = self.layers.variables["params"]
-        layer = DecoderLayer(self.config, self.dtype, layout_of(self.layout), in_range=True, parent=None)
+        """A scan over some of the stacked layers. Each takes its weights where they lie: a slice would be a copy.
+
+        Codes are handed on whole, with the layer's number, for kernels that read the stack.
+        """
+        leaves = traverse_util.flatten_dict(self.layers.variables["params"])
+        stacks = {path: leaf for path, leaf in leaves.items() if path[-1] in CODED}
+        floats = {path: leaf for path, leaf in leaves.items() if path not in stacks}
+        layer = DecoderLayer(self.config, self.dtype, layout_of(self.layout), self.coding, in_range=True, parent=None)
+        whole = end - first == self.config.num_layers  # then their gradients are stacked, too
 
         def step(state: Any, item: Any) -> tuple[Any, Any]:
-            number, item = item
-            params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked)
-            return layer.apply({"params": params}, state, item, method=body)
+            number, params, item = item
+            if not whole:
+                params = {k: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for k, x in floats.items()}
+            coded = {path: (leaf, number) for path, leaf in stacks.items()}
+            variables = {"params": traverse_util.unflatten_dict(params), STACKS: traverse_util.unflatten_dict(coded)}
+            return layer.apply(variables, state, item, method=body)
 
-        return jax.lax.scan(step, state, (first + jax.lax.iota(jnp.int32, end - first), items))
+        numbers = first + jax.lax.iota(jnp.int32, end - first)
+        return jax.lax.scan(step, state, (numbers, floats if whole else None, items))
 
     def _rotations(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         """cos and sin of the layers without a window, and, where those with one have their own, theirs."""

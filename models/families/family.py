@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
+from vlcache_jax.models.coding import WeightCoding
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.video import Video
@@ -60,6 +61,10 @@ class FamilyModel(VisionLanguageModel, Protocol):
     @property
     def layout(self) -> str:
         """How the decoder's weights lie, a key of `decoder.layout.LAYOUTS`; a field, for `dataclasses.replace`."""
+
+    @property
+    def weights(self) -> WeightCoding | None:
+        """How the weights of the decoder's projections are coded."""
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
@@ -184,7 +189,7 @@ class Family:
       model_types: of the `config.json`s that it reads.
       read_config: (folder, `config.json`) to the frozen, hashable config; raises CheckpointError.
       config_values: (config, name of the weights' dtype) to the values of a `config.json`.
-      model: (config, dtype, layout="stacked") to the Flax module, see `FamilyModule`.
+      model: (config, dtype, layout="stacked", weights=None) to the Flax module, see `FamilyModule`.
       weights: which tensor of a checkpoint is which parameter.
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
         may say more than that of `config.json` alone. Raises CheckpointError.

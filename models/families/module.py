@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import Mask, places_of
+from vlcache_jax.models.coding import WeightCoding
 from vlcache_jax.models.decoder.decoder import Attend
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
@@ -58,12 +59,14 @@ class FamilyModule(nn.Module):
       dtype: of the computation.
       remat: recompute decoder layers in the backward pass (for fine-tuning large models).
       layout: how the decoder's weights lie, "stacked" or "apart" (`models.decoder.layout.LAYOUTS`).
+      weights: how those of the decoder's projections are coded; None for floats.
     """
 
     config: Any
     dtype: Any = jnp.float32
     remat: bool = False
     layout: str = "stacked"
+    weights: WeightCoding | None = None
 
     @property
     def vision_grid(self) -> int | None:

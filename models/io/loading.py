@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.coding import WeightCoding, weight_coding
 from vlcache_jax.models.decoder.layout import layout_of, relaid
 from vlcache_jax.models.families.family import FamilyModel, ModelConfig
 from vlcache_jax.models.families.registry import family_of, read_config
@@ -67,6 +68,7 @@ def load(
     revision: str | None = None,
     allow_links: bool = False,
     layout: str | None = None,
+    weights: str | WeightCoding | None = None,
 ) -> VLM:
     """Loads a checkpoint of a supported family, such as LLaVA, Qwen-VL or Gemma 3; see `docs/checkpoints.md`.
 
@@ -92,6 +94,10 @@ def load(
         and projections of one input as one matrix, with which a CPU or GPU decodes about twice as fast while programs
         grow with the number of layers. Tokens are the same. None: "apart" on a CPU or GPU without a mesh if parameters
         have the dtype of the computation, as for inference, else "stacked". `VLM.with_layout` changes it.
+      weights: what the projections of the decoder's layers are kept as: "int8", with a scale per output feature, half
+        of bfloat16's memory; "int4", with a scale per feature and 128 input channels, a quarter of it; another
+        `WeightCoding`; or "float". They are coded one tensor after another while they are read. Embeddings, output
+        head, norms, projector and vision tower stay floats. None: floats.
 
     Returns:
       Model, parameters, processor and config.
@@ -99,8 +105,8 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unsafe, corrupt, unsupported, its tensors do not fit its config, or the
         model cannot be downloaded.
-      InputError: an unknown dtype or layout, the layout "apart" on a mesh, limits that contradict each other, or
-        buckets that are not positive whole numbers.
+      InputError: an unknown dtype, layout or coding of weights, the layout "apart" on a mesh, limits that contradict
+        each other, or buckets that are not positive whole numbers.
 
     Warns:
       PlacementWarning: the mesh has several axes, or one not named for the batch, and none named "model"; or its size
@@ -121,13 +127,14 @@ def load(
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets, image_limits=image_limits)
     family = family_of(config)
-    model, plain = (family.model(config, dtype, layout=name) for name in (layout, "stacked"))
+    coding = weight_coding(weights)
+    model, plain = family.model(config, dtype, layout=layout, weights=coding), family.model(config, dtype)
     abstract = model.abstract_params()
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract, mesh)
         warn(replicated(mesh.shape, model.spec))
-    params = load_params(folder, plain.abstract_params(), family.weights, param_dtype, shardings, abstract)
+    params = load_params(folder, plain.abstract_params(), family.weights, param_dtype, shardings, abstract, coding)
     return VLM(model, params, processor, config)
 
 

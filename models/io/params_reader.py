@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.copying import copy_cast
 from vlcache_jax.files.safetensors import FLOATS
+from vlcache_jax.models.coding import CODED, WeightCoding
 from vlcache_jax.models.decoder.layout import Part, parts
+from vlcache_jax.models.io.coding_weights import Coder
 from vlcache_jax.models.io.files import Folder
 from vlcache_jax.models.io.rules import WeightRules
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
@@ -32,6 +35,7 @@ def load_params(
     dtype: Any = None,
     shardings: Any = None,
     arranged: dict[str, Any] | None = None,
+    coding: WeightCoding | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters of a checkpoint that transformers (4 or 5) or `save_params` wrote.
 
@@ -48,7 +52,9 @@ def load_params(
       dtype: Of the returned arrays; None takes each leaf's own from `abstract_params`.
       shardings: A tree like the one returned with a `jax.sharding.Sharding` at each leaf, or one for all
         leaves. None puts everything on the default device.
-      arranged: The tree to return, where the decoder's weights shall lie in another layout (`decoder.layout`).
+      arranged: The tree to return, where the decoder's weights shall lie in another layout (`decoder.layout`) or be
+        coded.
+      coding: Of the codes in it.
 
     Returns:
       Nested dict like `arranged`, or else `abstract_params`, with `jax.Array` leaves.
@@ -63,11 +69,17 @@ def load_params(
     sources = _match(reader, wanted, weights)
     target = wanted if arranged is None else traverse_util.flatten_dict(arranged)
     tied = ("decoder", "lm_head", "kernel") not in wanted
+    coder = None if coding is None else Coder(reader, coding)
 
     def piece(part: Part) -> "_Piece":
-        rule, names, shape = weights.by_path[part.path], sources[part.path], wanted[part.path].shape
+        kind, path = "", part.path
+        if coding is not None and path[-1] in CODED:
+            kind, path = path[-1], (*path[:-1], "kernel")
+        rule, names, shape = weights.by_path[path], sources[path], wanted[path].shape
         if part.layer is not None:
-            return _Piece([names[part.layer]], rule.axes, False, shape[-1])
+            return _Piece([names[part.layer]], rule.axes, False, shape[-1], kind)
+        if kind:
+            return _Piece(names, rule.axes, True, shape[-1], kind)
         axes = (1, 0) if part.transposed else rule.axes
         return _Piece(names, axes, rule.per_layer, shape[0 if part.transposed else -1])
 
@@ -82,7 +94,8 @@ def load_params(
     params = {}
     for path, leaf in target.items():
         pieces = [piece(part) for part in parts(path, tied)]
-        read = _callback(reader, pieces, leaf.shape, np.dtype(dtype or leaf.dtype))
+        element = np.dtype(leaf.dtype if dtype is None or pieces[0].kind else dtype)
+        read = _callback(reader, coder, pieces, leaf.shape, element)
         params[path] = jax.make_array_from_callback(leaf.shape, placed[path], read).block_until_ready()
         # JAX lets go of a transferred host buffer at its next chance, which would come after the next one is
         # filled; a (cheap, youngest-generation) collection is such a chance.
@@ -104,6 +117,7 @@ class _Piece:
     axes: tuple[int, ...] | None
     stacked: bool
     width: int
+    kind: str = ""  # "codes", say, of a weight that is to be coded
 
 
 def _match(
@@ -187,13 +201,17 @@ def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:
 
 
 def _callback(
-    reader: SafetensorsFolder, pieces: list[_Piece], shape: tuple[int, ...], dtype: np.dtype
+    reader: SafetensorsFolder, coder: Coder | None, pieces: list[_Piece], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` calls for each device: an index of the parameter -> its data."""
 
-    def view(name: str, axes: tuple[int, ...] | None) -> np.ndarray:
+    def take(piece: _Piece, number: int, cut: tuple[slice, ...]) -> np.ndarray:
+        name = piece.names[number]
+        if piece.kind:
+            assert coder is not None
+            return coder.read(piece.kind, name, *cut)
         tensor = reader.view(name)
-        return tensor if axes is None else tensor.transpose(axes)
+        return (tensor if piece.axes is None else tensor.transpose(piece.axes))[cut]
 
     read: dict[Any, np.ndarray] = {}  # replicas ask for the same part again
 
@@ -201,20 +219,21 @@ def _callback(
         slices = tuple(s.indices(n) for s, n in zip(index or (slice(None),) * len(shape), shape, strict=True))
         if slices not in read:
             out = _aligned([len(range(*s)) for s in slices], dtype)
+            filled = out.view(np.int8) if dtype == jnp.int4 else out  # a byte holds each; casts are slow
             cut = tuple(slice(*s) for s in slices)
             first, last = (cut[-1].start, cut[-1].stop) if cut else (0, 0)
             begin = 0
             for piece in pieces:
-                here = out
+                here = filled
                 if len(pieces) > 1:  # what of this one lies in the part that was asked for
                     low, high = max(first, begin), max(min(last, begin + piece.width), max(first, begin))
-                    here, cut = out[..., low - first : high - first], (*cut[:-1], slice(low - begin, high - begin))
+                    here, cut = filled[..., low - first : high - first], (*cut[:-1], slice(low - begin, high - begin))
                     begin += piece.width
                 if piece.stacked:
                     for row, layer in enumerate(range(*slices[0])):
-                        copy_cast(here[row], view(piece.names[layer], piece.axes)[cut[1:]])
+                        copy_cast(here[row], take(piece, layer, cut[1:]))
                 else:
-                    copy_cast(here, view(piece.names[0], piece.axes)[cut])
+                    copy_cast(here, take(piece, 0, cut))
             read[slices] = out
         return read[slices]
 

@@ -37,13 +37,19 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
 
     Raises:
       CheckpointError: the parameters do not fit the config.
-      InputError: the folder holds another model, a file cannot be written, or another program is writing there.
+      InputError: weights that are codes, the folder holds another model, a file cannot be written, or another program
+        is writing there.
 
     Example:
       vlm = vlc.load("llava-1.5-7b-hf", dtype="bfloat16", param_dtype="float32")
       ...
       vlc.save(dataclasses.replace(vlm, params=state.params), "fine-tuned")
     """
+    if vlm.model.weights is not None:
+        raise InputError(
+            f"the weights are codes ({vlm.model.weights}), and folders of codes are not written: save the model that "
+            "was loaded without weights=..., which codes them again at every load"
+        )
     root, vlm = Path(folder), vlm.with_layout("stacked")
     check_params(vlm.params, vlm.config)
     dtype = jnp.dtype(vlm.params["decoder"]["embed_tokens"]["embedding"].dtype).name

@@ -30,6 +30,7 @@ class OpenedCheckpoint:
     processor: Processor
     dtype: str
     image_limits: Mapping[str, int]
+    weights: str | None = None
 
     def check(self, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
         """Raises what `prefill` would, before weights are read."""
@@ -37,7 +38,9 @@ class OpenedCheckpoint:
 
     def load(self, layout: str | None = None, mesh: jax.sharding.Mesh | None = None) -> "loading.VLM":
         """Reads the weights."""
-        return loading.load(self.folder, self.dtype, mesh, layout=layout, image_limits=self.image_limits)
+        return loading.load(
+            self.folder, self.dtype, mesh, layout=layout, image_limits=self.image_limits, weights=self.weights
+        )
 
 
 def keep_programs(wanted: bool, progress: Progress) -> None:
@@ -53,6 +56,7 @@ def keep_programs(wanted: bool, progress: Progress) -> None:
 def open_checkpoint(
     source: str | os.PathLike[str],
     dtype: str | None,
+    weights: str | None = None,
     *,
     revision: str | None = None,
     allow_links: bool = False,
@@ -71,4 +75,6 @@ def open_checkpoint(
     SafetensorsFolder(folder)
     limits = image_limits or {}
     processor = Processor.from_folder(folder, image_limits=limits)
-    return OpenedCheckpoint(folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits)
+    return OpenedCheckpoint(
+        folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits, weights
+    )

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     opened = open_checkpoint(
         arguments.model,
         arguments.dtype,
+        arguments.weights,
         revision=arguments.revision,
         allow_links=arguments.allow_links,
         image_limits=image_limits(arguments.max_image_tokens),

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     opened = open_checkpoint(
         arguments.model,
         arguments.dtype,
+        arguments.weights,
         revision=arguments.revision,
         allow_links=arguments.allow_links,
         image_limits=image_limits(arguments.max_image_tokens),
@@ -196,5 +197,6 @@ def _describe(
         **answers.costs(),
         "model": arguments.model,
         "dtype": opened.dtype,
+        "weights": opened.weights or "float",
         **describe_runtime(),
     }

@@ -138,6 +138,7 @@ def _generate(commands: Any) -> None:
     parser.value("--top-p", words.number, "P", "sample among the tokens that make up probability P")
     parser.value("--seed", words.whole(0, 2**64 - 1), "SEED", "of the sampling", 0)
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    _weights(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--stream", action="store_true", help="print the answer as it comes")
@@ -176,6 +177,7 @@ def _plan(commands: Any) -> None:
         "such as data=2,model=4: data splits the batch, model the heads (default: as much model as the KV heads allow)",
     )
     _dtype(parser, "bfloat16", "of parameters and cache (default: bfloat16)")
+    _weights(parser)
     parser.flag("--no-search", "do not look for the largest batch and longest prompt")
     parser.value("--max-compilations", words.whole(1), "N", "prefills compiled for each search at most", 5)
     parser.flag("--json", "print one JSON object")
@@ -220,6 +222,7 @@ def _evaluate(commands: Any) -> None:
     parser.value("--share", str, "I/N", "answer every N-th sample from the I-th on (0 to N - 1); start N such programs")
     parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    _weights(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
@@ -352,8 +355,9 @@ def _prefill(parser: _Parser) -> None:
         "--prefill",
         str,
         "PATTERN",
-        "sparse prefill of long prompts, which keys their queries look at: a pattern and its options, such as "
-        "a_shape:128,window=2048,min_tokens=8192 (default: all)",
+        "sparse prefill of long prompts, which keys their queries look at: x_attention, flex_prefill, "
+        "m_inference, mm_inference, a_shape or tri_shape, and options such as x_attention:0.9,min_tokens=8192 "
+        "(default: all)",
     )
 
 
@@ -363,6 +367,11 @@ def _pruning(parser: _Parser, text: str) -> None:
 
 def _dtype(parser: _Parser, default: str | None, text: str) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=default, help=text)
+
+
+def _weights(parser: _Parser) -> None:
+    text = "keep the decoder's projections in 8 or 4 bits (default: as the checkpoint has them)"
+    parser.add_argument("--weights", choices=("int8", "int4", "float"), help=text)
 
 
 def _explain(parser: _Parser, text: str) -> None:

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         pruning=None if arguments.pruning is None else pruning_by_name(arguments.pruning),
         mesh=mesh,
         dtype=arguments.dtype,
+        weights=arguments.weights,
         search=not arguments.no_search,
         max_compilations=arguments.max_compilations,
         progress=progress,
@@ -59,8 +60,9 @@ def describe(found: Plan) -> str:
     """The plan as a page of text."""
     per = "chip" if found.devices_per_chip == 1 else f"device ({found.devices_per_chip} a chip)"
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
+    coded = "" if found.weights == "float" else f", those of projections in {found.weights}"
     head = [
-        f"{found.model}, {found.parameters:,} parameters in {found.dtype}, on {found.topology} ({mesh})",
+        f"{found.model}, {found.parameters:,} parameters in {found.dtype}{coded}, on {found.topology} ({mesh})",
         f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each"
         + "".join(f", {part}" for part in (found.prefill, found.pruning) if part),
         f"GiB per {per}; {_gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "

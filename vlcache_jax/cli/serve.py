@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
             steps=arguments.steps,
             buckets=buckets,
         )
-        progress.step(f"compiling for prompts of {', '.join(str(tokens) for tokens, _ in buckets)} tokens")
+        progress.step(f"compiling for prompts of {', '.join(str(bucket[0]) for bucket in buckets)} tokens")
         engine.warmup()
         progress.close()
         _serve(arguments, opened, engine, sock)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vlcache_jax.errors import InputError
@@ -20,19 +21,39 @@ class Bucket(NamedTuple):
     Attributes:
       tokens: visual ones included.
       tiles: of all images of a prompt, or patches of a model that takes images of any size: `Batch.pixels.shape[1]`.
+      frames: of each patch, more than one in prompts with a video of a model that takes frames together. Such prompts
+        have buckets of their own, so that no image is computed otherwise because of what runs beside it.
     """
 
     tokens: int
     tiles: int
+    frames: int = 1
 
     @classmethod
-    def of(cls, batch: Batch) -> "Bucket":
+    def of(cls, batch: Batch, model: Any) -> "Bucket":
         """The size of a batch's rows as they are."""
-        return cls(int(np.max(batch.lengths)), batch.pixels.shape[1])
+        tiles, channels = batch.pixels.shape[1], batch.pixels.shape[-1]
+        still = model.abstract_batch(1, 1, 1).pixels.shape[-1]
+        return cls(int(np.max(batch.lengths)), tiles, max(1, channels // still) if tiles else 1)
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """As a user gives it."""
+        return self[:2] if self.frames == 1 else tuple(self)
 
     def holds(self, other: "Bucket") -> bool:
         """Whether a prompt of another size fits."""
-        return other.tokens <= self.tokens and other.tiles <= self.tiles
+        alike = other.frames == self.frames or not other.tiles
+        return alike and other.tokens <= self.tokens and other.tiles <= self.tiles
+
+    def shapes(self, model: Any, rows: int) -> Batch:
+        """A batch of `jax.ShapeDtypeStruct`s of so many prompts of this size."""
+        batch = model.abstract_batch(rows, self.tokens, self.tiles)
+        if self.frames == 1:
+            return batch
+        pixels = batch.pixels
+        moving = jax.ShapeDtypeStruct((*pixels.shape[:-1], pixels.shape[-1] * self.frames), pixels.dtype)
+        return dataclasses.replace(batch, pixels=moving)
 
 
 def padding(shapes: Batch) -> Batch:
@@ -46,8 +67,8 @@ def pad(batch: Batch, shapes: Batch) -> Batch:
     found, made = np.shape(batch.pixels)[2:], shapes.pixels.shape[2:]
     if batch.pixels.shape[1] and found != made:
         raise InputError(
-            f"tiles or patches of {list(found)}, where the engine's programs have {list(made)}: it takes no videos "
-            "yet, run them by vlc.generate"
+            f"tiles or patches of {list(found)}, where the engine's programs have {list(made)}: prepare the prompt by "
+            "the model's own processor"
         )
     new = padding(shapes)
     for field in dataclasses.fields(new):
@@ -59,12 +80,12 @@ def pad(batch: Batch, shapes: Batch) -> Batch:
 
 
 def check_buckets(buckets: Any) -> tuple[Bucket, ...]:
-    """The user's pairs (tokens, tiles), the smallest first. Raises InputError unless they are some."""
+    """The user's (tokens, tiles) or (tokens, tiles, frames), the smallest first. Raises InputError for others."""
     try:
         found = sorted({Bucket(*(int(x) for x in pair)) for pair in buckets})
     except (TypeError, ValueError):
         found = []
-    if not found or any(tokens < 1 or tiles < 0 for tokens, tiles in found):
+    if not found or any(bucket.tokens < 1 or bucket.tiles < 0 or bucket.frames < 1 for bucket in found):
         raise InputError(f"buckets={buckets!r}: give pairs (tokens, tiles), such as [(1024, 1), (2048, 3)]")
     return tuple(found)
 
@@ -74,9 +95,10 @@ def smallest(buckets: Sequence[Bucket], size: Bucket) -> Bucket:
     for bucket in buckets:
         if bucket.holds(size):
             return bucket
+    frames = f" of {size.frames} frames each" if size.frames > 1 else ""
     raise InputError(
-        f"a prompt of {size.tokens} tokens and {size.tiles} tiles of images is larger than all of the engine's buckets "
-        f"{[tuple(bucket) for bucket in buckets]}: shorten it, or give the engine a larger one"
+        f"a prompt of {size.tokens} tokens and {size.tiles} tiles of images{frames} is larger than all of the engine's "
+        f"buckets {[bucket.given for bucket in buckets]}: shorten it, or give the engine a larger one"
     )
 
 
@@ -85,13 +107,25 @@ def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
 
     Sizes are rounded up to the processor's padded lengths, then sorted by their tokens and cut into at most `most`
     runs, each of which is a bucket; fewer, each of which saves compiling, if that pads them by a tenth more at most.
+    Prompts with videos, of models that take frames together, share these with none but those without any image.
 
     Example:
       >>> fit([Bucket(100, 1), Bucket(120, 1), Bucket(700, 2)], most=2)
-      (Bucket(tokens=128, tiles=1), Bucket(tokens=768, tiles=2))
+      (Bucket(tokens=128, tiles=1, frames=1), Bucket(tokens=768, tiles=2, frames=1))
     """
+    sizes = list(sizes)
+    kinds = sorted({size.frames for size in sizes if size.tiles}) or [1]
+    found: list[Bucket] = []
+    for frames in kinds:
+        alike = [size for size in sizes if size.frames == frames or not (size.tiles or 1 in kinds)]
+        found += [bucket._replace(frames=frames) for bucket in _fit_alike(alike, max(1, most // len(kinds)))]
+    return tuple(sorted(found))
+
+
+def _fit_alike(sizes: Sequence[Bucket], most: int) -> list[Bucket]:
+    """`fit`, of sizes that differ in tokens and tiles alone."""
     counts: dict[int, tuple[int, int]] = {}
-    for tokens, own in sizes:
+    for tokens, own, _ in sizes:
         length = bucket_length(tokens)
         count, before = counts.get(length, (0, 0))
         counts[length] = (count + 1, max(own, before))
@@ -114,4 +148,4 @@ def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
         if end:
             found.append(Bucket(lengths[end - 1], max(tiles[cut[end] : end])))
             end = cut[end]
-    return tuple(sorted(found))
+    return found

@@ -53,7 +53,8 @@ class Engine:
       max_new_tokens: of the longest answer.
       question_tokens: of the longest question of requests with several questions to one prompt; 0 for no such requests.
         Every row has room for so many more tokens, which are kept whole.
-      buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to. By default
+      buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to; for prompts
+        with videos of a Qwen-VL (tokens, patches, 2), of two frames each. By default
         at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
         that fits in none of them fails.
       prefill_rows: prompts of a micro-batch; by default as many as have 4,096 tokens in all on each device over which a
@@ -89,7 +90,7 @@ class Engine:
         most_rows: int | None = None,
         max_new_tokens: int = 64,
         question_tokens: int = 0,
-        buckets: Sequence[tuple[int, int]] | None = None,
+        buckets: Sequence[tuple[int, ...]] | None = None,
         prefill_rows: int | None = None,
         steps: int = 32,
         leave_after: int | None = None,
@@ -140,7 +141,10 @@ class Engine:
 
     @property
     def buckets(self) -> dict[Bucket, int]:
-        """The buckets, (tokens, tiles), and how many prompts of each a micro-batch has; empty until they are chosen."""
+        """The buckets, (tokens, tiles, frames of a patch), and how many prompts of each a micro-batch has.
+
+        Empty until they are chosen.
+        """
         return dict(self._buckets)
 
     def stats(self) -> Stats:
@@ -282,7 +286,7 @@ class Engine:
         if len(buckets) > 1 and rule.rewrites_context:
             raise PolicyError(
                 f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: then all "
-                f"rows must have one size; give one bucket, such as buckets=[{tuple(buckets[-1])}]"
+                f"rows must have one size; give one bucket, such as buckets=[{buckets[-1].given}]"
             )
         for bucket in buckets:
             if bucket.tokens > positions:

@@ -81,7 +81,7 @@ class Preparer:
             questions = self._questions(request)
             following = int(options.max_new_tokens[0]) + max(map(len, questions))
             check_prefill(self.model.spec, batch, self.policy, following)
-            return Read(index, request, batch, Bucket.of(batch), options, questions, int(batch.lengths[0]))
+            return Read(index, request, batch, Bucket.of(batch, self.model), options, questions, int(batch.lengths[0]))
         except Exception as error:
             return Read(index, request).failed(error)
 
@@ -91,7 +91,7 @@ class Preparer:
             return read
         try:
             bucket = smallest(buckets, read.bucket)
-            batch = pad(read.batch, self.model.abstract_batch(1, *bucket))
+            batch = pad(read.batch, bucket.shapes(self.model, 1))
             return dataclasses.replace(read, batch=batch, bucket=bucket)
         except InputError as error:
             return read.failed(error)

@@ -163,8 +163,7 @@ class Programs:
 
     def nothing(self, bucket: Bucket, rows: int) -> Batch:
         """A micro-batch of prompts of one token, to warm up with."""
-        shapes = self.model.abstract_batch(rows, *bucket)  # type: ignore[attr-defined]
-        return dataclasses.replace(padding(shapes), lengths=np.ones(rows, np.int32))
+        return dataclasses.replace(padding(bucket.shapes(self.model, rows)), lengths=np.ones(rows, np.int32))
 
 
 def stacked(batches: list[Batch], rows: int) -> Batch:

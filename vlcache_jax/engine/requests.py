@@ -8,7 +8,7 @@ import numpy as np
 
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch, Continuation
-from vlcache_jax.models.images.opening import ImageLike
+from vlcache_jax.models.text.arguments import Visual
 from vlcache_jax.parallel.seeds import Seeds
 
 
@@ -19,7 +19,7 @@ class Request:
     Attributes:
       prompt: a text with one image token for each image; or a conversation, a list of messages as `Processor.chat`
         takes it; or a batch of one row from the processor.
-      images: of the prompt, as the processor takes them. They are opened when their turn comes.
+      images: of the prompt, and videos, as the processor takes them. They are opened when their turn comes.
       id: anything; comes back with the result.
       max_new_tokens: answers are cut at this length; that of the engine by default, which is the most.
       questions: texts that follow the prompt, each to be answered by itself, as `Processor.continuation` takes them; or
@@ -41,7 +41,7 @@ class Request:
     """
 
     prompt: str | Sequence[Mapping[str, Any]] | Batch
-    images: Sequence[ImageLike] = ()
+    images: Sequence[Visual] = ()
     id: Any = None
     max_new_tokens: int | None = None
     questions: Sequence[str] | Continuation = ()

@@ -87,6 +87,7 @@ def evaluate(
     settings = {
         "model": name,
         "dtype": str(jax.numpy.dtype(vlm.model.spec.dtype)),
+        "weights": str(vlm.model.weights or "float"),
         "data": [{"file": file.name, "bytes": file.stat().st_size} for file in files],
         "task": task,
         **dataclasses.asdict(asked),
@@ -139,7 +140,7 @@ class _OnePolicy:
             warnings.simplefilter("ignore", PolicyWarning)
             stats = engine.warmup(self._task.request(sample, self._vlm.processor) for sample in samples())
             if sizes is None:
-                sizes = {"buckets": [list(bucket) for bucket in engine.buckets], "rows": stats.rows}
+                sizes = {"buckets": [list(bucket.given) for bucket in engine.buckets], "rows": stats.rows}
                 self._folder.add_start(self._name, {"sizes": sizes})
             self._progress.step(self._name, total=len(self._missing))
             kept, start = 0.0, time.monotonic()

@@ -16,6 +16,7 @@ class Sample:
     Attributes:
       id: its name, unlike all others of the data.
       images: paths or data URLs.
+      videos: paths of files.
       question: what the user asks.
       messages: a conversation instead; then `question` is empty.
       answers: the right ones; empty where they are not known.
@@ -26,6 +27,7 @@ class Sample:
 
     id: str
     images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     question: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     answers: tuple[str, ...] = ()

@@ -63,7 +63,7 @@ def read_samples(files: Sequence[Path]) -> Iterator[Sample]:
 
 
 def _json_lines(file: Path) -> Iterator[Sample]:
-    """An object a line: `question` or `messages`, and perhaps id, images, answers, choices, max_new_tokens."""
+    """An object a line: `question` or `messages`, and perhaps id, images, videos, answers, choices, max_new_tokens."""
     with open_plain(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -79,11 +79,11 @@ def _json_lines(file: Path) -> Iterator[Sample]:
 
 
 def _from_object(values: dict[str, Any], number: int, place: str, folder: Path) -> Sample:
-    names = ("id", "images", "image", "question", "messages", "answers", "answer", "choices", "max_new_tokens")
+    visual = ("images", "image", "videos", "video")
+    names = ("id", *visual, "question", "messages", "answers", "answer", "choices", "max_new_tokens")
     own = {name: values[name] for name in names if values.get(name) is not None}
-    images, answers = (
-        _texts(own, several, one, place) for several, one in (("images", "image"), ("answers", "answer"))
-    )
+    pairs = (("images", "image"), ("videos", "video"), ("answers", "answer"))
+    images, videos, answers = (_texts(own, several, one, place) for several, one in pairs)
     messages = own.get("messages", [])
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f"{place}: messages={shorten(messages)}: expected a list of objects")
@@ -97,6 +97,7 @@ def _from_object(values: dict[str, Any], number: int, place: str, folder: Path) 
     return Sample(
         id=str(own.get("id", number)),
         images=tuple(text if text.startswith("data:") else str(folder / text) for text in images),
+        videos=tuple(str(folder / text) for text in videos),
         question=own.get("question", ""),
         messages=tuple(messages),
         answers=answers,

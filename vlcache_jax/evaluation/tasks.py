@@ -94,7 +94,7 @@ class Task:
         return text + (suffix or _LETTER if sample.choices else suffix)
 
     def request(self, sample: Sample, processor: Processor) -> Request:
-        """What is asked of the engine."""
+        """What is asked of the engine. Raises InputError for a video without a chat template, which places it."""
         most = sample.max_new_tokens or self.max_new_tokens
         if sample.messages:
             return Request(id=sample.id, prompt=sample.messages, images=sample.images, max_new_tokens=most)
@@ -102,7 +102,10 @@ class Task:
         prompt: Any = "".join(processor.image_token + "\n" for _ in sample.images) + text
         if processor.has_chat_template:
             parts = [{"type": "image"} for _ in sample.images]
+            parts += [{"type": "video", "video": path} for path in sample.videos]
             prompt = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+        elif sample.videos:
+            raise InputError(f"the sample {sample.id!r} has videos, but the checkpoint no chat template: add one")
         return Request(id=sample.id, prompt=prompt, images=sample.images, max_new_tokens=most)
 
     def score(self, sample: Sample, answer: str) -> float | None:

@@ -172,7 +172,7 @@ def _prefill(
     embedded, spec = embed_prompt(model, params, batch, plan.needs_tower), model.spec
     lengths, next_position = (varying(jnp.asarray(x), params, batch) for x in (batch.lengths, embedded.next_position))
     vision_index = jnp.asarray(batch.vision_index)
-    grid = None if plan.pruning is None else grid_of(spec, batch, jnp)
+    grid = None if plan.pruning is None and pattern is None else grid_of(spec, batch, jnp)
     prompt = Stage.of_prompt(embedded, lengths, vision_index, plan.sizes(spec.num_layers)[0], grid)
     run = partial(run_stages, model, params, prompt, plan, tower=embedded.tower)
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some

@@ -3,7 +3,7 @@ and on which devices.
 
 Under a mesh (`jax.set_mesh`; the public functions enter the one that the parameters lie on) every device runs the ops
 on its own rows and KV heads inside `jax.shard_map` (`parallel.mesh`). Nothing of an op needs another device, so there
-is no collective in any of them.
+is no collective in any of them, but for the sum behind a product with a weight whose input channels are split.
 """
 
 import dataclasses
@@ -21,13 +21,16 @@ from vlcache_jax.kernels import append as append_op
 from vlcache_jax.kernels import attention as attention_op
 from vlcache_jax.kernels import column_statistics as column_statistics_op
 from vlcache_jax.kernels import decode_attention as decode_attention_op
+from vlcache_jax.kernels import quantised_matmul as quantised_matmul_op
 from vlcache_jax.kernels import sparse_attention as sparse_attention_op
 from vlcache_jax.kernels.attention import CAUSAL, Mask
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.kernels.decode_attention import Segments, Store
 from vlcache_jax.kernels.merge import merge
 from vlcache_jax.kernels.sparse_attention import Lists
-from vlcache_jax.parallel.mesh import local, split_axes
+from vlcache_jax.kernels.varying import is_checked
+from vlcache_jax.parallel.mesh import MODEL_AXIS, free_axes, local, split_axes
+from vlcache_jax.parallel.params import coded_specs
 
 _OPS = {
     "attention": attention_op,
@@ -251,3 +254,29 @@ def append(
     places = tuple(PartitionSpec(*split_axes(*buffer.shape[:2])) for buffer in buffers)
     rows = PartitionSpec(split_axes(slots.shape[0])[0])
     return local(run, (places, places, rows), places)(tuple(buffers), tuple(new), slots)
+
+
+def quantised_matmul(
+    name: str,
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    layer: jax.Array | int = 0,
+) -> jax.Array:
+    """`kernels.quantised_matmul.quantised_matmul` with the projection called `name`, split as its parameters lie."""
+
+    def run(x: jax.Array, weights: Any, layer: jax.Array) -> jax.Array:
+        codes, scales, zeros = weights
+        out = quantised_matmul_op.quantised_matmul(x, codes, scales, zeros, layer)
+        return jax.lax.psum(out, MODEL_AXIS) if summed and mapped else out
+
+    axes = free_axes()
+    mapped = bool(axes) and not is_checked()
+    codes_spec, scales_spec = coded_specs(name, codes.shape, scales.shape, axes.get(MODEL_AXIS, 1))
+    summed = codes_spec[-2] is not None
+    row = PartitionSpec(split_axes(x.shape[0])[0], *[None] * (x.ndim - 2))
+    weights = (codes_spec, scales_spec, None if zeros is None else scales_spec)
+    inputs = (PartitionSpec(*row, codes_spec[-2]), weights, PartitionSpec())
+    run = local(run, inputs, PartitionSpec(*row, codes_spec[-1]))
+    return run(x, (codes, scales, zeros), jnp.asarray(layer, jnp.int32))

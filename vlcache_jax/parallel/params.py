@@ -47,9 +47,13 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
       mesh = jax.make_mesh((2, 4), ("data", "model"))
       shardings = param_shardings(model.abstract_params(), mesh)
     """
-    size = mesh.shape.get(MODEL_AXIS, 1)
+    size, flat = mesh.shape.get(MODEL_AXIS, 1), traverse_util.flatten_dict(abstract_params)
 
     def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        codes, scales = (flat.get((*path[:-1], name)) for name in ("codes", "scales"))
+        if codes is not None and path[-1] != "bias":
+            specs = coded_specs(path[-2], codes.shape, scales.shape, size)
+            return NamedSharding(mesh, specs[0 if path[-1] == "codes" else 1])
         spec: list[str | None] = [None] * len(leaf.shape)
         axis = _SPLIT_AXIS.get(path[-2] if len(path) > 1 else "")
         if path[-1] == "bias" and axis is not None:
@@ -60,5 +64,26 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
             spec[axis] = MODEL_AXIS
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    flat = traverse_util.flatten_dict(abstract_params)
     return traverse_util.unflatten_dict({path: place(path, leaf) for path, leaf in flat.items()})
+
+
+def coded_specs(
+    name: str, codes: tuple[int, ...], scales: tuple[int, ...], size: int
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Where the codes [..., channels, features] and scales [..., groups, features] of a projection lie.
+
+    As its kernel would, but that groups stay whole: where channels cannot be split so, features are.
+
+    Args:
+      name: of the projection.
+      codes, scales: their shapes.
+      size: of the axis "model".
+    """
+    (*lead, channels, features), groups = codes, scales[-2]
+    axis = _SPLIT_AXIS.get(name)
+    if axis == -2 and (channels % size or (groups > 1 and groups % size)):
+        axis = -1
+    rows, columns = (MODEL_AXIS if axis == i and size > 1 else None for i in (-2, -1))
+    columns = None if features % size else columns
+    whole = [None] * len(lead)
+    return PartitionSpec(*whole, rows, columns), PartitionSpec(*whole, rows if groups > 1 else None, columns)

@@ -45,7 +45,9 @@ class AShape(Pattern):
 
 def a_shape(inputs: PatternInputs, sinks: jax.Array | int, window: jax.Array | int) -> jax.Array:
     """bool [..., blocks, blocks] of sinks and windows [..., 1, 1], or plain numbers."""
-    number = jax.lax.iota(jnp.int32, inputs.blocks)[None]
+    shape = (1,) * max(0, jnp.ndim(window) - 2)
+    number = jax.lax.iota(jnp.int32, inputs.blocks).reshape(*shape, 1, -1)
+    distance = inputs.distance.reshape(*shape, *inputs.distance.shape)
     # The block's first query is at 0, its window begins at 1 - window, and the keys of a block end at block - 1.
-    near = inputs.distance * inputs.block <= window - 1 + inputs.block - 1
+    near = distance * inputs.block <= window - 1 + inputs.block - 1
     return (number * inputs.block < sinks) | near

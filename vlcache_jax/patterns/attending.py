@@ -12,7 +12,7 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.listing import Told, lists_of
 from vlcache_jax.patterns.pattern import Pattern, PatternInputs, with_last_rows
-from vlcache_jax.patterns.visual_grid import visual_grid
+from vlcache_jax.patterns.visual_grid import visual_strides
 from vlcache_jax.pruning.stage import Stage
 from vlcache_jax.typing import ModelSpec
 
@@ -92,7 +92,7 @@ def layer_attention(
         if dense:
             mask = dataclasses.replace(stage.mask, window=window)
             return ops.attention(kernels, query, key, value, stage.lengths, mask=mask, with_lse=False)[0], whole
-        per_row = stage.lengths, stage.vision_mask, visual_grid(spec, stage)
+        per_row = stage.lengths, stage.vision_mask, visual_strides(stage)
         out, told = ops.sparse_attention(kernels, partial(_choose, pattern, layer), query, key, value, per_row)
         return out, Told(jnp.mean(told.density, axis=1), jnp.sum(told.overflow, axis=1, dtype=jnp.int32))
 

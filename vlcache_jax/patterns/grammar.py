@@ -4,7 +4,11 @@ import dataclasses
 from typing import Any
 
 import vlcache_jax.patterns.a_shape
-import vlcache_jax.patterns.tri_shape  # noqa: F401  (the patterns make themselves known)
+import vlcache_jax.patterns.flex_prefill
+import vlcache_jax.patterns.m_inference
+import vlcache_jax.patterns.mm_inference
+import vlcache_jax.patterns.tri_shape
+import vlcache_jax.patterns.x_attention  # noqa: F401  (the patterns make themselves known)
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.patterns.pattern import PATTERNS, Pattern
 from vlcache_jax.terminal import words

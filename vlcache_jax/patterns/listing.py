@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.selection import indices, largest
 from vlcache_jax.kernels.sparse_attention import Lists
+from vlcache_jax.patterns.maps import united
 from vlcache_jax.patterns.pattern import Chosen, Pattern, PatternInputs
 
 
@@ -33,13 +34,13 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
     causal = (inputs.distance >= 0)[None] & (number[None] < rows[:, None])[..., None]
     causal = causal[:, None]  # [batch, 1, blocks, blocks]
     own = (inputs.distance == 0)[None, None]
-    keep = _of_lists(chosen.blocks, list_heads) | own
+    keep = united(chosen.blocks, list_heads) | own
     keep = jnp.broadcast_to(keep & causal, (len(lengths), list_heads, blocks, blocks))
     wanted = jnp.sum(keep, axis=(2, 3), dtype=jnp.int32)
     capacity = min(blocks, max(1, math.ceil(pattern.capacity * blocks)))
     if capacity < blocks:
         rank = -inputs.distance[None, None].astype(jnp.float32) if chosen.rank is None else chosen.rank
-        rank = jnp.where(own, jnp.inf, jnp.nan_to_num(_of_lists(rank, list_heads), nan=-jnp.inf))
+        rank = jnp.where(own, jnp.inf, jnp.nan_to_num(united(rank, list_heads), nan=-jnp.inf))
         rank = jnp.where(keep, jnp.maximum(rank, jnp.finfo(jnp.float32).min), -jnp.inf)
         keep = largest(rank, jnp.full((1,) * 4, capacity)) & keep
     ids, counts = indices(keep, capacity), jnp.sum(keep, axis=3, dtype=jnp.int32)
@@ -47,10 +48,10 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
     overflow, work = wanted - listed, listed.astype(jnp.float32)
     loose, room = None, min(pattern.columns(inputs.length), inputs.length)
     if chosen.columns is not None and room:
-        columns = _of_lists(chosen.columns, list_heads) & inputs.valid[:, None]
+        columns = united(chosen.columns, list_heads) & inputs.valid[:, None]
         wanted = jnp.sum(columns, axis=2, dtype=jnp.int32)
         if room < inputs.length:
-            rank = jnp.zeros(columns.shape) if chosen.column_rank is None else _of_lists(chosen.column_rank, list_heads)
+            rank = jnp.zeros(columns.shape) if chosen.column_rank is None else united(chosen.column_rank, list_heads)
             rank = jnp.where(columns, jnp.maximum(rank, jnp.finfo(jnp.float32).min), -jnp.inf)
             columns = largest(rank, jnp.full((1,) * 3, room)) & columns
         loose = indices(columns, room)
@@ -58,16 +59,6 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
         behind = jnp.maximum(
             rows[:, None] - (jax.lax.iota(jnp.int32, inputs.length) // block)[None], 0
         )  # blocks that see a key
-        work += jnp.sum(columns * behind[:, None], axis=2).astype(jnp.float32) / block
+        work += jnp.sum(jnp.where(columns, behind[:, None], 0), axis=2).astype(jnp.float32) / block
     of_all = jnp.sum(causal, axis=(2, 3)).astype(jnp.float32)
     return Lists(ids, counts, loose, block, block), Told(work / of_all, overflow)
-
-
-def _of_lists(x: jax.Array, list_heads: int) -> jax.Array:
-    """[batch, heads, ...] -> [batch, list heads or 1, ...]: what any of the heads wants, or the best rank."""
-    if x.shape[1] in (1, list_heads):
-        return x
-    if x.shape[1] < list_heads:  # a pattern of KV heads, lists of query heads
-        return jnp.repeat(x, list_heads // x.shape[1], axis=1)
-    x = x.reshape(x.shape[0], list_heads, -1, *x.shape[2:])
-    return jnp.any(x, axis=2) if x.dtype == bool else jnp.max(x, axis=2)

@@ -26,7 +26,8 @@ class PatternInputs:
       vision: bool [batch, length], which tokens are visual.
       layer: i32 [], number of the layer.
       heads: i32 [heads], numbers of the query heads in the model.
-      grid: i32 [batch, 2], visual tokens of a row of an image, and of an image or frame; None where it is not known.
+      grid: i32 [batch, 2], tokens from one row of an image to the next, and from one frame, tile or image to the next,
+        0 where there is none; None where the model does not tell.
       block: queries, and keys, of a block.
       last: what the prompt's last `Pattern.last_rows` rows attend to; None where the pattern asks for none.
     """

@@ -1,32 +1,28 @@
-"""How many visual tokens a row of an image has, and an image or frame: what the model itself knows of its prompt."""
+"""How far apart, in a prompt, the rows of an image lie, and its frames: what the model itself knows of its prompt."""
 
 import jax
 import jax.numpy as jnp
 
 from vlcache_jax.pruning.stage import Stage
-from vlcache_jax.typing import ModelSpec
 
 
-def visual_grid(spec: ModelSpec, stage: Stage) -> jax.Array | None:
-    """i32 [batch, 2]: visual tokens of a row, and of an image or frame, of the first image of each prompt.
+def visual_strides(stage: Stage) -> jax.Array | None:
+    """i32 [batch, 2]: tokens from one row of an image to the next, and from one frame, tile or image to the next.
 
-    Models with positions on three axes tell by them, those of which an image is a square of patches by its side. A row
-    of text alone has (0, 0). None for models that tell neither.
+    Of each prompt's first image, whatever stands between rows (a token that ends one, say) included; 0 where there is
+    no next one. None for models that do not tell where their visual tokens lie.
     """
-    vision = stage.vision_mask & stage.valid
-    if stage.positions.ndim == 3:
-        index = jax.lax.iota(jnp.int32, stage.room)[None]
-        first = jnp.argmax(vision, axis=1)[:, None]  # of a prompt without visual tokens, whatever
-
-        def run_of(*axes: int) -> jax.Array:  # how long the axes stay as they are from the first visual token on
-            along = jnp.stack([stage.positions[:, axis] for axis in axes], axis=1)
-            start = jnp.take_along_axis(along, jnp.broadcast_to(first[:, None], (*along.shape[:2], 1)), axis=2)
-            other = jnp.any(along != start, axis=1) | ~vision
-            end = jnp.min(jnp.where(other & (index > first), index, stage.lengths[:, None]), axis=1)
-            return jnp.where(jnp.any(vision, axis=1), end - first[:, 0], 0)
-
-        return jnp.stack([run_of(0, 1), run_of(0)], axis=1)
-    if not spec.vision_grid:
+    if stage.grid is None:
         return None
-    sizes = jnp.asarray([spec.vision_grid, spec.vision_grid**2], jnp.int32)
-    return jnp.where(jnp.any(vision, axis=1, keepdims=True), sizes, 0)
+    index = jax.lax.iota(jnp.int32, stage.room)[None]
+    placed = (stage.grid[:, 0] >= 0) & stage.valid
+    first = jnp.argmax(placed, axis=1)[:, None]
+    row, column = stage.grid[:, 0], stage.grid[:, 1]
+    row_of, column_of = (jnp.take_along_axis(x, first, axis=1) for x in (row, column))
+
+    def until(found: jax.Array) -> jax.Array:
+        found = found & placed & (index > first)
+        return jnp.where(jnp.any(found, axis=1), jnp.argmax(found, axis=1).astype(jnp.int32) - first[:, 0], 0)
+
+    below = until((column == column_of) & (row != row_of))
+    return jnp.stack([below, until((column == column_of) & (row == row_of))], axis=1)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.models.coding import WeightCoding, weight_coding
 from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.families.registry import family_of, preset, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
@@ -77,6 +78,7 @@ class Plan:
       topology, devices, devices_per_chip: the slice.
       mesh: size of each axis.
       dtype: of parameters and cache.
+      weights: what the decoder's projections are kept as.
       batch, prompt, new_tokens, tiles, prefill, pruning: the workload; see `Workload`.
       hbm_bytes: published memory of a device.
       available_bytes: what the compiler lets a program use of it.
@@ -93,6 +95,7 @@ class Plan:
     devices_per_chip: int
     mesh: dict[str, int]
     dtype: str
+    weights: str
     batch: int
     prompt: int
     new_tokens: int
@@ -126,6 +129,7 @@ def plan(
     pruning: Pruning | None = None,
     mesh: Mapping[str, int] | None = None,
     dtype: str = "bfloat16",
+    weights: str | WeightCoding | None = None,
     search: bool = True,
     max_compilations: int = 5,
     progress: Progress | None = None,
@@ -146,6 +150,7 @@ def plan(
       mesh: sizes of the axes "data" (splits the batch) and "model" (splits heads and MLPs). By default "model" is the
         largest common divisor of devices and KV heads, and "data" takes the rest.
       dtype: of parameters and cache: "bfloat16", "float32" or "float16".
+      weights: what the decoder's projections are kept as, "int8" or "int4", as in `load`; `dtype` by default.
       search: also look for the largest batch and the longest prompt that fit.
       max_compilations: prefills compiled for each of these searches.
       progress: shows every compilation (`vlcache_jax.terminal.progress.Progress()`); by default nothing is shown.
@@ -171,7 +176,9 @@ def plan(
     devices = tpu_devices(topology)
     kv_heads = config.decoder.num_kv_heads
     axes = check_axes(mesh or default_axes(len(devices), kv_heads), len(devices), kv_heads, batch)
-    programs = Programs(family_of(config).model(config, jnp.dtype(dtype)), make_mesh(devices, axes))
+    built = family_of(config).model(config, jnp.dtype(dtype), weights=weight_coding(weights))
+    plain = dataclasses.replace(built, weights=None)
+    programs = Programs(built, make_mesh(devices, axes))
     planner = _Planner(programs, work, chip.hbm_bytes_per_second / chip.devices, max_compilations, search, progress)
     policies = [VLCache(budget=0.1) if policy is None else policy, *compare]
     texts: dict[str, Any] = {
@@ -179,7 +186,7 @@ def plan(
     }
     return Plan(
         model=name,
-        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.params)),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plain.abstract_params())),
         topology=topology,
         devices=len(devices),
         devices_per_chip=chip.devices,
@@ -187,6 +194,7 @@ def plan(
         dtype=dtype,
         **{field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name not in texts},
         **texts,
+        weights=str(built.weights or "float"),
         hbm_bytes=chip.hbm_bytes // chip.devices,
         available_bytes=planner.available,
         hbm_bytes_per_second=planner.bandwidth,

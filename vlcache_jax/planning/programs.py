@@ -17,6 +17,7 @@ from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.dispatch import implementations
+from vlcache_jax.models.coding import CODED
 from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.planning.compiling import abstract, compile_on
@@ -91,10 +92,11 @@ class Programs:
 
     def __init__(self, model: FamilyModel, mesh: Mesh) -> None:
         self.model, self.mesh = model, mesh
-        shapes = model.abstract_params()
-        self.params: Params = place_params(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes), mesh
-        )
+
+        def stored(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return x if path[-1].key in CODED else jax.ShapeDtypeStruct(x.shape, model.dtype)
+
+        self.params: Params = place_params(jax.tree_util.tree_map_with_path(stored, model.abstract_params()), mesh)
 
     def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`prefill` and room for answers, the state split over devices; with the compiled program."""

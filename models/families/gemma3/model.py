@@ -20,7 +20,7 @@ class Gemma3(FamilyModule):
         c = self.config
         self.vision = SiglipVisionTower(c.vision, self.dtype)
         self.projector = Projector(c.decoder.hidden_size, c.token_grid, c.vision.layer_norm_eps, self.dtype)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout, self.weights)
 
     @property
     def vision_grid(self) -> int:

@@ -23,7 +23,7 @@ class Idefics3(TileModel):
         c = self.config
         self.vision = SiglipVisionTower(c.vision, self.dtype)
         self.projector = dense(c.decoder.hidden_size, self.dtype, use_bias=False)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout, self.weights)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""

@@ -21,7 +21,7 @@ class InternVL(TileModel):
         c = self.config
         self.vision = InternVisionTower(c.vision, self.dtype)
         self.projector = Projector(c.decoder.hidden_size, c.projector_activation, self.dtype)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout, self.weights)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""

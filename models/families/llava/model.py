@@ -31,7 +31,7 @@ class Llava(FamilyModule):
         tower = ClipVisionTower if c.vision_type == "clip_vision_model" else SiglipVisionTower
         self.vision = tower(c.vision, self.dtype)
         self.projector = Projector(c.decoder.hidden_size, c.projector_activation, c.projector_bias, dtype=self.dtype)
-        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout)
+        self.decoder = Decoder(c.decoder, self.dtype, self.remat, self.layout, self.weights)
         if c.grid_pinpoints:
             self.image_newline = self.param(
                 "image_newline", nn.initializers.normal(0.02), (c.decoder.hidden_size,), jnp.float32

@@ -19,7 +19,7 @@ class QwenVL(FamilyModule):
 
     def setup(self) -> None:
         self.vision = QwenVisionTower(self.config.vision, self.dtype)
-        self.decoder = Decoder(self.config.decoder, self.dtype, self.remat, self.layout)
+        self.decoder = Decoder(self.config.decoder, self.dtype, self.remat, self.layout, self.weights)
 
     @property
     def vision_grid(self) -> int:

@@ -1,0 +1,167 @@
+"""Loading weights as codes: what is coded, how, on every layout and mesh, and what it does to answers."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
+
+import vlcache_jax as vlc
+from vlcache_jax.models.io.coding_weights import Coder
+
+ASSETS = Path(vlc.__file__).parent / "assets"
+LAYERS = 2
+CODINGS = {"int8": vlc.WeightCoding(8), "int4": vlc.WeightCoding(4, 128)}
+
+
+def flat(vlm):
+    return traverse_util.flatten_dict(vlm.params, sep="/")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo's checkpoint without most of its layers."""
+    target = tmp_path_factory.mktemp("demo")
+    for path in (ASSETS / "demo_model").iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, target)
+    config = json.loads((ASSETS / "demo_model" / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"] = LAYERS, 1
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = load_file(ASSETS / "demo_model" / "model.safetensors")
+    late = re.compile(rf"language_model.*\.layers\.[{LAYERS}-9]|vision_tower.*\.layers\.[1-9]")
+    save_file({k: x for k, x in tensors.items() if not late.search(k)}, target / "model.safetensors")
+    return target
+
+
+@pytest.fixture(scope="module")
+def floats(folder):
+    return vlc.load(folder, "float32", layout="stacked")
+
+
+@pytest.fixture(scope="module")
+def coded(folder):
+    return {name: vlc.load(folder, "float32", layout="stacked", weights=name) for name in CODINGS}
+
+
+@pytest.fixture(scope="module")
+def batch(floats):
+    return floats.processor(images=[[], []], text=["serial number total of 4 and 5", "4 and 5"])
+
+
+def answers(vlm, batch, **options):
+    return np.asarray(vlc.generate(vlm.model, vlm.params, batch, vlc.FullCache(), max_new_tokens=4, **options).tokens)
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_projections_are_rounded_to_the_steps_of_their_groups_and_nothing_else_is_touched(name, floats, coded):
+    before, after = flat(floats), flat(coded[name])
+    bits, size = CODINGS[name].bits, CODINGS[name].group
+    kernels = {path for path in before if path.startswith("decoder/layers/") and path.endswith("/kernel")}
+    assert len(kernels) == 7
+    for path in before.keys() - kernels:
+        np.testing.assert_array_equal(after.pop(path), before[path])
+    for path in kernels:
+        codes, scales = (after.pop(path.replace("/kernel", f"/{kind}")) for kind in ("codes", "scales"))
+        assert (codes.dtype, scales.dtype) == (f"int{bits}", "float32")
+        kernel = np.asarray(before[path])
+        layers, channels, features = kernel.shape
+        group = {None: channels, 128: 128 if channels % 128 == 0 else 64}[size]
+        parts = kernel.reshape(layers, channels // group, group, features)
+        step = 2 * np.abs(parts).max(axis=2) / (2**bits - 1)
+        np.testing.assert_allclose(scales, step, rtol=1e-6)
+        back = np.asarray(codes.astype("float32")).reshape(parts.shape) * np.asarray(scales)[:, :, None]
+        assert (np.abs(back - parts) <= 0.501 * step[:, :, None]).all()
+    assert not after
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_layouts_hold_the_same_codes_and_answer_alike(name, folder, coded, batch):
+    stacked, apart = coded[name], vlc.load(folder, "float32", layout="apart", weights=name)
+    assert "query_key_value" in apart.params["decoder"]["layers_0"]["attention"]
+    jax.tree.map(np.testing.assert_array_equal, apart.with_layout("stacked").params, stacked.params)
+    np.testing.assert_array_equal(answers(apart, batch), answers(stacked, batch))
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_a_mesh_holds_the_same_codes_split_and_answers_alike(name, folder, coded, batch):
+    """Groups of 128 of 512 channels split over two devices; three groups of 64 do not: there features are."""
+    mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    split = vlc.load(folder, "float32", mesh, weights=name)
+    jax.tree.map(np.testing.assert_array_equal, split.params, coded[name].params)
+    layers = split.params["decoder"]["layers"]
+    shards = {
+        path: layers[part][path]["codes"].sharding.shard_shape(layers[part][path]["codes"].shape)[1:]
+        for part, path in (("mlp", "down"), ("attention", "output"), ("mlp", "up"))
+    }
+    assert shards["down"] == (256, 192)
+    assert shards["up"] == (192, 256)
+    assert shards["output"] == ((96, 192) if name == "int8" else (192, 96))
+    np.testing.assert_array_equal(answers(split, batch), answers(coded[name], batch))
+
+
+def test_codes_lie_in_place_of_the_floats_in_every_path_of_the_library(coded, batch):
+    """Ranges of layers (pruning), one step at a time, training's forward: the same weights everywhere."""
+    vlm = coded["int8"]
+    pruned = answers(vlm, batch, pruning=vlc.PyramidDrop(layers=(1,), keep=(1.0,)))
+    np.testing.assert_array_equal(pruned, answers(vlm, batch))
+    logits = vlm.model.apply({"params": vlm.params}, batch)
+    last = logits[jnp.arange(len(logits)), jnp.asarray(batch.lengths) - 1]
+    np.testing.assert_array_equal(last.argmax(-1), pruned[:, 0])
+
+
+def test_gradients_go_through_codes_to_what_is_float(coded, batch):
+    vlm = coded["int4"]
+    decoder = vlm.params["decoder"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(norm):
+        layers = decoder["layers"] | {"input_norm": {"scale": norm}}
+        params = vlm.params | {"decoder": decoder | {"layers": layers}}
+        return jnp.square(vlm.model.apply({"params": params}, batch)).mean()
+
+    norm = decoder["layers"]["input_norm"]["scale"]
+    gradient = loss(norm)[1]
+    length = jnp.sqrt(jnp.square(gradient).sum())
+    step = 1e-2 * gradient / length
+    found = (loss(norm + step)[0] - loss(norm - step)[0]) / 2e-2
+    np.testing.assert_allclose(found, length, rtol=0.02)
+
+
+def test_weights_that_are_zero_or_not_finite_code_without_noise():
+    weights = np.zeros((3, 8), np.float32)
+    weights[1] = np.linspace(-1, 1, 8)
+    weights[2, 3] = np.inf
+
+    class Tensors:
+        def view(self, name):
+            return weights
+
+    coder = Coder(Tensors(), vlc.WeightCoding(4))
+    codes = coder.read("codes", "", slice(0, 8), slice(0, 3))
+    scales = coder.read("scales", "", slice(0, 1), slice(0, 3))
+    np.testing.assert_array_equal(codes[:, 0], 0)
+    assert codes[:, 1].tolist() == [-7, -5, -3, -1, 1, 3, 5, 7]
+    assert (scales[0, 0], scales[0, 2]) == (0, np.inf)  # logits are not finite, which is an error where they are used
+    np.testing.assert_array_equal(coder.read("codes", "", slice(2, 5), slice(1, 3)), codes[2:5, 1:])
+
+
+def test_what_cannot_be_is_refused(folder, floats, coded, tmp_path):
+    with pytest.raises(vlc.InputError, match=r"weights='int2' is not known: use int8, int4, float"):
+        vlc.load(folder, weights="int2")
+    with pytest.raises(vlc.InputError, match=r"WeightCoding\(bits=3\): use 8 or 4"):
+        vlc.WeightCoding(3)
+    with pytest.raises(vlc.InputError, match=r"group=0"):
+        vlc.WeightCoding(4, 0)
+    with pytest.raises(vlc.InputError, match="weights are codes"):
+        vlc.save(coded["int8"], tmp_path / "new")
+    assert dataclasses.replace(coded["int8"].model, weights=None) == floats.model
