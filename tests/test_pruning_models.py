@@ -24,6 +24,12 @@ METHODS = {
     "feather": vlc.Feather((1, 3), (0.4, 0.3), stride=3),
     "vision_zip": vlc.VisionZip(keep=0.6, contextual=0.4),
     "cd_pruner": vlc.CDPruner(keep=0.4),
+    "aim": vlc.AIM(keep=0.5),
+    "pi_to_me": vlc.PiToMe(keep=0.4),
+    "sparse_vlm": vlc.SparseVLM(recycle=0.6),
+    "todre": vlc.ToDRE(keep=0.4, late=0.6),
+    "token_correlation": vlc.TokenCorrelation(keep=0.4),
+    "keep_curve": vlc.KeepCurve(budget=0.4),
 }
 
 
@@ -130,7 +136,7 @@ def test_what_the_tower_says(siglip, batch):
 def test_a_row_alone(llava, batch, pruning):
     model, params = llava
     run = partial(vlc.generate, model, params, policy=vlc.VLCache(0.5), max_new_tokens=NEW, eos_token_ids=[])
-    run = partial(run, pruning=dataclasses.replace(pruning, rooms=(56,) * len(pruning.cuts(LAYERS))))
+    run = partial(run, pruning=dataclasses.replace(pruning, rooms=(56,) * len(pruning.of_model(LAYERS).cuts(LAYERS))))
     out = run(batch)
     assert np.asarray(out.report.finite).all()
     assert (np.asarray(out.report.stage_tokens)[:2, -1] < batch.lengths[:2]).all()
@@ -160,6 +166,22 @@ def test_what_cannot_work_says_so(llava, batch):
     ):
         with pytest.raises(vlc.PolicyError, match=message):
             vlc.prefill(full, params, text_batch([9], 16), pruning=pruning)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("pruning", METHODS.values(), ids=list(METHODS))
+def test_beside_a_pattern(llava, batch, pruning):
+    """Pruning, sparse prefill and a compressed cache: a pattern that lists everything changes nothing."""
+    model, params = llava
+    run = partial(vlc.generate, model, params, batch, vlc.VLCache(0.5), NEW, eos_token_ids=[], pruning=pruning)
+    plain, out = run(), run(prefill=vlc.AShape(8, 64, min_tokens=0, block=8))
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.report.kept, plain.report.kept)
+    np.testing.assert_array_equal(out.report.stage_tokens, plain.report.stage_tokens)
+    sparse = run(prefill=vlc.AShape(8, 8, min_tokens=0, block=8))
+    assert np.asarray(sparse.report.finite).all()
+    assert (np.asarray(sparse.report.prefill.density) < 1).any()
+    np.testing.assert_array_equal(sparse.report.stage_tokens, plain.report.stage_tokens)
 
 
 @pytest.mark.thorough
