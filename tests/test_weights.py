@@ -1,24 +1,18 @@
 """Loading weights as codes: what is coded, how, on every layout and mesh, and what it does to answers."""
 
 import dataclasses
-import json
-import re
-import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cut_demo import cut_demo
 from flax import traverse_util
 from jax.sharding import AxisType
-from safetensors.numpy import load_file, save_file
 
 import vlcache_jax as vlc
 from vlcache_jax.models.io.coding_weights import Coder
 
-ASSETS = Path(vlc.__file__).parent / "assets"
-LAYERS = 2
 CODINGS = {"int8": vlc.WeightCoding(8), "int4": vlc.WeightCoding(4, 128)}
 
 
@@ -28,18 +22,7 @@ def flat(vlm):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The demo's checkpoint without most of its layers."""
-    target = tmp_path_factory.mktemp("demo")
-    for path in (ASSETS / "demo_model").iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
-            shutil.copy(path, target)
-    config = json.loads((ASSETS / "demo_model" / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"] = LAYERS, 1
-    (target / "config.json").write_text(json.dumps(config))
-    tensors = load_file(ASSETS / "demo_model" / "model.safetensors")
-    late = re.compile(rf"language_model.*\.layers\.[{LAYERS}-9]|vision_tower.*\.layers\.[1-9]")
-    save_file({k: x for k, x in tensors.items() if not late.search(k)}, target / "model.safetensors")
-    return target
+    return cut_demo(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +120,19 @@ def test_gradients_go_through_codes_to_what_is_float(coded, batch):
     np.testing.assert_allclose(found, length, rtol=0.02)
 
 
+def test_zeros_halve_the_error_of_weights_on_one_side(floats, folder):
+    vlm = vlc.load(folder, "float32", layout="stacked", weights=vlc.WeightCoding(4, 64, shifted=True))
+    down = vlm.params["decoder"]["layers"]["mlp"]["down"]
+    kernel = np.asarray(floats.params["decoder"]["layers"]["mlp"]["down"]["kernel"])
+    codes, scales, zeros = (np.asarray(down[name].astype("float32")) for name in ("codes", "scales", "zeros"))
+    parts = kernel.reshape(*scales.shape[:2], 64, -1)
+    np.testing.assert_allclose(scales, (parts.max(2) - parts.min(2)) / 15, rtol=1e-5)  # of weights of both signs
+    back = (codes.reshape(parts.shape) - zeros[:, :, None]) * scales[:, :, None]
+    assert (np.abs(back - parts) <= 1.001 * scales[:, :, None]).all()
+    assert np.abs(back - parts).mean() < 0.3 * scales.mean()
+    assert (zeros == np.rint(zeros)).all()
+
+
 def test_weights_that_are_zero_or_not_finite_code_without_noise():
     weights = np.zeros((3, 8), np.float32)
     weights[1] = np.linspace(-1, 1, 8)
@@ -145,6 +141,9 @@ def test_weights_that_are_zero_or_not_finite_code_without_noise():
     class Tensors:
         def view(self, name):
             return weights
+
+        def packed(self, name):
+            return None
 
     coder = Coder(Tensors(), vlc.WeightCoding(4))
     codes = coder.read("codes", "", slice(0, 8), slice(0, 3))

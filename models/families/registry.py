@@ -15,8 +15,9 @@ from vlcache_jax.models.families.internvl.family import INTERNVL
 from vlcache_jax.models.families.llava.family import LLAVA
 from vlcache_jax.models.families.qwen_vl.family import QWEN2_VL, QWEN3_VL
 from vlcache_jax.models.io.files import Folder, checkpoint_folder, file_inside, read_json
+from vlcache_jax.models.io.packed.scheme import Scheme, read_scheme
 from vlcache_jax.models.io.section import Section
-from vlcache_jax.models.io.unsupported import no_config, refuse_quantised
+from vlcache_jax.models.io.unsupported import no_config
 
 _ALL = (LLAVA, GEMMA3, IDEFICS3, INTERNVL, QWEN2_VL, QWEN3_VL)
 FAMILIES: dict[str, Family] = {model_type: family for family in _ALL for model_type in family.model_types}
@@ -55,9 +56,14 @@ def read_config(folder: Folder) -> Any:
     refused = {name: why for family in FAMILIES.values() for name, why in family.refused.items()}
     hint = refused.get(str(top.get("model_type")).lower())
     family = FAMILIES[top.choice("model_type", "", FAMILIES, f"; {hint}" if hint else "")]
-    refuse_quantised(path, top.values)
-    refuse_quantised(path, top.section("text_config").values)
+    read_scheme(top)
     return family.read_config(root, top)
+
+
+def read_weights_scheme(folder: Folder) -> Scheme | None:
+    """How the weights of a checkpoint folder are packed; None if they are floats. Raises as `read_config` does."""
+    path = file_inside(folder, "config.json")
+    return read_scheme(Section(path, "", read_json(path), {}))
 
 
 def config_files(config: ModelConfig, dtype: str = "float32") -> dict[str, str]:

@@ -12,7 +12,7 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.models.coding import WeightCoding, weight_coding
 from vlcache_jax.models.decoder.layout import layout_of, relaid
 from vlcache_jax.models.families.family import FamilyModel, ModelConfig
-from vlcache_jax.models.families.registry import family_of, read_config
+from vlcache_jax.models.families.registry import family_of, read_config, read_weights_scheme
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.models.io.params_reader import default_device, load_params
 from vlcache_jax.models.processor import Processor
@@ -97,7 +97,8 @@ def load(
       weights: what the projections of the decoder's layers are kept as: "int8", with a scale per output feature, half
         of bfloat16's memory; "int4", with a scale per feature and 128 input channels, a quarter of it; another
         `WeightCoding`; or "float". They are coded one tensor after another while they are read. Embeddings, output
-        head, norms, projector and vision tower stay floats. None: floats.
+        head, norms, projector and vision tower stay floats. None: as the checkpoint has them, the codes of an AWQ, GPTQ
+        or compressed-tensors folder or floats.
 
     Returns:
       Model, parameters, processor and config.
@@ -127,14 +128,18 @@ def load(
     config = read_config(folder)
     processor = Processor.from_folder(folder, buckets=buckets, image_limits=image_limits)
     family = family_of(config)
-    coding = weight_coding(weights)
+    scheme = read_weights_scheme(folder)
+    coding = scheme.coding if scheme is not None and weights is None else weight_coding(weights)
     model, plain = family.model(config, dtype, layout=layout, weights=coding), family.model(config, dtype)
     abstract = model.abstract_params()
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract, mesh)
         warn(replicated(mesh.shape, model.spec))
-    params = load_params(folder, plain.abstract_params(), family.weights, param_dtype, shardings, abstract, coding)
+    exact = weights is None and scheme is not None
+    params = load_params(
+        folder, plain.abstract_params(), family.weights, param_dtype, shardings, abstract, coding, scheme, exact
+    )
     return VLM(model, params, processor, config)
 
 

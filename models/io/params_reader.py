@@ -19,9 +19,10 @@ from vlcache_jax.models.coding import CODED, WeightCoding
 from vlcache_jax.models.decoder.layout import Part, parts
 from vlcache_jax.models.io.coding_weights import Coder
 from vlcache_jax.models.io.files import Folder
+from vlcache_jax.models.io.packed.folder import Tensors, open_weights
+from vlcache_jax.models.io.packed.scheme import Scheme
 from vlcache_jax.models.io.rules import WeightRules
 from vlcache_jax.models.io.unsupported import refuse_quantised_tensors, warn_of_adapter
-from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 
 _ALIGNMENT = 64  # bytes
 _LISTED = 20  # problems of one kind that a message spells out
@@ -36,6 +37,8 @@ def load_params(
     shardings: Any = None,
     arranged: dict[str, Any] | None = None,
     coding: WeightCoding | None = None,
+    scheme: Scheme | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Reads the parameters of a checkpoint that transformers (4 or 5) or `save_params` wrote.
 
@@ -55,6 +58,8 @@ def load_params(
       arranged: The tree to return, where the decoder's weights shall lie in another layout (`decoder.layout`) or be
         coded.
       coding: Of the codes in it.
+      scheme: How the folder's weights are packed, if they are.
+      exact: Only the folder's own codes are taken; no weight is coded here.
 
     Returns:
       Nested dict like `arranged`, or else `abstract_params`, with `jax.Array` leaves.
@@ -63,18 +68,20 @@ def load_params(
       CheckpointError: if files are missing, unsafe or corrupt, or the tensors do not fit; that message lists
         everything that does not fit.
     """
-    reader = SafetensorsFolder(folder)
+    reader = open_weights(folder, scheme)
     warn_of_adapter(reader.folder)
     wanted = traverse_util.flatten_dict(abstract_params)
     sources = _match(reader, wanted, weights)
     target = wanted if arranged is None else traverse_util.flatten_dict(arranged)
     tied = ("decoder", "lm_head", "kernel") not in wanted
-    coder = None if coding is None else Coder(reader, coding)
+    coder = None if coding is None else Coder(reader, coding, exact)
 
     def piece(part: Part) -> "_Piece":
         kind, path = "", part.path
         if coding is not None and path[-1] in CODED:
             kind, path = path[-1], (*path[:-1], "kernel")
+            assert coder is not None
+            coder.check(sources[path])
         rule, names, shape = weights.by_path[path], sources[path], wanted[path].shape
         if part.layer is not None:
             return _Piece([names[part.layer]], rule.axes, False, shape[-1], kind)
@@ -91,9 +98,10 @@ def load_params(
         if missing := target.keys() - placed.keys():
             raise ValueError(f"shardings lacks {sorted('/'.join(path) for path in missing)[:_LISTED]}")
 
+    pieces_of = {path: [piece(part) for part in parts(path, tied)] for path in target}
     params = {}
     for path, leaf in target.items():
-        pieces = [piece(part) for part in parts(path, tied)]
+        pieces = pieces_of[path]
         element = np.dtype(leaf.dtype if dtype is None or pieces[0].kind else dtype)
         read = _callback(reader, coder, pieces, leaf.shape, element)
         params[path] = jax.make_array_from_callback(leaf.shape, placed[path], read).block_until_ready()
@@ -121,7 +129,7 @@ class _Piece:
 
 
 def _match(
-    reader: SafetensorsFolder, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct], weights: WeightRules
+    reader: Tensors, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct], weights: WeightRules
 ) -> dict[tuple[str, ...], list[str]]:
     """The checkpoint's tensor names for each parameter, in layer order; one error for all that is wrong."""
     unknown, misshapen, unreadable, twice = [], [], [], []
@@ -191,7 +199,7 @@ def _listing(title: str, items: list[str]) -> list[str]:
     return [f"{len(items)} {title}:", *(f"  {item[:300]}" for item in items[:_LISTED]), *more]
 
 
-def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:
+def _check_tied(reader: Tensors, head: str, embedding: str) -> None:
     a, b = reader.view(head), reader.view(embedding)
     if a.shape != b.shape or not np.array_equal(a, b):
         raise CheckpointError(
@@ -201,7 +209,7 @@ def _check_tied(reader: SafetensorsFolder, head: str, embedding: str) -> None:
 
 
 def _callback(
-    reader: SafetensorsFolder, coder: Coder | None, pieces: list[_Piece], shape: tuple[int, ...], dtype: np.dtype
+    reader: Tensors, coder: Coder | None, pieces: list[_Piece], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """What `jax.make_array_from_callback` calls for each device: an index of the parameter -> its data."""
 

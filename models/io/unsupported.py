@@ -18,7 +18,7 @@ _QUANTISED_TENSOR = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+|SCB|weight_packed|"
     r"weight_scale|weight_scale_inv|weight_zero_point|input_scale|weight_shape|W_q)$"
 )
-_DEQUANTISE = (
+DEQUANTISE = (
     "use the checkpoint that it was made from; or load it with transformers, call model.dequantize() (which some "
     "methods have) and save_pretrained(another_folder)"
 )
@@ -93,32 +93,19 @@ def _adapter_only(folder: CheckpointFolder) -> CheckpointError:
     )
 
 
-def refuse_quantised(file: Any, values: dict[str, Any]) -> None:
-    """Raises CheckpointError if a config.json with these values says that the weights are quantised.
-
-    Args:
-      file: names it.
-      values: all of it, or its text config.
-    """
-    for key in ("quantization_config", "compression_config"):
-        value = values.get(key)
-        if value is None:
-            continue
-        method = value.get("quant_method") if isinstance(value, dict) else None
-        if method is None and isinstance(value, dict) and any(str(k).startswith(("load_in_", "bnb_")) for k in value):
-            method = "bitsandbytes"
-        said = shorten(value) if method is None else shorten(method)
-        raise CheckpointError(
-            f"{file}: the weights are quantised ({key}: quant_method is {said}), and quantised weights are not "
-            f"supported: {_DEQUANTISE}"
-        )
+def quantisation_method(value: Any) -> str:
+    """What a `quantization_config` says that its method is, for messages."""
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    if method is None and isinstance(value, dict) and any(str(k).startswith(("load_in_", "bnb_")) for k in value):
+        method = "bitsandbytes"
+    return shorten(value) if method is None else shorten(method)
 
 
 def refuse_quantised_tensors(folder: CheckpointFolder, names: list[str]) -> None:
-    """Raises CheckpointError if one of the tensors is part of a quantised weight, whatever config.json says."""
+    """Raises CheckpointError if one of the tensors is part of a quantised weight that config.json does not tell of."""
     found = next((name for name in names if _QUANTISED_TENSOR.search(name)), None)
     if found is not None:
         raise CheckpointError(
-            f"the weights in {folder} are quantised (it has the tensor {found[:200]!r}), and quantised weights are not "
-            f"supported: {_DEQUANTISE}"
+            f"the weights in {folder} are quantised (it has the tensor {found[:200]!r}) in a way that its config.json "
+            f"does not tell: {DEQUANTISE}"
         )

@@ -106,6 +106,15 @@ class SafetensorsFolder:
         a, b = self._bytes(one), self._bytes(other)
         return all(np.array_equal(a[i : i + _COMPARED], b[i : i + _COMPARED]) for i in range(0, len(a), _COMPARED))
 
+    def packed(self, name: str) -> None:
+        """The packed weight that `name` stands for: none, see `packed.folder.PackedFolder`."""
+        return None
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor `name` as `view` gives it, of any element type of `DTYPES`."""
+        info = self.tensors[name]
+        return self._bytes(info).view(DTYPES[info.dtype]).reshape(info.shape)
+
     def view(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of the mapped file; bytes are read when they are used.
 
@@ -118,7 +127,7 @@ class SafetensorsFolder:
                 f"tensor {name!r} in {self.folder / info.file} has dtype {info.dtype}; "
                 f"supported: {', '.join(FLOATS)} (quantised checkpoints are not)"
             )
-        return self._bytes(info).view(DTYPES[info.dtype]).reshape(info.shape)
+        return self.raw(name)
 
     def _bytes(self, info: TensorInfo) -> np.ndarray:
         if info.start == info.stop:

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are codes already: AWQ, GPTQ and compressed-tensors, by their layouts."""
