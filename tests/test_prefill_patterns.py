@@ -196,9 +196,11 @@ def test_strides_of_images_are_those_of_the_prompt():
     """Rows of 3 with a token behind each, two frames of 2 rows; one image without another; text."""
     row = [-1, 0, 0, 0, -1, 1, 1, 1, -1, 0, 0, 0, -1, 1, 1, 1, -1]
     column = [-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1]
-    grid = np.full((3, 2, 17), -1, np.int32)
-    grid[0] = row, column
-    grid[1, :, :9] = row[:9], column[:9]
+    frame = [-1] * 9 + [1, 1, 1, -1, 1, 1, 1, -1]
+    frame[1:4] = frame[5:8] = 0, 0, 0
+    grid = np.full((3, 3, 17), -1, np.int32)
+    grid[0] = frame, row, column
+    grid[1, :, :9] = frame[:9], row[:9], column[:9]
     hidden, index = jnp.zeros((3, 17, 1)), jnp.zeros((3, 17), jnp.int32)
     stage = Stage(hidden, index, jnp.array([17, 9, 17]), index, grid=jnp.asarray(grid))
     np.testing.assert_array_equal(visual_strides(stage), [[4, 8], [4, 0], [0, 0]])

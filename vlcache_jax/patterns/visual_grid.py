@@ -17,7 +17,7 @@ def visual_strides(stage: Stage) -> jax.Array | None:
     index = jax.lax.iota(jnp.int32, stage.room)[None]
     placed = (stage.grid[:, 0] >= 0) & stage.valid
     first = jnp.argmax(placed, axis=1)[:, None]
-    row, column = stage.grid[:, 0], stage.grid[:, 1]
+    row, column = stage.grid[:, 1], stage.grid[:, 2]
     row_of, column_of = (jnp.take_along_axis(x, first, axis=1) for x in (row, column))
 
     def until(found: jax.Array) -> jax.Array:
