@@ -302,8 +302,9 @@ def test_limits_of_images_in_all_spellings(checkpoints):
     assert sizes[1] == dataclasses.replace(sizes[1], tokens=2, images=(), tiles=0)
     for same in ({"max_pixels": 512}, {"size": {"longest_edge": 512}}, {"max_pixels": 512, "max_image_tokens": 8}):
         assert Processor.from_folder(folder, image_limits=same).layout == few.layout
-    with pytest.raises(vlc.InputError, match="cannot be trained on yet: a training batch has positions on one axis"):
-        make_train_batch(few, [images], ["<|image_pad|> " * 5], ["w1"], 128)
+    trained = make_train_batch(few, [images], ["<|image_pad|> " * 5], ["w1"], 128)
+    np.testing.assert_array_equal(trained.batch.cells, batch.cells)  # on the model's own three axes
+    assert trained.positions is None
     own = vlc.load(folder, dtype="float32", image_limits={"min_pixels": 640})
     assert (own.processor.layout.min_pixels, own.processor.layout.max_pixels) == (640, 3000)
     for limits, message in (

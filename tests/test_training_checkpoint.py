@@ -83,6 +83,34 @@ def test_a_crash_while_saving_leaves_the_earlier_state(training, tmp_path, monke
     assert {path.name for path in path.iterdir()} == {"arrays-8", "state.safetensors"}
 
 
+def test_states_in_the_background(training, tmp_path, monkeypatch):
+    """Steps that take the state's memory go on meanwhile; readers and the next writer wait; errors are not lost."""
+    step, new = training
+    path, state, kept = tmp_path / "state", new(), []
+    for number, batch in zip(range(3), batches()):
+        state, _ = step(state, batch)
+        kept.append(jax.tree.map(np.array, state))
+        saving = save_state(path, state, {"step": number}, background=True)
+    state, _ = step(state, next(batches(3)))  # donates what is being written
+    loaded, progress = load_state(path, state)
+    assert progress == {"step": 2}
+    assert_same(loaded, kept[2])
+    saving.wait()
+    assert len(list(path.iterdir())) == 2
+
+    def full_disk(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(InputError, match="no space"):
+        save_state(path, state, background=True).wait()
+    save_state(path, state, background=True)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="no space"):
+        save_state(path, state)
+    assert load_state(path, new())[1] == {"step": 2}
+
+
 def test_states_that_do_not_fit(training, tmp_path):
     _, new = training
     path = tmp_path / "state"

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from vlcache_jax.errors import InputError
 from vlcache_jax.models.activations import activation
 from vlcache_jax.models.coding import CODED, WeightCoding
 from vlcache_jax.models.decoder import rope
@@ -25,6 +26,14 @@ from vlcache_jax.models.decoder.layout import Layout, layout_of
 from vlcache_jax.models.linear import STACKS, Linear, project
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
+
+
+REMAT: dict[Any, Any] = {
+    True: None,
+    "layers": None,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass finds of a layer, beside its input: nothing, or what its products with weights gave."""
 
 
 class RMSNorm(nn.Module):
@@ -135,14 +144,15 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes.
       dtype: of the computation; norms, softmax and logits are float32 whatever it is.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: recompute each layer in the backward pass instead of keeping its activations ("layers" or True); or all of
+        it but the products with weights ("projections"): a key of `REMAT`, False for no recomputation.
       layout: the name of how its weights lie, see `LAYOUTS`.
       coding: of the layers' projections.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     layout: str = "stacked"
     coding: WeightCoding | None = None
 
@@ -209,7 +219,13 @@ class Decoder(nn.Module):
             return (x, carry), ys
 
         if self.remat:
-            body = nn.remat(body, prevent_cse=False)  # under a scan nothing can be merged with the recomputation
+            if self.remat not in REMAT:
+                raise InputError(
+                    f"remat={self.remat!r} is not known: use one of {', '.join(map(repr, REMAT))}, or False"
+                )
+            body = nn.remat(
+                body, prevent_cse=False, policy=REMAT[self.remat]
+            )  # under a scan nothing can be merged with the recomputation
         state, items = (hidden, carry), (xs, windowed, numbers)
         if not isinstance(self.layers, DecoderLayer):
             ys = None

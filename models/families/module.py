@@ -57,14 +57,15 @@ class FamilyModule(nn.Module):
     Attributes:
       config: what it is made of, a `ModelConfig`.
       dtype: of the computation.
-      remat: recompute decoder layers in the backward pass (for fine-tuning large models).
+      remat: recompute decoder layers in the backward pass (for fine-tuning large models): "layers", or "projections"
+        to keep what products with weights gave (`models.decoder.decoder.REMAT`).
       layout: how the decoder's weights lie, "stacked" or "apart" (`models.decoder.layout.LAYOUTS`).
       weights: how those of the decoder's projections are coded; None for floats.
     """
 
     config: Any
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     layout: str = "stacked"
     weights: WeightCoding | None = None
 

@@ -22,6 +22,8 @@ from vlcache_jax.kernels.varying import is_checked
 
 MODEL_AXIS = "model"
 """The mesh axis over which projections and KV heads are split."""
+FSDP_AXIS = "fsdp"
+"""The mesh axis over which parameters are split as well as the batch: each layer's are gathered when it runs."""
 DATA_AXIS = "data"
 """The usual name of the axis over which the batch is split; any axis but "model" will do."""
 

@@ -1,4 +1,4 @@
-"""Where each parameter lies on a mesh: tensor parallelism over an axis named "model"."""
+"""Where each parameter lies on a mesh: split over the axes named "model" (tensor parallelism) and "fsdp"."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlcache_jax.parallel.mesh import MODEL_AXIS
+from vlcache_jax.parallel.mesh import FSDP_AXIS, MODEL_AXIS
 
 # Which axis of a parameter is split, counted from its end: columns of projections that widen, rows of those that
 # narrow, so that a layer needs one reduction after attention and one after the MLP.
@@ -33,8 +33,10 @@ _OF_ADAPTERS = {"lora_a": -2, "lora_b": -1}  # which side of a split kernel is s
 def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A `NamedSharding` for every parameter of a LLaVA.
 
-    Projections are split over the mesh axis "model" if the mesh has one and the size is a multiple of it; everything
-    else is replicated. Other axes of the mesh (for the batch) see whole parameters. Axes may be of any type.
+    Projections are split over the mesh axis "model" if the mesh has one and the size is a multiple of it. Over an axis
+    "fsdp", for training, the largest other side of every matrix is split, too, if the size is a multiple of it; the
+    compiler gathers a layer's weights when it runs. Everything else is whole on every device. Other axes of the mesh
+    (for the batch) see whole parameters. Axes may be of any type.
 
     Args:
       abstract_params: nested dict of `jax.ShapeDtypeStruct`, for example `model.abstract_params()`.
@@ -47,11 +49,12 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
       mesh = jax.make_mesh((2, 4), ("data", "model"))
       shardings = param_shardings(model.abstract_params(), mesh)
     """
-    size, flat = mesh.shape.get(MODEL_AXIS, 1), traverse_util.flatten_dict(abstract_params)
+    size, fsdp = mesh.shape.get(MODEL_AXIS, 1), mesh.shape.get(FSDP_AXIS, 1)
+    flat = traverse_util.flatten_dict(abstract_params)
 
     def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         codes, scales = (flat.get((*path[:-1], name)) for name in ("codes", "scales"))
-        if codes is not None and path[-1] != "bias":
+        if codes is not None and path[-1] in ("codes", "scales"):
             specs = coded_specs(path[-2], codes.shape, scales.shape, size)
             return NamedSharding(mesh, specs[0 if path[-1] == "codes" else 1])
         spec: list[str | None] = [None] * len(leaf.shape)
@@ -62,6 +65,12 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
             axis = None  # the rank is on every device
         if axis is not None and size > 1 and leaf.shape[axis] % size == 0:
             spec[axis] = MODEL_AXIS
+        # Of a matrix: without the axis of layers, and not an adapter, which is small.
+        sides = range(-len(leaf.shape) + ("layers" in path), 0)
+        if fsdp > 1 and len(sides) > 1 and path[-1] not in _OF_ADAPTERS:
+            free = [i for i in sides if spec[i] is None and leaf.shape[i] % fsdp == 0]
+            if free:
+                spec[max(free, key=lambda i: leaf.shape[i])] = FSDP_AXIS
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return traverse_util.unflatten_dict({path: place(path, leaf) for path, leaf in flat.items()})

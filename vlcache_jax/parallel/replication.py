@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from vlcache_jax.errors import PlacementWarning
-from vlcache_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS
+from vlcache_jax.parallel.mesh import DATA_AXIS, FSDP_AXIS, MODEL_AXIS
 from vlcache_jax.typing import ModelSpec
 
-_OF_BATCH = (DATA_AXIS, "batch", "replica")  # names that promise no split of the parameters
+_OF_BATCH = (DATA_AXIS, FSDP_AXIS, "batch", "replica")  # names that promise no split of the heads
 
 
 def replicated(

@@ -31,15 +31,16 @@ class TrainBatch:
       batch: prompts and answers, and the images.
       targets: i32 [batch, length]. The token that follows, where `weights` > 0.
       weights: f32 [batch, length]. Of each position in the loss; 0 wherever no answer token follows.
-      segments: i32 [batch, length].
-      positions: i32 [batch, length].
+      segments: i32 [batch, length]; None of rows with one question each, which are plain causal text: on TPUs and
+        GPUs that is what the fast attention kernels take.
+      positions: i32 [batch, length]; None for the model's own.
     """
 
     batch: Batch
     targets: jax.Array | np.ndarray
     weights: jax.Array | np.ndarray
-    segments: jax.Array | np.ndarray
-    positions: jax.Array | np.ndarray
+    segments: jax.Array | np.ndarray | None = None
+    positions: jax.Array | np.ndarray | None = None
 
 
 class Conversation(NamedTuple):

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,39 @@ _KIND = Kind("vlcache_jax.train_state", "train state", 2, "delete it to start af
 _FILE, _ARRAYS = "state.safetensors", re.compile(r"arrays-[0-9]+")
 
 
-def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any] | None = None) -> None:
+class Saving:
+    """A state that is being written on a thread, which the end of the program waits for."""
+
+    def __init__(self, complete: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                complete()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the state is complete. Raises, once, what `save_state` raises."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+_RUNNING: dict[Path, Saving] = {}
+
+
+def save_state(
+    path: str | os.PathLike[str],
+    state: Any,
+    progress: dict[str, Any] | None = None,
+    *,
+    background: bool = False,
+) -> Saving | None:
     """Writes a pytree of arrays and a JSON-able dict of whatever the loop must remember.
 
     A killed run leaves the earlier state, or the new one. Where parts of the state lie with other processes, all must
@@ -39,12 +73,18 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
       path: of the folder, which is made if need be.
       state: arrays and numbers.
       progress: numbers, texts, lists and dicts.
+      background: return when the arrays have been copied to the host, so that the next step may have their memory;
+        files are written meanwhile. The next state for the same folder, and `load_state`, wait for the one before.
+
+    Returns:
+      What to wait for, of a state in the background; else None, when all has been written.
 
     Raises:
       InputError: the folder cannot be written, progress is not JSON-able, or a leaf is of a type that is not saved.
+        What goes wrong in the background is raised by `Saving.wait`, or by the next call that waits.
 
     Example:
-      save_state("run/state", state, {"epoch": 1})
+      save_state("run/state", state, {"epoch": 1}, background=True)
     """
     arrays = {name: x if hasattr(x, "dtype") else np.asarray(x) for name, x in _named(state).items()}
     shapes = {name: [dtype_name(name, x), list(x.shape)] for name, x in arrays.items()}
@@ -55,24 +95,50 @@ def save_state(path: str | os.PathLike[str], state: Any, progress: dict[str, Any
             f"progress cannot be written as JSON ({error}): give plain numbers, texts and lists"
         ) from error
     folder = make_folder(path).absolute()
+    _finish(folder)
     check_target(folder / _FILE)
     numbers = (int(old.name.removeprefix("arrays-")) for old in folder.iterdir() if _ARRAYS.fullmatch(old.name))
     new = folder / f"arrays-{int(_of_first(np.int32(max(numbers, default=0)))) + 1}"
-    try:
-        _write_arrays(new, {name: x for name, x in arrays.items() if x.size})
-        if jax.process_index() == 0:
-            description = {"progress": progress, "arrays": shapes, "folder": new.name, "files": _checksums(new)}
-            write_tensor_file(folder / _FILE, _KIND, description, {})
-    except (OSError, ValueError) as error:
+
+    def refused(error: Exception) -> InputError:
         remove_folder(new)
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder} cannot be written: {error}; choose another folder") from error
-    if jax.process_index() == 0:
-        for old in folder.iterdir():
-            if old != new and _ARRAYS.fullmatch(old.name):
-                remove_folder(old)
+        return (
+            error
+            if isinstance(error, InputError)
+            else InputError(f"{folder} cannot be written: {error}; choose another folder")
+        )
+
+    try:
+        finish = _start_writing(new, {name: x for name, x in arrays.items() if x.size})
+    except (OSError, ValueError) as error:
+        raise refused(error) from error
+
+    def complete() -> None:
+        try:
+            finish()
+            if jax.process_index() == 0:
+                description = {"progress": progress, "arrays": shapes, "folder": new.name, "files": _checksums(new)}
+                write_tensor_file(folder / _FILE, _KIND, description, {})
+        except (OSError, ValueError) as error:
+            raise refused(error) from error
+        if jax.process_index() == 0:
+            for old in folder.iterdir():
+                if old != new and _ARRAYS.fullmatch(old.name):
+                    remove_folder(old)
+
+    if background:
+        _RUNNING[folder] = saving = Saving(complete)
+        return saving
+    complete()
     _of_first(np.int32(0))  # nobody goes on before the state is complete
+    return None
+
+
+def _finish(folder: Path) -> None:
+    """Waits for a state that is being written there."""
+    saving = _RUNNING.pop(folder, None)
+    if saving is not None:
+        saving.wait()
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, Any]]:
@@ -92,9 +158,10 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
     Example:
       state, progress = load_state("run/state", state)
     """
+    folder = Path(path).absolute()
+    _finish(folder)
     if not has_state(path):
         raise CheckpointError(f"there is no train state at {path}; start without resuming")
-    folder = Path(path).absolute()
     file = TensorFile.open(folder / _FILE, _KIND)
     leaves = _named(like)
     described: list[Any] = [file.description.get(key) for key in ("arrays", "progress", "folder", "files")]
@@ -144,12 +211,25 @@ def _local(x: Any) -> bool:
     return jax.process_count() > 1 and getattr(x, "is_fully_addressable", True)
 
 
-def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
-    from orbax.checkpoint import Checkpointer, PyTreeCheckpointHandler, args  # a second to import
+def _start_writing(folder: Path, arrays: dict[str, Any]) -> Callable[[], None]:
+    """Copies arrays to the host and begins to write them; what is returned waits until all processes have."""
+    from orbax.checkpoint import AsyncCheckpointer, PyTreeCheckpointHandler, args  # a second to import
 
-    with Checkpointer(PyTreeCheckpointHandler()) as checkpointer:
-        arrays = {name: np.asarray(x) if _local(x) else x for name, x in arrays.items()}
+    arrays = {name: np.asarray(x) if _local(x) else x for name, x in arrays.items()}
+    checkpointer = AsyncCheckpointer(PyTreeCheckpointHandler())
+    try:
         checkpointer.save(folder, args=args.PyTreeSave(arrays))
+    except BaseException:
+        checkpointer.close()
+        raise
+
+    def finish() -> None:
+        try:
+            checkpointer.wait_until_finished()
+        finally:
+            checkpointer.close()
+
+    return finish
 
 
 def _read_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:

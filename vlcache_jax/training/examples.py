@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vlcache_jax.errors import InputError
-from vlcache_jax.inputs import TEXT
+from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.text.rows import check_rows
 from vlcache_jax.training.batch import Conversation, TrainBatch, pack
@@ -36,20 +36,26 @@ def make_train_batch(
       The batch, of numpy arrays.
 
     Raises:
-      InputError: different numbers of rows, an empty answer, a row longer than `length`, images of a model with
-        positions on three axes, or what the processor raises.
+      InputError: different numbers of rows, an empty answer, a row longer than `length`, or what the processor raises.
 
     Example:
       batch = make_train_batch(vlm.processor, [["a.png"]], ["USER: <image>\\nTotal? ASSISTANT:"], ["48.20"], 1024)
     """
     if len(prompts) != len(answers):
         raise InputError(f"{len(prompts)} prompts and {len(answers)} answers: give one answer for each prompt")
-    batch = processor(images=images, text=list(prompts), pad_tiles_to=pad_tiles_to)
-    if batch.cells is not None:
-        raise InputError(
-            "images of any size (Qwen-VL) cannot be trained on yet: a training batch has positions on one axis; give "
-            "prompts of text alone, or another family's model"
-        )
+    return add_answers(
+        processor, processor(images=images, text=list(prompts), pad_tiles_to=pad_tiles_to), answers, length
+    )
+
+
+def add_answers(processor: Processor, batch: Batch, answers: Sequence[str], length: int) -> TrainBatch:
+    """`make_train_batch` of prompts that are a batch already, from `processor.chat` say.
+
+    Example:
+      batch = add_answers(vlm.processor, vlm.processor.chat(conversations), ["48.20"], length=1024)
+    """
+    if batch.size != len(answers):
+        raise InputError(f"{batch.size} prompts and {len(answers)} answers: give one answer for each prompt")
     tokenizer = processor.tokenizer
     conversations = []
     for row, answer in enumerate(answers):
@@ -70,5 +76,5 @@ def make_train_batch(
         None if value is None else np.pad(value[:, :length], ((0, 0), (0, missing), (0, 0)))
         for value in (batch.blend_index, batch.blend_weights)
     )
-    seen = dataclasses.replace(packed.batch, blend_index=features, blend_weights=shares)
-    return dataclasses.replace(packed, batch=seen)
+    seen = dataclasses.replace(packed.batch, cells=batch.cells, blend_index=features, blend_weights=shares)
+    return dataclasses.replace(packed, batch=seen, segments=None, positions=None)  # the model's own

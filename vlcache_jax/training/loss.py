@@ -61,9 +61,10 @@ def answers_right(logits: jax.Array, batch: TrainBatch) -> tuple[jax.Array, jax.
         return jnp.zeros(segments.shape, jnp.int32).at[rows, segments].add(marks.astype(jnp.int32)) > 0
 
     wanted = batch.weights > 0
-    of_segments = by_row(some, batch.segments.shape[0])
-    wrong = of_segments(wanted & (jnp.argmax(logits, -1) != batch.targets), batch.segments)
-    asked = of_segments(wanted, batch.segments)
+    segments = jnp.ones(wanted.shape, jnp.int32) if batch.segments is None else batch.segments
+    of_segments = by_row(some, segments.shape[0])
+    wrong = of_segments(wanted & (jnp.argmax(logits, -1) != batch.targets), segments)
+    asked = of_segments(wanted, segments)
     return asked & ~wrong, asked
 
 
