@@ -54,6 +54,26 @@ def test_decode_attention_cpu(tmp_path):
 
 
 @pytest.mark.thorough
+def test_rollouts(tmp_path):
+    options = [
+        "--shape",
+        "smoke",
+        "--length",
+        "32",
+        "--samples",
+        "2",
+        "--steps",
+        "4",
+        "--repeats",
+        "1",
+        "--budget",
+        "0.5",
+    ]
+    result = run(tmp_path, "rollouts.py", *options)
+    assert [row["side"] for row in result["rows"]] == ["separate", "one prefill", "with both log-probabilities"]
+
+
+@pytest.mark.thorough
 def test_engine(tmp_path):
     options = ["--shape", "smoke", "--length", "448", "--new-tokens", "8", "--requests", "12", "--full-rows", "4"]
     full, compressed, reference = run(tmp_path, "engine.py", *options, "--transformers")["rows"]
