@@ -1,6 +1,5 @@
 """The code of the guide, the training page and others runs as it is written, on the shipped checkpoint."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -42,8 +41,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages take for granted; every folder of weights is the shipped checkpoint."""
     load = vlc.load
 
-    def shipped(path: str, mesh: Any = None, param_dtype: Any = None, **_: Any) -> vlc.VLM:
-        return load(str(DEMO), dtype="float32", mesh=mesh, layout="stacked" if param_dtype else None)  # to train
+    def shipped(path: str, mesh: Any = None, param_dtype: Any = None, layout: Any = None, **_: Any) -> vlc.VLM:
+        layout = "stacked" if param_dtype else layout  # to train
+        return load(str(DEMO), dtype="float32", mesh=mesh, layout=layout)
 
     monkeypatch.setattr(vlc, "load", shipped)
     monkeypatch.chdir(tmp_path)
@@ -77,26 +77,22 @@ def test_the_guide(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) ->
 def test_the_training_page(names: dict[str, Any]) -> None:
     prompts, answers = ["<image>\nRead the value of salary on this page"] * 4, ["salary 9338"] * 4
     names["data"] = [([[names["first"]]] * 4, prompts, answers)] * 2
-    code, rollout = snippets("training.md")
+    code, lora, rollouts = snippets("training.md")
     exec(compile(code, "training.md", "exec"), names)
     assert names["progress"] == {"epoch": 1}
     assert int(names["state"].step) == 2
     assert np.isfinite(float(names["metrics"]["loss"]))
 
-    names["vlm"] = vlm = vlc.load("folder")  # the training donated its own
-    batch = vlm.processor([[names["first"]]] * 2, prompts[:2])
-    start, more = np.asarray(batch.lengths), ((0, 0), (0, 64))
-    names["longer"] = dataclasses.replace(
-        batch,
-        tokens=jnp.pad(batch.tokens, more),
-        vision_index=jnp.pad(batch.vision_index, more, constant_values=-1),
-        lengths=start + 64,
-    )
-    names |= {"batch": batch, "start": start, "params": vlm.params, "policy": vlc.VLCache(0.3), "seeds": jnp.arange(2)}
-    with jax.numpy_rank_promotion("allow"):  # the page is written for users, who have JAX's defaults
-        exec(compile("import jax.numpy as jnp\n" + rollout, "training.md", "exec"), names)
-    assert names["log_p"].shape == (2, 64)
-    assert np.isfinite(names["log_p"]).all()
+    exec(compile(lora, "training.md", "exec"), names)
+    assert {x.name for x in Path("adapters").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    vlm = names["vlm"]
+    vlm.model.apply({"params": vlm.params}, names["batch"].batch, method="forward")  # merged: plain parameters again
+
+    names["prompts"] = [names["vlm"].processor([[names["first"]]] * 2, prompts[:2])]
+    names["judge"] = lambda texts: np.arange(16).reshape(2, 8) % 3
+    exec(compile(rollouts, "training.md", "exec"), names)
+    assert names["out"].full.shape == (2, 8, 64)
+    assert float(names["metrics"]["gradient_norm"]) > 0
 
 
 @pytest.mark.thorough

@@ -105,9 +105,9 @@ def test_states_in_the_background(training, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no space"):
         save_state(path, state, background=True).wait()
     save_state(path, state, background=True)
-    monkeypatch.undo()
     with pytest.raises(InputError, match="no space"):
-        save_state(path, state)
+        load_state(path, state)
+    monkeypatch.undo()
     assert load_state(path, new())[1] == {"step": 2}
 
 

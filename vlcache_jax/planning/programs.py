@@ -103,7 +103,7 @@ class Programs:
         run = self._prefill(work, policy)
         state = self.state(work, policy)
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))
-        return self._compile(run, self.params, self._batch(work), out_shardings=shardings)
+        return self.compile(run, self.params, self._batch(work), out_shardings=shardings)
 
     def decode_step(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`vlcache_jax.decode_step`, with the state donated."""
@@ -114,7 +114,7 @@ class Programs:
             return decode_step(self.model, params, tokens, state)
 
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))
-        return self._compile(step, self.params, tokens, state, donate=(2,), out_shardings=shardings)
+        return self.compile(step, self.params, tokens, state, donate=(2,), out_shardings=shardings)
 
     def decode(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
         """`vlcache_jax.decode`: the whole loop of `generate`, greedy. The state stays valid, so its tail is copied."""
@@ -123,7 +123,7 @@ class Programs:
         def loop(params: Params, logits: jax.Array, state: KVState) -> Any:
             return decode(self.model, params, logits, state, work.new_tokens)
 
-        return self._compile(loop, self.params, place(logits, self.mesh), self.state(work, policy))
+        return self.compile(loop, self.params, place(logits, self.mesh), self.state(work, policy))
 
     def state(self, work: Workload, policy: Policy) -> KVState:
         """The abstract state that the prefill makes."""
@@ -137,7 +137,7 @@ class Programs:
     def available_bytes(self) -> int:
         """Memory of one device that programs may use: what the compiler names when it refuses one that is too large."""
         too_large = abstract(jax.ShapeDtypeStruct((2**13, 2**30), jnp.int8), self.mesh)
-        program, _ = self._compile(lambda x: x + 1, too_large)
+        program, _ = self.compile(lambda x: x + 1, too_large)
         found = re.search(r"available HBM \(([\d.]+)([KMGT]?)\)|of ([\d.]+)([KMGT]?) hbm", program.refused or "")
         if found is None:
             raise RuntimeError(f"the TPU compiler does not name the memory of a device: {program.refused!r}")
@@ -157,7 +157,8 @@ class Programs:
     def _batch(self, work: Workload) -> Batch:
         return place(self.model.abstract_batch(work.batch, work.prompt, work.tiles), self.mesh)
 
-    def _compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
+    def compile(self, function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Program, Any]:
+        """(what the compiler says of a program of abstract arrays, the program or None); options of `compile_on`."""
         start = time.monotonic()
         try:
             # Decoding uses no vision tower, yet it stays where it is.

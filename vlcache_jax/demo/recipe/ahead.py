@@ -43,6 +43,7 @@ def take(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 def ahead_targets(batch: TrainBatch, questions: int, depth: int, tokens: int) -> Ahead:
     """Finds the answers of a packed batch, and the last `depth` rows before each."""
+    assert batch.segments is not None  # packed
     size = batch.segments.shape[0]
     rows = np.zeros((size, questions, depth), np.int32)
     targets = np.full((size, questions, tokens), -1, np.int32)
