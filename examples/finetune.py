@@ -76,7 +76,7 @@ def train(options: argparse.Namespace) -> float:
         done = {"step": number + 1, "loss": float(metrics["loss"])}
         log.report(**done, rate=float(schedule(number)), exact_match=float(metrics["exact_match"]))
         if done["step"] % options.save_every == 0 or done["step"] == options.steps:
-            save_state(folder / "state", state, done, background=True)
+            save_state(folder / "state", state, done, background=done["step"] < options.steps)
     if jax.process_count() == 1:
         vlc.save(dataclasses.replace(vlm, params=merge(frozen, state.params)), folder / "model")
     return done["loss"]

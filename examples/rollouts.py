@@ -103,7 +103,7 @@ def train(options: argparse.Namespace) -> float:
         done = {"step": number + 1, "reward": float(reward.mean())}
         log.report(**done, **{name: float(x) for name, x in metrics.items()})
         if done["step"] % options.save_every == 0 or done["step"] == options.steps:
-            save_state(folder / "state", state, done, background=True)
+            save_state(folder / "state", state, done, background=done["step"] < options.steps)
             if options.held_out:
                 evaluate()
     return done["reward"]

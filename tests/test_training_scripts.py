@@ -49,10 +49,10 @@ def test_scripts_are_short():
         assert len(path.read_text().splitlines()) <= 150, path
 
 
-@pytest.mark.parametrize("name", ["finetune", "lora"])
+@pytest.mark.parametrize("name", [pytest.param("finetune", marks=pytest.mark.thorough), "lora"])
 def test_fine_tuning(tmp_path, name):
-    """Full, and adapters alone on a mesh; the second call goes on after the first."""
-    mesh = ("--mesh", "data=2,fsdp=2,model=2") if name == "lora" else ()
+    """Adapters alone, and everything on a mesh; the second call goes on after the first."""
+    mesh = ("--mesh", "data=2,fsdp=2,model=2") if name == "finetune" else ()
     options = (*TUNING, *mesh, "--output", tmp_path, "--save-every", 1, "--rate", 1e-3, "--accumulate", 1)
     run(name, *options, "--steps", 1)
     run(name, *options, "--steps", 3)

@@ -143,7 +143,7 @@ def _placed_state(tuned: Params, optimizer: optax.GradientTransformation, mesh: 
     """The abstract train state; the optimizer's numbers lie as the parameters that they belong to."""
     tuned = place_params(tuned, mesh)
     state = jax.eval_shape(lambda params: init_state(params, optimizer), tuned)
-    of_params = jax.tree.structure(tuned)
+    of_params: Any = jax.tree.structure(tuned)
     places, whole = param_shardings(tuned, mesh), NamedSharding(mesh, PartitionSpec())
 
     def is_like(x: Any) -> bool:

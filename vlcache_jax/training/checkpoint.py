@@ -186,19 +186,24 @@ def load_state(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, 
             raise file.damaged(f"{name}/{part} has not the checksum it was saved with")
     arrays = _read_arrays(folder / name, {key: leaf for key, leaf in leaves.items() if leaf.size})
     loaded = [
-        jax.device_put(arrays.get(key, np.zeros(leaf.shape, leaf.dtype)), getattr(leaf, "sharding", None))
-        for key, leaf in leaves.items()
+        jax.device_put(arrays.get(key, np.zeros(leaf.shape, leaf.dtype)), _place(leaf)) for key, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), loaded), progress
 
 
 def has_state(path: str | os.PathLike[str]) -> bool:
-    """Whether a state was saved in a folder."""
+    """Whether a state was saved in a folder; waits for one that is being written."""
+    _finish(Path(path).absolute())
     return os.path.lexists(Path(path) / _FILE)
 
 
 def _named(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _place(leaf: Any) -> Any:
+    """Where an array shall lie; None for one that JAX may move to where others are, as a count of steps."""
+    return None if isinstance(leaf, jax.Array) and not leaf.committed else getattr(leaf, "sharding", None)
 
 
 def _of_first(x: Any) -> Any:
@@ -236,7 +241,7 @@ def _read_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, Any]:
     from orbax.checkpoint import ArrayRestoreArgs, Checkpointer, PyTreeCheckpointHandler, RestoreArgs, args
 
     def how(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
+        sharding = _place(leaf)
         if sharding is None or _local(sharding):
             return RestoreArgs(restore_type=np.ndarray)
         return ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
