@@ -128,6 +128,7 @@ def test_steps_make_rewarded_tokens_likelier(tiny):
     assert float(metrics["ratio"]) == pytest.approx(1)
 
 
-def test_rules_that_rewrite_the_cache_cannot_be_scored(tiny):
-    with pytest.raises(vlc.PolicyError, match="rewrites what was kept"):
-        rollout(*tiny, vlc.H2O(budget=0.4, decoding="evict"), NEW, samples=2)
+def test_rules_that_rewrite_the_cache(tiny):
+    """What it kept for the next token is gone afterwards: the numbers are those of the moment."""
+    out = rollout(*tiny, vlc.H2O(budget=0.4, decoding="evict"), NEW, samples=2, full=True)
+    assert np.all(np.where(out.counts, np.isfinite(out.full) & (out.raw < 0), out.raw == 0))

@@ -87,7 +87,6 @@ def rollout(
       The samples and their log-probabilities.
 
     Raises:
-      PolicyError: the policy's rule for generated tokens rewrites what was kept (`vlc.score`).
       InputError: see `vlc.generate` and `vlc.answer`.
 
     Example:
@@ -97,13 +96,10 @@ def rollout(
     ctx = compress(model, params, batch, policy, pruning=pruning, kernels=kernels)
     out = answer(
         ctx, max_new_tokens=max_new_tokens, samples=samples, sampling=sampling, seeds=seeds,
-        eos_token_ids=eos_token_ids, kernels=kernels,
+        eos_token_ids=eos_token_ids, log_probabilities=True, kernels=kernels,
     )  # fmt: skip
-    raw = score(ctx, out, kernels=kernels).log_probabilities
-    plain = sampling == Sampling()
-    sampled = raw if plain else score(ctx, out, sampling=sampling, kernels=kernels).log_probabilities
     of_full = log_probabilities(model, params, batch, out, kernels=kernels) if full else None
-    return Rollouts(out.tokens, out.lengths, sampled, raw, of_full)
+    return Rollouts(out.tokens, out.lengths, out.sampling_log_probabilities, out.log_probabilities, of_full)  # type: ignore[arg-type]
 
 
 def log_probabilities(
