@@ -9,8 +9,9 @@ import venv
 import zipfile
 from pathlib import Path
 
-import build  # noqa: F401  (the command below needs it; without it this file is left out by --core)
 import pytest
+
+import build  # noqa: F401  (the command below needs it; without it this file is left out by --core)
 
 ROOT = Path(__file__).parent.parent
 
