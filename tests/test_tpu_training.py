@@ -46,8 +46,7 @@ def test_it_fits_and_runs_the_fast_kernels():
     assert plan.frozen_bytes < 7.1e9 * 2 / 3.5  # a quarter, and what no axis divides
     assert plan.state_bytes < 2**28
     lines = compiled.as_text().splitlines()
-    in_layers = [x for x in lines if 'custom_call_target="tpu_custom_call"' in x and "/decoder/" in x]
-    assert len(in_layers) == 4
+    assert sum('custom_call_target="tpu_custom_call"' in line for line in lines) == 4
 
 
 @pytest.mark.thorough
