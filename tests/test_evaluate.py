@@ -4,11 +4,6 @@ import base64
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow.parquet
@@ -116,19 +111,20 @@ def test_the_table(finished, capsys):
     assert "| vl_cache:0.3 |" in table(finished, capsys, "--markdown")
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_was_cut_anywhere_ends_with_the_same_table(checkpoint, data, finished, tmp_path, capsys, seed):
     rng = np.random.default_rng(seed)
     out = tmp_path / "run"
     out.mkdir()
     for file in finished.iterdir():
         (out / file.name).write_bytes(file.read_bytes())
-    name = f"{POLICY.replace(':', '-')}.jsonl"
+    policy = POLICY if seed < 2 else "full_cache"
+    name = f"{policy.replace(':', '-')}.jsonl"
     whole = (finished / name).read_bytes()
     (out / name).write_bytes(whole[: int(rng.integers(len(whole) // 4, len(whole)))])
     evaluation(checkpoint, data, out, "--policy", POLICY, "--compare", "full_cache")
     assert {key: line["answer"] for key, line in lines_of_whole(out / name).items()} == {
-        key: line["answer"] for key, line in lines(finished).items()
+        key: line["answer"] for key, line in lines(finished, policy).items()
     }
     assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
 
@@ -144,20 +140,6 @@ def lines_of_whole(path):
         assert line["id"] not in found
         found[line["id"]] = line
     return found
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("turn", range(5))
-def test_kill_9_at_a_random_moment(checkpoint, data, finished, tmp_path, capsys, turn):
-    out = tmp_path / "run"
-    command = ["evaluate", "--model", checkpoint, "--data", data, "--out", out, "--max-new-tokens", 6, *OPTIONS]
-    command += ["--policy", POLICY, "--compare", "full_cache"]
-    started = subprocess.Popen([sys.executable, "-m", "vlcache_jax", *map(str, command)], stderr=subprocess.DEVNULL)
-    time.sleep(float(np.random.default_rng(turn).uniform(4, 30)))
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait()
-    run(*command)
-    assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
 
 
 def test_two_programs_share_the_samples(checkpoint, data, finished, tmp_path, capsys):
@@ -275,6 +257,11 @@ def test_bad_data(tmp_path, name, text, message):
         (["--metric", "f1"], "metric 'f1' is not known"),
         (["--policy", "nothing"], "nothing"),
         (["--share", "2/2"], "--share '2/2' is not of the form I/N"),
+        (["--share", "0/2", "--distributed"], "give one of them"),
+        (["--distributed", "node0,0/2"], "is not of the form HOST:PORT,I/N"),
+        (["--distributed", "node0:4000,2/2"], "--distributed '2/2' is not of the form I/N"),
+        (["--distributed"], "JAX's processes cannot be joined"),
+        (["--mesh", "data=3"], "--mesh 'data=3' is of 3 devices: there are 8"),
     ],
 )
 def test_bad_arguments_before_anything_is_loaded(data, tmp_path, capsys, arguments, message):

@@ -2,14 +2,19 @@
 
 import argparse
 
+import jax
+
 from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
 from vlcache_jax.cli.options import device_mesh, image_limits, output_folder
 from vlcache_jax.cli.process import remark
 from vlcache_jax.cli.report import show
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.evaluate import evaluate
+from vlcache_jax.evaluation.report import summarise
+from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
+from vlcache_jax.parallel.processes import join, wait_for_others
 from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal import words
@@ -25,6 +30,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     task_by_name(arguments.task, metric=arguments.metric)
     find_files(arguments.data)
     share = None if arguments.share is None else _share(arguments.share)
+    joined = arguments.distributed is not None
+    if joined:
+        if share is not None:
+            raise InputError("--distributed and --share both say which samples are whose: give one of them")
+        progress.step("joining the other processes")
+        join(*_place(arguments.distributed))
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     progress.step("opening the checkpoint")
     opened = open_checkpoint(
@@ -55,13 +66,30 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         **({} if pattern is None else {"prefill": pattern}),
         **({} if arguments.rows is None else {"rows": arguments.rows}),
     )
+    if joined:
+        progress.step("waiting for the other processes")
+        wait_for_others()
+        if jax.process_index():  # the first one tells
+            return
+        summaries = summarise(RunFolder.open(folder), [summary.policy for summary in summaries], arguments.compare)
     progress.close()
     show({str(folder): summaries}, arguments)
     remark(f"the answers are in {folder}")
 
 
-def _share(text: str) -> tuple[int, int]:
+def _place(text: str) -> tuple[str, int, int] | tuple[()]:
+    """HOST:PORT, how many processes and which of them; nothing for "auto"."""
+    if text == "auto":
+        return ()
+    address, comma, share = text.partition(",")
+    if not (comma and address.rpartition(":")[2].isdecimal()):
+        raise InputError(f"--distributed {words.shown(text)} is not of the form HOST:PORT,I/N, such as node0:4000,0/4")
+    index, count = _share(share, "--distributed")
+    return address, count, index
+
+
+def _share(text: str, option: str = "--share") -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--share {words.shown(text)} is not of the form I/N, such as 0/4, with I below N")
+        raise InputError(f"{option} {words.shown(text)} is not of the form I/N, such as 0/4, with I below N")
     return int(index), int(count)

@@ -75,9 +75,10 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 
 def device_mesh(text: str) -> jax.sharding.Mesh:
-    """A mesh of all devices with these axes. Raises InputError if it does not fit them."""
-    axes = mesh_axes(text)
+    """A mesh of all devices of this process with these axes. Raises InputError if it does not fit them."""
+    axes, devices = mesh_axes(text), jax.local_devices()
     count = math.prod(axes.values())
-    if count != jax.device_count():
-        raise InputError(f"--mesh {words.shown(text)} is of {count} devices: there are {jax.device_count()}")
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    if count != len(devices):
+        raise InputError(f"--mesh {words.shown(text)} is of {count} devices: there are {len(devices)}")
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)

@@ -220,6 +220,14 @@ def _evaluate(commands: Any) -> None:
     parser.value("--metric", str, "NAME", "how answers are scored (default: the task's)")
     parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
     parser.value("--share", str, "I/N", "answer every N-th sample from the I-th on (0 to N - 1); start N such programs")
+    parser.value(
+        "--distributed",
+        str,
+        "HOST:PORT,I/N",
+        "share the samples with JAX's other processes: TPU pods, Slurm and Open MPI tell which, or else the value does",
+        nargs="?",
+        const="auto",
+    )
     parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
     _weights(parser)
