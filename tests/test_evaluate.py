@@ -5,6 +5,7 @@ import csv
 import json
 import math
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -14,9 +15,10 @@ from tiny_checkpoints import make_tiny_llava
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
 from vlcache_jax.evaluation.metrics import bleu, cider_d, rouge_l
-from vlcache_jax.evaluation.report import markdown, summarise
+from vlcache_jax.evaluation.report import rows, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files, read_samples
+from vlcache_jax.evaluation.speed import speed
 from vlcache_jax.evaluation.tasks import TASKS
 
 POLICY, OPTIONS = "vl_cache:0.3", ["--rows", "3", "--dtype", "float32", "--no-compilation-cache"]
@@ -109,6 +111,35 @@ def test_the_table(finished, capsys):
     same = [a["answer"].lower().split() == b["answer"].lower().split() for a, b in pairs if a["status"] == "ok"]
     assert compressed["agreement"] == pytest.approx(np.mean(same))
     assert "| vl_cache:0.3 |" in table(finished, capsys, "--markdown")
+
+
+def test_speed_and_plots(finished, tmp_path, capsys):
+    folder = RunFolder.open(finished)
+    fast = speed(folder, POLICY)
+    (line,) = (line for part in folder.starts(POLICY) for line in part if "stats" in line)
+    assert fast.samples_per_second == pytest.approx(14 / line["stats"]["seconds"])
+    assert (fast.rows, fast.devices, fast.versions["jax"]) == (3, "8 x cpu", jax.__version__)
+    assert 0 < fast.state_bytes < speed(folder, "full_cache").state_bytes
+    text = table(finished, capsys, "--speed", "--plots", tmp_path / "plots", "--compare", "full_cache")
+    assert "samples/s" in text
+    for name in ("scores.png", "throughput.png"):
+        with Image.open(tmp_path / "plots" / name) as picture:
+            assert min(picture.size) > 100
+    found = json.loads(table(finished, capsys, "--json", "--speed"))["RUN"]
+    assert found[1]["speed"]["tokens_per_second"] == pytest.approx(fast.tokens_per_second)
+
+
+def test_speeds_of_parts_add_up(tmp_path):
+    """Those that ran at the same time; starts of one part ran one after another, and killed ones do not count."""
+    folder = RunFolder.begin(tmp_path, {"metric": "anls"})
+    line = {"device": "cpu", "devices": 1, "jax": "1", "vlcache_jax": "2"}
+    for part, results, seconds in ((0, 10, 5.0), (0, 20, 5.0), (1, 8, 2.0)):
+        own = RunFolder.begin(tmp_path, folder.settings, f"part-{part}-of-2")
+        own.add_start("x", {"sizes": {}})
+        own.add_start("x", line | {"stats": {"results": results, "seconds": seconds, "rows": 4, "of_later": 1}})
+    assert speed(folder, "x").samples_per_second == pytest.approx(30 / 10 + 8 / 2)
+    assert (speed(folder, "x").rows, speed(folder, "x").devices) == (8, "2 x cpu")
+    assert speed(folder, "y") is None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -215,8 +246,8 @@ def test_parquet(tmp_path):
             for pid, precision in (("9", 1.0), ("10", math.nan))
         ],
     }
-    for name, rows in tables.items():
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    for name, lines_of_one in tables.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines_of_one), tmp_path / f"{name}.parquet")
     docvqa, first, second, caption, how_long, no_precision = read_samples(find_files([tmp_path]))
     assert (docvqa.id, docvqa.images, docvqa.answers, docvqa.more) == ("7", (url,), ("a", "b"), {"docId": 5})
     assert (first.images, first.choices, first.answers) == ((url,), ("x", "y"), ("B",))
@@ -291,5 +322,5 @@ def test_captions_are_scored_together(tmp_path):
         "bleu_4": bleu(list(said.values()), list(right.values())),
         "rouge_l": pytest.approx(np.mean([rouge_l(said[key], right[key]) for key in said])),
     }
-    assert "bleu_4" in markdown([summary])
+    assert "bleu_4" in rows([summary])[0]
     assert (summary.samples, summary.failed, summary.scored) == (3, 1, 3)

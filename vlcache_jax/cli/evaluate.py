@@ -14,7 +14,7 @@ from vlcache_jax.evaluation.report import summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
-from vlcache_jax.parallel.processes import join, wait_for_others
+from vlcache_jax.parallel.processes import join, leave
 from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal import words
@@ -68,8 +68,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     )
     if joined:
         progress.step("waiting for the other processes")
-        wait_for_others()
-        if jax.process_index():  # the first one tells
+        first = jax.process_index() == 0
+        leave()
+        if not first:  # that one tells
             return
         summaries = summarise(RunFolder.open(folder), [summary.policy for summary in summaries], arguments.compare)
     progress.close()

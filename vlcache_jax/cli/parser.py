@@ -241,6 +241,8 @@ def _report(commands: Any) -> None:
     parser = _command(commands, "report", "the tables of evaluations that were run, or are running")
     parser.add_argument("folders", type=words.path, metavar="RUN", nargs="+", help="folder of an evaluation")
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample")
+    parser.flag("--speed", "also tell samples a second, rows, bytes and devices of the starts that were not killed")
+    parser.value("--plots", words.path, "DIR", "draw scores over kept fractions, and samples a second, into DIR")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--markdown", action="store_true", help="print the tables in Markdown")

@@ -333,6 +333,7 @@ class Engine:
                 inserted.add(str(jax.tree.map(jax.typeof, prompt)))  # of budgets in tokens, all buckets' are alike
             assert state is not None
             self._state = programs.end(programs.decode(state, 1, 1), [])
+        self._stats.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.kv))
         self._stats.programs = OF_ROWS + len(self._buckets) + len(inserted) + sized
 
 

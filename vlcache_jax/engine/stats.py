@@ -13,6 +13,7 @@ class Stats:
 
     Attributes:
       rows: of the decode batch.
+      state_bytes: of its buffers, on all devices together; 0 until it is warm.
       programs: that the engine needs in all, with the one that tells how large a row is; 0 until it is warm.
       compilations: programs compiled or read from the compilation cache while it warmed up or ran; whatever else the
         process compiles at the time is counted, too.
@@ -27,6 +28,7 @@ class Stats:
     """
 
     rows: int = 0
+    state_bytes: int = 0
     programs: int = 0
     compilations: int = 0
     requests: int = 0

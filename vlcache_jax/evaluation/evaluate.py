@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from vlcache_jax import __version__
 from vlcache_jax.engine.engine import Engine
 from vlcache_jax.engine.memory import usual_rows
 from vlcache_jax.engine.requests import Request, Result
@@ -149,7 +150,9 @@ class _OnePolicy:
                 kept += result.kept_fraction or 0
                 self._progress.advance()
                 self._progress.describe(_describe(self._name, engine, number, kept, time.monotonic() - start))
-        self._folder.add_start(self._name, {"stats": dataclasses.asdict(engine.stats()), "jax": jax.__version__})
+        device = jax.local_devices()[0].device_kind
+        line = {"stats": dataclasses.asdict(engine.stats()), "device": device, "devices": jax.local_device_count()}
+        self._folder.add_start(self._name, line | {"jax": jax.__version__, "vlcache_jax": __version__})
 
     def _requests(self, samples: Iterable[Sample]) -> Iterator[Request]:
         for sample in samples:

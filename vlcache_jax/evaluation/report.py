@@ -158,10 +158,3 @@ def rows(summaries: Sequence[Summary]) -> list[list[str]]:
         for summary in summaries
     ]
     return [[*_HEADER, *also], *cells]
-
-
-def markdown(summaries: Sequence[Summary]) -> str:
-    """The table in Markdown."""
-    header, *cells = rows(summaries)
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -88,9 +88,9 @@ class RunFolder:
         """Appends a sample's line."""
         append_line(self.own / _name(policy), json.dumps({**line, "policy": policy}, ensure_ascii=False))
 
-    def starts(self, policy: str) -> list[dict[str, Any]]:
-        """What each start of the program did for a policy."""
-        return [line for file in self._files(_name(policy, ".runs")) for line in _lines(file)]
+    def starts(self, policy: str) -> list[list[dict[str, Any]]]:
+        """What each start of the program did for a policy, in each part."""
+        return [list(_lines(file)) for file in self._files(_name(policy, ".runs"))]
 
     def add_start(self, policy: str, line: dict[str, Any]) -> None:
         """Appends what this one did."""
@@ -103,7 +103,7 @@ class RunFolder:
 
     def buckets(self) -> list[list[int]] | None:
         """The sizes that prompts are padded to, where a policy or a part has begun: they are all asked the same."""
-        starts = (line for policy in self.policies() for line in self.starts(policy))
+        starts = (line for policy in self.policies() for part in self.starts(policy) for line in part)
         return next((line["sizes"]["buckets"] for line in starts if "sizes" in line), None)
 
     def _files(self, pattern: str) -> list[Path]:

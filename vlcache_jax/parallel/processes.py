@@ -1,9 +1,13 @@
 """Several processes of JAX, each with devices and work of its own."""
 
+import contextlib
+
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import ProcessFailureError, live_devices
 
 from vlcache_jax.errors import InputError
+
+_SILENT = 30  # seconds; then a process has died
 
 
 def join(address: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -19,7 +23,7 @@ def join(address: str | None = None, count: int | None = None, index: int | None
     """
     try:
         jax.config.update("jax_enable_recoverability", True)
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_SILENT)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"JAX's processes cannot be joined ({error}): on TPU pods, Slurm and Open MPI start one on each host, and "
@@ -27,7 +31,15 @@ def join(address: str | None = None, count: int | None = None, index: int | None
         ) from error
 
 
-def wait_for_others() -> None:
-    """Returns when all processes are here, but for those that died: the first one must outlive the others."""
-    with multihost_utils.live_devices(jax.devices()):
+def leave() -> None:
+    """Leaves the others when all are here, but for those that died. The first one, whom they need, leaves last."""
+    _wait_for_others()
+    if jax.process_index() == 0:
+        _wait_for_others()  # until they have left: none of them is there to meet
+    else:
+        jax.distributed.shutdown()
+
+
+def _wait_for_others() -> None:
+    with contextlib.suppress(ProcessFailureError), live_devices(jax.devices()):
         pass

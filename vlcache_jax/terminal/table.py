@@ -14,6 +14,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same as a table in Markdown; the first row is its header."""
+    header, *cells = rows
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def megabytes(count: int) -> str:
     """Bytes as decimal megabytes, with three significant digits or so."""
     value = count / 1e6
