@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import math
+import resource
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Fourteen samples, one of which has no image file and one an image that is none; answers that the model hits."""
+    """Fourteen samples, of whose images one is missing, one none and one a bomb; answers that the model hits."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     lines = []
@@ -42,6 +43,7 @@ def data(tmp_path_factory):
         lines.append({"id": f"s{i}", "images": [f"{i}.png"], "question": f"w{i} w2", "answers": ["w1"], "page": i})
     lines[3]["images"] = ["missing.png"]
     (folder / "5.png").write_bytes(b"no image")
+    Image.new("1", (20_000, 20_000)).save(folder / "13.png")
     lines[7] |= {"images": [], "max_new_tokens": 2}
     lines[8] |= {"choices": ["red", "green"], "answers": ["B"]}
     del lines[9]["answers"]
@@ -79,8 +81,9 @@ def table(out, capsys, *arguments):
 def test_every_sample_has_a_line_and_answers_are_those_of_generate(checkpoint, data, finished):
     found = lines(finished)
     assert sorted(found) == sorted(f"s{i}" for i in range(14))
-    assert {key for key, line in found.items() if line["status"] == "failed"} == {"s3", "s5"}
+    assert {key for key, line in found.items() if line["status"] == "failed"} == {"s3", "s5", "s13"}
     assert "missing.png" in found["s3"]["reason"]
+    assert "20000 x 20000" in found["s13"]["reason"]
     vlm = vlc.load(checkpoint, dtype="float32")
     for key in ("s0", "s7", "s8", "s11"):
         line = found[key]
@@ -102,7 +105,7 @@ def test_the_table(finished, capsys):
     found = json.loads(table(finished, capsys, "--json", "--compare", "full_cache"))["RUN"]
     full, compressed = found
     assert [full["policy"], compressed["policy"]] == ["full_cache", POLICY]
-    assert (compressed["samples"], compressed["failed"], compressed["scored"]) == (14, 2, 13)
+    assert (compressed["samples"], compressed["failed"], compressed["scored"]) == (14, 3, 13)
     scores = [line["score"] or 0 for line in lines(finished).values() if line["answers"]]
     assert compressed["score"][0] == pytest.approx(np.mean(scores))
     assert full["compared"] is None
@@ -258,6 +261,63 @@ def test_parquet(tmp_path):
     hint = "(Unit: cm)\nAnswer the question using a single floating-point number with one decimal place."
     assert all(TASKS["mathvista"].prompt(sample).endswith(hint) for sample in (how_long, no_precision))
     assert (caption.id, caption.question, caption.answers) == ("c-1", "", ("one caption", "another"))
+
+
+def test_a_disk_that_fills_up_leaves_what_was_finished(checkpoint, data, finished, tmp_path, capsys):
+    """No file may grow beyond some bytes, so that a line is written in part; with more room the run goes on."""
+    out, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+        arguments = ["evaluate", "--model", checkpoint, "--data", data, "--out", out, "--max-new-tokens", 6, *OPTIONS]
+        status = main([*map(str, arguments), "--policy", POLICY])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert "vl_cache-0.3.jsonl cannot be written: File too large" in capsys.readouterr().err
+    whole = lines_of_whole(out / "vl_cache-0.3.jsonl")
+    assert 0 < len(whole) < 14
+    assert f" {len(whole)}  " in table(out, capsys)
+    evaluation(checkpoint, data, out, "--policy", POLICY, "--compare", "full_cache")
+    assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
+
+
+def test_files_of_several_layouts(tmp_path):
+    """They are read one after another; the same data in two of them is refused."""
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "question": "a?"}\n')
+    (tmp_path / "b.tsv").write_text("index\tquestion\timage\tanswer\n2\tb?\t\tB\n")
+    assert [sample.question for sample in read_samples(find_files([tmp_path]))] == ["a?", "b?"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 2, "question": "b?"}]), tmp_path / "c.parquet")
+    with pytest.raises(vlc.InputError, match=r"c.parquet: the id .2. comes twice, also in .*b.tsv"):
+        list(read_samples(find_files([tmp_path])))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("x.jsonl", ""), ("x.tsv", "question\n"), ("x.parquet", {"question": []}), ("x.tsv", "")],
+)
+def test_files_without_a_sample(checkpoint, tmp_path, capsys, name, text):
+    path = tmp_path / name
+    if isinstance(text, str):
+        path.write_text(text)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(text), path)
+    assert main(["evaluate", "--model", str(checkpoint), "--data", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "x." in (told := capsys.readouterr().err)
+    assert "there are no samples" in told or "no column question" in told
+
+
+def test_parquet_that_is_none_of_ours(tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "label": [1]}), path)
+    with pytest.raises(vlc.InputError, match=r"as lmms-eval's layouts have; its columns are: prompt, label"):
+        list(read_samples([path]))
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a" * 2**29]}), path, compression="zstd")
+    with pytest.raises(vlc.InputError, match=r"x.parquet: [\d,]* bytes become 536,"):
+        list(read_samples([path]))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(vlc.InputError, match=r"x.parquet is no parquet file"):
+        list(read_samples([path]))
 
 
 @pytest.mark.parametrize(

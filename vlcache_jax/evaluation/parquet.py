@@ -15,6 +15,7 @@ _IMAGES = ("image", "decoded_image", "images")
 _ANSWERS = ("answers", "answer")
 _CHOICES = ("options", "choices")
 _ROWS = 8  # read at once: each holds images
+_BOMB, _RATIO = 2**28, 1000  # bytes of a group of rows, and how much larger than the file they may be
 
 
 def read_parquet(file: Path) -> Iterator[Sample]:
@@ -36,6 +37,7 @@ def read_parquet(file: Path) -> Iterator[Sample]:
                     f"{file} has neither a column question nor one of {', '.join(_IMAGES)}, as lmms-eval's layouts "
                     f"have; its columns are: {', '.join(names)}"
                 )
+            _check_sizes(file, opened.metadata)
             number = 0
             for batch in opened.iter_batches(batch_size=_ROWS):
                 for row in batch.to_pylist():
@@ -43,6 +45,18 @@ def read_parquet(file: Path) -> Iterator[Sample]:
                     yield _sample(row, f"{file.stem}-{number}")
     except ArrowException as error:
         raise InputError(f"{file} is no parquet file that can be read: {error}") from error
+
+
+def _check_sizes(file: Path, metadata: Any) -> None:
+    """Refuses rows that become a thousand times as large as the file when they are read."""
+    packed = file.stat().st_size
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size  # of columns nothing is asked: pyarrow aborts on damaged ones
+        if size > max(_BOMB, _RATIO * packed):
+            raise InputError(
+                f"{file}: {packed:,} bytes become {size:,} when they are read, which no questions or images do: it is "
+                "not read"
+            )
 
 
 def _sample(row: dict[str, Any], name: str) -> Sample:
