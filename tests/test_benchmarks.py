@@ -84,6 +84,16 @@ def test_engine(tmp_path):
         assert 0 < row["padding_share"] < 0.25
 
 
+@pytest.mark.thorough
+def test_a_thousand_mixed_requests(tmp_path):
+    """Of six tasks, one image and two: few programs, and a host that keeps a slow device busy."""
+    (found,) = run(tmp_path, "engine_mixed.py", "--requests", "1000", "--fake-ms", "20")["rows"]
+    assert len(found["buckets"]) <= 6
+    assert {tiles for _, tiles in found["buckets"]} == {1, 2}
+    assert found["programs"] == found["compilations"] <= 2 * len(found["buckets"]) + 3
+    assert found["idle_share"] <= 0.1
+
+
 def test_state_bytes(tmp_path):
     result = run(tmp_path, "state_bytes.py", "--lengths", "1024", "--budgets", "0.1", "--shapes", "7b")
     assert [row["ratio"] <= 0.13 for row in result["rows"]] == [True]

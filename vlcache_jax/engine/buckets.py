@@ -1,7 +1,8 @@
 """The few sizes that prompts are padded to."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -102,18 +103,25 @@ def smallest(buckets: Sequence[Bucket], size: Bucket) -> Bucket:
     )
 
 
-def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
+def sixty_fours(tokens: int) -> int:
+    """The next multiple of 64: lengths of prompts that are all known."""
+    return -(-tokens // 64) * 64
+
+
+def fit(sizes: Iterable[Bucket], most: int, padded: Callable[[int], int] = bucket_length) -> tuple[Bucket, ...]:
     """A few buckets that hold all sizes with little padding.
 
-    Sizes are rounded up to the processor's padded lengths, then sorted by their tokens and cut into at most `most`
-    runs, each of which is a bucket; fewer, each of which saves compiling, if that pads them by a tenth more at most.
-    Prompts with videos, of models that take frames together, share these with none but those without any image.
+    Sizes are rounded up, by default to the processor's padded lengths, then sorted by their tokens and cut into at most
+    `most` runs, each of which is a bucket; fewer, each of which saves compiling, if that pads them by a tenth more at
+    most. Prompts with videos, of models that take frames together, share these with none but those without any image.
 
     Example:
       >>> fit([Bucket(100, 1), Bucket(120, 1), Bucket(700, 2)], most=2)
       (Bucket(tokens=128, tiles=1, frames=1), Bucket(tokens=768, tiles=2, frames=1))
+      >>> fit([Bucket(700, 2)], most=2, padded=sixty_fours)
+      (Bucket(tokens=704, tiles=2, frames=1),)
     """
-    sizes = list(sizes)
+    sizes = [size._replace(tokens=padded(size.tokens)) for size in sizes]
     kinds = sorted({size.frames for size in sizes if size.tiles}) or [1]
     found: list[Bucket] = []
     for frames in kinds:
@@ -125,18 +133,19 @@ def fit(sizes: Iterable[Bucket], most: int) -> tuple[Bucket, ...]:
 def _fit_alike(sizes: Sequence[Bucket], most: int) -> list[Bucket]:
     """`fit`, of sizes that differ in tokens and tiles alone."""
     counts: dict[int, tuple[int, int]] = {}
-    for tokens, own, _ in sizes:
-        length = bucket_length(tokens)
+    for length, own, _ in sizes:
         count, before = counts.get(length, (0, 0))
         counts[length] = (count + 1, max(own, before))
     lengths = sorted(counts)
     number, tiles = ([counts[length][i] for length in lengths] for i in (0, 1))
+    below = [0, *accumulate(number)]  # prompts of the first j lengths
     # cost[j]: padded tokens of the first j lengths with the buckets used so far; cut[k][j]: where the last run begins
     cost = [0.0] + [float("inf")] * len(lengths)
     cuts, totals = [], []
     for _ in range(min(most, len(lengths))):
         options = [
-            [(cost[i] + lengths[j - 1] * sum(number[i:j]), i) for i in range(j)] for j in range(1, len(lengths) + 1)
+            [(cost[i] + lengths[j - 1] * (below[j] - below[i]), i) for i in range(j)]
+            for j in range(1, len(lengths) + 1)
         ]
         best = [min(row) for row in options]
         cuts.append([0] + [i for _, i in best])

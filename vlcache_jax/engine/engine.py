@@ -4,7 +4,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 
 from vlcache_jax.cache.geometry import answer_room
-from vlcache_jax.engine.buckets import Bucket, check_buckets, fit
+from vlcache_jax.engine.buckets import Bucket, check_buckets, fit, sixty_fours
 from vlcache_jax.engine.memory import available, need, usual_rows
 from vlcache_jax.engine.preparing import Preparer, Read
 from vlcache_jax.engine.programs import OF_ROWS, Programs
@@ -25,6 +25,7 @@ from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inference.context import check_count
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.models.io.loading import VLM
+from vlcache_jax.models.text.buckets import bucket_length
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.methods.full_cache import FullCache
@@ -155,7 +156,8 @@ class Engine:
         """Compiles all programs, and runs each once: nothing is compiled afterwards.
 
         Args:
-          requests: examples, for which the buckets are chosen if the engine was given none. They are only read.
+          requests: examples, for which the buckets are chosen if the engine was given none: a prompt that is longer
+            than all of them, rounded up to a multiple of 64 tokens, fails later. They are only read.
 
         Returns:
           The stats; `programs` says how many there are.
@@ -166,7 +168,7 @@ class Engine:
         self._begin()
         try:
             if not self._buckets:
-                self._choose_buckets(self._sizes(requests))
+                self._choose_buckets(self._sizes(requests), sixty_fours)
             self._compile()
         finally:
             self._busy.release()
@@ -261,7 +263,7 @@ class Engine:
         finally:
             reader.close()
 
-    def _choose_buckets(self, reads: Iterable[Read]) -> None:
+    def _choose_buckets(self, reads: Iterable[Read], padded: Callable[[int], int] = bucket_length) -> None:
         sizes, why = [], "there are no requests"
         for read in reads:
             if read.reason is None:
@@ -273,7 +275,8 @@ class Engine:
                 f"there is no prompt to choose buckets for ({why}): give Engine(buckets=[(tokens, tiles), ...]), or "
                 "warmup some requests that can be read"
             )
-        self._set_buckets(fit(sizes, MOST_BUCKETS))
+        most = self._programs.model.spec.max_positions
+        self._set_buckets(fit(sizes, MOST_BUCKETS, lambda tokens: max(tokens, min(most, padded(tokens)))))
 
     def _set_buckets(self, buckets: Sequence[Bucket]) -> None:
         programs = self._programs
