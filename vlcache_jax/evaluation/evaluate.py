@@ -5,12 +5,12 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vlcache_jax import __version__
 from vlcache_jax.engine.engine import Engine
 from vlcache_jax.engine.memory import usual_rows
 from vlcache_jax.engine.requests import Request, Result
@@ -152,7 +152,7 @@ class _OnePolicy:
                 self._progress.describe(_describe(self._name, engine, number, kept, time.monotonic() - start))
         device = jax.local_devices()[0].device_kind
         line = {"stats": dataclasses.asdict(engine.stats()), "device": device, "devices": jax.local_device_count()}
-        self._folder.add_start(self._name, line | {"jax": jax.__version__, "vlcache_jax": __version__})
+        self._folder.add_start(self._name, line | {"jax": jax.__version__, "vlcache_jax": version("vlcache-jax")})
 
     def _requests(self, samples: Iterable[Sample]) -> Iterator[Request]:
         for sample in samples:
