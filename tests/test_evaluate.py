@@ -15,6 +15,7 @@ from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
+from vlcache_jax.evaluation import parquet
 from vlcache_jax.evaluation.metrics import bleu, cider_d, rouge_l
 from vlcache_jax.evaluation.report import rows, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
@@ -43,7 +44,7 @@ def data(tmp_path_factory):
         lines.append({"id": f"s{i}", "images": [f"{i}.png"], "question": f"w{i} w2", "answers": ["w1"], "page": i})
     lines[3]["images"] = ["missing.png"]
     (folder / "5.png").write_bytes(b"no image")
-    Image.new("1", (20_000, 20_000)).save(folder / "13.png")
+    Image.new("1", (10_100, 10_000)).save(folder / "13.png")
     lines[7] |= {"images": [], "max_new_tokens": 2}
     lines[8] |= {"choices": ["red", "green"], "answers": ["B"]}
     del lines[9]["answers"]
@@ -307,13 +308,14 @@ def test_files_without_a_sample(checkpoint, tmp_path, capsys, name, text):
     assert "there are no samples" in told or "no column question" in told
 
 
-def test_parquet_that_is_none_of_ours(tmp_path):
+def test_parquet_that_is_none_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "_BOMB", 2**20)
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "label": [1]}), path)
     with pytest.raises(vlc.InputError, match=r"as lmms-eval's layouts have; its columns are: prompt, label"):
         list(read_samples([path]))
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a" * 2**29]}), path, compression="zstd")
-    with pytest.raises(vlc.InputError, match=r"x.parquet: [\d,]* bytes become 536,"):
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a" * 2**23]}), path, compression="zstd")
+    with pytest.raises(vlc.InputError, match=r"x.parquet: [\d,]* bytes become 8,388,"):
         list(read_samples([path]))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(vlc.InputError, match=r"x.parquet is no parquet file"):
