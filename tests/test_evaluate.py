@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_leaves_what_was_finished(checkpoint, data, finishe
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
-    assert "vl_cache-0.3.jsonl cannot be written: File too large" in capsys.readouterr().err
+    assert "vl_cache-0.3.jsonl' cannot be written: [Errno 27] File too large" in capsys.readouterr().err
     whole = lines_of_whole(out / "vl_cache-0.3.jsonl")
     assert 0 < len(whole) < 14
     assert f" {len(whole)}  " in table(out, capsys)
