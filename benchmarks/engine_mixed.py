@@ -108,7 +108,7 @@ def main() -> None:
         "idle_share": stats.idle_share,
     }
     shares = [f"{record[name]:.1%}" for name in ("padding_share", "idle_row_share", "idle_share")]
-    sizes = ", ".join(f"{tokens} x {tiles}" for tokens, tiles in engine.buckets)
+    sizes = ", ".join(f"{tokens} x {tiles}" for tokens, tiles, *_ in engine.buckets)
     rate = f"{args.requests / seconds:.1f}"
     header = ["device", "requests/s", "buckets", "programs", "compiled", "padding", "idle rows", "idle device"]
     harness.table(header, [[record["name"], rate, sizes, str(warm.programs), str(stats.compilations), *shares]])
