@@ -9,9 +9,8 @@ import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import build  # noqa: F401  (the command below needs it; without it this file is left out by --core)
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
