@@ -238,5 +238,5 @@ def test_in_lmms_eval_itself(tmp_path):
 
 
 def logs(folder):
-    lines = [json.loads(line) for path in folder.rglob("*samples*.jsonl") for line in path.read_text().splitlines()]
-    return sorted((line["doc_id"], str(line["resps"]), str(line["filtered_resps"])) for line in lines)
+    paths = sorted(folder.rglob("*samples*.jsonl"), key=lambda path: path.name.partition("samples")[2])
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]

@@ -255,6 +255,7 @@ def _serve(commands: Any) -> None:
     )
     parser.value("--name", words.words, "NAME", "by which clients ask for the model (default: the folder's, or the id)")
     _policy(parser)
+    _prefill(parser)
     parser.value("--host", str, "ADDRESS", "to listen on; 0.0.0.0 for all of this machine", "127.0.0.1")
     parser.value("--port", words.whole(0, 65535), "N", "to listen on; 0 for a free one", 8000)
     parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
@@ -277,6 +278,7 @@ def _serve(commands: Any) -> None:
     parser.value("--grace", words.whole(0), "SECONDS", "in which answers may still end after Ctrl-C or SIGTERM", 30)
     parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    _weights(parser)
     _compilation_cache(parser)
 
 

@@ -11,6 +11,7 @@ from vlcache_jax.cli.process import SIGNALS, remark
 from vlcache_jax.engine.buckets import check_buckets
 from vlcache_jax.engine.engine import Engine
 from vlcache_jax.errors import CheckpointError, InputError
+from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.policies import policy_by_name
 from vlcache_jax.serving.limits import Limits
 from vlcache_jax.serving.sizes import usual_sizes
@@ -30,6 +31,7 @@ _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     policy = policy_by_name(arguments.policy)
+    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
     given = check_buckets([_bucket(text) for text in arguments.bucket]) if arguments.bucket else None
     size = _size(arguments.image_size)
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
@@ -38,6 +40,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         opened = open_checkpoint(
             arguments.model,
             arguments.dtype,
+            arguments.weights,
             revision=arguments.revision,
             allow_links=arguments.allow_links,
             image_limits=image_limits(arguments.max_image_tokens),
@@ -55,6 +58,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
             max_new_tokens=arguments.max_new_tokens,
             steps=arguments.steps,
             buckets=buckets,
+            prefill=pattern,
         )
         progress.step(f"compiling for prompts of {', '.join(str(bucket[0]) for bucket in buckets)} tokens")
         engine.warmup()
