@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cut_demo import cut_demo
 from flax import traverse_util
@@ -12,6 +13,8 @@ from jax.sharding import AxisType
 
 import vlcache_jax as vlc
 from vlcache_jax.models.io.coding_weights import Coder
+from vlcache_jax.parallel.params import param_shardings
+from vlcache_jax.training import Lora, init_state, make_train_step, merge, split
 
 CODINGS = {"int8": vlc.WeightCoding(8), "int4": vlc.WeightCoding(4, 128)}
 
@@ -118,6 +121,38 @@ def test_gradients_go_through_codes_to_what_is_float(coded, batch):
     step = 1e-2 * gradient / length
     found = (loss(norm + step)[0] - loss(norm - step)[0]) / 2e-2
     np.testing.assert_allclose(found, length, rtol=0.02)
+
+
+def test_adapters_are_trained_beside_codes(coded, batch):
+    vlm, lora = (
+        coded["int4"],
+        Lora(rank=2, alpha=4.0, targets=("decoder/layers/mlp", "decoder/layers/attention/output")),
+    )
+
+    def loss(params, batch):
+        logits = vlm.model.apply({"params": params}, batch)
+        return jnp.square(logits).mean(), {}
+
+    step = make_train_step(lora.loss(loss), optax.adam(1e-2))
+    state = init_state(lora.init(vlm.model, vlm.params), optax.adam(1e-2))
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch, vlm.params)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > losses[1] > losses[2]
+    mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    joined = merge(vlm.params, state.params)
+    places = param_shardings(jax.eval_shape(lambda: joined), mesh)["decoder"]["layers"]["mlp"]["down"]
+    assert {name: place.spec[-2:] for name, place in places.items()} == {
+        "codes": ("model", None), "scales": ("model", None), "lora_a": ("model", None), "lora_b": (None, None)
+    }  # fmt: skip
+    with pytest.raises(vlc.InputError, match="are codes, to which no adapters can be added"):
+        lora.merged(joined)
+
+
+def test_codes_themselves_are_not_trained(coded):
+    with pytest.raises(vlc.InputError, match="codes"):
+        init_state(split(coded["int8"].params, ("decoder",))[0], optax.sgd(0.1))
 
 
 def test_zeros_halve_the_error_of_weights_on_one_side(floats, folder):

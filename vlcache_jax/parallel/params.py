@@ -54,7 +54,7 @@ def param_shardings(abstract_params: dict[str, Any], mesh: Mesh) -> dict[str, An
 
     def place(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         codes, scales = (flat.get((*path[:-1], name)) for name in ("codes", "scales"))
-        if codes is not None and path[-1] in ("codes", "scales"):
+        if codes is not None and path[-1] in ("codes", "scales", "zeros"):
             specs = coded_specs(path[-2], codes.shape, scales.shape, size)
             return NamedSharding(mesh, specs[0 if path[-1] == "codes" else 1])
         spec: list[str | None] = [None] * len(leaf.shape)

@@ -1,6 +1,6 @@
 """LoRA (https://arxiv.org/abs/2106.09685): beside frozen kernels, products of two narrow matrices that are trained.
 
-    kernel [channels, features]   frozen, of any dtype
+    kernel [channels, features]   frozen, of any dtype, or codes (`vlc.load(..., weights="int8")`)
     lora_a [channels, rank]       drawn, as PEFT draws it
     lora_b [rank, features]       zeros: training starts from the model as it is
 
@@ -110,8 +110,17 @@ class Lora:
         return unflatten_dict(flat | scaled)
 
     def merged(self, params: Params) -> Params:
-        """Plain parameters: kernels with their adapters added, in the dtypes of the kernels, and no adapters."""
+        """Plain parameters: kernels with their adapters added, in the dtypes of the kernels, and no adapters.
+
+        Raises:
+          InputError: weights are codes, to which nothing can be added.
+        """
         flat = flatten_dict(params)
+        if coded := [path for path in flat if path[-1] == "lora_a" and (*path[:-1], "kernel") not in flat]:
+            raise InputError(
+                f"the weights of {'/'.join(coded[0][:-1])} are codes, to which no adapters can be added: leave them "
+                'beside (`applied`), or merge them into the model loaded with weights="float"'
+            )
         plain = {path: x for path, x in flat.items() if path[-1] not in ("lora_a", "lora_b")}
         for path in flat:
             if path[-1] == "lora_a":
@@ -132,12 +141,13 @@ class Lora:
                     "weights must lie stacked (vlm.with_layout('stacked'))"
                 )
         chosen = [path for path in found if any(under("/".join(path), target) for target in self.targets)]
-        return {path: flat[(*path, "kernel")] for path in chosen}
+        return {path: flat.get((*path, "kernel"), flat.get((*path, "codes"))) for path in chosen}
 
 
 def adaptable(weights: WeightRules, flat: dict[ParamPath, Any]) -> list[ParamPath]:
     """Paths of the linear layers among flattened parameters."""
-    rules = (weights.by_path.get(path) for path in flat if path[-1] == "kernel")
+    kernels = ((*path[:-1], "kernel") for path in flat if path[-1] in ("kernel", "codes"))
+    rules = map(weights.by_path.get, kernels)
     return [rule.path[:-1] for rule in rules if rule is not None and rule.axes == LINEAR]
 
 

@@ -35,7 +35,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A new train state around the trainable `params` (which the first step donates: keep a copy if you need one)."""
+    """A new train state around the trainable `params` (which the first step donates: keep a copy if you need one).
+
+    Raises InputError if some are codes (`vlc.load(..., weights=...)`), which have no gradient.
+    """
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(
+                f"{path} holds codes of weights ({leaf.dtype}), which cannot be trained: train adapters beside them "
+                '(Lora), parts of the model that are floats, or load it with weights="float"'
+            )
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
