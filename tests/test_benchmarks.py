@@ -189,3 +189,11 @@ def test_pruning(tmp_path):
     rows = run(tmp_path, "pruning.py", *options)["rows"]
     assert [row["pruning"] for row in rows] == ["dense", "feather", "vision_zip"]
     assert all(row["ratio"]["median"] > 0 for row in rows)
+
+
+def test_sparse_attention(tmp_path):
+    options = ["--tokens", "1024", "--kv-heads", "1", "--repeats", "1", "--share", "0.5"]
+    dense, given, estimated = run(tmp_path, "sparse_attention.py", *options)["rows"]
+    assert dense["ratio"]["median"] == 1
+    assert 0.4 < given["share"] < 0.6
+    assert 0.4 < estimated["share"] < 0.6

@@ -1,17 +1,21 @@
 """Sparse prefill end to end: a pattern of everything is dense, rows are alone, the report counts what was listed."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from text_model import TextModel, text_batch
 from tiers import cases
 from tiny_models import one_row
 
 import vlcache_jax as vlc
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
+from vlcache_jax.parallel import ops
+from vlcache_jax.patterns import attending
 
 LENGTH, LENGTHS, BLOCK, NEW = 64, [60, 41, 22, 7], 8, 5
 IMAGES = ((2, 16), (25, 16))
@@ -53,6 +57,19 @@ def test_everything_is_dense(tiny, batch, policy):
     assert sparse.report.prefill.why is None
 
 
+@pytest.mark.parametrize("policy", [vlc.SnapKV(0.3, window=BLOCK), vlc.VLCache(0.3, rows=vlc.LastRows(BLOCK))])
+def test_the_rows_that_pattern_and_policy_look_at_are_computed_once(tiny, batch, policy):
+    pattern = vlc.FlexPrefill(0.6, 0.3, 8, **SMALL)
+    with mock.patch.object(attending, "LastRows", return_value=None):  # never the policy's
+        apart = vlc.compress(*tiny, batch, policy, prefill=dataclasses.replace(pattern, min_tokens=1))
+    with mock.patch.object(ops, "column_statistics", None):
+        shared = vlc.compress(*tiny, batch, policy, prefill=pattern)
+    np.testing.assert_array_equal(shared.report.kept, apart.report.kept)
+    np.testing.assert_allclose(shared.report.density, apart.report.density, rtol=1e-5)
+    for x, y in zip(shared.stores, apart.stores):
+        np.testing.assert_array_equal(x.positions, y.positions)
+
+
 TABLE = ((("vertical_and_slash", 4, 8), ("stream_llm", 8, 8), ("block_sparse", 1, 1)),) * 3
 ALL = {
     "x_attention": vlc.XAttention(0.7, 4, **SMALL),
@@ -70,6 +87,18 @@ def test_a_row_of_a_batch_is_the_row_alone(tiny, batch, pattern):
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_array_equal(alone.report.kept[0], together.report.kept[row])
         np.testing.assert_allclose(alone.report.prefill.density[0], together.report.prefill.density[row], rtol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", cases(ALL, ["m_inference"]))
+def test_on_a_mesh(tiny, batch, pattern):
+    model, params = tiny
+    plain = vlc.generate(model, params, batch, vlc.VLCache(0.3), NEW, prefill=pattern)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    out = vlc.generate(model, placed, batch, vlc.VLCache(0.3), NEW, prefill=pattern)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_array_equal(out.report.kept, plain.report.kept)
+    np.testing.assert_allclose(out.report.prefill.density, plain.report.prefill.density, rtol=1e-6)
 
 
 def test_it_differs_from_dense_and_the_report_counts(tiny, batch):

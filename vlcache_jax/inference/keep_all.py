@@ -49,7 +49,7 @@ def keep_all(
 
         def attend(query, key, value, pools, layer):
             seen = query, key, value
-            out, _, told = layer_attention(kernels, pattern, spec, stage, layer, *seen, with_lse=False)
+            out, _, told, _ = layer_attention(kernels, pattern, spec, stage, layer, *seen, with_lse=False)
             held, start = lengths, layer * room
             if spec.windows or not alone:
                 start = jnp.asarray(starts, jnp.int32)[layer]

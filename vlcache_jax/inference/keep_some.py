@@ -15,7 +15,7 @@ from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.patterns.attending import layer_attention
+from vlcache_jax.patterns.attending import layer_attention, shares_rows
 from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies.decoding.rule import Prompt
 from vlcache_jax.policies.policy import Policy
@@ -75,12 +75,14 @@ def keep_some(
             chosen = (index >= first[:, None]) & (index < (first + rows)[:, None])
             pairs += jnp.sum(jnp.where(chosen, last - index, 0), axis=1).astype(jnp.float32)
 
-        def judge(layer, query, key, value, lse):
+        def judge(layer, query, key, value, lse, shared):
             """(scores, ties, (density, whether heads are finite), what allocation and rule want) of a layer."""
             statistics, density = None, jnp.ones((batch,), jnp.float32)
             if measure:
                 bounds: dict[str, Any] = {"threshold": threshold, "max_rows": policy.rows.most}
-                statistics = ops.column_statistics(kernels, query, key, first, rows, lse, last, **bounds)
+                statistics = shared  # of the rows that a sparse prefill looks at, too
+                if statistics is None:
+                    statistics = ops.column_statistics(kernels, query, key, first, rows, lse, last, **bounds)
                 if statistics.counts is not None:
                     density = jnp.mean(statistics.counts, axis=1) / pairs
             inputs = LayerInputs(
@@ -119,10 +121,12 @@ def keep_some(
             return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(judge, *inputs))
 
         def attend(query, key, value, carry, layer):
-            with_lse = measure and threshold is None
+            shares = measure and shares_rows(pattern, spec, room, policy.rows)
+            asked: dict[str, Any] = {"with_lse": measure and threshold is None}
+            asked["statistics"] = (threshold,) if shares else ()
             whole = query, key, value
-            out, lse, told = layer_attention(kernels, pattern, spec, stage, layer, *whole, with_lse=with_lse)
-            seen = jax.lax.stop_gradient((query, key, value, lse))  # what is kept has no derivative
+            out, lse, told, shared = layer_attention(kernels, pattern, spec, stage, layer, *whole, **asked)
+            seen = jax.lax.stop_gradient((query, key, value, lse, shared))  # what is kept has no derivative
             evicts = [window is None for window in windows]
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
             positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))

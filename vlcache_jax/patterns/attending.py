@@ -1,6 +1,7 @@
 """The attention of the prefill: dense, or by a pattern where it pays."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.listing import Told, lists_of
 from vlcache_jax.patterns.pattern import Pattern, PatternInputs, with_last_rows
 from vlcache_jax.patterns.visual_grid import visual_strides
+from vlcache_jax.policies.rows.spans import LastRows, Rows
 from vlcache_jax.pruning.stage import Stage
 from vlcache_jax.typing import ModelSpec
 
@@ -45,6 +48,13 @@ def dense_layers(pattern: Pattern | None, spec: ModelSpec, room: int) -> tuple[b
     return tuple(window is not None or layer in pattern.dense_layers for layer, window in enumerate(spec.layer_windows))
 
 
+def shares_rows(pattern: Pattern | None, spec: ModelSpec, room: int, rows: Rows) -> bool:
+    """Whether the pattern looks at the very rows that score a policy's keys, in all layers: it then does both."""
+    if pattern is None or not pattern.last_rows or rows != LastRows(pattern.last_rows):
+        return False
+    return not any(dense_layers(pattern, spec, room))
+
+
 def layer_attention(
     kernels: Kernels,
     pattern: Pattern | None,
@@ -56,7 +66,8 @@ def layer_attention(
     value: jax.Array,
     *,
     with_lse: bool,
-) -> tuple[jax.Array, jax.Array | None, Told | None]:
+    statistics: Sequence[float | None] = (),
+) -> tuple[jax.Array, jax.Array | None, Told | None, ColumnStatistics | None]:
     """A layer's attention in a scan over layers, which may differ in what they look at.
 
     Args:
@@ -68,16 +79,18 @@ def layer_attention(
       key: [batch, length, kv_heads, head_dim].
       value: like `key`.
       with_lse: whether the log-sum-exp is wanted.
+      statistics: (threshold,) where `shares_rows` and what the rows say of the columns is wanted, too.
 
     Returns:
-      (out [batch, length, heads, head_dim], lse f32 [batch, length, heads], what was listed, [batch] each). With a
-      pattern there is no lse: that of what was listed is not that of the row. Without one nothing is told.
+      (out [batch, length, heads, head_dim], lse f32 [batch, length, heads], what was listed, [batch] each, statistics
+      or None). With a pattern there is no lse: that of what was listed is not that of the row. Without one nothing is
+      told.
     """
     if pattern is None:
         masked: dict[str, Any] = {"mask": stage.mask, "with_lse": with_lse}
         windows = spec.layer_windows
         out, lse = ops.layer_attention(kernels, windows, layer, query, key, value, stage.lengths, **masked)
-        return out, lse, None
+        return out, lse, None, None
     kinds = list(zip(dense_layers(pattern, spec, stage.room), spec.layer_windows))
     if stage.blocks is not None and not all(dense for dense, _ in kinds):
         raise PolicyError(
@@ -91,16 +104,19 @@ def layer_attention(
         dense, window = kind
         if dense:
             mask = dataclasses.replace(stage.mask, window=window)
-            return ops.attention(kernels, query, key, value, stage.lengths, mask=mask, with_lse=False)[0], whole
+            return ops.attention(kernels, query, key, value, stage.lengths, mask=mask, with_lse=False)[0], whole, None
         per_row = stage.lengths, stage.vision_mask, visual_strides(stage)
-        out, told = ops.sparse_attention(kernels, partial(_choose, pattern, layer), query, key, value, per_row)
-        return out, Told(jnp.mean(told.density, axis=1), jnp.sum(told.overflow, axis=1, dtype=jnp.int32))
+        choose = partial(_choose, pattern, layer, statistics)
+        out, (told, seen) = ops.sparse_attention(kernels, choose, query, key, value, per_row)
+        if seen is not None:
+            seen = seen._replace(lse=seen.lse.swapaxes(1, 2), maximum=seen.maximum.swapaxes(1, 2))
+        return out, Told(jnp.mean(told.density, axis=1), jnp.sum(told.overflow, axis=1, dtype=jnp.int32)), seen
 
-    out, told = ops.of_layer(kinds, layer, run, query, key, value)
-    return out, None, told
+    out, told, seen = ops.of_layer(kinds, layer, run, query, key, value)
+    return out, None, told, seen
 
 
-def _choose(pattern: Pattern, layer: jax.Array, query, key, heads, per_row) -> Any:
+def _choose(pattern: Pattern, layer: jax.Array, statistics: Sequence[float | None], query, key, heads, per_row) -> Any:
     lengths, vision, grid = per_row
     inputs = PatternInputs(
         query=query,
@@ -113,4 +129,9 @@ def _choose(pattern: Pattern, layer: jax.Array, query, key, heads, per_row) -> A
         block=pattern.block,
     )
     inputs = with_last_rows(pattern, inputs)
-    return lists_of(pattern, inputs, pattern.choose(inputs))
+    lists, told = lists_of(pattern, inputs, pattern.choose(inputs))
+    seen = None
+    if statistics:
+        assert inputs.last is not None
+        seen = inputs.last.statistics(*statistics)
+    return lists, (told, seen)

@@ -1,9 +1,13 @@
 """What a prompt's last rows attend to: from them patterns guess what the others do."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.patterns.maps import sheared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +18,32 @@ class LastRowsAttention:
       probabilities: f32 [batch, heads, rows, length]; 0 behind a row, and in rows that a short prompt does not have.
       first: i32 [batch], the prompt row of the first one.
       count: i32 [batch], how many rows there are.
+      logits: f32 like the probabilities, the scaled products.
+      seen: bool [batch, 1, rows, length], which of them count.
     """
 
     probabilities: jax.Array
     first: jax.Array
     count: jax.Array
+    logits: jax.Array
+    seen: jax.Array
 
     @property
     def vertical(self) -> jax.Array:
         """f32 [batch, heads, length]: the sum over the rows, of each key."""
         return jnp.sum(self.probabilities, axis=2)
+
+    def statistics(self, threshold: float | None) -> ColumnStatistics:
+        """What `kernels.column_statistics` says of the same rows, but for row statistics [batch, heads, rows]."""
+        logits = jnp.where(self.seen, self.logits, -jnp.inf)
+        maximum = jnp.max(logits, axis=3)
+        counts = None
+        if threshold is not None:
+            top = jnp.where(maximum == -jnp.inf, 0, maximum)[..., None]  # of rows that are none
+            large = self.seen & (logits - top >= math.log(threshold))
+            counts = jnp.sum(large, axis=(2, 3)).astype(jnp.float32)
+        lse = jax.scipy.special.logsumexp(logits, axis=3)
+        return ColumnStatistics(self.vertical, counts, lse, maximum)
 
     @property
     def slash(self) -> jax.Array:
@@ -31,12 +51,10 @@ class LastRowsAttention:
 
         [.., o] = sum over rows t of the attention of row t to key t - o.
         """
-        batch, heads, rows, length = self.probabilities.shape
+        rows, length = self.probabilities.shape[2:]
         # Row i turned round and moved i to the right: each distance is a column then.
-        turned = jnp.pad(self.probabilities[..., ::-1], [(0, 0)] * 3 + [(0, rows)])
-        width = length + rows
-        moved = turned.reshape(batch, heads, rows * width)[..., : rows * (width - 1)]
-        sums = jnp.sum(moved.reshape(batch, heads, rows, width - 1), axis=2)
+        turned = jnp.pad(self.probabilities[..., ::-1], [(0, 0)] * 3 + [(0, rows - 1)])
+        sums = jnp.sum(sheared(turned), axis=2)
         sums = jnp.pad(sums, ((0, 0), (0, 0), (0, length)))
 
         def of_row(sums: jax.Array, first: jax.Array) -> jax.Array:
@@ -66,4 +84,4 @@ def last_rows_attention(query: jax.Array, key: jax.Array, lengths: jax.Array, ro
     seen = ((jax.lax.iota(jnp.int32, length)[None, None] <= row[..., None]) & there)[:, None]
     logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
-    return LastRowsAttention(weights, first, jnp.minimum(lengths, rows))
+    return LastRowsAttention(weights, first, jnp.minimum(lengths, rows), logits, seen)

@@ -37,7 +37,7 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
     keep = united(chosen.blocks, list_heads) | own
     keep = jnp.broadcast_to(keep & causal, (len(lengths), list_heads, blocks, blocks))
     wanted = jnp.sum(keep, axis=(2, 3), dtype=jnp.int32)
-    capacity = min(blocks, max(1, math.ceil(pattern.capacity * blocks)))
+    capacity = min(pattern.most_blocks(blocks), max(1, math.ceil(pattern.capacity * blocks)))
     if capacity < blocks:
         rank = -inputs.distance[None, None].astype(jnp.float32) if chosen.rank is None else chosen.rank
         rank = jnp.where(own, jnp.inf, jnp.nan_to_num(united(rank, list_heads), nan=-jnp.inf))

@@ -28,8 +28,20 @@ def diagonals(chosen: jax.Array) -> jax.Array:
     n, lead = chosen.shape[-1], chosen.shape[:-1]
     # One period of a row that moves on by one from row to row: [d0, none x n, d(n-1) ... d1]. No gather is needed.
     period = jnp.concatenate([chosen[..., :1], jnp.zeros((*lead, n), bool), chosen[..., :0:-1]], axis=-1)
-    rows = jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)).reshape(*lead, 2 * n * n)
-    return rows[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., :n]
+    return sheared(jnp.broadcast_to(period[..., None, :], (*lead, n, 2 * n)))[..., :n]
+
+
+def sheared(x: jax.Array) -> jax.Array:
+    """[..., rows, columns], row i moved by i to the right, round the end: a bit of i at a time, by copies alone.
+
+    Example:
+      >>> sheared(jnp.array([[1, 2, 3], [1, 2, 3], [1, 2, 3]])).tolist()
+      [[1, 2, 3], [3, 1, 2], [2, 3, 1]]
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+    for bit in range((x.shape[-2] - 1).bit_length()):
+        x = jnp.where((row >> bit) & 1 == 1, jnp.roll(x, 1 << bit, axis=-1), x)
+    return x
 
 
 def blocks_of_offsets(chosen: jax.Array, block: int) -> jax.Array:

@@ -136,6 +136,10 @@ class Pattern:
         del length
         return 0
 
+    def most_blocks(self, blocks: int) -> int:
+        """Blocks of keys that a list holds at most, of `blocks`: a bound that the pattern itself knows."""
+        return blocks
+
     def check(self, spec: ModelSpec) -> None:
         """Raises PolicyError if the pattern does not fit a model."""
         del spec

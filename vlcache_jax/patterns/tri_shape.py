@@ -33,6 +33,10 @@ class TriShape(AShape):
         is_whole = isinstance(self.last, int) and not isinstance(self.last, bool) and self.last >= 0
         self._require(is_whole, "last", "give a whole number of at least 0")
 
+    def most_blocks(self, blocks: int) -> int:
+        """See `Pattern.most_blocks`: dense rows see all."""
+        return blocks
+
     def choose(self, inputs: PatternInputs) -> Chosen:
         """See `Pattern.choose`."""
         plain = super().choose(inputs).blocks

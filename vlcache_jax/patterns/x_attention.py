@@ -83,20 +83,22 @@ class XAttention(Pattern):
 
         query, key = flat(tiled(inputs.query)[:, :, ::-1]), flat(tiled(inputs.key))
         query = query.reshape(batch, blocks, tiles, kv_heads, heads // kv_heads, -1)
-        there = -(-inputs.lengths // stride)[:, None]  # tiles with a token
-        column = jax.lax.iota(jnp.int32, blocks * tiles)[None]
+        # Tiles of a block far apart: the sum over them leaves the blocks along the lanes.
+        key = key.reshape(batch, blocks, tiles, kv_heads, -1).swapaxes(1, 2)
+        there = -(-inputs.lengths // stride).reshape(-1, 1, 1, 1)  # tiles with a token
+        column = jax.lax.iota(jnp.int32, blocks * tiles).reshape(1, 1, blocks, tiles).swapaxes(2, 3)
         scale = 1 / (head_dim**0.5 * stride * self.norm)
 
         def some(query: jax.Array, first: jax.Array | int) -> jax.Array:  # [batch, blocks, tiles, kv_heads, group, d]
-            row = (first * tiles + jax.lax.iota(jnp.int32, query.shape[1] * tiles))[:, None]
+            row = (first * tiles + jax.lax.iota(jnp.int32, query.shape[1] * tiles)).reshape(1, -1, 1, 1)
             q = query.reshape(batch, -1, *query.shape[3:])
-            logits = scale * jnp.einsum("btkgd,bskd->bkgts", q, key, preferred_element_type=jnp.float32)
-            seen = (column <= row)[None] & (column < there)[:, None] & (row[None] < there[:, None])
+            logits = scale * jnp.einsum("btkgd,bjskd->bkgtjs", q, key, preferred_element_type=jnp.float32)
+            seen = (column <= row) & (column < there) & (row < there)
             seen = seen[:, None, None]
             logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
-            weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0)
-            weights = weights.reshape(batch, heads, query.shape[1], tiles, blocks, tiles)
-            return jnp.moveaxis(jnp.sum(weights, axis=(3, 5)), 2, 1)
+            weights = jnp.where(seen, jax.nn.softmax(logits, axis=(-2, -1)), 0)
+            weights = jnp.sum(weights, axis=-2).reshape(batch, heads, query.shape[1], tiles, blocks)
+            return jnp.moveaxis(jnp.sum(weights, axis=3), 2, 1)
 
         at_once = max(1, _LOGITS // (4 * batch * heads * tiles * tiles * blocks))
         return jnp.moveaxis(in_chunks(some, query, at_once), 1, 2)
