@@ -191,6 +191,7 @@ def test_pruning(tmp_path):
     assert all(row["ratio"]["median"] > 0 for row in rows)
 
 
+@pytest.mark.thorough
 def test_sparse_attention(tmp_path):
     options = ["--tokens", "1024", "--kv-heads", "1", "--repeats", "1", "--share", "0.5"]
     dense, given, estimated = run(tmp_path, "sparse_attention.py", *options)["rows"]
