@@ -12,7 +12,7 @@ import jupytext
 import nbformat
 
 FOLDER = Path(__file__).parent
-NAMES = ("quickstart", "evaluation", "own_policy")
+NAMES = ("quickstart", "evaluation", "own_policy", "training")
 
 
 def make_notebook(name: str) -> str:

@@ -32,11 +32,12 @@ EXPECTED = {
     "quickstart": ["full_cache: salary 9338", "vl_cache: salary 9338", "[['salary 9338', 'claim 8008', 'bonus 9897']]"],
     "evaluation": ["full_cache: measuring the prompts"],
     "own_policy": ["value_aware:0.05"],
+    "training": ["under VL-Cache", "step 1: reward"],
 }
 SMALLER = {
     "evaluation": {"samples": "4"},
     "own_policy": {"samples": "4"},
-    "training": {"steps": "2", "rollout_steps": "1"},
+    "training": {"steps": "2", "rows": "4", "rollout_steps": "1", "prompts": "2", "samples": "2", "held_out": "4"},
 }
 
 
