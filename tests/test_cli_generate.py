@@ -119,6 +119,19 @@ def test_pruning(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -
         assert message in capsys.readouterr().err
 
 
+def test_sparse_prefill(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    """What was looked at is said; so is why nothing was left out."""
+    pattern = ["--prefill", "a_shape:1,window=1,block=4,min_tokens=0"]
+    result, _ = generate(capsys, checkpoint, [image], "w1 w2 w3", "--json", *OPTIONS, *pattern)
+    assert result["prefill"]["pattern"] == "AShape"
+    assert all(0 < share < 1 for share in result["prefill"]["density"])
+    _, remark = generate(capsys, checkpoint, [image], "w1 w2 w3", *OPTIONS, "--prefill", "x_attention")
+    assert "dense prefill: 64 tokens are fewer than XAttention(min_tokens=16384)" in remark
+    start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--prefill", "a_shap"]
+    assert main(start) != 0
+    assert "did you mean 'a_shape'" in capsys.readouterr().err
+
+
 def test_sampling_and_seed(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     options = [*OPTIONS, "--temperature", "2.0", "--json", "--seed"]
     answers = [generate(capsys, checkpoint, [image], "w1 w2 w3", *options, seed)[0]["token_ids"] for seed in "112"]
