@@ -55,6 +55,7 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return out + jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - 1))
 
+    @nn.nowrap  # which would name it in every program
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         wide = jnp.float32 if self.wide else None
