@@ -15,7 +15,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
     Example:
       >>> round(rouge_l("a red star", ["the red star", "a star"]), 4)
-      0.8356
+      0.8299
     """
     words = ptb_tokens(prediction)
     precision = recall = 0.0
