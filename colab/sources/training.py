@@ -126,7 +126,6 @@ for number in range(rollout_steps):
     )
 
 # %% [markdown]
-# `examples/rollouts.py` is the whole of it, with states that a stopped run goes on from; what 60 steps reach with full
-# and
-# compressed caches, with and without the correction, is in `docs/training.md`. On several devices load with
-# `vlc.load(..., mesh=jax.make_mesh(...))`: nothing else changes.
+# `examples/rollouts.py` is the whole of it, with states that a stopped run goes on from, a share of the cache of your
+# choice, and the correction on or off. On several devices load with `vlc.load(..., mesh=jax.make_mesh(...))`: nothing
+# else changes.
