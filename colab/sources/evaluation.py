@@ -2,8 +2,7 @@
 # # What does a tenth of the cache cost on your data?
 #
 # One call answers every sample of a data set under several policies, scores the answers and compares the policies
-# sample by
-# sample. It can be stopped at any time: run it again, and it goes on where it was.
+# sample by sample. It can be stopped at any time: run it again, and it goes on where it was.
 
 # %%
 # install
@@ -27,11 +26,9 @@ print(f"vlcache_jax {vlc.__version__}, jax {jax.__version__}, {jax.devices()}")
 # %% [markdown]
 # ## The data
 #
-# JSON lines, VLMEvalKit's TSV, or lmms-eval's parquet files (`pip install pyarrow`). Give the path of yours as `data`,
-# its
-# task as `task` ("docvqa", "chartqa", "textvqa", "mmmu", ...), and a checkpoint of the Hub. Without them, documents and
-# prices
-# are drawn for the small model that ships with the package.
+# JSON lines, VLMEvalKit's TSV, or lmms-eval's parquet files (`pip install pyarrow`). Give the path of yours as
+# `data`, its task as `task` ("docvqa", "chartqa", "textvqa", "mmmu", ...), and a checkpoint of the Hub. Without them,
+# documents and prices are drawn for the small model that ships with the package.
 
 # %% tags=["parameters"]
 data, task, checkpoint = "", "jsonl", ""
@@ -60,8 +57,7 @@ vlm = vlc.load(checkpoint) if checkpoint else vlc.load(demo_assets(None) / "demo
 # ## All samples, all policies
 #
 # The engine keeps one batch of answers running and fills a row anew as soon as its answer has ended; the pictures of
-# the next
-# samples are read meanwhile. Each answer is a line in the folder as soon as it is there.
+# the next samples are read meanwhile. Each answer is a line in the folder as soon as it is there.
 
 # %%
 summaries = vlc.evaluate(
@@ -86,8 +82,7 @@ except ImportError:
 
 # %% [markdown]
 # The last columns compare the same samples: their interval is far narrower than those of the means, and "equal" needs
-# no right
-# answers at all. Where the answers differ:
+# no right answers at all. Where the answers differ:
 
 # %%
 full, kept = (

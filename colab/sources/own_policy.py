@@ -2,10 +2,8 @@
 # # A cache policy of your own
 #
 # What to keep of a prompt is decided by small parts: which rows *score* the keys, what a key is *worth*, and how many
-# each
-# layer *keeps*. This notebook writes two of them, in 30 lines, and compares the method with VL-Cache on documents whose
-# right
-# answers are known. Everything runs on a CPU in about a minute.
+# each layer *keeps*. This notebook writes two of them, in 30 lines, and compares the method with VL-Cache on
+# documents whose right answers are known. Everything runs on a CPU in about a minute.
 
 # %%
 # install
@@ -34,10 +32,8 @@ budgets = [0.05]
 # ## A score: what a token is worth
 #
 # A score is a function of what a layer computed: queries, keys, values, and the attention of the policy's rows. It
-# returns a
-# number for each token and KV head; the highest are kept. This one multiplies the question's attention with the size of
-# what
-# it fetches, so that tokens that are looked at but say nothing (attention sinks) are worth less.
+# returns a number for each token and KV head; the highest are kept. This one multiplies the question's attention with
+# the size of what it fetches, so that tokens that are looked at but say nothing (attention sinks) are worth less.
 
 
 # %%
@@ -53,8 +49,7 @@ class AttentionTimesValue(Score):
 # ## An allocation: how many tokens a layer keeps
 #
 # `measure` says of each layer what must be known of it, `slots` shares the budget out. This one gives more to layers
-# whose
-# score is spread over more tokens.
+# whose score is spread over more tokens.
 
 
 # %%
@@ -72,7 +67,8 @@ class BySpread(Allocate):
 # %% [markdown]
 # ## A method: the parts together
 #
-# `@method` makes it known by name: for `vlc.policy_by_name`, `vlcache-jax evaluate` in the same process, and pictures.
+# `@method` makes it known by name: for `vlc.policy_by_name`, `vlcache-jax evaluate` in the same process, and
+# pictures.
 
 
 # %%
@@ -106,7 +102,5 @@ for name in ("full_cache", *(f"{kind}:{b}" for b in budgets for kind in ("vl_cac
 
 # %% [markdown]
 # The page [A method of your own](../docs/own_method.md) lists all that parts are given and what they must hold to. A
-# new method
-# gets every promise of the library for free: fixed shapes, rows of a batch that do not see each other, any mesh,
-# quantised
-# stores, merging of what is evicted.
+# new method gets every promise of the library for free: fixed shapes, rows of a batch that do not see each other, any
+# mesh, quantised stores, merging of what is evicted.

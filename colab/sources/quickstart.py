@@ -1,10 +1,9 @@
 # %% [markdown]
 # # A vision-language model with a tenth of its KV cache
 #
-# This notebook asks a model about a picture twice, with all of its KV cache and with a tenth of it, and shows what the
-# two
-# answers cost and which parts of the picture were kept. It runs on a TPU, GPU or CPU runtime
-# (in Colab: Runtime > Change runtime type).
+# This notebook asks a model about a picture twice, with all of its KV cache and with a tenth of it, and shows what
+# the two answers cost and which parts of the picture were kept. It runs on a TPU, GPU or CPU runtime (in Colab:
+# Runtime > Change runtime type).
 
 # %%
 # install
@@ -28,8 +27,7 @@ print(f"{jax.device_count()} x {device.device_kind}, {memory / 2**30:.1f} GiB ea
 # ## A checkpoint that fits
 #
 # Without an accelerator, the small model that ships with the package is used: it reads pages made for it. With one, a
-# model
-# from the Hugging Face Hub is downloaded, the largest of these that leaves room for the cache:
+# model from the Hugging Face Hub is downloaded, the largest of these that leaves room for the cache:
 #
 # | memory of the device | such as | checkpoint |
 # |---:|---|---|
@@ -116,8 +114,8 @@ for policy in (vlc.VLCache(budget=0.05, bits=8), vlc.SnapKV(budget=0.1, recent=0
 # ## Compress once, ask many
 #
 # A picture that is compressed before the question is known needs a method that does not look at the question. The
-# prompt ends
-# with the picture here, as the demo model's template writes it; for another model write what its template does.
+# prompt ends with the picture here, as the demo model's template writes it; for another model write what its template
+# does.
 
 # %%
 if demo:
@@ -129,5 +127,4 @@ if demo:
 
 # %% [markdown]
 # Next: `evaluation.ipynb` (what a tenth costs on your own data), `own_policy.ipynb` (a method of your own),
-# `training.ipynb`
-# (fine-tuning, and rollouts from a compressed cache).
+# `training.ipynb` (fine-tuning, and rollouts from a compressed cache).

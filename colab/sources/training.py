@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Fine-tuning, and rollouts from a compressed cache
 #
-# Two ways to train a loaded model with ordinary JAX: adapters (LoRA) on right answers, and policy gradients on answers
-# that the model draws itself with a tenth of its cache. The small model that ships with the package shows both; for a
-# model of the Hub change `checkpoint` and the data.
+# Two ways to train a loaded model with ordinary JAX: adapters (LoRA) on right answers, and policy gradients on
+# answers that the model draws itself with a tenth of its cache. The small model that ships with the package shows
+# both; for a model of the Hub change `checkpoint` and the data.
 
 # %%
 # install
@@ -51,8 +51,8 @@ def number_of(answer):
 # %% [markdown]
 # ## Adapters: another way to answer
 #
-# The model answers with the name and the number. It shall learn to give the number alone. The weights stay as they are;
-# the adapters beside them are all that is trained, kept and saved.
+# The model answers with the name and the number. It shall learn to give the number alone. The weights stay as they
+# are; the adapters beside them are all that is trained, kept and saved.
 
 # %%
 lora = Lora(rank=8, alpha=16)
@@ -84,10 +84,9 @@ for name, policy in (("the full cache", vlc.FullCache()), ("VL-Cache 10 %", vlc.
 #
 # ## Rollouts: answers that are drawn with a tenth of the cache
 #
-# Eight answers to a prompt are drawn from **one** compressed prefill. What drew them is not quite what is trained, the
-# model with its full cache; the difference is known for every token, and importance weights correct for it. A right
-# answer
-# gives a reward of 1.
+# Eight answers to a prompt are drawn from **one** compressed prefill. What drew them is not quite what is trained,
+# the model with its full cache; the difference is known for every token, and importance weights correct for it. A
+# right answer gives a reward of 1.
 #
 # The start is the model with noise on its weights, which reads badly.
 
