@@ -76,8 +76,8 @@ def test_formula(implementation, name, window):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("interpret", later([True], RACES))
-@pytest.mark.parametrize("window", later([None], 200))
+@pytest.mark.parametrize("interpret", [True, *later(RACES)])
+@pytest.mark.parametrize("window", [None, *later(200)])
 def test_tpu_kernel(window, interpret):
     """Blocks that no list names are NaN, as uninitialised memory is in the slow interpreter."""
     query, key, value, lists = drawn(TPU)
