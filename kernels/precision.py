@@ -78,5 +78,37 @@ class Integers(Precision):
         return keys, quantisation.dequantise_values(coded.values, coded.value_scales, self.width)
 
 
-PRECISIONS: dict[int | str, Precision] = {bits: Integers(bits) for bits in quantisation.BITS}
+class Float8(Precision):
+    """float8_e4m3fn: keys scaled per channel and group of 32 tokens, values per token.
+
+    A scale takes the largest entry to 448, the format's largest number; three bits of fraction stay, for small entries
+    as for large ones, where the 8 bits of `Integers` have steps of one size. Plain XLA reads it on every platform; the
+    Pallas kernels decline.
+    """
+
+    width, group, spans = 8, 32, ((2, 1), (2, 1), (2, 32), (2, 1))
+    _largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+
+    def encode(self, keys: jax.Array, values: jax.Array, valid: jax.Array) -> Coded:
+        """See `Precision.encode`; scales f32 [batch, lanes, slots / 32, head_dim] and [batch, lanes, slots]."""
+        keys, values = (jnp.where(valid[..., None], x.astype(jnp.float32), 0) for x in (keys, values))
+        groups = keys.reshape(*keys.shape[:-2], -1, self.group, keys.shape[-1])
+        key_codes, key_scales = self._scaled(groups, -2)
+        value_codes, value_scales = self._scaled(values, -1)
+        return Coded(key_codes.reshape(keys.shape), value_codes, key_scales[..., 0, :], value_scales[..., 0])
+
+    def decode(self, coded: Coded) -> tuple[jax.Array, jax.Array]:
+        """See `Precision.decode`."""
+        keys = coded.keys.astype(jnp.float32)
+        groups = keys.reshape(*keys.shape[:-2], -1, self.group, keys.shape[-1])
+        keys = (groups * coded.key_scales[..., None, :]).reshape(keys.shape)
+        return keys, coded.values.astype(jnp.float32) * coded.value_scales[..., None]
+
+    def _scaled(self, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        scale = jnp.max(jnp.abs(x), axis, keepdims=True) / self._largest
+        codes = jnp.clip(x / jnp.where(scale == 0, 1, scale), -self._largest, self._largest)
+        return codes.astype(jnp.float8_e4m3fn), scale
+
+
+PRECISIONS: dict[int | str, Precision] = {bits: Integers(bits) for bits in quantisation.BITS} | {"float8": Float8()}
 """By the word that `Policy.bits` gives."""

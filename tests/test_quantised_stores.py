@@ -274,7 +274,7 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: vlc.VLCache(bits=3), "bits=3 cannot be stored: use 8, 4 or 2"),
+        (lambda: vlc.VLCache(bits=3), "bits=3 cannot be stored: use 8, 4, 2 or float8"),
         (lambda: vlc.VLCache(bits=8.0), "bits=8.0 cannot be stored"),
         (lambda: vlc.FullCache(bits=True), "bits=True cannot be stored"),
         (lambda: vlc.Quantise(16), "Quantise: bits=16 cannot be stored"),

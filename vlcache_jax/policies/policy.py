@@ -61,9 +61,9 @@ class Policy:
       candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
         so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
         its candidates; then the layer keeps all candidates, and the report says `exact=False`.
-      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`), or another
-        precision's word (`kernels.precision`); None for the model's dtype. It changes nothing about which tokens are
-        kept. The new tokens' cache is never quantised.
+      bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`), "float8",
+        or another precision's word (`kernels.precision`); None for the model's dtype. It changes nothing about which
+        tokens are kept. The new tokens' cache is never quantised.
       evicted: what becomes of the other tokens: `Drop()`, `Merge(kind)` into the kept ones, or `Quantise(bits)` to keep
         them all at fewer bits.
       lanes: groups into which the KV heads of a layer fall, if `allocate` gives heads different numbers of slots: the
