@@ -58,8 +58,13 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @functools.cache
-def opened(*arguments: Any, **options: Any) -> OpenedCheckpoint:
-    return open_checkpoint(*arguments, **options)
+def shared(*arguments: Any, **options: Any) -> OpenedCheckpoint:
+    return open_checkpoint(*arguments, **options | {"image_limits": dict(options.get("image_limits", ()))})
+
+
+def opened(*arguments: Any, image_limits: dict[str, int] | None = None, **options: Any) -> OpenedCheckpoint:
+    """`open_checkpoint`, once for the same arguments."""
+    return shared(*arguments, image_limits=tuple((image_limits or {}).items()), **options)
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> str | None:
