@@ -57,7 +57,7 @@ def test_no_program_makes_floats_of_a_whole_weight(topology, weights, axes, kind
         assert any(name.startswith(implementation) for name in program.implementations)
         assert not float_copies(compiled.as_text(), layers)
         if kind == "decode_step":
-            assert program.temporary_bytes < 2**20
+            assert program.temporary_bytes < program.argument_bytes / 16  # nearly all of them weights
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", *map(thorough, ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"))])
