@@ -22,6 +22,7 @@ from PIL import Image
 import vlcache_jax as vlc
 from vlcache_jax.demo.data.samples import HELD_OUT_SEED, TASKS, make_sample
 from vlcache_jax.engine.programs import Programs
+from vlcache_jax.files.writing import write_picture
 from vlcache_jax.models.families.llava.model import Llava
 
 DEMO = Path(vlc.__file__).parent / "assets" / "demo_model"
@@ -34,7 +35,7 @@ def requests(count: int, folder: Path) -> list[vlc.Request]:
         sample = make_sample(task, HELD_OUT_SEED, number, max_questions=1)
         paths = [str(folder / f"{number}-{i}.png") for i in range(len(sample.images))]
         for path, image in zip(paths, sample.images):
-            Image.fromarray(image).save(path)
+            write_picture(path, Image.fromarray(image))
         parts = [
             *({"type": "image", "image": path} for path in paths),
             {"type": "text", "text": sample.questions[0][0]},

