@@ -36,7 +36,7 @@ _QUICK_COMPILER = (
 
 gc.set_threshold(100_000, 20, 50)  # the default spends an eighth of the time on what tracing leaves
 
-_NEEDS_REFERENCE = re.compile(r"^\s*(import|from) (torch|transformers|build)\b", re.MULTILINE)
+_NEEDS_REFERENCE = re.compile(r"^\s*(import|from) (torch|transformers|build|jupytext)\b", re.MULTILINE)
 _HELPERS = re.compile(r"^\s*(?:import|from) (\w+)\b", re.MULTILINE)  # of which some lie in this folder
 _NEEDS_TPU_COMPILER = re.compile(r"^(import|from) tpu\b", re.MULTILINE)
 _HAS_TPU_COMPILER = sys.platform == "linux" and platform.machine() == "x86_64"  # where libtpu is published
@@ -74,7 +74,7 @@ def pytest_configure(config):
 
 @functools.cache
 def _needs_reference(path: Path) -> bool:
-    """Whether a file imports torch, transformers or build, itself or through helpers beside it."""
+    """Whether a file imports torch, transformers, build or jupytext, itself or through helpers beside it."""
     text = path.read_text(encoding="utf-8")
     helpers = (path.with_name(f"{name}.py") for name in set(_HELPERS.findall(text)))
     return bool(_NEEDS_REFERENCE.search(text)) or any(h.is_file() and _needs_reference(h) for h in helpers)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jupytext  # noqa: F401  (the modules below need it; without it this file is left out by --core)
 import pytest
 
 COLAB = Path(__file__).parent.parent / "colab"
