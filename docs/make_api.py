@@ -41,7 +41,8 @@ GROUPS = {
         "Policies",
         [
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
-            "MixKV ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
+            "MixKV TGVKV CSP CriticalKV Compactor LagKV",
+            "ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
             "policies: method",
             "VisionZip TokenCorrelation DivPrune PiToMe ToDRE AIM CDPruner FastV PyramidDrop Feather SparseVLM",
             "KeepCurve search_keep_curve",

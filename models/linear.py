@@ -55,6 +55,13 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return out + jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - 1))
 
+    def matrix(self, channels: int) -> jax.Array:
+        """What inputs of so many channels are multiplied with: [channels, features], whatever it is made of."""
+        if self.coding is None and not self.has_variable("params", "lora_a"):
+            return self.get_variable("params", "kernel").astype(self.dtype)
+        zero = jnp.zeros((1, channels), self.dtype)
+        return self(jnp.eye(channels, dtype=self.dtype)) - self(zero)
+
     @nn.nowrap  # which would name it in every program
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         contract = (((x.ndim - 1,), (0,)), ((), ()))

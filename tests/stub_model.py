@@ -9,10 +9,12 @@ import numpy as np
 
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.families.module import in_order
-from vlcache_jax.typing import ModelSpec
+from vlcache_jax.typing import ModelSpec, WithOutput
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3, 4, 2, 8, 11
 SIDE = 4  # patches along one side of a tile
+OUTPUT = np.random.default_rng(8).lognormal(size=(LAYERS, HEADS, HEAD_DIM, 5))
+"""Output projections, of which a score may ask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,13 @@ class StubModel:
 
     def decode(self, params, hidden, positions, attend, carry=None, xs=None):
         def layer(carry, item):
-            (query, key, value), x = item
-            _, carry, ys = attend(query, key, value, carry, x)
+            (query, key, value), x, output = item
+            told = (output,) if isinstance(attend, WithOutput) else ()
+            _, carry, ys = attend(query, key, value, carry, x, *told)
             return carry, ys
 
-        carry, ys = jax.lax.scan(layer, carry, ((params["query"], params["key"], params["value"]), xs))
+        computed = params["query"], params["key"], params["value"]
+        carry, ys = jax.lax.scan(layer, carry, (computed, xs, jnp.asarray(OUTPUT, self.dtype)))
         return hidden, carry, ys
 
     def unembed(self, params, hidden):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from stub_model import HEAD_DIM, KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
-from test_promises import METHODS, over
+from test_promises import METHODS, NEWER, over
 
 import vlcache_jax as vlc
 from vlcache_jax.inference.finiteness import require_finite
@@ -14,7 +14,7 @@ from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.policies import METHODS as KNOWN
 from vlcache_jax.policies import GridPooled, MaskVisualSinks
 
-methods = over(METHODS)
+methods = over(METHODS, thorough=NEWER)
 BITS = ("vl_cache", "snap_kv", "key_norm", "key_difference", "mix_kv", "expected_attention")  # a kind of score each
 
 
@@ -46,7 +46,7 @@ def row_alone(batch, params, row, length):
     return one, {name: cut(x[:, row : row + 1], 2, np.nan) for name, x in params.items()}
 
 
-@over(METHODS, bits=BITS)
+@over(METHODS, thorough=NEWER, bits=BITS)
 def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
     batch = stub_batch()
     params = stub_params(batch)

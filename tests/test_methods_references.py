@@ -5,9 +5,10 @@ from fractions import Fraction
 from functools import partial
 
 import method_references as reference
+import newer_references as newer
 import numpy as np
 import pytest
-from stub_model import HEAD_DIM, KV_HEADS, LAYERS, SIDE, StubModel, kept_sets, stub_batch, stub_params
+from stub_model import HEAD_DIM, KV_HEADS, LAYERS, OUTPUT, SIDE, StubModel, kept_sets, stub_batch, stub_params
 
 import vlcache_jax as vlc
 from vlcache_jax.policies import AccumulatedAttention, SequencePooled
@@ -159,6 +160,20 @@ CASES = {
     "expected_attention": (
         vlc.ExpectedAttention(0.3, sinks=2, future=20),
         partial(reference.expected_attention, rotation=rotation, sinks=2, future=20), 0.0, 2, False,
+    ),
+    "tgv_kv": (vlc.TGVKV(0.5), newer.tgv_kv, 0.0, 4, True),
+    "csp": (vlc.CSP(0.5, window=4, cross=0.4), partial(newer.csp, window=4, cross=0.4), 4, 0, False),
+    "critical_kv": (
+        vlc.CriticalKV(0.5, window=4, pool=3),
+        partial(
+            newer.critical_kv,
+            output=OUTPUT, votes=partial(reference.snap_kv, window=4, size=3), window=4,
+        ), 4, 0, False,
+    ),
+    "lag_kv": (vlc.LagKV(0.6, sinks=2, lag=5), partial(newer.lag_kv, sinks=2, lag=5), 0.0, 2, False),
+    "compactor": (
+        vlc.Compactor(0.4, sketch=3, chunk=7, sinks=3, recent=2),
+        partial(newer.compactor, rotation=rotation, sketch=3, chunk=7, sinks=3, recent=2), 2, 3, False,
     ),
     "key_norm": (vlc.KeyNorm(0.3), reference.key_norm, 0.1, 0, False),
     "key_difference": (vlc.KeyDifference(0.3), reference.key_difference, 0.1, 0, False),

@@ -36,6 +36,11 @@ METHODS = {
     "prefix_kv": vlc.PrefixKV(budget=0.3),
     "air_cache": vlc.AirCache(budget=0.3),
     "mix_kv": vlc.MixKV(budget=0.3, window=4),
+    "tgv_kv": vlc.TGVKV(budget=0.3),
+    "csp": vlc.CSP(budget=0.3, window=4),
+    "critical_kv": vlc.CriticalKV(budget=0.3, window=4),
+    "compactor": vlc.Compactor(budget=0.3, sketch=4, chunk=16, sinks=2, recent=2),
+    "lag_kv": vlc.LagKV(budget=0.3, sinks=2, lag=8),
     "expected_attention": vlc.ExpectedAttention(budget=0.3, future=32),
     "key_norm": vlc.KeyNorm(budget=0.3),
     "key_difference": vlc.KeyDifference(budget=0.3),
@@ -50,6 +55,7 @@ WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
 # those that bring a part of their own: sinks, a protected kind, candidates, shared heads, a budget in tokens. FEW is
 # for promises whose every case is a large compilation; of those, all but the first are thorough where the promise is
 # about what lies around the methods.
+NEWER = ("tgv_kv", "csp", "critical_kv", "compactor", "lag_kv")  # of no new kind here: thorough
 PARTS = (
     "vl_cache",
     "vl_cache_shared",
@@ -72,7 +78,7 @@ def over(names, thorough=(), bits=()):
     )
 
 
-methods, parts, few_methods = over(list(METHODS)), over(PARTS), over(FEW, bits=FEW[:1])
+methods, parts, few_methods = over(list(METHODS), thorough=NEWER), over(PARTS), over(FEW, bits=FEW[:1])
 around_methods = over(FEW, thorough=FEW[1:], bits=FEW[:1])
 
 

@@ -1,6 +1,7 @@
 """What the core asks of a model: the core imports no concrete one."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -99,6 +100,20 @@ class Embedded:
     tower: TowerView | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class WithOutput:
+    """An `attend` that is also told how its layer goes on: attend(query, key, value, carry, xs, output).
+
+    `output` [heads, head_dim, hidden] is what the result of each query head is multiplied with before the heads are
+    added up. Only what asks for it is given it, since it may have to be made of codes.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Any, Any]]
+
+    def __call__(self, *args: Any) -> tuple[jax.Array, Any, Any]:
+        return self.attend(*args)
+
+
 class VisionLanguageModel(Protocol):
     """A hashable Flax Linen module with these methods, reached through `model.apply({"params": params}, ...)`."""
 
@@ -112,10 +127,12 @@ class VisionLanguageModel(Protocol):
         embed(batch) -> Embedded (embed(batch, tower=True) and project_features(features) of a model with a
         `spec.tower_attention`), embed_tokens(tokens) -> [batch, length, hidden],
         decode(hidden, positions, attend, carry, xs, layer_inputs=None, layers=None) -> (hidden, carry, ys): `positions`
-        and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes;
-        `layers` (first, end) runs a part of them, which only pruning asks for;
+        and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes; an
+        `attend` that is a `WithOutput` is given one argument more; `layers` (first, end) runs a part of them, which
+        only pruning asks for;
         unembed(hidden) -> f32 logits,
-        rotate(x, positions) -> x with rotary positions (without parameters; only expected attention asks for it).
+        rotate(x, positions) -> x with rotary positions (without parameters; scores of what came before rotation ask for
+        it).
         """
 
 

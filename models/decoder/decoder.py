@@ -7,6 +7,7 @@ Every layer projects queries, keys and values, rotates them, and calls
 with query [batch, length, heads, head_dim] and key, value [batch, length, kv_heads, head_dim]. `carry` is handed from
 layer to layer, `xs` is the layer's slice of whatever was stacked over layers, `ys` is stacked over layers. Training
 passes plain causal attention; prefill one that also gathers statistics; decoding one that reads the compressed store.
+One that is a `WithOutput` is given the layer's output projection, too.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from vlcache_jax.models.decoder import rope
 from vlcache_jax.models.decoder.config import DecoderConfig
 from vlcache_jax.models.decoder.layout import Layout, layout_of
 from vlcache_jax.models.linear import STACKS, Linear, project
+from vlcache_jax.typing import WithOutput
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
+Attend = Callable[..., tuple[jax.Array, Any, Any]]
 
 
 REMAT: dict[Any, Any] = {
@@ -89,9 +91,10 @@ class SelfAttention(nn.Module):
         # Whoever attends divides by the root of head_dim; a scale of the model's own is made up for in float32.
         own = 1.0 if c.query_scale is None else c.query_scale * c.head_dim**0.5
         query = rope.rotate(query, cos, sin) if own == 1 else rope.rotate(query, cos * own, sin * own)
-        out, carry, ys = attend(query, rope.rotate(key, cos, sin), value, carry, xs)
-        out = out.astype(self.dtype).reshape(batch, length, c.num_heads * c.head_dim)
-        return Linear(c.hidden_size, c.output_bias, self.dtype, coding=self.coding, name="output")(out), carry, ys
+        output = Linear(c.hidden_size, c.output_bias, self.dtype, coding=self.coding, name="output")
+        told = (output.matrix(wide).reshape(c.num_heads, c.head_dim, -1),) if isinstance(attend, WithOutput) else ()
+        out, carry, ys = attend(query, rope.rotate(key, cos, sin), value, carry, xs, *told)
+        return output(out.astype(self.dtype).reshape(batch, length, wide)), carry, ys
 
 
 class GatedMLP(nn.Module):

@@ -24,7 +24,7 @@ from vlcache_jax.policies.shares import slot_budget
 from vlcache_jax.policies.window import forced, settled
 from vlcache_jax.pruning.plan import Plan
 from vlcache_jax.pruning.stage import Stage, joined
-from vlcache_jax.typing import ModelSpec
+from vlcache_jax.typing import ModelSpec, WithOutput
 
 
 def keep_some(
@@ -75,7 +75,7 @@ def keep_some(
             chosen = (index >= first[:, None]) & (index < (first + rows)[:, None])
             pairs += jnp.sum(jnp.where(chosen, last - index, 0), axis=1).astype(jnp.float32)
 
-        def judge(layer, query, key, value, lse, shared):
+        def judge(layer, query, key, value, lse, shared, output):
             """(scores, ties, (density, whether heads are finite), what allocation and rule want) of a layer."""
             statistics, density = None, jnp.ones((batch,), jnp.float32)
             if measure:
@@ -96,7 +96,10 @@ def keep_some(
                 rows=rows,
                 statistics=statistics,
                 window=window,
+                slots=mean,
                 rotate=rotate,
+                positions=stage.positions,
+                output=output,
                 mask=stage.mask,
                 index=stage.index,
             )
@@ -120,13 +123,13 @@ def keep_some(
                 return judge(*inputs)
             return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(judge, *inputs))
 
-        def attend(query, key, value, carry, layer):
+        def attend(query, key, value, carry, layer, output=None):
             shares = measure and shares_rows(pattern, spec, room, policy.rows)
             asked: dict[str, Any] = {"with_lse": measure and threshold is None}
             asked["statistics"] = (threshold,) if shares else ()
             whole = query, key, value
             out, lse, told, shared = layer_attention(kernels, pattern, spec, stage, layer, *whole, **asked)
-            seen = jax.lax.stop_gradient((query, key, value, lse, shared))  # what is kept has no derivative
+            seen = jax.lax.stop_gradient((query, key, value, lse, shared, output))  # what is kept has no derivative
             evicts = [window is None for window in windows]
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
             positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))
@@ -148,7 +151,7 @@ def keep_some(
                 ties = None if ties is None else _padded(ties, count, 0)
             return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted, told)
 
-        return attend
+        return WithOutput(attend) if policy.score.needs_output else attend
 
     logits, _, stages = run(attend_in, None)
     layer_outputs = joined([ys for _, ys in stages])

@@ -14,11 +14,15 @@ from vlcache_jax.policies.evicted.rule import Evicted
 from vlcache_jax.policies.grammar import policy_by_name
 from vlcache_jax.policies.methods.ada_kv import AdaKV, AdaptiveHeads
 from vlcache_jax.policies.methods.air_cache import AirCache, EliteAttention, StrengthAndSkewness
+from vlcache_jax.policies.methods.compactor import Compactor, LeverageAndAttention
+from vlcache_jax.policies.methods.critical_kv import CriticalKV, OutputPerturbation
+from vlcache_jax.policies.methods.csp import CSP, CrossSelf
 from vlcache_jax.policies.methods.expected_attention import ExpectedAttention, ExpectedScore
 from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.methods.h2o import H2O
 from vlcache_jax.policies.methods.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.methods.key_norm import KeyNorm, KeyNormScore
+from vlcache_jax.policies.methods.lag_kv import LagKV, LagRelative
 from vlcache_jax.policies.methods.look_m import LookM, TextPrior
 from vlcache_jax.policies.methods.method import METHODS, Method, method
 from vlcache_jax.policies.methods.mix_kv import DiversityMixed, MixKV
@@ -27,18 +31,22 @@ from vlcache_jax.policies.methods.pyramid_kv import Pyramid, PyramidKV
 from vlcache_jax.policies.methods.random_eviction import RandomEviction
 from vlcache_jax.policies.methods.snap_kv import SnapKV
 from vlcache_jax.policies.methods.streaming_llm import StreamingLLM
+from vlcache_jax.policies.methods.tgv_kv import TGVKV, TextVisionMass, TextWeighted
 from vlcache_jax.policies.methods.tova import TOVA
 from vlcache_jax.policies.methods.vl_cache import VLCache
 from vlcache_jax.policies.methods.zip_vl import EnoughMass, ZipVL
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import AllRows, LastRow, LastRows, PostVision, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, LayerInputs, RandomScore, Recency, Score
+from vlcache_jax.policies.scores.leverage import Leverage
 from vlcache_jax.policies.scores.pooling import GridPooled, SequencePooled
 from vlcache_jax.policies.scores.visual_sinks import MaskVisualSinks
 
 __all__ = [
+    "CSP",
     "H2O",
     "METHODS",
+    "TGVKV",
     "TOVA",
     "AccumulatedAttention",
     "AdaKV",
@@ -47,6 +55,9 @@ __all__ = [
     "AllRows",
     "Allocate",
     "Append",
+    "Compactor",
+    "CriticalKV",
+    "CrossSelf",
     "DecodingRule",
     "DiversityMixed",
     "Drop",
@@ -63,14 +74,19 @@ __all__ = [
     "KeyDifferenceScore",
     "KeyNorm",
     "KeyNormScore",
+    "LagKV",
+    "LagRelative",
     "LastRow",
     "LastRows",
     "LayerInputs",
+    "Leverage",
+    "LeverageAndAttention",
     "LookM",
     "MaskVisualSinks",
     "Merge",
     "Method",
     "MixKV",
+    "OutputPerturbation",
     "Policy",
     "PostVision",
     "PrefixKV",
@@ -91,6 +107,8 @@ __all__ = [
     "StreamingLLM",
     "StrengthAndSkewness",
     "TextPrior",
+    "TextVisionMass",
+    "TextWeighted",
     "Uniform",
     "VLCache",
     "ZipVL",

@@ -18,7 +18,7 @@ from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.module import in_order
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel
+from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel, WithOutput
 
 _PLACEHOLDER = 0  # width of the hidden states of a replayed prompt, of which nothing is asked
 
@@ -31,12 +31,14 @@ class Recording(NamedTuple):
       key: [layers, batch, length, kv_heads, head_dim], rotated.
       value: like `key`.
       logits: f32 [batch, vocab], of the first token.
+      output: [layers, heads, head_dim, hidden], of the layers; see `WithOutput`.
     """
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     logits: jax.Array
+    output: jax.Array
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -44,13 +46,13 @@ def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recordin
     """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed."""
     kernels, lengths = Kernels(), jnp.asarray(batch.lengths)
 
-    def attend(query, key, value, carry, _):
+    def attend(query, key, value, carry, _, output):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
-        return out, carry, (query, key, value)
+        return out, carry, (query, key, value, output)
 
     embedded = embed_prompt(model, params, batch)
-    hidden, _, (query, key, value) = run_layers(model, params, embedded, attend)
-    return Recording(query, key, value, last_logits(model, params, hidden, lengths))
+    hidden, _, (query, key, value, output) = run_layers(model, params, embedded, WithOutput(attend))
+    return Recording(query, key, value, last_logits(model, params, hidden, lengths), output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,16 @@ class Replay:
         hidden, _, attend, carry, xs = args
 
         def layer(carry, item):
-            _, carry, ys = attend(*item[:3], carry, item[3])
+            query, key, value, output, x = item
+            told = (output,) if isinstance(attend, WithOutput) else ()
+            _, carry, ys = attend(query, key, value, carry, x, *told)
             return carry, ys
 
-        return hidden, *jax.lax.scan(layer, carry, (recording.query, recording.key, recording.value, xs))
+        computed = recording.query, recording.key, recording.value, recording.output
+        return hidden, *jax.lax.scan(layer, carry, (*computed, xs))
 
 
 def first_columns(recording: Recording, length: int) -> Recording:
     """The recording of the prompts' first `length` tokens, which is what they are without the rest; no logits."""
     query, key, value = (x[:, :, :length] for x in (recording.query, recording.key, recording.value))
-    return Recording(query, key, value, jnp.zeros_like(recording.logits))
+    return Recording(query, key, value, jnp.zeros_like(recording.logits), recording.output)

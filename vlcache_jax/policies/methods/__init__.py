@@ -14,7 +14,12 @@ import vlcache_jax.policies.methods.prefix_kv
 import vlcache_jax.policies.methods.zip_vl
 import vlcache_jax.policies.methods.air_cache
 import vlcache_jax.policies.methods.mix_kv
+import vlcache_jax.policies.methods.tgv_kv
+import vlcache_jax.policies.methods.csp
+import vlcache_jax.policies.methods.critical_kv
 import vlcache_jax.policies.methods.expected_attention
+import vlcache_jax.policies.methods.compactor
+import vlcache_jax.policies.methods.lag_kv
 import vlcache_jax.policies.methods.key_norm
 import vlcache_jax.policies.methods.key_difference
 import vlcache_jax.policies.methods.random_eviction

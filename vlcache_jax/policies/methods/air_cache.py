@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
 from vlcache_jax.policies.scores.rounding import ROUNDING
+from vlcache_jax.policies.scores.row_blocks import fold_rows, logits_of, softmax_of_rows
 from vlcache_jax.policies.shares import SlotBudget, share_slots
-
-_BLOCK = 32  # rows whose attention exists at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,41 +40,18 @@ class EliteAttention(Score):
             raise PolicyError(f"ratio={self.ratio} is out of range: it must lie in (0, 1]")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        rows, length, heads, head_dim = inputs.query.shape
-        kv_heads = inputs.key.shape[2]
-        key = inputs.key.astype(jnp.float32)
-        column = jax.lax.iota(jnp.int32, length)[None]
-        first = inputs.lengths - inputs.rows
-        reach = inputs.mask.last()  # the last column that each row sees
-        reach = jnp.broadcast_to(column, inputs.valid.shape) if reach is None else reach
-
-        def logits(index: jax.Array) -> jax.Array:
-            """Of the prompt rows `index` [batch, some]: [batch, kv_heads, group, some, length]."""
-            query = jnp.take_along_axis(inputs.query, index[..., None, None], axis=1).astype(jnp.float32)
-            query = query.reshape(rows, -1, kv_heads, heads // kv_heads, head_dim)
-            return head_dim**-0.5 * jnp.einsum("bthgd,bshd->bhgts", query, key, precision="highest")
-
-        def softmax(x: jax.Array, seen: jax.Array) -> jax.Array:
-            return jax.nn.softmax(jnp.where(seen[:, None, None], x, -jnp.inf), axis=-1)
-
-        text = (column >= first[:, None]) & inputs.valid
-        last = softmax(logits(inputs.lengths[:, None] - 1), text[:, None])
-        weight = jnp.where(text, jnp.mean(last, axis=(1, 2, 3)), 0)
+        column = jax.lax.iota(jnp.int32, inputs.key.shape[1])[None]
+        text = (column >= (inputs.lengths - inputs.rows)[:, None]) & inputs.valid
+        last = jnp.where(text[:, None, None, None], logits_of(inputs, inputs.lengths[:, None] - 1), -jnp.inf)
+        weight = jnp.where(text, jnp.mean(jax.nn.softmax(last, axis=-1), axis=(1, 2, 3)), 0)
         elite = text & (weight >= self.ratio * jnp.max(weight, axis=1, keepdims=True))
-        seen = elite | _visual(inputs)
 
-        def step(block: jax.Array, total: jax.Array) -> jax.Array:
-            wanted = first[:, None] + block * _BLOCK + jax.lax.iota(jnp.int32, _BLOCK)[None]
-            row = jnp.minimum(wanted, length - 1)
-            chosen = jnp.take_along_axis(elite, row, axis=1) & (row == wanted)
-            sees = column[None] <= jnp.take_along_axis(reach, row, axis=1)[..., None]
-            attention = softmax(logits(row), seen[:, None] & sees)
-            attention = jnp.where(chosen[:, None, None, :, None], attention, 0)
-            return total + jnp.mean(jnp.sum(attention, axis=3), axis=2)
+        def step(total: jax.Array, row: jax.Array, chosen: jax.Array, logits: jax.Array) -> jax.Array:
+            counts = chosen & jnp.take_along_axis(elite, row, axis=1)
+            return total + softmax_of_rows(logits, counts.astype(jnp.float32))
 
-        blocks = (jnp.max(inputs.rows) + _BLOCK - 1) // _BLOCK
-        zeros = varying(jnp.zeros((rows, kv_heads, length), jnp.float32), key, elite)
-        total = jax.lax.fori_loop(0, blocks, step, zeros)
+        zeros = jnp.zeros((inputs.key.shape[0], inputs.key.shape[2], inputs.key.shape[1]), jnp.float32)
+        total = fold_rows(inputs, step, zeros, columns=elite | _visual(inputs))
         return total / jnp.sum(elite, axis=1).astype(jnp.float32)[:, None, None]
 
 

@@ -45,12 +45,9 @@ class ExpectedScore(Score):
                 raise PolicyError(f"{name}={value!r} is out of range: give a whole number, at least {least}")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        assert inputs.rotate is not None
         rows, length, _, head_dim = inputs.query.shape
         ahead = self._future_rotation(inputs, head_dim)  # [batch, d, d]: row i is the rotated i-th unit vector
-        # Undone by turning back. YaRN stretches as it turns, twice by now.
-        stretch = inputs.rotate(jnp.ones((1, 1, 1, head_dim), jnp.float32), jnp.zeros((1, 1), jnp.int32))[0, 0, 0, 0]
-        query = inputs.rotate(inputs.query.astype(jnp.float32), -inputs.places) / stretch**2
+        query = inputs.unrotated(inputs.query)
 
         def one_row(item: tuple[jax.Array, ...]) -> jax.Array:
             query, key, value, n, ahead = item
@@ -86,7 +83,7 @@ class ExpectedScore(Score):
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
             assert inputs.rotate is not None
             step = i * _CHUNK + jax.lax.iota(jnp.int32, _CHUNK)
-            turned = inputs.rotate(unit, inputs.prompt_lengths[:, None] + step[None])
+            turned = inputs.rotate(unit, inputs.next_positions[:, None] + step[None])
             return total + jnp.sum(jnp.where((step < self.future)[None, :, None, None], turned, 0), axis=1)
 
         zero = jnp.zeros((rows, head_dim, head_dim), jnp.float32)

@@ -30,7 +30,11 @@ class LayerInputs:
       statistics: of the policy's rows; None unless the policy needs them.
       window: i32 [batch], the latest tokens that every layer keeps whatever they score, where that is a number of
         tokens (`Tokens`, `Window`, `AverageShare`); None where `Policy.recent` is a fraction of a layer's own slots.
+      slots: i32 [batch], of a layer on average, those that are kept whatever they score among them.
       rotate: (x, positions) -> rotary embedding of x [batch, length, heads, head_dim] at i32 [batch, length].
+      output: [heads, head_dim, hidden], what the layer multiplies each query head's result with; None unless the score
+        needs it (`Score.needs_output`).
+      positions: rotary positions, i32 [batch, length] or [batch, 3, length]; None where they are `places`.
       mask: which tokens saw each other. `statistics` know it; a score that works out attention itself must, too.
       index: i32 [batch, length], the place in the prompt of each token, where some were dropped between layers
         (`pruning.stage`); `lengths` and `rows` count those that are left. None: 0, 1, 2 ...
@@ -46,7 +50,10 @@ class LayerInputs:
     rows: jax.Array
     statistics: ColumnStatistics | None = None
     window: jax.Array | None = None
+    slots: jax.Array | None = None
     rotate: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    positions: jax.Array | None = None
+    output: jax.Array | None = None
     mask: Mask = CAUSAL
     index: jax.Array | None = None
 
@@ -62,6 +69,14 @@ class LayerInputs:
         if self.index is None:
             return self.lengths
         return jnp.take_along_axis(self.index, self.lengths[:, None] - 1, axis=1)[:, 0] + 1  # the last one stays
+
+    @property
+    def next_positions(self) -> jax.Array:
+        """i32 [batch]: the rotary position of the token behind the prompt."""
+        if self.positions is None:
+            return self.prompt_lengths
+        positions = self.positions.reshape(len(self.lengths), -1, self.key.shape[1])
+        return jnp.max(jnp.where(self.valid[:, None], positions, -1), axis=(1, 2)) + 1
 
     def padded(self, length: int) -> "LayerInputs":
         """With padding up to `length` tokens."""
@@ -80,10 +95,20 @@ class LayerInputs:
             key=pad(self.key, 1),
             value=pad(self.value, 1),
             vision_index=pad(self.vision_index, 1, TEXT),
+            positions=None if self.positions is None else pad(self.positions, -1),
             index=None if self.index is None else pad(self.index, 1),
             mask=self.mask if self.mask.blocks is None else Mask(blocks=pad(self.mask.blocks, 1, -1)),
             statistics=statistics,
         )
+
+    def unrotated(self, x: jax.Array) -> jax.Array:
+        """f32, like `x` [batch, length, heads, head_dim], which was rotated: what it was before."""
+        assert self.rotate is not None
+        # Undone by turning back. YaRN stretches as it turns, twice by now.
+        one = jnp.ones((1, 1, 1, x.shape[-1]), jnp.float32)
+        stretch = self.rotate(one, jnp.zeros((1, 1), jnp.int32))[0, 0, 0, 0]
+        positions = self.places if self.positions is None else self.positions
+        return self.rotate(x.astype(jnp.float32), -positions) / stretch**2
 
     @property
     def vision_mask(self) -> jax.Array:
@@ -103,6 +128,11 @@ class Score:
     def needs_attention(self) -> bool:
         """Whether `LayerInputs.statistics` must be there. A subclass may write `needs_attention = False`."""
         return True
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether `LayerInputs.output` must be there."""
+        return False
 
     @property
     def is_mass(self) -> bool:
@@ -131,6 +161,11 @@ class Derived(Score):
     def needs_attention(self) -> bool:
         """That of the other score."""
         return self.score.needs_attention
+
+    @property
+    def needs_output(self) -> bool:
+        """That of the other score."""
+        return self.score.needs_output
 
     def ties(self, inputs: LayerInputs) -> jax.Array | None:
         """See `Score.ties`; those of the other score."""
