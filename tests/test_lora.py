@@ -210,6 +210,7 @@ WRONG = {
     "r": (-1, r"r is -1"),
     "lora_alpha": ("big", "lora_alpha"),
     "alpha_pattern": ({"(a+)+$": 3}, "alpha_pattern"),
+    "lora_dropout": (2, "lora_dropout is 2"),
 }
 
 
@@ -221,6 +222,31 @@ def test_configs_that_are_not_read(tiny, tmp_path, key):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(vlc.CheckpointError, match=message):
         load_adapters(folder, tiny[1])
+
+
+def test_dropout_is_read_and_not_trained(tiny, tmp_path):
+    """It is nothing to answers; whoever trains on is told, and a saved folder says it again."""
+    _, vlm, _ = tiny
+    folder = shutil.copytree(HERE / "plain", tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"lora_dropout": 0.05}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    lora, adapters = load_adapters(folder, vlm)
+    plain, same = load_adapters(HERE / "plain", vlm)
+    assert (lora.dropout, dataclasses.replace(lora, dropout=0.0)) == (0.05, plain)
+    jax.tree.map(np.testing.assert_array_equal, adapters, same)
+    with pytest.raises(vlc.InputError, match=r"lora_dropout=0.05.*replace\(lora, dropout=0.0\)"):
+        lora.loss(answer_loss(vlm.model))
+    save_adapters(tmp_path / "b", lora, adapters, vlm)
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == 0.05
+
+
+def test_folders_of_peft_beside_codes(tiny, tmp_path):
+    _, vlm, _ = tiny
+    vlc.save(vlm, tmp_path)
+    coded = vlc.load(tmp_path, dtype="float32", layout="stacked", weights="int8")
+    jax.tree.map(
+        np.testing.assert_array_equal, load_adapters(HERE / "plain", coded)[1], load_adapters(HERE / "plain", vlm)[1]
+    )
 
 
 def test_tensors_that_are_not_read(tiny, tmp_path):

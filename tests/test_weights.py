@@ -189,13 +189,28 @@ def test_weights_that_are_zero_or_not_finite_code_without_noise():
     np.testing.assert_array_equal(coder.read("codes", "", slice(2, 5), slice(1, 3)), codes[2:5, 1:])
 
 
-def test_what_cannot_be_is_refused(folder, floats, coded, tmp_path):
+@pytest.mark.parametrize(("coding", "layout"), [("int8", "apart"), (vlc.WeightCoding(4, 32, shifted=True), "stacked")])
+def test_codes_are_saved_as_floats(folder, coding, layout, tmp_path):
+    """Those that the codes stand for, so that the folder's logits are the coded model's."""
+    coded = vlc.load(folder, "float32", layout=layout, weights=coding)
+    with pytest.warns(UserWarning, match=r"the weights are codes \(int.*as float32"):
+        vlc.save(coded, tmp_path)
+    saved, stacked = flat(vlc.load(tmp_path, "float32", layout="stacked")), flat(coded.with_layout("stacked"))
+    for path, kernel in saved.items():
+        if (codes := stacked.get(path.replace("/kernel", "/codes"))) is None or not path.endswith("kernel"):
+            np.testing.assert_array_equal(kernel, stacked[path])
+            continue
+        scales, zeros = (stacked.get(path.replace("/kernel", f"/{name}")) for name in ("scales", "zeros"))
+        zeros, size = 0 if zeros is None else zeros, kernel.shape[1] // scales.shape[1]
+        table = [np.repeat(np.broadcast_to(x, scales.shape), size, axis=1) for x in (scales, zeros)]
+        np.testing.assert_allclose(kernel, (np.asarray(codes, np.float32) - table[1]) * table[0], rtol=1e-6)
+
+
+def test_what_cannot_be_is_refused(folder, floats, coded):
     with pytest.raises(vlc.InputError, match=r"weights='int2' is not known: use int8, int4, float"):
         vlc.load(folder, weights="int2")
     with pytest.raises(vlc.InputError, match=r"WeightCoding\(bits=3\): use 8 or 4"):
         vlc.WeightCoding(3)
     with pytest.raises(vlc.InputError, match=r"group=0"):
         vlc.WeightCoding(4, 0)
-    with pytest.raises(vlc.InputError, match="weights are codes"):
-        vlc.save(coded["int8"], tmp_path / "new")
     assert dataclasses.replace(coded["int8"].model, weights=None) == floats.model

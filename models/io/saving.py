@@ -1,6 +1,8 @@
 """From a model that answers to a Hugging Face folder."""
 
+import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.files.writing import check_target, make_folder, write_text
 from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.families.registry import config_files, read_config
+from vlcache_jax.models.io.decoding_weights import float_params
 from vlcache_jax.models.io.files import read_json
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.io.params_writer import check_params, save_params
@@ -21,7 +24,8 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
     """Writes a whole checkpoint: weights, config, generation config, tokenizer, image processor, chat templates.
 
     `vlcache_jax.load` reads the folder, and so do `AutoProcessor` and `AutoModelForImageTextToText` of transformers.
-    Parameters keep their dtypes: after training with float32 masters that is float32.
+    Parameters keep their dtypes: after training with float32 masters that is float32. Codes of weights
+    (`load(..., weights="int8")`) become floats of the embedding's dtype, on the host, with a warning.
 
     The layout of the decoder's weights makes no difference (another than "stacked" takes a second copy of them).
 
@@ -37,7 +41,7 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
 
     Raises:
       CheckpointError: the parameters do not fit the config.
-      InputError: weights that are codes, the folder holds another model, a file cannot be written, or another program
+      InputError: the folder holds another model, a file cannot be written, or another program
         is writing there.
 
     Example:
@@ -45,14 +49,16 @@ def save(vlm: VLM, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_0
       ...
       vlc.save(dataclasses.replace(vlm, params=state.params), "fine-tuned")
     """
-    if vlm.model.weights is not None:
-        raise InputError(
-            f"the weights are codes ({vlm.model.weights}), and folders of codes are not written: save the model that "
-            "was loaded without weights=..., which codes them again at every load"
-        )
     root, vlm = Path(folder), vlm.with_layout("stacked")
-    check_params(vlm.params, vlm.config)
     dtype = jnp.dtype(vlm.params["decoder"]["embed_tokens"]["embedding"].dtype).name
+    if vlm.model.weights is not None:
+        warnings.warn(
+            f"the weights are codes ({vlm.model.weights}), and folders of codes are not written: {root} gets them as "
+            f"{dtype}, each rounded once; to have codes again, load it with weights=...",
+            stacklevel=2,
+        )
+        vlm = dataclasses.replace(vlm, params=float_params(vlm.params, dtype))
+    check_params(vlm.params, vlm.config)
     wanted = _files(vlm.config, vlm.processor, dtype)
     there: dict[str, str] = {}
     if any(os.path.lexists(root / name) for name in (SINGLE_FILE, INDEX_FILE)):

@@ -38,6 +38,7 @@ HEAD_SIZE = Range(2, 4096)
 CHANNELS = Range(1, 2**20)  # hidden and intermediate sizes
 ADAPTER_RANK = Range(1, 8192)
 ADAPTER_SCALE = Range(1e-6, 1e6)  # alpha of an adapter
+ADAPTER_DROPOUT = Range(0.0, 1.0)
 VOCABULARY = Range(1, 2**23)
 POSITIONS = Range(1, 2**27)
 TOKEN_ID = Range(-1, 2**31 - 1)  # some files mean "no such token" by -1

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import shorten
-from vlcache_jax.files.limits import ADAPTER_RANK, ADAPTER_SCALE
+from vlcache_jax.files.limits import ADAPTER_DROPOUT, ADAPTER_RANK, ADAPTER_SCALE
 from vlcache_jax.files.safetensors import Entry, quoted, to_host, write_tensors
 from vlcache_jax.files.writing import check_target, make_folder, replacing, write_text
 from vlcache_jax.models.families.registry import family_of
@@ -83,7 +83,7 @@ def save_adapters(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rank_stabilised,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -131,7 +131,10 @@ def load_adapters(path: str | os.PathLike[str], vlm: VLM) -> tuple[Lora, Params]
         )
     reader = SafetensorsFolder(folder, _FILE)
     weights, params = family_of(vlm.config).weights, flatten_dict(vlm.params)
-    known = {weights.by_path[(*path, "kernel")].name: path for path in adaptable(weights, params)}
+    shapes = {
+        path: params.get((*path, "kernel"), params.get((*path, "codes"))).shape for path in adaptable(weights, params)
+    }
+    known = {weights.by_path[(*path, "kernel")].name: path for path in shapes}
     found: dict[tuple[ParamPath, int | None], dict[str, np.ndarray]] = {}
     for name in sorted(reader.tensors):
         match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
@@ -142,7 +145,7 @@ def load_adapters(path: str | os.PathLike[str], vlm: VLM) -> tuple[Lora, Params]
                 f"{vlm.config.model_type}: give the model that it was trained on"
             )
         path_ = known[where]
-        if layer is not None and layer >= params[(*path_, "kernel")].shape[0] and path_[0] in weights.shortened:
+        if layer is not None and layer >= shapes[path_][0] and path_[0] in weights.shortened:
             continue  # of a layer that is not computed
         found.setdefault((path_, layer), {})[match["side"]] = reader.view(name).astype(np.float32)
     adapters: dict[ParamPath, np.ndarray] = {}
@@ -152,8 +155,8 @@ def load_adapters(path: str | os.PathLike[str], vlm: VLM) -> tuple[Lora, Params]
         pairs = {}
         for layer, pair in own.items():
             module = weights.module(name).format(layer=layer)
-            pairs[layer] = _checked(file, config, lora, module, pair, params[(*path_, "kernel")].shape, layer)
-        for key, x in zip(("lora_a", "lora_b"), _stacked(pairs, params[(*path_, "kernel")].shape)):
+            pairs[layer] = _checked(file, config, lora, module, pair, shapes[path_], layer)
+        for key, x in zip(("lora_a", "lora_b"), _stacked(pairs, shapes[path_])):
             adapters[(*path_, key)] = x
     if not adapters:
         raise CheckpointError(f"{folder / _FILE} holds no adapters; save them again")
@@ -175,6 +178,7 @@ def _read_config(config: Section) -> dict[str, Any]:
         "rank": config.integer("r", ADAPTER_RANK),
         "alpha": config.number("lora_alpha", ADAPTER_SCALE),
         "rank_stabilised": config.flag("use_rslora", False),
+        "dropout": config.number("lora_dropout", ADAPTER_DROPOUT, 0.0),
     }
 
 

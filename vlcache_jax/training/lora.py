@@ -42,6 +42,8 @@ class Lora:
       alpha: adapters count alpha / rank, so that another rank needs no other learning rate.
       targets: path prefixes of kernels, as of `parts.split`: ("decoder/layers/attention/query", "projector") say.
       rank_stabilised: they count alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732).
+      dropout: with which PEFT trained them, as their folder says. It does nothing to answers; `loss` has none, and
+        refuses adapters with another than 0.
 
     Raises:
       InputError: a rank below 1, an alpha that is not positive, targets that are no sequence.
@@ -58,6 +60,7 @@ class Lora:
     alpha: float = 32.0
     targets: Sequence[str] = ("decoder/layers",)
     rank_stabilised: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
@@ -93,7 +96,15 @@ class Lora:
         return place_adapters({path: x.astype(np.float32) for path, x in drawn.items()}, params)
 
     def loss(self, loss: Loss) -> Loss:
-        """A loss of parameters that hold adapters, from one of parameters as the model takes them."""
+        """A loss of parameters that hold adapters, from one of parameters as the model takes them.
+
+        Raises InputError for adapters that were trained with dropout, which there is none of here.
+        """
+        if self.dropout:
+            raise InputError(
+                f"these adapters were trained with lora_dropout={self.dropout:g}, and there is no dropout here: to go "
+                "on without, take dataclasses.replace(lora, dropout=0.0)"
+            )
 
         def adapted(params: Params, batch: Any) -> tuple[jax.Array, Metrics]:
             return loss(self.applied(params), batch)
