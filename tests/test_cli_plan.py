@@ -5,8 +5,11 @@ import json
 import pytest
 import tpu  # noqa: F401  (left out where the TPU compiler is not published)
 
+from vlcache_jax.cli import plan_training as cli
 from vlcache_jax.cli.main import main
 from vlcache_jax.planning.programs import Program, Programs
+from vlcache_jax.planning.training import RolloutPlan, TrainPlan
+from vlcache_jax.training.lora import Lora
 
 CONFIG = {
     "model_type": "llava",
@@ -159,3 +162,79 @@ def test_without_libtpu(folder, capsys, monkeypatch):
 def test_folder_without_config(tmp_path, capsys):
     assert main(["plan", "--model", str(tmp_path), *SMALL]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick_training(monkeypatch):
+    """What the compiler says, at once; the real one is in `test_training_and_rollouts`."""
+    asked = []
+
+    def step(model, topology, mesh, **options):
+        asked.append({"remat": model.remat, "mesh": mesh, **options})
+        program = Program(peak_bytes=2**30, temporary_bytes=2**29, compile_seconds=1.0)
+        return TrainPlan(step=program, frozen_bytes=2**28, state_bytes=2**27, available_bytes=2**34), None
+
+    def rollouts(model, topology, mesh, *, policy, **options):
+        asked.append({"mesh": mesh, **options})
+        program = Program(peak_bytes=int(2**35 * policy.budget), temporary_bytes=2**29, compile_seconds=1.0)
+        plan = {"policy": policy.name, "budget": policy.budget, "weight_bytes": 2**28, "available_bytes": 2**34}
+        return RolloutPlan(program=program, **plan)
+
+    monkeypatch.setattr(cli, "plan_training", step)
+    monkeypatch.setattr(cli, "plan_rollouts", rollouts)
+    return asked
+
+
+def test_pages_of_training(folder, capsys, quick_training):
+    shape = ["plan", "--model", folder, "--topology", "v5e:2x2", "--batch", "4", "--prompt", "64"]
+    assert main([*shape, "--train", "lora:8", "--accumulate", "2", "--remat", "layers"]) == 0
+    out = capsys.readouterr().out
+    assert "on v5e:2x2 (fsdp 4)\na train step of lora:8, 64 tokens each, remat layers, accumulate 2, batch 4" in out
+    assert [line.split()[-1] for line in out.splitlines()[3:]] == ["0.25", "0.12", "0.50", "1.00", "1", "yes"]
+    assert main([*shape, "--train", "decoder/layers, projector", "--mesh", "data=2,model=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert main([*shape, "--rollouts", "8", "--new", "16", "--compare", "full_cache"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert rows[0] == ["vl_cache", "10", "%", "full_cache"]
+    assert rows[-1] == ["fits", "yes", "no"]
+    first, second, *drawn = quick_training
+    assert (first["lora"], first["remat"], first["accumulate"]) == (Lora(rank=8), "layers", 2)
+    assert (second["trainable"], second["mesh"]) == (("decoder/layers", "projector"), {"data": 2, "model": 2})
+    assert [(x["samples"], x["new_tokens"], x["mesh"]) for x in drawn] == [(8, 16, {"data": 2, "model": 2})] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "lora:many"], "is not of the form lora:RANK"),
+        (["--train", "decoders"], "trainable prefix 'decoders' names no parameter"),
+        (["--train", "all", "--remat", "some"], "--remat 'some' is not known: use none, projections, layers"),
+        (["--train", "all", "--rollouts", "2"], "plan one after the other"),
+        (["--rollouts", "2", "--pruning", "fast_v"], "--pruning is not planned"),
+        (["--train", "all", "--mesh", "data=3"], "does not make up the 4 devices"),
+        (["--train", "all", "--batch", "3"], "batch=3 cannot be split over 4 devices"),
+    ],
+)
+def test_errors_of_training(folder, capsys, arguments, message):
+    shape = ["--topology", "v5e:2x2", "--batch", "4", "--prompt", "64"]
+    assert main(["plan", "--model", folder, *shape, *arguments]) == 2
+    assert message in error_of(capsys.readouterr().err)
+
+
+@pytest.mark.thorough
+def test_training_and_rollouts(folder, capsys):
+    """The real compiler, of a small model: what is trained costs more than adapters; a compressed cache is smaller."""
+    shape = ["plan", "--model", folder, "--topology", "v5e:2x2", "--batch", "4", "--json"]
+    found = {}
+    for what in ("lora:4", "all"):
+        assert main([*shape, "--prompt", "64", "--train", what]) == 0
+        found[what] = json.loads(capsys.readouterr().out)
+    assert found["lora:4"]["fits"]
+    assert found["lora:4"]["state_bytes"] < found["all"]["state_bytes"]
+    assert found["all"]["frozen_bytes"] < found["lora:4"]["frozen_bytes"]
+    options = ["--prompt", "448", "--new", "16", "--compare", "full_cache", "--mesh", "data=4"]
+    assert main([*shape, *options, "--rollouts", "2"]) == 0
+    compressed, full = json.loads(capsys.readouterr().out)
+    assert compressed["fits"]
+    assert compressed["program"]["peak_bytes"] > compressed["weight_bytes"]
+    assert {plan["weight_bytes"] for plan in (compressed, full)} == {compressed["weight_bytes"]}

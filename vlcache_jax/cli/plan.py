@@ -5,6 +5,7 @@ import json
 
 import jax
 
+from vlcache_jax.cli import plan_training
 from vlcache_jax.cli.options import mesh_axes
 from vlcache_jax.cli.process import emit
 from vlcache_jax.models.io.files import CheckpointFolder
@@ -15,13 +16,14 @@ from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import policy_text
 from vlcache_jax.pruning.grammar import pruning_by_name
 from vlcache_jax.terminal.progress import Progress
-from vlcache_jax.terminal.table import table
-
-_GIB = 2**30
+from vlcache_jax.terminal.table import gib, table
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command."""
+    if arguments.train is not None or arguments.rollouts is not None:
+        plan_training.run(arguments, _model(arguments), progress)
+        return
     policy = policy_by_name(arguments.policy)
     compare = [policy_by_name(text) for text in arguments.compare]
     mesh = None if arguments.mesh is None else mesh_axes(arguments.mesh)
@@ -65,8 +67,8 @@ def describe(found: Plan) -> str:
         f"{found.model}, {found.parameters:,} parameters in {found.dtype}{coded}, on {found.topology} ({mesh})",
         f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each"
         + "".join(f", {part}" for part in (found.prefill, found.pruning) if part),
-        f"GiB per {per}; {_gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
-        f"{_gib(found.available_bytes)}",
+        f"GiB per {per}; {gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
+        f"{gib(found.available_bytes)}",
     ]
     plans = found.policies
     rows: list[list[str]] = [["", *(policy_text(p.policy, p.budget) for p in plans)]]
@@ -74,21 +76,21 @@ def describe(found: Plan) -> str:
     def add(label: str, cells: list[str]) -> None:
         rows.append([label, *cells])
 
-    add("weights", [_gib(found.weight_bytes)] * len(plans))
-    add("KV state: prompt", [_gib(p.context_bytes) for p in plans])
-    add("KV state: new tokens", [_gib(p.tail_bytes) for p in plans])
+    add("weights", [gib(found.weight_bytes)] * len(plans))
+    add("KV state: prompt", [gib(p.context_bytes) for p in plans])
+    add("KV state: new tokens", [gib(p.tail_bytes) for p in plans])
     for label, programs in (
         ("prefill", [p.prefill for p in plans]),
         ("decoding", [p.decode for p in plans]),
         ("one decode step", [p.decode_step for p in plans]),
     ):
-        add(f"{label}: temporaries", [_gib(p.temporary_bytes) for p in programs])
-        add(f"{label}: peak", [_gib(p.peak_bytes) for p in programs])
+        add(f"{label}: temporaries", [gib(p.temporary_bytes) for p in programs])
+        add(f"{label}: peak", [gib(p.peak_bytes) for p in programs])
     add("fits", ["yes" if p.fits else "no" for p in plans])
     if any(p.largest_batch for p in plans):
         add("largest batch that fits", [_limit(p.largest_batch) for p in plans])
         add("longest prompt that fits", [_limit(p.longest_prompt) for p in plans])
-    add("read by one step *", [_gib(p.step_read_bytes) for p in plans])
+    add("read by one step *", [gib(p.step_read_bytes) for p in plans])
     add("tokens/s at most **", [f"{p.bound_tokens_per_second:,.0f}" for p in plans])
     add("compile seconds", [_seconds(p) for p in plans])
     notes = [
@@ -104,10 +106,6 @@ def describe(found: Plan) -> str:
     reasons = sorted({program.refused for program in programs if program.refused})
     notes += [f"!  the compiler: {reason}" for reason in reasons]
     return "\n".join([*head, "", table(rows), "", *notes])
-
-
-def _gib(count: int | None) -> str:
-    return "?" if count is None else f"{count / _GIB:.3f}" if count < _GIB / 10 else f"{count / _GIB:.2f}"
 
 
 def _limit(limit: Limit | None) -> str:

@@ -166,7 +166,7 @@ def plan(
       plan = vlc.plan("llava-v1.6-mistral-7b", "v5e:2x4", batch=16, prompt=8192, compare=[vlc.FullCache()])
       print(plan.policies[0].fits, plan.policies[0].peak_bytes)
     """
-    config, name = _config(model)
+    config, name = model_config(model)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
     work = _workload(config, batch, prompt, new_tokens, images, prefill, pruning)
@@ -302,7 +302,8 @@ class _Planner:
         return program
 
 
-def _config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConfig, str]:
+def model_config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConfig, str]:
+    """The configuration of a preset, of a folder with a `config.json` or of what is one already, and its name."""
     if not isinstance(model, str | os.PathLike):
         return model, model.model_type
     name = os.fspath(model)

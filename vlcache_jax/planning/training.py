@@ -13,11 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlcache_jax.errors import InputError
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.family import FamilyModel
+from vlcache_jax.parallel.mesh import MODEL_AXIS
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.planning.compiling import abstract
 from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.planning.programs import Program, Programs
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
+from vlcache_jax.policies.budget import Budget, budget_value
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.training.batch import TrainBatch
 from vlcache_jax.training.lora import Lora
@@ -46,7 +48,38 @@ class TrainPlan:
     @property
     def fits(self) -> bool:
         """Whether the step runs within the memory of a device."""
-        return self.step.refused is None and (self.step.peak_bytes or 0) <= self.available_bytes
+        return _fits(self.step, self.available_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"fits": self.fits}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutPlan:
+    """What `plan_rollouts` found out; bytes are of one device.
+
+    Attributes:
+      policy, budget: with which answers are drawn.
+      program: all of `rollout`.
+      weight_bytes: parameters.
+      available_bytes: what the compiler lets a program use of a device's memory.
+    """
+
+    policy: str
+    budget: Budget
+    program: Program
+    weight_bytes: int
+    available_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs within the memory of a device."""
+        return _fits(self.program, self.available_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"budget": budget_value(self.budget), "fits": self.fits}
 
 
 def plan_training(
@@ -79,13 +112,13 @@ def plan_training(
       (the plan, the compiled program or None).
 
     Raises:
-      InputError: axes that do not make up the slice.
+      InputError: axes that do not make up the slice, or over which the rows cannot be split.
 
     Example:
       model = Llava(preset("llava-1.5-7b"), jnp.dtype("bfloat16"), remat="projections")
       found, _ = plan_training(model, "v5e:2x4", {"fsdp": 8}, batch=8, length=1024, lora=Lora())
     """
-    programs = _programs(model, topology, mesh)
+    programs = _programs(model, topology, mesh, batch)
     optimizer = optax.adamw(1e-4) if optimizer is None else optimizer
     loss = answer_loss(model)  # type: ignore[arg-type]
     if lora is not None:
@@ -121,21 +154,38 @@ def plan_rollouts(
     policy: Policy,
     images: int = 1,
     full: bool = True,
-) -> Program:
-    """`training.rollout` as one program, compiled for a TPU slice; arguments as there and in `plan_training`."""
-    programs = _programs(model, topology, mesh)
+) -> RolloutPlan:
+    """Compiles `training.rollout` as one program for a TPU slice; arguments and errors as there and in `plan_training`.
+
+    Example:
+      found = plan_rollouts(model, "v5e:2x4", {"data": 8}, batch=8, prompt=1024, new_tokens=256, samples=8,
+                            policy=vlc.VLCache(0.1))
+    """
+    programs = _programs(model, topology, mesh, batch)
 
     def run(params: Params, prompts: Batch) -> Any:
         return rollout(model, params, prompts, policy, new_tokens, samples=samples, full=full)
 
     rows = place(model.abstract_batch(batch, prompt, images), programs.mesh)
-    return programs.compile(run, programs.params, rows)[0]
+    return RolloutPlan(
+        policy=policy.name,
+        budget=policy.budget,
+        program=programs.compile(run, programs.params, rows)[0],
+        weight_bytes=programs.bytes_of(programs.params),
+        available_bytes=programs.available_bytes(),
+    )
 
 
-def _programs(model: FamilyModel, topology: str, mesh: Mapping[str, int]) -> Programs:
+def _fits(program: Program, available: int) -> bool:
+    return program.refused is None and (program.peak_bytes or 0) <= available
+
+
+def _programs(model: FamilyModel, topology: str, mesh: Mapping[str, int], batch: int) -> Programs:
     devices = tpu_devices(topology)
     if math.prod(mesh.values()) != len(devices):
         raise InputError(f"mesh {dict(mesh)} does not make up the {len(devices)} devices of {topology}: choose others")
+    if batch % (over := math.prod(size for name, size in mesh.items() if name != MODEL_AXIS)):
+        raise InputError(f"batch={batch} cannot be split over {over} devices (mesh {dict(mesh)}): give a multiple")
     return Programs(model, make_mesh(devices, dict(mesh)))
 
 

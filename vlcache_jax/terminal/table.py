@@ -30,3 +30,9 @@ def megabytes(count: int) -> str:
 def percent(fraction: float) -> str:
     """0.1 -> "10 %", 0.1276 -> "12.8 %"."""
     return f"{100 * fraction:.3g} %" if fraction < 0.1 else f"{round(100 * fraction, 1):g} %"
+
+
+def gib(count: int | None) -> str:
+    """Bytes as binary gigabytes without the unit, "?" for none."""
+    value = 0.0 if count is None else count / 2**30
+    return "?" if count is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
