@@ -32,7 +32,7 @@ GROUPS = {
     "contexts": (
         "Contexts",
         [
-            "compress answer extend score Scores Context save_context load_context",
+            "compress answer extend score Scores divergence Divergence Context save_context load_context",
             "empty_rows insert decode_chunk DecodingState RowOptions",
         ],
     ),

@@ -1,9 +1,6 @@
 """`vlcache-jax evaluate` and `report`: a line for each sample, whatever happens."""
 
-import base64
-import csv
 import json
-import math
 import resource
 
 import jax
@@ -15,13 +12,11 @@ from tiny_checkpoints import make_tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.cli.main import main
-from vlcache_jax.evaluation import parquet
 from vlcache_jax.evaluation.metrics import bleu, cider_d, rouge_l
 from vlcache_jax.evaluation.report import rows, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
-from vlcache_jax.evaluation.samples import find_files, read_samples
+from vlcache_jax.evaluation.samples import read_samples
 from vlcache_jax.evaluation.speed import speed
-from vlcache_jax.evaluation.tasks import TASKS
 
 POLICY, OPTIONS = "vl_cache:0.3", ["--rows", "3", "--dtype", "float32", "--no-compilation-cache"]
 
@@ -117,6 +112,36 @@ def test_the_table(finished, capsys):
     assert "| vl_cache:0.3 |" in table(finished, capsys, "--markdown")
 
 
+@pytest.mark.thorough
+def test_divergence(checkpoint, data, finished, tmp_path, capsys):
+    """Along the full cache's answers, sample by sample as `divergence` finds it; a run that was cut goes on."""
+    for file in finished.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    arguments = ["--policy", POLICY, "--compare", "full_cache", "--divergence"]
+    evaluation(checkpoint, data, tmp_path, *arguments)
+    path = tmp_path / "vl_cache-0.3.divergence.jsonl"
+    whole = lines_of_whole(path)
+    assert sorted(whole) == sorted(key for key, line in lines(finished).items() if line["status"] == "ok")
+    vlm = vlc.load(checkpoint, dtype="float32")
+    sample = next(read_samples([data]))
+    parts = [{"type": "image", "image": sample.images[0]}, {"type": "text", "text": sample.question}]
+    batch = vlm.processor.chat([[{"role": "user", "content": parts}]])
+    contexts = [vlc.compress(vlm.model, vlm.params, batch, policy) for policy in (vlc.FullCache(), vlc.VLCache(0.3))]
+    found = vlc.divergence(*contexts, vlc.answer(contexts[0], max_new_tokens=6))
+    assert whole["s0"]["kl"] == pytest.approx(float(found.mean[0]), abs=1e-5)
+    assert whole["s0"]["same_next"] == pytest.approx(float(found.agreement[0]), abs=1e-5)
+    (full, compressed) = json.loads(table(tmp_path, capsys, "--json", "--compare", "full_cache"))["RUN"]
+    assert full["divergence"] is None
+    assert compressed["divergence"][0] == pytest.approx(np.mean([line["kl"] for line in whole.values()]))
+    assert compressed["same_next"] == pytest.approx(np.mean([line["same_next"] for line in whole.values()]))
+    expected = table(tmp_path, capsys, "--compare", "full_cache")
+    assert "same next token" in expected
+    path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 2])
+    evaluation(checkpoint, data, tmp_path, *arguments)
+    assert lines_of_whole(path).keys() == whole.keys()
+    assert table(tmp_path, capsys, "--compare", "full_cache") == expected
+
+
 def test_speed_and_plots(finished, tmp_path, capsys):
     folder = RunFolder.open(finished)
     fast = speed(folder, POLICY)
@@ -199,71 +224,6 @@ def test_another_evaluation_is_refused_with_the_differences(checkpoint, data, fi
     assert "holds another evaluation (max_new_tokens was 6, now 7)" in capsys.readouterr().err
 
 
-def test_tsv(tmp_path):
-    image = base64.b64encode(b"first" * 40).decode()
-    rows = [
-        {"index": "1", "image": image, "question": "What?", "answer": "['a', 'b']", "A": "", "B": ""},
-        {"index": "2", "image": "1", "question": "Two\nlines?", "answer": "B", "A": "cat", "B": "dog"},
-        {"index": "3", "image": str([image, image]), "question": "Which?", "answer": "7", "A": "", "B": ""},
-    ]
-    path = tmp_path / "x.tsv"
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0], delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
-    first, second, third = read_samples(find_files([tmp_path]))
-    url = f"data:image/png;base64,{image}"
-    assert (first.images, first.answers, first.choices) == ((url,), ("a", "b"), ())
-    assert (second.images, second.answers, second.choices) == ((url,), ("B",), ("cat", "dog"))
-    assert (third.images, third.question) == ((url, url), "Which?")
-
-
-def test_parquet(tmp_path):
-    """Columns as lmms-eval's DocVQA, MMMU and COCO captions have them."""
-    image = {"bytes": b"first" * 40, "path": "1.png"}
-    url = f"data:image/png;base64,{base64.b64encode(image['bytes']).decode()}"
-    tables = {
-        "a": [{"questionId": "7", "question": "What?", "image": image, "answers": ["a", "b"], "docId": 5}] * 1,
-        "b": [
-            {
-                "id": "m1",
-                "question": "<image 1>?",
-                "options": "['x', 'y']",
-                "answer": "B",
-                "image_1": image,
-                "image_2": None,
-            },
-            {"id": "m2", "question": "Or?", "options": "[]", "answer": "3", "image_1": image, "image_2": image},
-        ],
-        "c": [{"image": image, "answer": ["one caption", "another"]}],
-        "d": [
-            {
-                "pid": pid,
-                "question": "How long?",
-                "image": "images/9.jpg",
-                "decoded_image": image,
-                "unit": "cm",
-                "precision": precision,
-                "answer": "1.4",
-                "answer_type": "float",
-            }
-            for pid, precision in (("9", 1.0), ("10", math.nan))
-        ],
-    }
-    for name, lines_of_one in tables.items():
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines_of_one), tmp_path / f"{name}.parquet")
-    docvqa, first, second, caption, how_long, no_precision = read_samples(find_files([tmp_path]))
-    assert (docvqa.id, docvqa.images, docvqa.answers, docvqa.more) == ("7", (url,), ("a", "b"), {"docId": 5})
-    assert (first.images, first.choices, first.answers) == ((url,), ("x", "y"), ("B",))
-    assert (second.images, second.choices) == ((url, url), ())
-    assert (how_long.id, how_long.images) == ("9", (url,))
-    assert how_long.more == {"unit": "cm", "precision": 1.0, "answer_type": "float"}
-    assert "precision" not in no_precision.more  # JSON has no NaN
-    hint = "(Unit: cm)\nAnswer the question using a single floating-point number with one decimal place."
-    assert all(TASKS["mathvista"].prompt(sample).endswith(hint) for sample in (how_long, no_precision))
-    assert (caption.id, caption.question, caption.answers) == ("c-1", "", ("one caption", "another"))
-
-
 def test_a_disk_that_fills_up_leaves_what_was_finished(checkpoint, data, finished, tmp_path, capsys):
     """No file may grow beyond some bytes, so that a line is written in part; with more room the run goes on."""
     out, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -283,16 +243,6 @@ def test_a_disk_that_fills_up_leaves_what_was_finished(checkpoint, data, finishe
     assert table(out, capsys, "--compare", "full_cache") == table(finished, capsys, "--compare", "full_cache")
 
 
-def test_files_of_several_layouts(tmp_path):
-    """They are read one after another; the same data in two of them is refused."""
-    (tmp_path / "a.jsonl").write_text('{"id": "1", "question": "a?"}\n')
-    (tmp_path / "b.tsv").write_text("index\tquestion\timage\tanswer\n2\tb?\t\tB\n")
-    assert [sample.question for sample in read_samples(find_files([tmp_path]))] == ["a?", "b?"]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 2, "question": "b?"}]), tmp_path / "c.parquet")
-    with pytest.raises(vlc.InputError, match=r"c.parquet: the id .2. comes twice, also in .*b.tsv"):
-        list(read_samples(find_files([tmp_path])))
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [("x.jsonl", ""), ("x.tsv", "question\n"), ("x.parquet", {"question": []}), ("x.tsv", "")],
@@ -308,40 +258,6 @@ def test_files_without_a_sample(checkpoint, tmp_path, capsys, name, text):
     assert "there are no samples" in told or "no column question" in told
 
 
-def test_parquet_that_is_none_of_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "_BOMB", 2**20)
-    path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "label": [1]}), path)
-    with pytest.raises(vlc.InputError, match=r"as lmms-eval's layouts have; its columns are: prompt, label"):
-        list(read_samples([path]))
-    pyarrow.parquet.write_table(pyarrow.table({"question": ["a" * 2**23]}), path, compression="zstd")
-    with pytest.raises(vlc.InputError, match=r"x.parquet: [\d,]* bytes become 8,388,"):
-        list(read_samples([path]))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(vlc.InputError, match=r"x.parquet is no parquet file"):
-        list(read_samples([path]))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("x.jsonl", "{\n", "x.jsonl, line 1.*one JSON object a line"),
-        ("x.jsonl", "[1]\n", "expected a JSON object"),
-        ("x.jsonl", '{"id": 1}\n', "expected a question"),
-        ("x.jsonl", '{"question": "a", "images": [[1]]}\n', "images=.*list of texts"),
-        ("x.jsonl", '{"question": "a", "max_new_tokens": 0}\n', "max_new_tokens=0"),
-        ("x.jsonl", '{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n', "the id .1. comes twice"),
-        ("x.tsv", "index\timage\n1\tx\n", "no column question.*its columns are: index, image"),
-        ("x.csv", "question\n", "is none of .jsonl, .tsv"),
-        ("x.parquet", "question\n", "x.parquet is no parquet file that can be read"),
-    ],
-)
-def test_bad_data(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(vlc.InputError, match=message):
-        list(read_samples(find_files([tmp_path / name])))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -349,6 +265,7 @@ def test_bad_data(tmp_path, name, text, message):
         (["--task", "vqa"], "task 'vqa' is not known"),
         (["--metric", "f1"], "metric 'f1' is not known"),
         (["--policy", "nothing"], "nothing"),
+        (["--divergence"], "--divergence needs a policy to diverge from"),
         (["--share", "2/2"], "--share '2/2' is not of the form I/N"),
         (["--share", "0/2", "--distributed"], "give one of them"),
         (["--distributed", "node0,0/2"], "is not of the form HOST:PORT,I/N"),

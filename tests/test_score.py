@@ -10,6 +10,7 @@ from test_context import POLICY, QUESTIONS, ROWS, followed_by, questions
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
+from vlcache_jax.inference import divergence as divergence_module
 from vlcache_jax.inference import score as score_module
 
 
@@ -126,3 +127,39 @@ def test_what_cannot_be_scored_is_refused(llava, batch, ctx):
         vlc.score(rewriting, questions())
     with pytest.raises(vlc.NonFiniteError):
         vlc.score(dataclasses.replace(ctx, logits=ctx.logits * jnp.nan), questions())
+
+
+@pytest.mark.parametrize("at_once", [2**27, 4 * ROWS * QUESTIONS * 64 * 2])
+def test_the_divergence_of_two_contexts_is_that_of_their_logits(llava, batch, ctx, at_once, monkeypatch):
+    """Beside float64, from logits of single steps under the one and the whole model under the other."""
+    model, params = llava
+    monkeypatch.setattr(divergence_module, "_LOGITS", at_once)  # read while tracing
+    answers = questions(length=7)
+    found = vlc.divergence(vlc.compress(model, params, batch), ctx, answers)
+    whole = np.asarray(model.apply({"params": params}, followed_by(batch, answers), method="forward"), np.float64)
+    tokens = np.asarray(answers.tokens).reshape(ROWS, QUESTIONS, -1)
+    shares = np.zeros((ROWS, QUESTIONS))
+    for question in range(QUESTIONS):
+        logits, state = ctx.start(7)
+        for i in range(7):
+            for row in range(ROWS):
+                flat, n = row * QUESTIONS + question, answers.lengths[row, question]
+                if i >= n:
+                    assert found.kl[row, question, i] == 0
+                    continue
+                p, q = (
+                    np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+                    for x in (whole[flat, batch.lengths[row] - 1 + i], np.asarray(logits[row], np.float64))
+                )
+                np.testing.assert_allclose(found.kl[row, question, i], np.sum(p * np.log(p / q)), atol=1e-5)
+                assert bool(found.same[row, question, i]) == (p.argmax() == q.argmax())
+                shares[row, question] += (p.argmax() == q.argmax()) / n
+            logits, state = vlc.decode_step(model, params, jnp.asarray(tokens[:, question, i]), state)
+    np.testing.assert_allclose(found.agreement, shares, rtol=1e-6)
+    np.testing.assert_allclose(found.mean, np.asarray(found.kl).sum(axis=-1) / np.asarray(answers.lengths), rtol=1e-6)
+    assert float(jnp.max(found.kl)) > 1e-3
+
+
+def test_contexts_that_do_not_belong_together(llava, ctx):
+    with pytest.raises(vlc.InputError, match="contexts are of 1 rows, 64 tokens and 2 rows, 64 tokens"):
+        vlc.divergence(vlc.compress(*llava, ragged_batch(rows=1)), ctx, questions())

@@ -42,7 +42,8 @@ def vlm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(vlm):
-    engine = vlc.Engine(vlm, POLICY, rows=3, max_new_tokens=ROOM, buckets=[(64, 2)], prefill_rows=2, steps=4)
+    options = {"max_new_tokens": ROOM, "buckets": [(64, 2)], "prefill_rows": 2, "steps": 4}
+    engine = vlc.Engine(vlm, POLICY, rows=3, top_log_probabilities=5, **options)
     engine.warmup()
     return engine
 
@@ -125,6 +126,31 @@ def test_a_chat_is_answered_as_by_generate(vlm, client):
     assert used == (int(batch.lengths[0]), 2 * int(out.lengths[0]))
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "vlcache_jax"
+
+
+def test_the_likeliest_tokens(vlm, client):
+    """In falling order, as the model's logits behind the answer so far have them; in a stream, too."""
+    options = {"messages": messages(4), "temperature": 1.5, "seed": 3, "model": "tiny", "logprobs": True}
+    whole = client.chat.completions.create(**options, top_logprobs=3)
+    content = whole.choices[0].logprobs.content
+    batch = vlm.processor.chat([messages(4)])
+    logits, state = vlc.compress(vlm.model, vlm.params, batch, POLICY).start(ROOM)
+    sampling = {"sampling": vlc.Sampling(temperature=1.5), "seeds": 3, "log_probabilities": True}
+    out = vlc.generate(vlm.model, vlm.params, batch, POLICY, ROOM, **sampling)
+    assert len(content) == int(out.lengths[0])
+    for i, one in enumerate(content):
+        logs = np.asarray(logits[0], np.float64) - np.logaddexp.reduce(np.asarray(logits[0], np.float64))
+        best = np.argsort(-logs)[:3]
+        decode = vlm.processor.tokenizer.decode
+        assert [top.token for top in one.top_logprobs] == [decode([int(x)], skip_special_tokens=False) for x in best]
+        np.testing.assert_allclose([top.logprob for top in one.top_logprobs], logs[best], atol=1e-5)
+        assert one.logprob == pytest.approx(float(out.log_probabilities[0, i]), abs=1e-5)
+        logits, state = vlc.decode_step(vlm.model, vlm.params, out.tokens[:, i], state)
+    chunks = client.chat.completions.create(**options, top_logprobs=3, stream=True)
+    assert [x for chunk in chunks for c in chunk.choices if c.logprobs for x in c.logprobs.content] == content
+    for bad, told in ({"top_logprobs": 6}, "from 0 to 5"), ({"top_logprobs": 2, "logprobs": False}, "logprobs=true"):
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.chat.completions.create(**options | bad)
 
 
 def test_the_code_of_the_page(address, capsys):

@@ -20,6 +20,7 @@ from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.context_files import load_context, save_context
 from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.decode_step import decode_step
+from vlcache_jax.inference.divergence import Divergence, divergence
 from vlcache_jax.inference.extend import extend
 from vlcache_jax.inference.generate import Generation, answer, generate, stream
 from vlcache_jax.inference.loop import DecodingState
@@ -119,6 +120,7 @@ __all__ = [
     "CriticalKV",
     "DecodingState",
     "DivPrune",
+    "Divergence",
     "Drop",
     "Engine",
     "Evict",
@@ -183,6 +185,7 @@ __all__ = [
     "decode",
     "decode_chunk",
     "decode_step",
+    "divergence",
     "empty_rows",
     "evaluate",
     "extend",

@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     policies = arguments.policy or ["vl_cache"]
     for text in [*policies, *([arguments.compare] if arguments.compare else [])]:
         policy_by_name(text)
+    if arguments.divergence and not arguments.compare:
+        raise InputError("--divergence needs a policy to diverge from: give --compare full_cache")
     pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
     task_by_name(arguments.task, metric=arguments.metric)
     find_files(arguments.data)
@@ -56,6 +58,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         folder,
         task=arguments.task,
         compare=arguments.compare,
+        divergence=arguments.divergence,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
         suffix=arguments.suffix,

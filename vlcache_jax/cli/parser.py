@@ -178,6 +178,10 @@ def _plan(commands: Any) -> None:
     )
     _dtype(parser, "bfloat16", "of parameters and cache (default: bfloat16)")
     _weights(parser)
+    parser.value("--train", str, "WHAT", "a train step instead: lora:RANK, all, or paths as decoder/layers,projector")
+    parser.value("--accumulate", words.whole(1), "N", "with --train: a batch in so many parts", 1)
+    parser.value("--remat", str, "WHAT", "with --train: computed twice: none, projections or layers", "projections")
+    parser.value("--rollouts", words.whole(1), "N", "N drawn answers to each prompt instead, by --policy and --compare")
     parser.flag("--no-search", "do not look for the largest batch and longest prompt")
     parser.value("--max-compilations", words.whole(1), "N", "prefills compiled for each search at most", 5)
     parser.flag("--json", "print one JSON object")
@@ -196,16 +200,12 @@ def _evaluate(commands: Any) -> None:
         required=True,
         help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's .tsv or lmms-eval's .parquet",
     )
-    parser.value(
-        "--task",
-        str,
-        "NAME",
-        "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench",
-        "jsonl",
-    )
+    tasks = "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench"
+    parser.value("--task", str, "NAME", tasks, "jsonl")
     parser.several("--policy", str, POLICY, "what to keep (default: vl_cache); repeat for several")
     _prefill(parser)
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
+    parser.flag("--divergence", "also how far they are from it, token by token; reads the prompts again")
     parser.value(
         "--out",
         words.path,
@@ -261,6 +261,7 @@ def _serve(commands: Any) -> None:
     parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
     parser.value("--max-new-tokens", words.whole(1), "N", "of the longest answer", 512)
     parser.value("--steps", words.whole(1), "N", "tokens between two looks at the answers, which streams wait for", 8)
+    parser.value("--top-logprobs", words.whole(0, 20), "N", "the most likeliest tokens that a request may ask for", 0)
     parser.value("--images", words.whole(0, 64), "N", "to compile for prompts of up to N images", 4)
     parser.value("--image-size", str, "WxH", "of the largest usual picture", "1024x1024")
     _image_limit(parser)

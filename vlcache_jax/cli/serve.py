@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
             rows="auto" if arguments.rows is None else arguments.rows,
             max_new_tokens=arguments.max_new_tokens,
             steps=arguments.steps,
+            top_log_probabilities=arguments.top_logprobs,
             buckets=buckets,
             prefill=pattern,
         )

@@ -54,6 +54,8 @@ class Engine:
       max_new_tokens: of the longest answer.
       question_tokens: of the longest question of requests with several questions to one prompt; 0 for no such requests.
         Every row has room for so many more tokens, which are kept whole.
+      top_log_probabilities: the most that a request may ask for; 0 for none, which costs nothing. Others take memory,
+        and time while a row asks for log-probabilities.
       buckets: pairs (tokens, tiles of images, or patches as Qwen2-VL has them) that prompts are padded to; for prompts
         with videos of a Qwen-VL (tokens, patches, 2), of two frames each. By default
         at most six are chosen for the requests that `warmup` is given, or for the first ones of the first run; a prompt
@@ -91,6 +93,7 @@ class Engine:
         most_rows: int | None = None,
         max_new_tokens: int = 64,
         question_tokens: int = 0,
+        top_log_probabilities: int = 0,
         buckets: Sequence[tuple[int, ...]] | None = None,
         prefill_rows: int | None = None,
         steps: int = 32,
@@ -116,6 +119,8 @@ class Engine:
             check_count(name, value)
         if question_tokens != 0:
             check_count("question_tokens", question_tokens)
+        if top_log_probabilities != 0:
+            check_count("top_log_probabilities", top_log_probabilities)
         policy, room = policy or FullCache(), answer_room(max_new_tokens)
         self._programs = Programs(
             vlm.model,
@@ -128,8 +133,10 @@ class Engine:
             room,
             question_tokens,
             MOST_STOP_IDS,
+            top_log_probabilities or None,
         )
         self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, question_tokens, MOST_STOP_IDS)
+        self._preparer = dataclasses.replace(self._preparer, top_log_probabilities=top_log_probabilities)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
         self._prefill_rows, self._memory_bytes, self._most_rows = prefill_rows, memory_bytes, most_rows
         self._buckets: dict[Bucket, int] = {}
@@ -147,6 +154,11 @@ class Engine:
         Empty until they are chosen.
         """
         return dict(self._buckets)
+
+    @property
+    def top_log_probabilities(self) -> int:
+        """The most that a request may ask for."""
+        return self._preparer.top_log_probabilities
 
     def stats(self) -> Stats:
         """What was done so far: counts, shares of padding and of idle rows, compilations."""

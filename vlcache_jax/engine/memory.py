@@ -48,7 +48,7 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
         how = programs.policy, programs.pattern, programs.pruning, programs.kernels
         prefill = _memory(read_prompts.lower(model, params, batch, *how))
         prompt = jax.eval_shape(partial(_asked, programs), params, batch)
-        empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room))
+        empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room, programs.top_count))
     images = sum(x.nbytes for x in jax.tree.leaves(batch))
     peak = images + prefill.temp_size_in_bytes + prefill.output_size_in_bytes
     row = empty.output_size_in_bytes // _SAMPLE

@@ -62,6 +62,7 @@ class Preparer:
       max_new_tokens: the most.
       question_tokens: the most of a question; 0 of an engine that takes none.
       stop_ids: the most of an answer.
+      top_log_probabilities: the most.
     """
 
     processor: Any
@@ -70,6 +71,7 @@ class Preparer:
     max_new_tokens: int
     question_tokens: int
     stop_ids: int
+    top_log_probabilities: int = 0
 
     def read(self, index: int, request: Request) -> Read:
         """A request's own row, not padded to a bucket."""
@@ -143,7 +145,10 @@ class Preparer:
             raise InputError("stop texts need a processor, which the engine has none of: give eos_token_ids")
         n, stop_ids = request.samples, request.eos_token_ids
         seeds = _following(np.asarray(jax.device_get(seed_words(request.seed, (), what="a request"))), n)
-        logs = request.log_probabilities
+        top, most_top = request.top_log_probabilities, self.top_log_probabilities
+        if not isinstance(top, int) or not 0 <= top <= most_top:
+            raise InputError(f"top_log_probabilities={top!r} is not between 0 and the engine's {most_top}")
+        logs = request.log_probabilities or top > 0
         return row_options(self.model.spec, n, int(most), request.sampling, seeds, stop_ids, self.stop_ids, logs)
 
 

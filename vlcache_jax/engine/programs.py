@@ -9,7 +9,6 @@ end_rows        rows whose answers hold a stop text
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -25,7 +24,7 @@ from vlcache_jax.inference.prefill import prefill
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.rows import Prompt, decode_chunk, free_rows, insert_rows
 from vlcache_jax.inputs import Batch
-from vlcache_jax.parallel.mesh import MODEL_AXIS, automatic, free_axes, on_mesh_of
+from vlcache_jax.parallel.mesh import automatic, on_mesh_of, rows_over
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
 from vlcache_jax.patterns.pattern import Pattern
@@ -95,6 +94,7 @@ class Programs:
       room: tokens of an answer.
       question_tokens: room for a question; 0 for none.
       stop_ids: the most of an answer.
+      top_count: likeliest tokens that are kept in the place of each; None for none.
     """
 
     model: VisionLanguageModel
@@ -107,12 +107,12 @@ class Programs:
     room: int
     question_tokens: int
     stop_ids: int
+    top_count: int | None = None
 
     @property
     def split(self) -> int:
         """Devices over which the mesh of the parameters splits rows."""
-        with on_mesh_of(self.params):
-            return math.prod(size for name, size in free_axes().items() if name != MODEL_AXIS)
+        return rows_over(self.params)
 
     def read(self, batch: Batch) -> tuple[Prompt, jax.Array]:
         """Prefill; waits for nothing."""
@@ -135,7 +135,7 @@ class Programs:
         """Rows for prompts of this size and smaller ones."""
         options = placed(self.options(self.rows), self.params)
         with on_mesh_of(self.params, prompt):
-            return free_rows(self.model, prompt, options, self.rows, self.room)
+            return free_rows(self.model, prompt, options, self.rows, self.room, self.top_count)
 
     def options(self, rows: int) -> RowOptions:
         """Of rows of which nothing is asked."""

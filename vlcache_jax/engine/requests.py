@@ -31,6 +31,7 @@ class Request:
       eos_token_ids: ids that end an answer; those of the checkpoint by default. An empty sequence never stops.
       stop: texts that end an answer; they are no part of its text.
       log_probabilities: return those of the tokens, too.
+      top_log_probabilities: and so many of the likeliest tokens in the place of each, as `Engine` has room for.
       follow: for streams, and to give an answer up. Called by the thread that runs the engine, so it must be quick,
         with the answer so far, a `Result` whose `finish` is "running": without tokens while the prompt waits, and then
         whenever the host looks at the rows (`Engine(steps=...)`). Once it returns False, the answer is "cancelled" and
@@ -51,6 +52,7 @@ class Request:
     eos_token_ids: Sequence[int] | None = None
     stop: Sequence[str] = ()
     log_probabilities: bool = False
+    top_log_probabilities: int = 0
     follow: "Callable[[Result], bool | None] | None" = None
 
 
@@ -71,6 +73,8 @@ class Result:
         processor.
       log_probabilities, sampling_log_probabilities: f32 [n], of the tokens, as `vlc.Generation` has them; None unless
         they were asked for.
+      top_tokens, top_log_probabilities: i32 and f32 [n, k], the likeliest tokens in the place of each, in falling
+        order, and their log-probabilities under the model, before any temperature; None unless they were asked for.
       reason: why it failed; None if it did not.
       refused: whether it failed because of what it asks, an `InputError`.
       prompt_tokens: of the prompt; 0 if it could not be read.
@@ -87,6 +91,8 @@ class Result:
     text: str | None = None
     log_probabilities: np.ndarray | None = None
     sampling_log_probabilities: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+    top_log_probabilities: np.ndarray | None = None
     reason: str | None = None
     refused: bool = False
     answers: int = 1

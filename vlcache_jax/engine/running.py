@@ -93,6 +93,11 @@ class Running:
         return [row for row, answer in enumerate(self._rows) if answer is None]
 
     @property
+    def _tops(self) -> bool:
+        """Whether a row asks for the likeliest tokens."""
+        return any(answer is not None and answer.read.request.top_log_probabilities for answer in self._rows)
+
+    @property
     def _nothing_left(self) -> bool:
         return not (self._active or self._prompts or any(self._waiting.values()))
 
@@ -171,9 +176,10 @@ class Running:
     def _look(self) -> None:
         """Waits for the steps, and takes out the rows that have ended."""
         state, stopped = self.state, []
-        of_tokens = (state.tokens, state.log_probabilities, state.sampling_log_probabilities)
+        top = () if state.top is None or not self._tops else state.top
+        of_tokens = (state.tokens, state.log_probabilities, state.sampling_log_probabilities, *top)
         arrays = jax.device_get((state.step, state.done, state.kv.finite, *of_tokens))
-        steps, done, finite, tokens, of_model, of_draw = (np.asarray(x) for x in arrays)
+        steps, done, finite, tokens, *of_rows = (np.asarray(x) for x in arrays)
         most = 0
         for row, answer in enumerate(self._rows):
             if answer is None:
@@ -182,7 +188,7 @@ class Running:
             self._stats.decoded += new
             most = max(most, new)
             own = tokens[row, : steps[row]].copy()
-            logs = (of_model[row], of_draw[row])
+            logs = tuple(x[row] for x in of_rows)
             found = result(answer, own, logs, done[row], finite[row], self._decode) or given_up(answer, own, logs)
             if found is not None:
                 self._results.append(found)

@@ -14,8 +14,9 @@ from vlcache_jax.engine.requests import Result
 Decode = Callable[[Sequence[int]], str]
 """Token ids to their text."""
 
-Logs = tuple[np.ndarray, np.ndarray]
-"""Log-probabilities of a row's tokens, f32 [room] each: under the model, and as they were drawn."""
+Logs = tuple[np.ndarray, ...]
+"""Of a row's tokens: log-probabilities under the model and as they were drawn, f32 [room] each; and perhaps the
+likeliest tokens, i32 [room, n], and their log-probabilities, f32."""
 
 NONE = np.zeros(0, np.int32)
 
@@ -102,8 +103,10 @@ def dropped(read: Read) -> Result | None:
 def _fields(answer: Answer, count: int = 0, logs: Logs = (NONE, NONE)) -> dict[str, Any]:
     request = answer.read.request
     names = ("log_probabilities", "sampling_log_probabilities") if request.log_probabilities else ()
+    top = ("top_tokens", "top_log_probabilities") if request.top_log_probabilities else ()
     return {
-        **{name: of_row[:count].astype(np.float32) for name, of_row in zip(names, logs)},  # copies
+        **{name: of_row[:count].copy() for name, of_row in zip(names, logs)},
+        **{name: of_row[:count, : request.top_log_probabilities].copy() for name, of_row in zip(top, logs[2:])},
         "index": answer.read.index,
         "question": answer.question,
         "sample": answer.sample,

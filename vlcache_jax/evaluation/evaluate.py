@@ -15,6 +15,7 @@ from vlcache_jax.engine.engine import Engine
 from vlcache_jax.engine.memory import usual_rows
 from vlcache_jax.engine.requests import Request, Result
 from vlcache_jax.errors import InputError, PolicyWarning
+from vlcache_jax.evaluation.fidelity import check_policies, measure
 from vlcache_jax.evaluation.report import Summary, summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.sample import Sample
@@ -36,6 +37,7 @@ def evaluate(
     *,
     task: str = "jsonl",
     compare: str | None = None,
+    divergence: bool = False,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     suffix: str | None = None,
@@ -57,6 +59,9 @@ def evaluate(
       out: the folder.
       task: prompts, length and metric, by name; "jsonl" asks the questions as they are.
       compare: a policy whose answers to the same samples the others are compared with, such as "full_cache".
+      divergence: also measure what each policy changes of the distributions of tokens, along the answers of `compare`:
+        the Kullback-Leibler divergence from it, and how often the likeliest token is the same. Needs no right answers;
+        every prompt is read once more for each policy.
       limit: only the first samples.
       max_new_tokens, suffix, metric: other than the task's.
       name: of the model, for the folder: another one cannot go on there.
@@ -80,6 +85,10 @@ def evaluate(
     names = [policies] if isinstance(policies, str) else list(policies)
     names += [compare] if compare is not None and compare not in names else []
     known = {text: policy_by_name(text) for text in names}
+    if divergence and compare is None:
+        raise InputError("divergence=True needs a policy to diverge from: give compare='full_cache'")
+    if divergence:
+        check_policies(known.values())
     progress.step("reading the data")
     files = find_files([data] if isinstance(data, str | os.PathLike) else data)
     ids = [sample.id for sample in _first(read_samples(files), limit)]
@@ -108,6 +117,12 @@ def evaluate(
             if missing := {name for name in own if name not in done}:
                 one = _OnePolicy(vlm, folder, text, asked, progress, missing)
                 one.run(lambda: _first(read_samples(files), limit), policy, engine)
+        if divergence and compare is not None:
+
+            def requests() -> Iterator[Request]:
+                return (asked.request(sample, vlm.processor) for sample in _first(read_samples(files), limit))
+
+            measure(vlm, folder, known, compare, own, requests, engine, progress)
     progress.step("scoring")
     return summarise(folder, names, compare)
 
@@ -166,6 +181,7 @@ class _OnePolicy:
             answer = (result.text or "").strip()
             score = self._task.score(sample, answer)
             line |= {"answer": answer, "score": score, "status": "ok", "finish": result.finish}
+            line |= {"token_ids": result.tokens.tolist()}
         else:
             line |= {"answer": "", "score": None, "status": "failed", "reason": result.reason}
         return line | {

@@ -32,6 +32,9 @@ class Summary:
       compared: the policy it is compared with; None of that one, or without any.
       difference: mean of its scores minus the other's, sample by sample, with its 95 % interval.
       agreement: share of the samples that both answered in the same words.
+      divergence: Kullback-Leibler divergence of its next token's distribution from the other's, along the other's
+        answers, in nats a token: mean over the samples, with its 95 % interval; None where it was not measured.
+      same_next: share of those tokens in whose place both find the same one likeliest, mean over the samples.
       also: other scores of captions, by name.
     """
 
@@ -46,6 +49,8 @@ class Summary:
     compared: str | None = None
     difference: Interval | None = None
     agreement: float | None = None
+    divergence: Interval | None = None
+    same_next: float | None = None
     also: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -90,11 +95,15 @@ def summarise(
             both = {key: own[key] - other[key] for key in own if key in other}
             pairs = [(line, lines[compare][key]) for key, line in found.items() if key in lines[compare]]
             same = [exact_match(a["answer"], b["answer"]) for a, b in pairs if {a["status"], b["status"]} == {"ok"}]
+            apart = folder.divergences(name, compare)
+            kl = {key: line["kl"] for key, line in apart.items()}
             summary = dataclasses.replace(
                 summary,
                 compared=compare,
                 difference=bootstrap_interval(np.array(_in_order(both))) if both else None,
                 agreement=_mean(same),
+                divergence=bootstrap_interval(np.array(_in_order(kl))) if kl else None,
+                same_next=_mean([line["same_next"] for line in apart.values()]),
             )
         summaries.append(summary)
     return summaries
@@ -129,7 +138,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(sorted(values))) if values else None
 
 
-_HEADER = ["policy", "kept", "score", "95 %", "difference", "95 %", "agreement", "samples", "failed"]
+_COMPARED = ["policy", "kept", "score", "95 %", "difference", "95 %", "agreement"]
+_APART = ["KL", "95 %", "same next token"]
 
 
 def rows(summaries: Sequence[Summary]) -> list[list[str]]:
@@ -142,6 +152,7 @@ def rows(summaries: Sequence[Summary]) -> list[list[str]]:
         return "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
 
     also = sorted({name for summary in summaries for name in summary.also})
+    apart = any(summary.divergence for summary in summaries)
     cells = [
         [
             summary.policy,
@@ -151,10 +162,12 @@ def rows(summaries: Sequence[Summary]) -> list[list[str]]:
             number(summary.difference and summary.difference.mean),
             bounds(summary.difference),
             number(summary.agreement),
+            *([number(summary.divergence and summary.divergence.mean), bounds(summary.divergence)] if apart else []),
+            *([number(summary.same_next)] if apart else []),
             str(summary.samples),
             str(summary.failed),
             *(number(summary.also.get(name)) for name in also),
         ]
         for summary in summaries
     ]
-    return [[*_HEADER, *also], *cells]
+    return [[*_COMPARED, *(_APART if apart else []), "samples", "failed", *also], *cells]

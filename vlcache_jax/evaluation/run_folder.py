@@ -3,7 +3,8 @@
     run.json             what is asked of which model; another cannot be measured into the same folder
     NAME.jsonl           the samples that one policy has answered, as they finished
     NAME.runs.jsonl      what each start of the program did: sizes, counts, versions
-    part-0-of-4/         the same two files, of the first of four programs that share the samples
+    NAME.divergence.jsonl  how far it is from another policy, along that one's answers (`fidelity`)
+    part-0-of-4/         the same files, of the first of four programs that share the samples
 
 A line is on the disk before the next one begins. Of a program that was killed at most the last line is unfinished: it
 is not read, and its sample is answered again.
@@ -71,7 +72,8 @@ class RunFolder:
 
     def policies(self) -> list[str]:
         """Those that have answered something, by name."""
-        files = [path for path in self._files("*.jsonl") if not path.name.endswith(".runs.jsonl")]
+        others = (".runs.jsonl", ".divergence.jsonl")
+        files = [path for path in self._files("*.jsonl") if not path.name.endswith(others)]
         names = (next((line["policy"] for line in _lines(path)), None) for path in files)
         return sorted({name for name in names if name is not None})
 
@@ -87,6 +89,17 @@ class RunFolder:
     def add(self, policy: str, line: dict[str, Any]) -> None:
         """Appends a sample's line."""
         append_line(self.own / _name(policy), json.dumps({**line, "policy": policy}, ensure_ascii=False))
+
+    def divergences(self, policy: str, compare: str) -> dict[str, dict[str, Any]]:
+        """A policy's lines beside the answers of another, by the ids of their samples."""
+        lines = (line for file in self._files(_name(policy, ".divergence")) for line in _lines(file))
+        return {line["id"]: line for line in lines if (line["policy"], line.get("compared")) == (policy, compare)}
+
+    def add_divergence(self, policy: str, compare: str, line: dict[str, Any]) -> None:
+        """Appends a sample's line."""
+        append_line(
+            self.own / _name(policy, ".divergence"), json.dumps({**line, "policy": policy, "compared": compare})
+        )
 
     def starts(self, policy: str) -> list[list[dict[str, Any]]]:
         """What each start of the program did for a policy, in each part."""

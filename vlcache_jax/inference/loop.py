@@ -17,7 +17,7 @@ from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.inference.finiteness import usable_rows
-from vlcache_jax.inference.next_token import next_token
+from vlcache_jax.inference.next_token import likeliest, next_token
 from vlcache_jax.inference.row_options import RowOptions
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import automatic
@@ -40,6 +40,8 @@ class DecodingState:
       tokens: i32 [rows, room]. The answers, filled with the pad id.
       log_probabilities, sampling_log_probabilities: f32 [rows, room]. Of the tokens, as `Generation` has them, of rows
         that ask for them; else 0.
+      top: None, or i32 and f32 [rows, room, n]: the likeliest tokens in the place of each, and their log-probabilities
+        under the model.
     """
 
     kv: KVState
@@ -50,6 +52,12 @@ class DecodingState:
     tokens: jax.Array
     log_probabilities: jax.Array
     sampling_log_probabilities: jax.Array
+    top: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def top_count(self) -> int | None:
+        """How many likeliest tokens are kept; None for none."""
+        return None if self.top is None else self.top[0].shape[-1]
 
 
 def begin(
@@ -78,14 +86,25 @@ def _begin(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: 
     return begun(model, logits, kv, options, room)
 
 
-def begun(model: VisionLanguageModel, logits: jax.Array, kv: KVState, options: RowOptions, room: int) -> DecodingState:
+def begun(
+    model: VisionLanguageModel,
+    logits: jax.Array,
+    kv: KVState,
+    options: RowOptions,
+    room: int,
+    top_count: int | None = None,
+) -> DecodingState:
     """`begin`, to be traced inside other programs; results may be arguments."""
     token, *logs = next_token(logits, options, jnp.zeros(logits.shape[:1], jnp.int32))
     tokens = jnp.full((len(token), room), model.spec.pad_token_id, jnp.int32).at[:, 0].set(token)
     of_model, of_draw = (jnp.zeros(tokens.shape, jnp.float32).at[:, 0].set(log) for log in logs)
+    top = jax.tree.map(
+        lambda x: jnp.zeros((len(x), room, *x.shape[1:]), x.dtype).at[:, 0].set(x),
+        likeliest(logits, options, top_count),
+    )
     done = options.stops(token) | (options.max_new_tokens <= 1)
     kv = dataclasses.replace(kv, finite=kv.finite & usable_rows(logits))
-    return DecodingState(kv, options, token, jnp.ones_like(token), done, tokens, of_model, of_draw)
+    return DecodingState(kv, options, token, jnp.ones_like(token), done, tokens, of_model, of_draw, top)
 
 
 @partial(jax.jit, static_argnames=("model", "kernels"), donate_argnames=("state",))
@@ -132,6 +151,7 @@ def _step(
         tail=dataclasses.replace(kv.tail, length=jnp.where(done, 0, kv.tail.length)),  # never full, and soon read
     )
     token, of_model, of_draw = next_token(logits, state.options, step)
+    top = likeliest(logits, state.options, state.top_count)
     token = jnp.where(done, model.spec.pad_token_id, token)
     here = (jax.lax.iota(jnp.int32, state.tokens.shape[1])[None] == step[:, None]) & ~done[:, None]
     step = jnp.where(done, step, step + 1)
@@ -144,6 +164,7 @@ def _step(
         tokens=jnp.where(here, token[:, None], state.tokens),
         log_probabilities=jnp.where(here, of_model[:, None], state.log_probabilities),
         sampling_log_probabilities=jnp.where(here, of_draw[:, None], state.sampling_log_probabilities),
+        top=jax.tree.map(lambda new, old: jnp.where(here[..., None], new[:, None], old), top, state.top),
     )
 
 

@@ -52,6 +52,23 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return chosen - jax.scipy.special.logsumexp(logits, axis=-1)
 
 
+def likeliest(logits: jax.Array, options: RowOptions, count: int | None) -> tuple[jax.Array, jax.Array] | None:
+    """The likeliest tokens of each row, i32 [rows, count], with their log-probabilities under the model, f32.
+
+    In falling order, the lowest id first on a tie; zeros if no row asks for log-probabilities; None without a count.
+    """
+    if count is None:
+        return None
+    nothing = jnp.zeros((len(logits), count), jnp.int32), jnp.zeros((len(logits), count), jnp.float32)
+
+    def found(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        highest, tokens = jax.lax.top_k(logits, count)
+        return tokens.astype(jnp.int32), highest - jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True)
+
+    asked, nothing = jnp.asarray(options.log_probabilities), varying(nothing, logits, options)
+    return jax.lax.cond(jnp.any(asked), found, lambda _: nothing, logits)
+
+
 def next_token(logits: jax.Array, options: RowOptions, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Greedy or sampled token of each row, and how likely it was.
 

@@ -220,13 +220,20 @@ class Prompt:
                 )
 
 
-@partial(jax.jit, static_argnames=("model", "rows", "room"))
+@partial(jax.jit, static_argnames=("model", "rows", "room", "top_count"))
 @automatic
-def free_rows(model: VisionLanguageModel, prompt: Prompt, options: RowOptions, rows: int, room: int) -> DecodingState:
-    """`empty_rows`, of the shapes of a prompt's rows."""
+def free_rows(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    options: RowOptions,
+    rows: int,
+    room: int,
+    top_count: int | None = None,
+) -> DecodingState:
+    """`empty_rows`, of the shapes of a prompt's rows; `top_count` as in `loop.begun`."""
     free = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), prompt)
     tail = TailStore.empty(model.spec, rows, free.kv.decoding.tail_tokens(room))
-    state = begun(model, free.logits, dataclasses.replace(free.kv, tail=tail), options, room)
+    state = begun(model, free.logits, dataclasses.replace(free.kv, tail=tail), options, room, top_count)
     return split(dataclasses.replace(state, done=jnp.ones((rows,), bool), step=jnp.zeros((rows,), jnp.int32)))
 
 
@@ -256,7 +263,7 @@ def insert_rows(
     large = {name: getattr(prompt.kv, name) for name in ("context", "more", "observed")}
     small = dataclasses.replace(prompt, kv=dataclasses.replace(prompt.kv, **dict.fromkeys(large)))  # type: ignore[arg-type]
     small = jax.tree.map(lambda x: x[row_of(x, of)], small)
-    fresh = begun(model, small.logits, small.kv, options, state.tokens.shape[1])
+    fresh = begun(model, small.logits, small.kv, options, state.tokens.shape[1], state.top_count)
 
     def begin_row(i: jax.Array, state: DecodingState) -> DecodingState:
         one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), fresh)

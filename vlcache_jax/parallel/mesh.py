@@ -123,6 +123,12 @@ def free_axes() -> dict[str, int]:
     return {name: size for name, size, kind in kinds if kind != AxisType.Manual}
 
 
+def rows_over(params: Any) -> int:
+    """Devices over which the mesh of the parameters splits rows."""
+    with on_mesh_of(params):
+        return math.prod(size for name, size in free_axes().items() if name != MODEL_AXIS)
+
+
 Places = Callable[[Any, Any], Any]
 
 

@@ -119,7 +119,8 @@ class ChatServer:
         exchange = None
         try:
             body = await self._body(request)
-            asked = await asyncio.to_thread(read_chat, body, self._name, self._most, self._limits)
+            most, top = self._most, self._engine.top_log_probabilities
+            asked = await asyncio.to_thread(read_chat, body, self._name, most, self._limits, top)
             exchange = Exchange(self._engine, asked.request, asked.stream, lambda: self._ended(exchange, start))
             self._exchanges.add(exchange)
         finally:

@@ -20,7 +20,7 @@ from vlcache_jax.serving.refusal import Refusal
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _USED = {
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "top_k", "n", "stop", "seed", "logprobs",
+    "top_k", "n", "stop", "seed", "logprobs", "top_logprobs",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -36,7 +36,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "top_logprobs": (0,),
 }
 """Fields of the API of which nothing but these values is offered."""
 
@@ -58,7 +57,7 @@ class Asked:
     usage: bool
 
 
-def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits) -> Asked:
+def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits, top_logprobs: int = 0) -> Asked:
     """Reads a request.
 
     Args:
@@ -66,6 +65,7 @@ def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits) -> A
       model: that is served.
       max_new_tokens: the most.
       limits: of the server.
+      top_logprobs: the most.
 
     Raises:
       Refusal: anything that is wrong with it, but for what only the prompt's template and length can tell.
@@ -97,6 +97,9 @@ def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits) -> A
         raise Refusal(400, "top_p=0 leaves no token: give a number above 0, or temperature=0", param="top_p")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p) if temperature else None
     count = _whole(fields, "n", 1, limits.samples, 1)
+    top = _whole(fields, "top_logprobs", 0, top_logprobs, 0)
+    if top and not _flag(fields, "logprobs"):
+        raise Refusal(400, "top_logprobs is for logprobs=true", param="top_logprobs")
     request = Request(
         prompt=_messages(fields.get("messages"), limits),
         max_new_tokens=min(most.values(), default=max_new_tokens),
@@ -105,6 +108,7 @@ def read_chat(body: bytes, model: str, max_new_tokens: int, limits: Limits) -> A
         seed=_whole(fields, "seed", -(2**63), 2**63 - 1, secrets.randbits(63)),
         stop=_stops(fields.get("stop", []), limits),
         log_probabilities=_flag(fields, "logprobs"),
+        top_log_probabilities=top,
     )
     return Asked(request, 1 if sampling else count, _flag(fields, "stream"), _flag(options, "include_usage"))
 

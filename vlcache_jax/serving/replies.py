@@ -38,14 +38,21 @@ class Reply:
         """Of the tokens from `since` on; None unless they were asked for."""
         if result.log_probabilities is None:
             return None
-        content = []
-        for token, log in zip(result.tokens[since:].tolist(), result.log_probabilities[since:].tolist()):
-            text = self._tokenizer.decode([token], skip_special_tokens=False)
-            whole = "\ufffd" not in text  # else it is a part of a character
-            content.append(
-                {"token": text, "logprob": log, "bytes": list(text.encode()) if whole else None, "top_logprobs": []}
-            )
+        tops = [[]] * len(result.tokens)
+        if result.top_tokens is not None and result.top_log_probabilities is not None:
+            pairs = zip(result.top_tokens.tolist(), result.top_log_probabilities.tolist(), strict=True)
+            tops = [list(zip(*pair)) for pair in pairs]
+        chosen = zip(result.tokens.tolist(), result.log_probabilities.tolist(), tops, strict=True)
+        content = [
+            self._likely(token, log) | {"top_logprobs": [self._likely(*one) for one in top]}
+            for token, log, top in list(chosen)[since:]
+        ]
         return {"content": content, "refusal": None}
+
+    def _likely(self, token: int, log: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        whole = "\ufffd" not in text  # else it is a part of a character
+        return {"token": text, "logprob": log, "bytes": list(text.encode()) if whole else None}
 
     def chunk(
         self,

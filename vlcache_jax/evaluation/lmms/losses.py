@@ -1,18 +1,15 @@
 """How likely given answers are, of many prompts: what lmms-eval's multiple choice compares."""
 
-import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
-from vlcache_jax.engine.buckets import Bucket, fit
-from vlcache_jax.engine.engine import MOST_BUCKETS, PREFILL_TOKENS
+from vlcache_jax.engine.buckets import fit
+from vlcache_jax.engine.engine import MOST_BUCKETS
 from vlcache_jax.engine.preparing import Preparer
-from vlcache_jax.engine.programs import stacked
 from vlcache_jax.engine.requests import Request
 from vlcache_jax.errors import InputError
+from vlcache_jax.evaluation.batches import in_batches, read_all
 from vlcache_jax.inference.prefill import compress
 from vlcache_jax.inference.score import score
 from vlcache_jax.inputs import Continuation
@@ -43,31 +40,16 @@ def losses(
     longest = max(int(np.max(one.lengths)) for one in known)
     shape = (max(map(len, answers)), bucket_length(longest))
     preparer = Preparer(vlm.processor, vlm.model, policy, shape[1], 0, 8)
-
-    def read(index: int) -> Any:
-        found = preparer.read(index, Request(prompt=requests[index].prompt, images=requests[index].images))
-        if found.reason is not None:
-            raise InputError(found.reason)
-        return found
-
-    with ThreadPoolExecutor() as pool:
-        sizes: list[Bucket] = list(pool.map(lambda index: read(index).bucket, range(len(requests))))
-        buckets = fit(sizes, MOST_BUCKETS)
-        of = [next(bucket for bucket in buckets if bucket.holds(size)) for size in sizes]
-        found: list[list[tuple[float, bool]]] = [[] for _ in requests]
-        for bucket, group in itertools.groupby(sorted(range(len(requests)), key=of.__getitem__), of.__getitem__):
-            rows = max(1, PREFILL_TOKENS // bucket.tokens)
-            own = list(group)
-            for start in range(0, len(own), rows):
-                some = own[start : start + rows]
-                reads = [preparer.padded(one, [bucket]) for one in pool.map(read, some)]
-                batch = stacked([one.batch for one in reads if one.batch is not None], rows)
-                filled = some + some[:1] * (rows - len(some))
-                scores = score(compress(vlm.model, vlm.params, batch, policy), _together(filled, known, shape))
-                means, greedy = np.asarray(scores.mean), np.all(np.asarray(scores.greedy), axis=-1, keepdims=True)
-                for row, index in enumerate(some):
-                    count = len(answers[index])
-                    found[index] = [(-float(means[row, i]), bool(greedy[row, i, 0])) for i in range(count)]
+    prompts = [Request(prompt=request.prompt, images=request.images) for request in requests]
+    buckets = fit([read.bucket for read in read_all(preparer, prompts)], MOST_BUCKETS)
+    found: list[list[tuple[float, bool]]] = [[] for _ in requests]
+    for reads, batch in in_batches(preparer, vlm.params, prompts, buckets):
+        some = [read.index for read in reads]
+        filled = some + some[:1] * (batch.size - len(some))
+        scores = score(compress(vlm.model, vlm.params, batch, policy), _together(filled, known, shape))
+        means, greedy = np.asarray(scores.mean), np.all(np.asarray(scores.greedy), axis=-1)
+        for row, index in enumerate(some):
+            found[index] = [(-float(means[row, i]), bool(greedy[row, i])) for i in range(len(answers[index]))]
     return found
 
 

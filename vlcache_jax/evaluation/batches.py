@@ -1,0 +1,74 @@
+"""Prompts of many requests, in batches of one size for each bucket: for passes that decode nothing."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from vlcache_jax.engine.buckets import Bucket
+from vlcache_jax.engine.engine import PREFILL_TOKENS
+from vlcache_jax.engine.preparing import Preparer, Read
+from vlcache_jax.engine.programs import stacked
+from vlcache_jax.engine.requests import Request
+from vlcache_jax.errors import InputError
+from vlcache_jax.inputs import Batch
+from vlcache_jax.parallel.mesh import rows_over
+
+_AHEAD = 64
+"""Requests that are read before their turn."""
+
+_X, _Y = TypeVar("_X"), TypeVar("_Y")
+
+
+def read_all(preparer: Preparer, requests: Iterable[Request]) -> Iterator[Read]:
+    """Requests, read ahead on threads, in their order. Raises InputError for one that cannot be read."""
+    for found in _mapped(lambda item: preparer.read(*item), enumerate(requests)):
+        if found.reason is not None:
+            raise InputError(found.reason)
+        yield found
+
+
+def in_batches(
+    preparer: Preparer, params: object, requests: Iterable[Request], buckets: Sequence[Bucket]
+) -> Iterator[tuple[list[Read], Batch]]:
+    """What was read, as rows of batches whose size depends on their bucket alone; the first row fills the last ones.
+
+    Args:
+      preparer: what requests are held to.
+      params: of the model, for the mesh over which rows are split.
+      requests: read as far ahead as needed.
+      buckets: that hold them.
+
+    Raises:
+      InputError: a request that cannot be read, or fits in no bucket.
+    """
+    waiting: dict[Bucket, list[Read]] = {}
+
+    def batch(bucket: Bucket) -> tuple[list[Read], Batch]:
+        own = waiting.pop(bucket)
+        return own, stacked([read.batch for read in own if read.batch is not None], size(bucket))
+
+    def size(bucket: Bucket) -> int:
+        return rows_over(params) * max(1, PREFILL_TOKENS // bucket.tokens)
+
+    for read in read_all(preparer, requests):
+        found = preparer.padded(read, buckets)
+        if found.reason is not None:
+            raise InputError(found.reason)
+        waiting.setdefault(found.bucket, []).append(found)
+        if len(waiting[found.bucket]) == size(found.bucket):
+            yield batch(found.bucket)
+    for bucket in sorted(waiting):
+        yield batch(bucket)
+
+
+def _mapped(function: Callable[[_X], _Y], items: Iterable[_X]) -> Iterator[_Y]:
+    """`map` on threads, in order, as far ahead as there is room."""
+    items, ahead = iter(items), deque[Future[_Y]]()
+    with ThreadPoolExecutor() as pool:
+        while True:
+            ahead.extend(pool.submit(function, item) for item in islice(items, _AHEAD - len(ahead)))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
