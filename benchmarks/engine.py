@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of torch")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="count every run, for runs of minutes: all is compiled")
     args = parser.parse_args()
 
     config, dtype = harness.SHAPES[args.shape], jnp.dtype(args.dtype)
@@ -130,7 +131,7 @@ def main() -> None:
         found = tokens.setdefault("transformers", {})
         sides["transformers"] = functools.partial(theirs, reference, batches, int(rows), args.new_tokens, found)
 
-    timings = harness.alternate(sides, args.repeats)
+    timings = harness.alternate(sides, args.repeats, warm=not args.cold)
     base, *_ = timings
     records, lines = [], []
     for name, timing in timings.items():

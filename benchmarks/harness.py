@@ -172,7 +172,7 @@ def repeated_copy(rounds: int) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, y: y + 1, x))
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
+def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, warm: bool = True) -> dict[str, Timing]:
     """Runs all sides in turn, A B A B ..., so that slow changes of the machine hit all.
 
     Before every run that counts there is one that does not: caches are cold after the other side's work, and its
@@ -181,11 +181,13 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
     Args:
       sides: name to a function that runs once and returns the seconds to count.
       repeats: rounds that count.
+      warm: whether there is a run before every one that counts; runs of minutes need none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            run()
+            if warm:
+                run()
             seconds[name].append(run())
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 
