@@ -1,10 +1,9 @@
 """Prompts of many requests, in batches of one size for each bucket: for passes that decode nothing."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
 
 from vlcache_jax.engine.buckets import Bucket
 from vlcache_jax.engine.engine import PREFILL_TOKENS
@@ -18,15 +17,19 @@ from vlcache_jax.parallel.mesh import rows_over
 _AHEAD = 64
 """Requests that are read before their turn."""
 
-_X, _Y = TypeVar("_X"), TypeVar("_Y")
-
 
 def read_all(preparer: Preparer, requests: Iterable[Request]) -> Iterator[Read]:
     """Requests, read ahead on threads, in their order. Raises InputError for one that cannot be read."""
-    for found in _mapped(lambda item: preparer.read(*item), enumerate(requests)):
-        if found.reason is not None:
-            raise InputError(found.reason)
-        yield found
+    left, ahead = iter(enumerate(requests)), deque[Future[Read]]()
+    with ThreadPoolExecutor() as pool:
+        while True:
+            ahead.extend(pool.submit(preparer.read, *item) for item in islice(left, _AHEAD - len(ahead)))
+            if not ahead:
+                return
+            found = ahead.popleft().result()
+            if found.reason is not None:
+                raise InputError(found.reason)
+            yield found
 
 
 def in_batches(
@@ -61,14 +64,3 @@ def in_batches(
             yield batch(found.bucket)
     for bucket in sorted(waiting):
         yield batch(bucket)
-
-
-def _mapped(function: Callable[[_X], _Y], items: Iterable[_X]) -> Iterator[_Y]:
-    """`map` on threads, in order, as far ahead as there is room."""
-    items, ahead = iter(items), deque[Future[_Y]]()
-    with ThreadPoolExecutor() as pool:
-        while True:
-            ahead.extend(pool.submit(function, item) for item in islice(items, _AHEAD - len(ahead)))
-            if not ahead:
-                return
-            yield ahead.popleft().result()

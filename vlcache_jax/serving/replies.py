@@ -38,7 +38,7 @@ class Reply:
         """Of the tokens from `since` on; None unless they were asked for."""
         if result.log_probabilities is None:
             return None
-        tops = [[]] * len(result.tokens)
+        tops: list[list[Any]] = [[]] * len(result.tokens)
         if result.top_tokens is not None and result.top_log_probabilities is not None:
             pairs = zip(result.top_tokens.tolist(), result.top_log_probabilities.tolist(), strict=True)
             tops = [list(zip(*pair)) for pair in pairs]
