@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
-from reference_parts import in_proportion, softmax, uniform
+from reference_parts import Prompt, in_proportion, softmax, uniform
 
 
 def tgv_kv(prompt, total, sinks=4):
@@ -126,3 +126,21 @@ def critical_kv(prompt, total, output, votes, window, first=0.5, epsilon=1e-4):
         weights = (share + epsilon) * np.mean(added, axis=0)
         found[layer, head] = one_after_the_other(share, weights, math.floor(Fraction(str(first)) * left), places)
     return slots, found
+
+
+def kv_zip(prompt, total, sinks):
+    """The stub's prompts are the same both times."""
+    twice = [np.concatenate([x, x], axis=1) for x in (prompt.query, prompt.key, prompt.value)]
+    return kv_zip_of(*twice, prompt.index, total, sinks)
+
+
+def kv_zip_of(query, key, value, index, total, sinks):
+    """Of a prompt said twice, [layers, 2 n, heads, d]; index [n]."""
+    attention = Prompt(query, key, value, np.concatenate([index, index])).attention()
+    n, layers, kv_heads = len(index), len(key), key.shape[2]
+    found = attention[:, :, n:, :n].max(axis=2)  # [layers, heads, n]
+    scores = found.reshape(layers, kv_heads, -1, n).max(axis=2)
+    ranked = scores.copy()
+    ranked[..., [*range(min(sinks, total // layers - 1)), n - 1]] = np.inf
+    places = sorted(np.ndindex(ranked.shape), key=lambda at: (-ranked[at], at))[: kv_heads * total]
+    return [[sum(at[:2] == (i, head) for at in places) for head in range(kv_heads)] for i in range(layers)], scores

@@ -19,7 +19,10 @@ OUTPUT = np.random.default_rng(8).lognormal(size=(LAYERS, HEADS, HEAD_DIM, 5))
 
 @dataclasses.dataclass(frozen=True)
 class StubModel:
-    """Its parameters are the rotated queries, keys and values of every layer, [layers, batch, length, heads, d]."""
+    """Its parameters are the rotated queries, keys and values of every layer, [layers, batch, length, heads, d].
+
+    Of a prompt that is said twice they are the same both times. A hidden state is the token's place in its prompt.
+    """
 
     dtype: str = "float32"
 
@@ -38,7 +41,8 @@ class StubModel:
         return getattr(self, method)(*([variables["params"]] if "params" in variables else []), *args)
 
     def embed(self, params, batch):
-        return in_order(jnp.zeros((*batch.tokens.shape, 1)), batch)
+        place = jnp.broadcast_to(jnp.arange(batch.length, dtype=jnp.float32), batch.tokens.shape)
+        return in_order(place[..., None], batch)
 
     def decode(self, params, hidden, positions, attend, carry=None, xs=None):
         def layer(carry, item):
@@ -48,6 +52,9 @@ class StubModel:
             return carry, ys
 
         computed = params["query"], params["key"], params["value"]
+        if hidden.shape[1] > computed[0].shape[2]:  # prompts that are said twice
+            place = hidden[None, ..., None].astype(jnp.int32)
+            computed = tuple(jnp.take_along_axis(x, place, axis=2) for x in computed)
         carry, ys = jax.lax.scan(layer, carry, (computed, xs, jnp.asarray(OUTPUT, self.dtype)))
         return hidden, carry, ys
 

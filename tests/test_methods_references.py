@@ -170,6 +170,7 @@ CASES = {
             output=OUTPUT, votes=partial(reference.snap_kv, window=4, size=3), window=4,
         ), 4, 0, False,
     ),
+    "kv_zip": (vlc.KVzip(0.3, sinks=2), partial(newer.kv_zip, sinks=2), 0.0, 2, False),
     "lag_kv": (vlc.LagKV(0.6, sinks=2, lag=5), partial(newer.lag_kv, sinks=2, lag=5), 0.0, 2, False),
     "compactor": (
         vlc.Compactor(0.4, sketch=3, chunk=7, sinks=3, recent=2),

@@ -28,6 +28,11 @@ class ColumnStatistics(NamedTuple):
     maximum: jax.Array | None = None
     column_maximum: jax.Array | None = None
 
+    def of_columns(self, count: int) -> "ColumnStatistics":
+        """Those of the first `count` columns; what is said of rows stays."""
+        largest = None if self.column_maximum is None else self.column_maximum[..., :count]
+        return self._replace(sums=self.sums[..., :count], column_maximum=largest)
+
 
 class Rows(NamedTuple):
     """Which rows the query array holds: index i is prompt row start + i, and counts if low <= i < high. i32 [batch].

@@ -110,7 +110,7 @@ def run_stages(
             parts.append(ys)
         if parts:
             outputs.append((stage, joined(parts)))
-    return last_logits(model, params, hidden, stages[-1].lengths), carry, outputs
+    return last_logits(model, params, hidden, stages[-1].once().lengths), carry, outputs
 
 
 def _decode(model: VisionLanguageModel, params: Params, *inputs: Any, **options: Any) -> tuple[jax.Array, Any, Any]:

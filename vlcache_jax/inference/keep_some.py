@@ -63,15 +63,16 @@ def keep_some(
             return latest, sinks
         return jnp.where(windowed, slots, latest), jnp.where(windowed, 0, sinks)
 
-    def attend_in(stage: Stage) -> Any:
+    def attend_in(said: Stage) -> Any:
+        stage = said.once()
         lengths, room = stage.lengths, stage.room
-        first, rows = policy.rows.span(lengths, stage.vision_mask)
-        last = stage.mask.last()
+        first, rows = policy.rows.span(said.lengths, said.vision_mask)
+        last = said.mask.last()
         number = rows.astype(jnp.float32)
         # (q, j), j <= q, q in first .. first + rows - 1
         pairs = number * (first.astype(jnp.float32) + (number + 1) / 2)
         if last is not None:  # and those after q in its block, where scoring rows lie in one
-            index = jax.lax.iota(jnp.int32, room)[None]
+            index = jax.lax.iota(jnp.int32, said.room)[None]
             chosen = (index >= first[:, None]) & (index < (first + rows)[:, None])
             pairs += jnp.sum(jnp.where(chosen, last - index, 0), axis=1).astype(jnp.float32)
 
@@ -80,11 +81,15 @@ def keep_some(
             statistics, density = None, jnp.ones((batch,), jnp.float32)
             if measure:
                 bounds: dict[str, Any] = {"threshold": threshold, "max_rows": policy.rows.most}
+                bounds["column_maximum"] = policy.score.needs_maximum
                 statistics = shared  # of the rows that a sparse prefill looks at, too
                 if statistics is None:
                     statistics = ops.column_statistics(kernels, query, key, first, rows, lse, last, **bounds)
                 if statistics.counts is not None:
                     density = jnp.mean(statistics.counts, axis=1) / pairs
+            if said.room > room:
+                query, key, value = query[:, :room], key[:, :room], value[:, :room]
+                statistics = None if statistics is None else statistics.of_columns(room)
             inputs = LayerInputs(
                 query=query,
                 key=key,
@@ -124,14 +129,16 @@ def keep_some(
             return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), jax.eval_shape(judge, *inputs))
 
         def attend(query, key, value, carry, layer, output=None):
-            shares = measure and shares_rows(pattern, spec, room, policy.rows)
+            shares = measure and not policy.score.needs_maximum and shares_rows(pattern, spec, room, policy.rows)
             asked: dict[str, Any] = {"with_lse": measure and threshold is None}
             asked["statistics"] = (threshold,) if shares else ()
             whole = query, key, value
-            out, lse, told, shared = layer_attention(kernels, pattern, spec, stage, layer, *whole, **asked)
+            out, lse, told, shared = layer_attention(kernels, pattern, spec, said, layer, *whole, **asked)
             seen = jax.lax.stop_gradient((query, key, value, lse, shared, output))  # what is kept has no derivative
             evicts = [window is None for window in windows]
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
+            if said.room > room:
+                key, value = key[:, :room], value[:, :room]
             positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))
             channels = value_channels(value, lengths) if quantised else None
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -154,6 +161,7 @@ def keep_some(
         return WithOutput(attend) if policy.score.needs_output else attend
 
     logits, _, stages = run(attend_in, None)
+    stages = [(stage.once(), ys) for stage, ys in stages]
     layer_outputs = joined([ys for _, ys in stages])
     keys, values, scores, ties, positions, channels, (density, finite), measured, noted, told = layer_outputs
     there = joined([jnp.broadcast_to(stage.lengths, (stage.size, batch)) for stage, _ in stages])  # tokens of a layer

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore
+from vlcache_jax.errors import PolicyError
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.finiteness import finite_rows, require_finite
 from vlcache_jax.inference.forward import embed_prompt, run_stages
@@ -134,6 +135,11 @@ def run_prompts(
     if not policy.keeps_all:
         refuse_partly_checked()
     check_pattern(pattern, model.spec)
+    if policy.repeats and (pattern is not None or pruning is not None):
+        raise PolicyError(
+            f"policy {policy.name!r} has prompts said twice, which goes with neither prefill={pattern} nor "
+            f"pruning={pruning}: leave these out, or use another policy"
+        )
     stages = plan(pruning, model.spec, batch)
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
@@ -174,7 +180,8 @@ def _prefill(
     vision_index = jnp.asarray(batch.vision_index)
     grid = None if plan.pruning is None and pattern is None else grid_of(spec, batch, jnp)
     prompt = Stage.of_prompt(embedded, lengths, vision_index, plan.sizes(spec.num_layers)[0], grid)
-    run = partial(run_stages, model, params, prompt, plan, tower=embedded.tower)
+    said = prompt.repeated(next_position) if policy.repeats else prompt
+    run = partial(run_stages, model, params, said, plan, tower=embedded.tower)
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some
     rotate = partial(model.apply, {}, method="rotate")
     logits, stages, stores, allocation, observed, told = keep(run, rotate, spec, prompt, plan, policy, pattern, kernels)

@@ -60,6 +60,12 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
     lengths = np.asarray(batch.lengths)
     if lengths.min() < 1 or lengths.max() > batch.length:
         raise InputError(f"lengths {lengths.tolist()} must lie between 1 and the padded length {batch.length}")
+    if policy.repeats and 2 * int(lengths.max()) > spec.max_positions:
+        raise InputError(
+            f"policy {policy.name!r} has prompts said twice: row {int(lengths.argmax())} needs "
+            f"{2 * int(lengths.max())} positions but the model has {spec.max_positions}: shorten the prompt, or use "
+            "another policy"
+        )
     needed = int(lengths.max()) + int(max_new_tokens)
     if needed > spec.max_positions:
         raise InputError(

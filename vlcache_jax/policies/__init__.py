@@ -22,6 +22,7 @@ from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.methods.h2o import H2O
 from vlcache_jax.policies.methods.key_difference import KeyDifference, KeyDifferenceScore
 from vlcache_jax.policies.methods.key_norm import KeyNorm, KeyNormScore
+from vlcache_jax.policies.methods.kv_zip import BestOfAll, KVzip, LargestAttention
 from vlcache_jax.policies.methods.lag_kv import LagKV, LagRelative
 from vlcache_jax.policies.methods.look_m import LookM, TextPrior
 from vlcache_jax.policies.methods.method import METHODS, Method, method
@@ -36,7 +37,7 @@ from vlcache_jax.policies.methods.tova import TOVA
 from vlcache_jax.policies.methods.vl_cache import VLCache
 from vlcache_jax.policies.methods.zip_vl import EnoughMass, ZipVL
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.policies.rows.spans import AllRows, LastRow, LastRows, PostVision, Rows
+from vlcache_jax.policies.rows.spans import AllRows, LastRow, LastRows, PostVision, Repetition, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, LayerInputs, RandomScore, Recency, Score
 from vlcache_jax.policies.scores.leverage import Leverage
 from vlcache_jax.policies.scores.pooling import GridPooled, SequencePooled
@@ -55,6 +56,7 @@ __all__ = [
     "AllRows",
     "Allocate",
     "Append",
+    "BestOfAll",
     "Compactor",
     "CriticalKV",
     "CrossSelf",
@@ -70,12 +72,14 @@ __all__ = [
     "ExpectedScore",
     "FullCache",
     "GridPooled",
+    "KVzip",
     "KeyDifference",
     "KeyDifferenceScore",
     "KeyNorm",
     "KeyNormScore",
     "LagKV",
     "LagRelative",
+    "LargestAttention",
     "LastRow",
     "LastRows",
     "LayerInputs",
@@ -97,6 +101,7 @@ __all__ = [
     "RandomScore",
     "Recency",
     "Recompress",
+    "Repetition",
     "RetainedMass",
     "RollingWindow",
     "Rows",

@@ -170,6 +170,11 @@ class Policy:
         return self.budget == 1
 
     @property
+    def repeats(self) -> bool:
+        """Whether prefill has every prompt said twice, for rows that are those of its repetition (`Repetition`)."""
+        return getattr(self.rows, "repeats", False) and not self.keeps_all
+
+    @property
     def shared_lanes(self) -> int | None:
         """`lanes`, where the KV heads of a group share one; None where each has its own."""
         return self.lanes if self.sharing.per_head and not self.keeps_all else None

@@ -49,6 +49,7 @@ class Stage:
       blocks: as in `Embedded`, i32 [batch, room]; or None.
       layer_inputs: as in `Embedded`, [n, batch, room, hidden]; or None.
       grid: i32 [batch, 3, room], tile or frame of visual tokens, row and column in it, -1 of others; None: not known.
+      said: i32 [batch], the tokens of each row's prompt, where a policy has it said twice (`repeated`); None: once.
       layers: the first layer, and the one before which they end (static).
     """
 
@@ -60,6 +61,7 @@ class Stage:
     blocks: jax.Array | None = None
     layer_inputs: jax.Array | None = None
     grid: jax.Array | None = None
+    said: jax.Array | None = None
     layers: tuple[int, int] = dataclasses.field(default=(0, 0), metadata={"static": True})
 
     @classmethod
@@ -83,6 +85,47 @@ class Stage:
             layers=(0, layers),
         )
 
+    def repeated(self, next_position: jax.Array) -> "Stage":
+        """Every prompt with itself behind it, as a text that goes on at `next_position` i32 [batch]."""
+        room, n = self.room, self.lengths[:, None]
+        place = jax.lax.iota(jnp.int32, 2 * room)[None]
+        again, inside = place >= n, place < 2 * n
+        order = jnp.where(again, jnp.clip(place - n, 0, n - 1), place)
+        hidden, positions = self.tokens(order)
+        ahead = jnp.where(again, next_position[:, None], 0)
+        ahead = jnp.expand_dims(ahead, range(1, positions.ndim - 1))
+        blocks, more = self.blocks, self.layer_inputs
+        if blocks is not None:  # an image and its repetition do not see each other
+            blocks = _at(blocks, order)
+            blocks = jnp.where(inside, jnp.where(again & (blocks >= 0), blocks + room, blocks), -1)
+        return dataclasses.replace(
+            self,
+            hidden=hidden,
+            positions=positions + ahead,
+            lengths=2 * self.lengths,
+            vision_index=jnp.where(inside, _at(self.vision_index, order), TEXT),
+            blocks=blocks,
+            layer_inputs=None if more is None else jnp.take_along_axis(more, order[None, ..., None], axis=2),
+            grid=None,
+            said=self.lengths,
+        )
+
+    def once(self) -> "Stage":
+        """The prompts as they were before they were `repeated`."""
+        if self.said is None:
+            return self
+        room, more = self.room // 2, self.layer_inputs
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden[:, :room],
+            positions=self.positions[..., :room],
+            lengths=self.said,
+            vision_index=jnp.where(_below(self.said, room), self.vision_index[:, :room], TEXT),
+            blocks=None if self.blocks is None else jnp.where(_below(self.said, room), self.blocks[:, :room], -1),
+            layer_inputs=None if more is None else more[:, :, :room],
+            said=None,
+        )
+
     @property
     def room(self) -> int:
         """Padded length."""
@@ -101,7 +144,7 @@ class Stage:
     @property
     def valid(self) -> jax.Array:
         """bool [batch, room]: False where there is padding."""
-        return jax.lax.iota(jnp.int32, self.room)[None] < self.lengths[:, None]
+        return _below(self.lengths, self.room)
 
     @property
     def vision_mask(self) -> jax.Array:
@@ -176,6 +219,11 @@ class Stage:
 def joined(of_stages: Sequence[Any]) -> Any:
     """Pytrees of arrays, each stacked over a stage's layers, as one over all layers."""
     return jax.tree.map(lambda *x: jnp.concatenate(x), *of_stages) if len(of_stages) > 1 else of_stages[0]
+
+
+def _below(lengths: jax.Array, room: int) -> jax.Array:
+    """bool [batch, room]: the first `lengths` of each row."""
+    return jax.lax.iota(jnp.int32, room)[None] < lengths[:, None]
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

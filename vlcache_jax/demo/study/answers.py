@@ -54,11 +54,14 @@ def answer_known(
       params: the model's own parameters.
       batch: prompts.
       recording: of the prompts.
-      policy: what to keep of them.
+      policy: what to keep of them; one that has them said twice needs their pixels.
       max_new_tokens: room for answers.
       question: appended to the compressed prompts, if there is one.
     """
-    ctx = compress(model, {"model": params, "recording": recording}, batch, policy)
+    if policy.repeats:  # of which nothing was recorded
+        ctx = compress(model.model, params, batch, policy)
+    else:
+        ctx = compress(model, {"model": params, "recording": recording}, batch, policy)
     out = answer(ctx, question, max_new_tokens)
     return out.tokens, out.lengths, ctx.stores, ctx.report.density
 

@@ -42,7 +42,8 @@ class Prompts(NamedTuple):
     """A batch of prompts, and what the full cache makes of it.
 
     Attributes:
-      batch: without its pixels, which nothing needs any more.
+      batch: without its pixels, which only what has prompts said twice needs any more.
+      pixels: of the batch.
       recording: what the layers computed.
       tokens: i32 [batch, n], the answers with the full cache.
       attention: f32 [layers, batch, kv_heads, length], of `answer_attention`.
@@ -50,6 +51,7 @@ class Prompts(NamedTuple):
     """
 
     batch: Batch
+    pixels: Any
     recording: Recording
     tokens: jax.Array
     attention: jax.Array
@@ -91,10 +93,11 @@ class Study:
         """Runs a batch of prompts once, and answers it with the full cache."""
         model, params = self.vlm.model, self.vlm.params
         recording = record(model, params, batch)
-        batch = dataclasses.replace(batch, pixels=np.asarray(batch.pixels)[:, :0])
+        pixels = np.asarray(batch.pixels)
+        batch = dataclasses.replace(batch, pixels=pixels[:, :0])
         tokens, lengths, stores, _ = answer_known(self.model, params, batch, recording, FullCache(), max_new_tokens)
         attention = answer_attention(model, params, recording, jnp.asarray(batch.lengths), tokens, lengths)
-        return Prompts(batch, recording, tokens, attention, store_bytes(stores) // batch.size)
+        return Prompts(batch, pixels, recording, tokens, attention, store_bytes(stores) // batch.size)
 
     def measure(
         self, data: TaskData, prompts: Sequence[Prompts], method: Method, budget: float, mode: str = KNOWN
@@ -117,6 +120,8 @@ class Study:
         batch, attention = some.batch, some.attention
         shown = with_answer_attention(some.recording, attention) if method.needs_answer else some.recording
         ask: Any = answer_known
+        if policy.repeats:
+            batch = dataclasses.replace(batch, pixels=some.pixels)
         compressed = np.asarray(batch.lengths)
         if mode == BEFORE:
             end = images_end(batch)

@@ -18,6 +18,7 @@ import vlcache_jax.policies.methods.tgv_kv
 import vlcache_jax.policies.methods.csp
 import vlcache_jax.policies.methods.critical_kv
 import vlcache_jax.policies.methods.expected_attention
+import vlcache_jax.policies.methods.kv_zip
 import vlcache_jax.policies.methods.compactor
 import vlcache_jax.policies.methods.lag_kv
 import vlcache_jax.policies.methods.key_norm

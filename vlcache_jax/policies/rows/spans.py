@@ -75,6 +75,22 @@ class AllRows:
         return jnp.zeros_like(lengths), lengths
 
 
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """The rows of the prompt's repetition: prefill has each prompt said twice, and these ones say it again.
+
+    A choice of rows asks for that by `repeats = True`; its `span` is then of prompts that are twice as long. The rows
+    are of use to scores that are made of `LayerInputs.statistics`; there are none of them in `LayerInputs.query`.
+    """
+
+    most = None
+    repeats = True
+
+    def span(self, lengths: jax.Array, vision_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Rows.span`."""
+        return lengths // 2, lengths // 2
+
+
 def LastRow() -> LastRows:
     """The last row only."""
     return LastRows(1)

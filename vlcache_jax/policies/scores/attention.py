@@ -135,6 +135,11 @@ class Score:
         return False
 
     @property
+    def needs_maximum(self) -> bool:
+        """Whether `LayerInputs.statistics` must have the `column_maximum`."""
+        return False
+
+    @property
     def is_mass(self) -> bool:
         """Whether it is attention received, not negative, so that a share of its sum means something (`vlc.Mass`)."""
         return self.needs_attention
@@ -166,6 +171,11 @@ class Derived(Score):
     def needs_output(self) -> bool:
         """That of the other score."""
         return self.score.needs_output
+
+    @property
+    def needs_maximum(self) -> bool:
+        """That of the other score."""
+        return self.score.needs_maximum
 
     def ties(self, inputs: LayerInputs) -> jax.Array | None:
         """See `Score.ties`; those of the other score."""
