@@ -41,7 +41,7 @@ GROUPS = {
         "Policies",
         [
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
-            "MixKV TGVKV CSP CriticalKV KVzip Compactor LagKV",
+            "MixKV TGVKV CSP CriticalKV SparseMM KVzip Compactor LagKV",
             "ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
             "policies: method",
             "VisionZip TokenCorrelation DivPrune PiToMe ToDRE AIM CDPruner FastV PyramidDrop Feather SparseVLM",

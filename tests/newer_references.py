@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
-from reference_parts import Prompt, in_proportion, softmax, uniform
+from reference_parts import Prompt, in_proportion, pool_sequence, softmax, uniform
 
 
 def tgv_kv(prompt, total, sinks=4):
@@ -144,3 +144,16 @@ def kv_zip_of(query, key, value, index, total, sinks):
     ranked[..., [*range(min(sinks, total // layers - 1)), n - 1]] = np.inf
     places = sorted(np.ndindex(ranked.shape), key=lambda at: (-ranked[at], at))[: kv_heads * total]
     return [[sum(at[:2] == (i, head) for at in places) for head in range(kv_heads)] for i in range(layers)], scores
+
+
+def sparse_mm(prompt, total, scores, window, size, part):
+    """scores [layers, query heads], from outside."""
+    layers, kv_heads, n = prompt.layers, prompt.key.shape[2], prompt.n
+    mean = total // layers
+    latest = max(1, min(window, mean))
+    least = latest + math.floor(Fraction(str(part)) * (mean - latest))
+    weight = np.reshape(scores, (layers * kv_heads, -1)).sum(axis=1)
+    shares = in_proportion(weight, kv_heads * (total - layers * least), 0, n - least)
+    return [[least + shares[i * kv_heads + head] for head in range(kv_heads)] for i in range(layers)], pool_sequence(
+        prompt.received(range(max(0, n - window), n)), size, "mean", window
+    )

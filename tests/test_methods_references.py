@@ -13,6 +13,8 @@ from stub_model import HEAD_DIM, KV_HEADS, LAYERS, OUTPUT, SIDE, StubModel, kept
 import vlcache_jax as vlc
 from vlcache_jax.policies import AccumulatedAttention, SequencePooled
 
+HEAD_SCORES = [[0.1, 0.4, 0, 0], [3, 5, 0.2, 0.8], [0.3, 0.3, 0.9, 0]]
+
 
 def zip_vl(prompt, total, mass, window):
     """The cap is above what these prompts need; test_zip_vl.py has the other case."""
@@ -171,6 +173,10 @@ CASES = {
         ), 4, 0, False,
     ),
     "kv_zip": (vlc.KVzip(0.3, sinks=2), partial(newer.kv_zip, sinks=2), 0.0, 2, False),
+    "sparse_mm": (
+        vlc.SparseMM(0.5, scores=HEAD_SCORES, window=4, pool=3),
+        partial(newer.sparse_mm, scores=HEAD_SCORES, window=4, size=3, part=0.1), 4, 0, False,
+    ),
     "lag_kv": (vlc.LagKV(0.6, sinks=2, lag=5), partial(newer.lag_kv, sinks=2, lag=5), 0.0, 2, False),
     "compactor": (
         vlc.Compactor(0.4, sketch=3, chunk=7, sinks=3, recent=2),

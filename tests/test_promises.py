@@ -40,6 +40,7 @@ METHODS = {
     "csp": vlc.CSP(budget=0.3, window=4),
     "critical_kv": vlc.CriticalKV(budget=0.3, window=4),
     "kv_zip": vlc.KVzip(budget=0.3),
+    "sparse_mm": vlc.SparseMM(budget=0.3, scores=[[1, 3], [2, 0], [0, 1]], window=4),
     "compactor": vlc.Compactor(budget=0.3, sketch=4, chunk=16, sinks=2, recent=2),
     "lag_kv": vlc.LagKV(budget=0.3, sinks=2, lag=8),
     "expected_attention": vlc.ExpectedAttention(budget=0.3, future=32),
@@ -56,7 +57,7 @@ WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
 # those that bring a part of their own: sinks, a protected kind, candidates, shared heads, a budget in tokens. FEW is
 # for promises whose every case is a large compilation; of those, all but the first are thorough where the promise is
 # about what lies around the methods.
-NEWER = ("tgv_kv", "csp", "critical_kv", "compactor", "lag_kv", "kv_zip")  # of no new kind here: thorough
+NEWER = ("tgv_kv", "csp", "critical_kv", "compactor", "lag_kv", "kv_zip", "sparse_mm")  # of no new kind here: thorough
 PARTS = (
     "vl_cache",
     "vl_cache_shared",

@@ -45,6 +45,11 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
             f"policy {policy.name!r}: lanes={policy.lanes} do not divide the model's {spec.num_kv_heads} KV heads: "
             f"give a divisor of {spec.num_kv_heads}"
         )
+    if not policy.keeps_all:
+        try:
+            policy.sharing.check_model(spec)
+        except PolicyError as error:
+            raise PolicyError(f"policy {policy.name!r}: {error}") from None
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
     if max_new_tokens < 1:

@@ -31,6 +31,7 @@ from vlcache_jax.policies.methods.prefix_kv import PrefixKV
 from vlcache_jax.policies.methods.pyramid_kv import Pyramid, PyramidKV
 from vlcache_jax.policies.methods.random_eviction import RandomEviction
 from vlcache_jax.policies.methods.snap_kv import SnapKV
+from vlcache_jax.policies.methods.sparse_mm import HeadShares, SparseMM
 from vlcache_jax.policies.methods.streaming_llm import StreamingLLM
 from vlcache_jax.policies.methods.tgv_kv import TGVKV, TextVisionMass, TextWeighted
 from vlcache_jax.policies.methods.tova import TOVA
@@ -72,6 +73,7 @@ __all__ = [
     "ExpectedScore",
     "FullCache",
     "GridPooled",
+    "HeadShares",
     "KVzip",
     "KeyDifference",
     "KeyDifferenceScore",
@@ -108,6 +110,7 @@ __all__ = [
     "Score",
     "SequencePooled",
     "SnapKV",
+    "SparseMM",
     "SparsityAware",
     "StreamingLLM",
     "StrengthAndSkewness",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from vlcache_jax.demo.study.oracle import oracle, oracle_by_mass
 from vlcache_jax.errors import InputError
@@ -31,6 +32,16 @@ _YARDSTICKS: dict[str, tuple[str, Callable[[float], Policy]]] = {
     "oracle": ("Oracle, equal layers", oracle),
     "oracle_by_mass": ("Oracle, equal mass", oracle_by_mass),
 }
+
+HEAD_SCORES = (
+    (0.051, 0.000, 0.004, 0.000, 0.000, 0.000),
+    (0.996, 0.996, 0.000, 0.008, 0.047, 0.012),
+    (1.801, 2.246, 2.289, 0.465, 0.453, 0.594),
+    (0.008, 0.000, 0.012, 0.016, 0.000, 0.000),
+    (0.000, 0.000, 0.000, 0.000, 0.000, 0.000),
+    (0.035, 0.008, 0.000, 0.023, 0.006, 0.000),
+)
+"""Of the shipped checkpoint's query heads, as `benchmarks/head_scores.py` measured them; SparseMM takes them."""
 
 _ALSO_BEFORE = ("vl_cache", "snap_kv")
 
@@ -72,7 +83,9 @@ class Method:
         if self.needs_answer:
             return _YARDSTICKS[self.name][1](budget)
         typed = _VARIANTS[self.name][1] if self.name in _VARIANTS else self.name
-        options = {} if self.name == FULL else {"budget": budget}
+        options: dict[str, Any] = {} if self.name == FULL else {"budget": budget}
+        if self.name == "sparse_mm":
+            options["scores"] = HEAD_SCORES
         policy = policy_by_name(typed.replace("SIDE", str(grid_side)), **options)
         return dataclasses.replace(policy, allocate=Uniform()) if self.name == "vl_cache_uniform" else policy
 

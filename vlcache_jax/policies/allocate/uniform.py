@@ -11,6 +11,7 @@ from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget, Bytes, Tokens
 from vlcache_jax.policies.shares import SlotBudget, layer_budgets, layer_shares, share_slots
+from vlcache_jax.typing import ModelSpec
 
 if TYPE_CHECKING:
     from vlcache_jax.policies.scores.attention import LayerInputs
@@ -39,6 +40,9 @@ class Allocate:
 
     def check(self, budget: Budget) -> None:
         """Raises PolicyError if it cannot share such a budget; called when a policy is made."""
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raises PolicyError if it is not made for such a model; called before a prompt is run."""
 
     def capacity(self, length: int, budget: SlotBudget) -> int:
         """The most slots that all layers together can get, for prompts of up to `length` tokens (static)."""

@@ -17,6 +17,7 @@ import vlcache_jax.policies.methods.mix_kv
 import vlcache_jax.policies.methods.tgv_kv
 import vlcache_jax.policies.methods.csp
 import vlcache_jax.policies.methods.critical_kv
+import vlcache_jax.policies.methods.sparse_mm
 import vlcache_jax.policies.methods.expected_attention
 import vlcache_jax.policies.methods.kv_zip
 import vlcache_jax.policies.methods.compactor

@@ -19,6 +19,7 @@ from vlcache_jax.policies.rows.spans import LastRows
 from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.policies.shares import SlotBudget
 from vlcache_jax.policies.window import Recent, Window, forced, settled
+from vlcache_jax.typing import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,9 @@ class AdaptiveHeads(Allocate):
 
     def check(self, budget: Budget) -> None:
         self.layers.check(budget)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        self.layers.check_model(spec)
 
     def capacity(self, length: int, budget: SlotBudget) -> int:
         return self.layers.capacity(length, budget)
