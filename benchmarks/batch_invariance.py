@@ -39,7 +39,7 @@ from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import TEXT
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.policies import METHODS as KNOWN
-from vlcache_jax.policies import Score
+from vlcache_jax.policies.scores.attention import Derived
 from vlcache_jax.policies.window import AverageShare
 
 TIE = 2.0**-18
@@ -93,6 +93,19 @@ def random_policy(rng: np.random.Generator, side: int, name: str) -> vlc.Policy:
                 "lanes": some(1, 2), "pool": pool["pool"], "pooling": pool["pooling"],
             },
             "mix_kv": {"window": window, "recent": recent, "pool": pool["pool"]},
+            "tgv_kv": {"sinks": some(0, 4, 9)},
+            "csp": {"window": window, "recent": recent, "cross": some(0, 0.1, 0.5)},
+            "critical_kv": {
+                "window": window, "recent": recent, "first": some(0, 0.5, 1), "pool": pool["pool"],
+                "pooling": pool["pooling"],
+            },
+            "sparse_mm": {"window": window, "recent": recent, "part": some(0, 0.1), "lanes": some(1, 2)},
+            "kv_zip": {"sinks": some(0, 4), "lanes": some(1, 2)},
+            "compactor": {
+                "blend": some(None, 0.35), "sketch": some(4, 48), "chunk": some(7, 256), "sinks": some(0, 8),
+                "recent": some(0, 4),
+            },
+            "lag_kv": {"sinks": some(0, 4), "lag": some(4, 16, 128)},
             "h2o": {"recent": some(0.0, 0.1, 0.5), "normalised": some(False, True)},
             "look_m": {"selection": some("paper", "code"), "merge": some("pivotal", None)},
             "prefix_kv": {"sinks": some(0, 4, 9), "recent": some(0.0, 0.2)},
@@ -160,32 +173,34 @@ def kept_positions(model: Replay, policy: vlc.Policy, recording: Recording, batc
     return [state.kept_positions(layer) for layer in range(model.spec.num_layers)]
 
 
+def recorded(model: Llava, params: Any, batch: vlc.Batch, policy: vlc.Policy) -> Recording:
+    """What the layers compute of a batch; said twice, if the policy has it so."""
+    if not policy.repeats:
+        return record(model, params, batch)
+    tokens, index = (np.pad(x, ((0, 0), (0, batch.length))) for x in (batch.tokens, batch.vision_index))
+    for row, n in enumerate(batch.lengths):
+        for x in (tokens, index):
+            x[row, n : 2 * n] = x[row, :n]
+        index[row, 2 * n :] = TEXT
+    return record(model, params, vlc.Batch(tokens, 2 * batch.lengths, index, batch.pixels))
+
+
 def sets(kept: list[jax.Array], row: int) -> list[list[list[int]]]:
     """Of one row: lists of positions [layer][head]."""
     return [[head[head >= 0].tolist() for head in np.asarray(layer)[row]] for layer in kept]
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen(Score):
+class Seen(Derived):
     """A score that shows what it computes to `note`."""
 
-    score: Score
     note: Any
-
-    @property
-    def needs_attention(self) -> bool:
-        """That of the score."""
-        return self.score.needs_attention
 
     def __call__(self, inputs: Any) -> jax.Array:
         """See `Score.__call__`."""
         scores = self.score(inputs)
         jax.debug.callback(self.note, inputs.layer, scores)
         return scores
-
-    def ties(self, inputs: Any) -> jax.Array | None:
-        """See `Score.ties`."""
-        return self.score.ties(inputs)
 
 
 def judge(model: Replay, policy: vlc.Policy, recording: Recording, one: vlc.Batch, together: Any, own: Any) -> str:
@@ -219,10 +234,10 @@ def run_policy(
     mismatches, cases = [], -(-args.cases // args.policies)
     for first in range(0, cases, args.rows):
         batch = random_prompts(rng, args.rows, longer, args.length, features)
-        together = kept_positions(replay, policy, record(model, params, batch), batch)
+        together = kept_positions(replay, policy, recorded(model, params, batch, policy), batch)
         for row in range(min(args.rows, cases - first)):
             one = alone(batch, row, own_length)
-            recording = record(model, params, one)
+            recording = recorded(model, params, one, policy)
             a, b = sets(together, row), sets(kept_positions(replay, policy, recording, one), 0)
             if a != b:
                 what = judge(replay, policy, recording, one, a, b)
@@ -260,11 +275,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=300, help="the longest prompt")
     parser.add_argument("--answers", type=int, default=10, help="of each policy that evicts while decoding")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
     parser.add_argument("--progress", metavar="FILE", type=Path, help="what is done, and is not done again")
     args = parser.parse_args()
 
     warnings.simplefilter("ignore", vlc.PolicyWarning)
-    settings = {k: getattr(args, k) for k in ("cases", "policies", "rows", "length", "answers", "seed")}
+    settings = {k: getattr(args, k) for k in ("cases", "policies", "rows", "length", "answers", "seed", "methods")}
     done: dict[int, Any] = {}
     if args.progress is not None and args.progress.exists():
         done = _read_progress(args.progress, settings)
@@ -274,7 +290,7 @@ def main() -> None:
         if number in done:
             continue
         rng = np.random.default_rng([args.seed, number])
-        policy = random_policy(rng, model.spec.vision_grid or 0, METHODS[number % len(METHODS)])
+        policy = random_policy(rng, model.spec.vision_grid or 0, args.methods[number % len(args.methods)])
         line = {"number": number, "settings": settings, "policy": policy.name, "options": str(policy)}
         done[number] = line | run_policy(model, params, policy, rng, args)
         if args.progress is not None:
