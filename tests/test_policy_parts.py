@@ -11,6 +11,8 @@ from vlcache_jax import Bytes, InputError, Mass, PolicyError, Tokens
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
+from vlcache_jax.models.decoder import rope
+from vlcache_jax.models.decoder.config import RopeConfig
 from vlcache_jax.policies import (
     METHODS,
     AccumulatedAttention,
@@ -279,6 +281,23 @@ def test_accumulated_attention():
     np.testing.assert_allclose(each[:, 1], sums[:, 3:].mean(1), rtol=1e-6)
     assert shared.shape == (2, 1, 5)
     np.testing.assert_allclose(shared[:, 0], sums.mean(1), rtol=1e-6)
+
+
+def test_keys_are_turned_back_by_their_own_positions():
+    """On three axes, as those of images in Qwen-VLs; text goes on behind the largest of them."""
+    config = RopeConfig(sections=(1, 1, 2))
+    rng = np.random.default_rng(0)
+    positions, plain = rng.integers(0, 9, (2, 3, 6)).astype(np.int32), rng.normal(size=(2, 6, 2, 8)).astype(np.float32)
+
+    def rotate(x, positions):
+        return rope.rotate(x, *rope.rotation(positions, config, 8, 64))
+
+    key = rotate(jnp.asarray(plain), jnp.asarray(positions))
+    given = {"key": key, "lengths": jnp.array([4, 6]), "rotate": rotate, "positions": jnp.asarray(positions)}
+    inputs = dataclasses.replace(layer_inputs(6), **given)
+    np.testing.assert_allclose(inputs.unrotated(key), plain, atol=1e-5)
+    assert inputs.next_positions.tolist() == [positions[0, :, :4].max() + 1, positions[1].max() + 1]
+    assert dataclasses.replace(inputs, positions=None).next_positions.tolist() == [4, 6]
 
 
 def test_random_scores_do_not_depend_on_the_padding():

@@ -24,6 +24,7 @@ _VARIANTS = {
     "snap_kv_unpooled": ("SnapKV, not pooled", "snap_kv,pool=1"),
     "snap_kv_grid": ("SnapKV, pooled over 3 x 3 patches", "snap_kv,pool=3,grid_side=SIDE"),
     "look_m_unmerged": ("LOOK-M, nothing merged", "look_m,merge=none"),
+    "lag_kv_short": ("LagKV, blocks of 8 tokens", "lag_kv,lag=8"),
     "zip_vl_evicting": ("ZipVL, the rest evicted", "zip_vl,evicted=drop"),
 }
 """Methods by other names: title, and policy as it is typed. SIDE is that of the model's images, in patches."""
