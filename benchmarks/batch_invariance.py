@@ -228,15 +228,12 @@ def run_policy(
     """The cases of one policy."""
     replay, features = Replay(model), model.config.features_per_tile
     longer = args.length + 4
-    own_length = (
-        longer if policy.candidate_fraction < 1 else longer + ALONE
-    )  # candidates are a part of the padded length
     mismatches, cases = [], -(-args.cases // args.policies)
     for first in range(0, cases, args.rows):
         batch = random_prompts(rng, args.rows, longer, args.length, features)
         together = kept_positions(replay, policy, recorded(model, params, batch, policy), batch)
         for row in range(min(args.rows, cases - first)):
-            one = alone(batch, row, own_length)
+            one = alone(batch, row, longer + ALONE)
             recording = recorded(model, params, one, policy)
             a, b = sets(together, row), sets(kept_positions(replay, policy, recording, one), 0)
             if a != b:

@@ -47,6 +47,7 @@ def assembled(
     length: int,
     visual_ids: Sequence[int],
     padding_id: int,
+    blends: bool,
 ) -> Batch:
     """A batch.
 
@@ -57,6 +58,7 @@ def assembled(
       length: what prompts are padded to.
       visual_ids: of the tokens that stand for features.
       padding_id: fills the rows.
+      blends: as of `BlendingLayout`.
     """
     token_rows = np.full((len(tokens), length), padding_id, np.int32)
     vision_index = np.full((len(tokens), length), TEXT, np.int32)
@@ -69,7 +71,8 @@ def assembled(
         # A slice keeps the padding out: a checkpoint's padding token could be its image token.
         vision_index[row, : len(ids)][np.isin(ids, visual_ids)] = np.concatenate(indices)
     lengths = np.asarray([len(ids) for ids in tokens], np.int32)
-    return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, pixels), *_blend(vision_index, encoded))
+    blend = _blend(vision_index, encoded) if blends and pixels.shape[1] else (None, None)
+    return Batch(token_rows, lengths, vision_index, pixels, _cells(encoded, pixels), *blend)
 
 
 def _cells(encoded: list[list[EncodedImage]], pixels: np.ndarray) -> np.ndarray | None:
@@ -87,10 +90,8 @@ def _cells(encoded: list[list[EncodedImage]], pixels: np.ndarray) -> np.ndarray 
     return found
 
 
-def _blend(vision_index: np.ndarray, encoded: list[list[EncodedImage]]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`Batch.blend_index` and `Batch.blend_weights` of the images of all prompts."""
-    if all(image.blend is None for images in encoded for image in images):
-        return None, None
+def _blend(vision_index: np.ndarray, encoded: list[list[EncodedImage]]) -> tuple[np.ndarray, np.ndarray]:
+    """`Batch.blend_index` and `Batch.blend_weights` of the images of all prompts, also where no prompt has any."""
     index, weights = (np.zeros((*vision_index.shape, 4), dtype) for dtype in (np.int32, np.float32))
     for row, images in enumerate(encoded):
         places, at, offset = np.flatnonzero(vision_index[row] != TEXT), 0, 0

@@ -10,7 +10,7 @@ from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.limits import CHARACTERS_A_TOKEN
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.models.assembling import PromptSize, assembled, tile_bucket
-from vlcache_jax.models.families.family import EncodedImage, ImageLayout, VideoLayout, limited
+from vlcache_jax.models.families.family import BlendingLayout, EncodedImage, ImageLayout, VideoLayout, limited
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.opening import load_image
 from vlcache_jax.models.images.video import Video
@@ -347,7 +347,8 @@ class Processor:
         check_room("pad_tiles_to", pad_tiles_to, most, "tiles in the row with most")
         tiles = tile_bucket(encoded, most) if pad_tiles_to is None else pad_tiles_to
         pixels = self.layout.normalised(encoded, int(tiles))
-        return assembled(tokens, encoded, pixels, int(length), self._visual_ids, self.padding_id)
+        blends = isinstance(self.layout, BlendingLayout) and self.layout.blends
+        return assembled(tokens, encoded, pixels, int(length), self._visual_ids, self.padding_id, blends)
 
     def _read(
         self, texts: list[str], images: list[list[Visual]], add_special_tokens: list[bool]

@@ -52,10 +52,8 @@ def test_a_row_keeps_what_it_keeps_alone_and_padding_is_never_looked_at(policy):
     params = stub_params(batch)
     together = prefill(policy, batch, params)
     kept = kept_sets(together)
-    # candidate_fraction is a fraction of the padded length
-    length = batch.length if policy.candidate_fraction < 1 else batch.length + 13
     for row in range(batch.size):
-        alone = prefill(policy, *row_alone(batch, params, row, length))
+        alone = prefill(policy, *row_alone(batch, params, row, batch.length + 13))
         np.testing.assert_array_equal(alone.allocation.requested[0], together.allocation.requested[row])
         for layer, own in enumerate(kept_sets(alone)):
             assert kept[layer][row] == own[0]

@@ -314,6 +314,8 @@ def test_plan_searches(monkeypatch):
         ({"prompt": True}, "prompt=True must be"),
         ({"prompt": 500, "new_tokens": 20}, "need 520 positions but the model has 512"),
         ({"images": -1}, "images=-1"),
+        ({"max_image_tokens": 64}, "llava resizes images to sizes of its own: leave max_image_tokens out"),
+        ({"model": "qwen3-vl-4b", "max_image_tokens": 0}, "max_image_tokens=0 must be"),
         ({"dtype": "int8"}, "use one of bfloat16"),
         ({"mesh": {"model": 3}}, "their product must"),
         ({"pruning": vlc.PyramidDrop()}, "has no rooms: say how many tokens"),
@@ -321,7 +323,21 @@ def test_plan_searches(monkeypatch):
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(InputError, match=message):
-        vlc.plan(_config(), "v5e:2x2", **({"prompt": 64} | arguments))
+        vlc.plan(**({"model": _config(), "topology": "v5e:2x2", "prompt": 64} | arguments))
+
+
+def test_images_of_so_many_tokens(monkeypatch):
+    """Four patches of Qwen-VL are a token."""
+    seen = []
+
+    def compile_(_, work, policy):
+        seen.append(work.tiles)
+        return Program(peak_bytes=2**30, compile_seconds=0.0), None
+
+    for name in ("prefill", "decode", "decode_step"):
+        monkeypatch.setattr(Programs, name, compile_)
+    vlc.plan("qwen3-vl-2b", "v5e:1x1", images=2, max_image_tokens=256, prompt=1024, search=False)
+    assert set(seen) == {2048}
 
 
 def test_refused_for_another_reason(programs, monkeypatch):

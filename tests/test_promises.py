@@ -202,8 +202,6 @@ def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     _, state = vlc.prefill(model, params, batch, policy).start(NEW)
     together = generate(llava, batch, policy)
     lengths = [None] if own_length else [batch.length, 64]
-    if policy.candidate_fraction < 1:  # a fraction of the padded length: compared at the same padding
-        lengths = [batch.length]
     for row in range(4) if not own_length else (0, 1) if dtype == "float32" else (2, 3):
         for length in lengths:
             alone_batch = one_row(batch, row, length if length != 64 else None)

@@ -214,7 +214,7 @@ def test_every_policy_and_rule(tiny, batch, policy):
     run = partial(vlc.generate, model, params, policy=policy, max_new_tokens=12, eos_token_ids=[], pruning=PRUNE)
     out, ctx = run(batch), vlc.prefill(model, params, batch, policy, pruning=PRUNE)
     assert np.asarray(out.report.finite).all()
-    if policy.candidate_fraction == 1:
+    if policy.candidate_fraction is None:
         assert np.asarray(out.report.exact).all()
     assert out.report.state_bytes == ctx.nbytes
     if isinstance(policy.budget, vlc.Bytes):

@@ -34,6 +34,9 @@ PRESETS = {
     "internvl3-1b": 938e6,
     "internvl3-2b": 2.09e9,
     "internvl3-8b": 7.94e9,
+    "internvl3.5-1b": 1.06e9,
+    "internvl3.5-4b": 4.73e9,
+    "internvl3.5-14b": 15.12e9,
     "smolvlm2-256m": 256.5e6,
     "smolvlm2-500m": 507e6,
     "smolvlm2-2.2b": 2.246e9,
@@ -85,6 +88,12 @@ def check_parity(loaded, batch, rows):
         np.testing.assert_allclose(logits[row, :n], expected, atol=1e-4, rtol=0)
         assert np.abs(expected).max() > 1
         np.testing.assert_array_equal(out.tokens[row], answer)
+
+
+def test_prompts_without_an_image_take_the_program_of_those_with_one(loaded):
+    size = {"pad_to": loaded.batch.length, "pad_tiles_to": loaded.batch.pixels.shape[1]}
+    batch = loaded.vlm.processor(images=[[]] * loaded.batch.size, text=["w1"] * loaded.batch.size, **size)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(lambda x: (x.shape, x.dtype), loaded.batch)
 
 
 def test_videos(loaded):

@@ -3,10 +3,11 @@
 import re
 import sys
 
+import jax
 import pytest
 from tpu import compile_for, shape, temporaries
 
-from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attention, union_attention
+from vlcache_jax.kernels.decode_attention import Segments, Store, decode_attention, pallas_tpu, union_attention
 from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.kernels.quantisation import group_size, scales_width
 from vlcache_jax.kernels.shapes import SHAPES
@@ -84,6 +85,26 @@ def test_quantised_stores(topology, name):
     if topology == TOPOLOGIES[0]:
         calls.append((arguments(*SHAPES[name], "int4", queries=4, shared=True), {}))
     check(compiled(topology, calls), kernels=len(calls))
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "int8"])
+def test_the_kernel_says_what_it_costs(store):
+    """Of a store that 32 layers share: a thirty-second of its slots, for every query head two products."""
+    heads, kv_heads, size = SHAPES["llava-v1.6-mistral-7b"]
+    (_, keys, values, *segments), scales = arguments(heads, kv_heads, size, store)
+
+    def run(query, keys, values, segments, scales):
+        held = Store(keys, values, **scales, bits=bits_of(keys), segments=32)
+        return pallas_tpu.decode_attention(query, held, Segments(*segments), scale=1.0, causal=False)
+
+    jaxpr = jax.make_jaxpr(run)(shape(BATCH, 1, heads, size), keys, values, segments, scales)
+    (call,) = (x for x in jaxpr.eqns if x.primitive.name == "pallas_call")
+    cost, slots = call.params["cost_estimate"], SLOTS // 32
+    assert (cost.flops, cost.transcendentals) == (2 * 2 * BATCH * heads * slots * size, BATCH * heads * slots)
+    slot = 2 * size * 2  # keys and values, or their codes, a group's scales of each channel, and two of each value
+    if store == "int8":
+        slot = 2 * size + 2 * size * 4 / group_size(8) + 2 * 4
+    assert cost.bytes_accessed == BATCH * (kv_heads * slots * slot + heads * size * (2 + 4))
 
 
 @pytest.mark.parametrize("queries", [8, 16])

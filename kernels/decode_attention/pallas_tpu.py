@@ -131,6 +131,10 @@ def decode_attention(
             buffer(byte_rows // _GROUP_ROWS, 2, scales_width(head_dim), dtype=jnp.float32),
             buffer(2, plan.scale_window, dtype=jnp.float32),
         ]
+    held = store.slots // store.segments  # of a segment, on average: how long each is, is known when it runs
+    pairs = batch * n * heads * held
+    moved = total * plan.item_lanes * held * sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in stores) // plan.slots
+    moved += query.size * (query.dtype.itemsize + 4)
     kernel = functools.partial(_kernel, plan=plan, scale=scale, queries=n if causal else 1, stores=len(stores))
     out, lse = pl.pallas_call(
         kernel,
@@ -146,6 +150,7 @@ def decode_attention(
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, _BUFFERS)), pltpu.SMEM((4,), jnp.int32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=4 * pairs * head_dim, transcendentals=pairs, bytes_accessed=moved),
         interpret=interpret,
         name="decode_attention",
     )(offsets, lengths, following, q, *stores)

@@ -20,6 +20,8 @@ class Store:
       value_channels: f32 [batch, kv_heads, head_dim], by which the values of a store of codes were divided, or None.
         Attention is linear in the values, so `union_attention` multiplies its output; nothing else reads them.
       bits: the word of the codes' `precision.PRECISIONS` (static); None for a float store.
+      segments: how many share a lane (static). One is then a part of the slots on average, which is what kernels tell
+        the compiler that they read.
     """
 
     keys: jax.Array
@@ -28,6 +30,7 @@ class Store:
     value_scales: jax.Array | None = None
     value_channels: jax.Array | None = None
     bits: int | str | None = dataclasses.field(default=None, metadata={"static": True})
+    segments: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def lanes(self) -> int:

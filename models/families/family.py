@@ -161,6 +161,15 @@ class VideoLayout(ImageLayout, Protocol):
 
 
 @runtime_checkable
+class BlendingLayout(ImageLayout, Protocol):
+    """The layout of a family in which visual tokens may be sums of several features."""
+
+    @property
+    def blends(self) -> bool:
+        """Whether this model has such tokens. Then every batch with tiles has `Batch.blend_index`."""
+
+
+@runtime_checkable
 class SizedLayout(ImageLayout, Protocol):
     """The layout of a family whose images may be of any size, within limits that can be chosen."""
 
@@ -196,6 +205,7 @@ class Family:
       read_videos: (layout, settings of the video processor, name of their file) to the layout with what they say of
         videos, of a family that takes any. Raises CheckpointError.
       image_tiles: the most tiles (or patches) that an image becomes, for planning.
+      token_patches: patches of a visual token, of a family whose images may be of any size (`SizedLayout`).
       placeholder: the name of the special token that stands for an image in a prompt.
       special_tokens: texts by their names, where neither tokenizer nor processor say; "image_token" is a visual token.
       presets: configs of published models, by their names.
@@ -209,6 +219,7 @@ class Family:
     weights: WeightRules
     read_layout: Callable[[Any, dict[str, Any], str], ImageLayout]
     image_tiles: Callable[[Any], int]
+    token_patches: Callable[[Any], int] | None = None
     read_videos: Callable[[Any, dict[str, Any], str], ImageLayout] | None = None
     placeholder: str = "image_token"
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"image_token": "<image>"})

@@ -175,7 +175,9 @@ class PackedStore:
             the store's.
         """
         channels = None if self.value_channels is None else self.value_channels[:, layer]
-        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels, self.bits)
+        _, layers, heads = self.lengths.shape
+        share = layers * -(-heads // self.keys.shape[1])  # of a lane
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels, self.bits, share)
         offsets, lengths = self.offsets[:, layer], self.lengths[:, layer]
         if since is None:
             return store, Segments(offsets, lengths)

@@ -149,9 +149,10 @@ def _summary(batch: Batch, answers: Answers) -> str:
     stages = np.asarray(report.stage_tokens)[0].tolist()
     dropped = f" ({' > '.join(map(str, stages))} from layer to layer)" if len(stages) > 1 else ""
     times = ", ".join(f"{name} {value:.2f} s" for name, value in answers.seconds.items())
+    short = "" if report.exact[0] else ", less than a layer wanted (candidate_fraction=1)"
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "
-        f"{int(batch.lengths[0])} prompt tokens{dropped}{_looked(report)}; cache held "
+        f"{int(batch.lengths[0])} prompt tokens{dropped}{short}{_looked(report)}; cache held "
         f"{megabytes(report.held_bytes)}: prompt {megabytes(report.state_bytes)} instead of "
         f"{megabytes(report.full_bytes)}, room for the answer {megabytes(report.tail_bytes)}; {tokens} tokens; {times}]"
     )

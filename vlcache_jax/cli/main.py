@@ -83,7 +83,7 @@ def _run(argv: Sequence[str] | None) -> int:
         what = (str(error).splitlines() or ["on the host"])[0]
         complain(
             f"out of memory ({what}): keep less of the cache "
-            "(--policy vl_cache:0.05), bound the prefill (candidate_fraction=0.3), use fewer or smaller images or "
+            "(--policy vl_cache:0.05), bound the prefill (candidate_fraction=0.2), use fewer or smaller images or "
             f"--dtype bfloat16; `{PROGRAM} plan` tells what fits"
         )
         return OUT_OF_MEMORY

@@ -161,6 +161,7 @@ def _plan(commands: Any) -> None:
     parser.value("--prompt", words.whole(1), "N", "padded prompt length in tokens", 4096)
     parser.value("--new", words.whole(1), "N", "room for new tokens", 256)
     parser.value("--images", words.whole(0), "N", "images of each prompt", 1)
+    _image_limit(parser)
     _policy(parser)
     parser.several(
         "--compare",

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         prompt=arguments.prompt,
         new_tokens=arguments.new,
         images=arguments.images,
+        max_image_tokens=arguments.max_image_tokens,
         policy=policy,
         compare=compare,
         prefill=None if arguments.prefill is None else pattern_by_name(arguments.prefill),

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.geometry import capacity, segment_alignment, whole_tiles
 from vlcache_jax.cache.packing import Selected, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
@@ -48,7 +47,7 @@ def keep_some(
     budget = slot_budget(policy.budget, spec, lanes, policy.bits)
     windowed = jnp.asarray([window is not None for window in windows])
     held = [min(window or 0, length) for window in windows]  # tokens of the layers with a window
-    count = max(1, floor_fraction(length, policy.candidate_fraction), *held)
+    count = max(policy.candidates(length, budget), *held)  # tokens that a layer hands on: room for those of every row
     threshold = allocate.threshold
     quantised = policy.bits is not None or policy.evicted.bits is not None
     measure = threshold is not None or policy.score.needs_attention
@@ -180,7 +179,8 @@ def keep_some(
             own.reshape(*own.shape, *(1,) * (requested.ndim - 2)), (*own.shape, *requested.shape[2:])
         )
         requested = own.at[:, jnp.asarray(spec.full_layers)].set(requested)
-    most = jnp.expand_dims(jnp.minimum(count, there), range(2, requested.ndim))
+    own_most = jnp.where(windowed[:, None], length, policy.candidates(lengths, budget))
+    most = jnp.expand_dims(jnp.minimum(own_most, there), range(2, requested.ndim))
     slots = jnp.minimum(jnp.swapaxes(requested, 0, 1), most)
 
     latest, earliest = jax.vmap(forced_tokens)(slots, windowed)

@@ -123,6 +123,7 @@ def plan(
     prompt: int = 4096,
     new_tokens: int = 256,
     images: int = 1,
+    max_image_tokens: int | None = None,
     policy: Policy | None = None,
     compare: Sequence[Policy] = (),
     prefill: Pattern | None = None,
@@ -143,6 +144,7 @@ def plan(
       prompt: padded prompt length in tokens, visual ones included.
       new_tokens: room for generated tokens.
       images: of each prompt; LLaVA-NeXT cuts one into 5 tiles.
+      max_image_tokens: visual tokens of an image at most, of a model whose images may be of any size.
       policy: what to keep; `VLCache(budget=0.1)` by default.
       compare: other policies, such as `FullCache()`.
       prefill: as in `generate`.
@@ -169,7 +171,8 @@ def plan(
     config, name = model_config(model)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
-    work = _workload(config, batch, prompt, new_tokens, images, prefill, pruning)
+    tiles = _image_tiles(config, max_image_tokens)
+    work = _workload(config, batch, prompt, new_tokens, images, tiles, prefill, pruning)
     progress = Progress(enabled=False) if progress is None else progress
     progress.step("starting the TPU's compiler")
     chip = CHIPS[parse_topology(topology)[0]]
@@ -312,12 +315,25 @@ def model_config(model: str | os.PathLike[str] | ModelConfig) -> tuple[ModelConf
     return preset(name), name
 
 
+def _image_tiles(config: ModelConfig, max_image_tokens: int | None) -> int:
+    """The most tiles or patches that an image becomes."""
+    family = family_of(config)
+    if max_image_tokens is None:
+        return family.image_tiles(config)
+    if isinstance(max_image_tokens, bool) or not isinstance(max_image_tokens, int) or max_image_tokens < 1:
+        raise InputError(f"max_image_tokens={max_image_tokens!r} must be a whole number of at least 1")
+    if family.token_patches is None:
+        raise InputError(f"{config.model_type} resizes images to sizes of its own: leave max_image_tokens out")
+    return max_image_tokens * family.token_patches(config)
+
+
 def _workload(
     config: ModelConfig,
     batch: int,
     prompt: int,
     new_tokens: int,
     images: int,
+    image_tiles: int,
     prefill: Pattern | None,
     pruning: Pruning | None,
 ) -> Workload:
@@ -344,7 +360,7 @@ def _workload(
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
-        tiles=images * family_of(config).image_tiles(config),
+        tiles=images * image_tiles,
         prefill=prefill,
         pruning=pruning,
     )

@@ -1,9 +1,12 @@
 """A cache policy: which part of the prompt's KV cache is kept, composed of small parts."""
 
 import dataclasses
-from typing import TypedDict
+from types import NoneType
+from typing import Any, TypedDict
 
-from vlcache_jax.cache.fractions import as_fraction
+import jax.numpy as jnp
+
+from vlcache_jax.cache.fractions import Count, as_fraction, floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.equal_mass import RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
@@ -15,13 +18,16 @@ from vlcache_jax.policies.evicted.rule import Evicted
 from vlcache_jax.policies.precision import check_bits
 from vlcache_jax.policies.rows.spans import PostVision, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, Score
+from vlcache_jax.policies.shares import SlotBudget
 from vlcache_jax.policies.window import AverageShare, Recent, Window
+
+_WHOLE = 512  # tokens of a layer that are no matter of memory: shorter prompts are handed on whole
 
 
 class StoreOptions(TypedDict, total=False):
     """What every method takes besides its own options, as keyword arguments; see `Policy`."""
 
-    candidate_fraction: float
+    candidate_fraction: float | None
     bits: int | str | None
 
 
@@ -58,9 +64,11 @@ class Policy:
         tokens but not at the scores' expense; or `AverageShare(fraction)`, of the average layer's slots.
       sinks: how many of the prompt's first tokens are kept.
       protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
-      candidate_fraction: below 1, each layer of the prefill hands on only this fraction of its tokens, the best ones,
-        so that the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed
-        its candidates; then the layer keeps all candidates, and the report says `exact=False`.
+      candidate_fraction: each layer of the prefill hands on only this fraction of its tokens, the best ones, so that
+        the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed its
+        candidates; then the layer keeps all candidates, and the report says `exact=False`. By default (None) as many
+        as the most that layers get: where the method looks at the prompt to share the budget, 4 times the average
+        layer's slots, and 512 tokens at least (`candidates`). 1 is exact whatever a layer gets.
       bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`), "float8",
         or another precision's word (`kernels.precision`); None for the model's dtype. It changes nothing about which
         tokens are kept. The new tokens' cache is never quantised.
@@ -86,7 +94,7 @@ class Policy:
     sinks: int = 0
     protect: str | None = None
     evicted: Evicted = dataclasses.field(default_factory=Drop)
-    candidate_fraction: float = 1.0
+    candidate_fraction: float | None = None
     bits: int | str | None = None
     lanes: int = 1
     decoding: DecodingRule | str = dataclasses.field(default_factory=Append)
@@ -102,7 +110,7 @@ class Policy:
                 ", or tokens a layer as an integer from 2 on, or Bytes(n), or Mass(share, cap)",
             ),
             ("recent", 0.0, Tokens | Window | AverageShare, ", or Tokens(n), or Window(n)"),
-            ("candidate_fraction", 1e-4, (), ""),
+            ("candidate_fraction", 1e-4, NoneType, ""),
         ):
             value = getattr(self, name)
             if isinstance(value, kinds):
@@ -137,7 +145,7 @@ class Policy:
                 )
         elif not isinstance(budget, Bytes):
             most = (budget.cap or 1.0) if isinstance(budget, Mass) else budget
-            if as_fraction(self.candidate_fraction) < as_fraction(most) < 1:
+            if self.candidate_fraction and as_fraction(self.candidate_fraction) < as_fraction(most) < 1:
                 raise PolicyError(
                     f"candidate_fraction={self.candidate_fraction} is below budget={budget}: the layers together could "
                     "not hand on enough tokens; raise candidate_fraction (2 to 4 times the budget is a good start)"
@@ -157,12 +165,33 @@ class Policy:
         return self.allocate.with_layers(RetainedMass(self.recent, self.sinks, self.protect))
 
     def _check_evicted(self) -> None:
-        if self.evicted.saves and as_fraction(self.candidate_fraction) < 1:
+        if self.evicted.saves and self.candidate_fraction and as_fraction(self.candidate_fraction) < 1:
             raise PolicyError(
                 f"{self.name}: with candidate_fraction={self.candidate_fraction} a layer loses tokens before "
-                f"evicted={self.evicted} could save them: use candidate_fraction=1, or Drop() (LookM: merge=None)"
+                f"evicted={self.evicted} could save them: leave that out, or use Drop() (LookM: merge=None)"
             )
         self.evicted.check(self)
+
+    def candidates(self, length: Count, budget: SlotBudget) -> Count:
+        """How many tokens a layer hands on of a prompt of `length` tokens; int in, int out.
+
+        It depends on the prompt's own length alone, and never falls with it: so what a row keeps does not depend on
+        its padding, and the number for the padded length has room for that of every row.
+
+        Example:
+          >>> policy = Policy(name="mine", budget=0.1, candidate_fraction=0.3)
+          >>> policy.candidates(1000, SlotBudget(layers=4, fraction=0.1))
+          300
+        """
+        if self.evicted.saves:
+            return length
+        count: Any = self.sharing.most(length, budget)
+        least = _WHOLE
+        if self.candidate_fraction is not None:
+            count, least = floor_fraction(length, self.candidate_fraction), 1
+        if isinstance(count, int):
+            return min(length, max(least, count))  # type: ignore[return-value]
+        return jnp.minimum(length, jnp.maximum(least, count))  # type: ignore[return-value]
 
     @property
     def keeps_all(self) -> bool:

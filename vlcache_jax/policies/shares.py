@@ -17,6 +17,7 @@ from vlcache_jax.typing import ModelSpec
 Count = TypeVar("Count", bound=int | jax.Array)
 
 _LARGEST = 2**31 - 1  # a budget beyond what an int32 counts keeps everything
+_SKEW = 4  # times the average layer's slots
 _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.23317, Algorithm 1)
 
 
@@ -57,6 +58,16 @@ class SlotBudget:
         assert cap is not None
         cap, full = min(cap, _LARGEST), self.layers * length
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
+
+
+    def skewed(self, length: Count) -> Count:
+        """What no layer was seen to exceed where layers share by what they hold (docs/method.md): int in, int out.
+
+        Example:
+          >>> SlotBudget(layers=4, per_layer=10).skewed(100)
+          40
+        """
+        return _SKEW * (self.total(length) // self.layers)  # type: ignore[return-value]
 
 
 def slot_budget(

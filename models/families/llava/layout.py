@@ -143,6 +143,11 @@ class VisionLayout:
         return encoded
 
     @property
+    def blends(self) -> bool:
+        """Whether maps of features may be shrunk; see `BlendingLayout`."""
+        return self.config.max_tiles is not None
+
+    @property
     def sampling(self) -> FrameSampling | None:
         """Which frames of a video file are taken; see `VideoLayout`."""
         return None if self.videos is None else self.videos.sampling

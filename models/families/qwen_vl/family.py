@@ -22,6 +22,7 @@ QWEN2_VL = Family(
     read_layout=read_layout,
     read_videos=read_videos,
     image_tiles=lambda config: _PATCHES,
+    token_patches=lambda config: config.vision.merge_size**2,
     presets=QWEN2_PRESETS,
     special_tokens={
         "image_token": "<|image_pad|>",

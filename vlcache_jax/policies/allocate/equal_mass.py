@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.cache.fractions import Count
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.policies.shares import SlotBudget
@@ -20,6 +21,9 @@ class EqualMass(Allocate):
     goes to the smallest c[l, k] of all layers, ties to the lower rank and then to the lower layer, and is met exactly.
     PrefixKV finds p by bisection. Scores must not be negative.
     """
+
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        return budget.skewed(length)
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> jax.Array:
         """f32 [batch, length]: the share of the better tokens, for each rank; infinite beyond the prompt."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.fractions import floor_fraction
+from vlcache_jax.cache.fractions import Count, floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget, Bytes, Tokens
 from vlcache_jax.policies.shares import SlotBudget, layer_budgets, layer_shares, share_slots
@@ -47,6 +47,14 @@ class Allocate:
     def capacity(self, length: int, budget: SlotBudget) -> int:
         """The most slots that all layers together can get, for prompts of up to `length` tokens (static)."""
         return budget.total(length)
+
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        """The most slots that a layer of such a prompt gets; int in, int out, never falling with the length.
+
+        All of the prompt, if nothing is known. What a rule promises is what layers hand on (`Policy.candidates`), so
+        one that looks at the prompt may promise what holds in practice (`SlotBudget.skewed`): the report tells.
+        """
+        return length
 
     def measure(self, inputs: "LayerInputs", scores: jax.Array) -> Any:
         """What must be known of a layer: f32 [batch, ...] from its inputs and scores [batch, heads, length].
@@ -108,6 +116,9 @@ class SparsityAware(Allocate):
             return min(full, math.floor((0.9 * budget.fraction + 0.009) * full) + budget.layers * (window + 1))
         return min(full, math.floor((budget.fraction + 0.01) * full) + budget.layers)
 
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        return budget.skewed(length)
+
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         fraction = budget.fraction
         if self.total == "effivlm":
@@ -131,6 +142,9 @@ class Uniform(Allocate):
     """
 
     even = True
+
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        return -(-budget.total(length) // budget.layers)  # type: ignore[return-value]
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         total = jnp.asarray(budget.total(lengths))[:, None]

@@ -82,7 +82,7 @@ def appending(
         new = [Segments((start + first)[:, None], held[:, None]) for first, held in runs]
         parts = [
             *(store.layer(layer, since) for store in state.stores),
-            *((Store(pools[0], pools[1]), run) for run in new),
+            *((Store(pools[0], pools[1], segments=spec.num_layers), run) for run in new),
         ]
         out, lse = ops.union_attention(kernels, query[:, 0], parts)
         if note is not None:

@@ -6,6 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.cache.fractions import Count
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
@@ -72,6 +73,9 @@ class StrengthAndSkewness(Allocate):
     within the visual tokens that there are, and add up exactly (`share_slots`). Choices: a negative skewness counts
     as 0; text that alone exceeds the budget gets total // layers slots everywhere.
     """
+
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        return budget.skewed(length)
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> jax.Array:
         """f32 [batch, 3]: strength, skewness, number of visual tokens."""

@@ -6,6 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
+from vlcache_jax.cache.fractions import Count
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
@@ -37,6 +38,9 @@ class Pyramid(Allocate):
     def __post_init__(self) -> None:
         if isinstance(self.beta, bool) or not isinstance(self.beta, int) or self.beta < 1:
             raise PolicyError(f"beta={self.beta!r}: give a whole number, at least 1 (1 is the same for every layer)")
+
+    def most(self, length: Count, budget: SlotBudget) -> Count:
+        return 2 * (budget.total(length) // budget.layers) + 1  # type: ignore[return-value]
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         layers = budget.layers
