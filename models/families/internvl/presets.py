@@ -62,8 +62,9 @@ _NEWER_8B = DecoderConfig(
 
 
 def _newer(hidden: int, intermediate: int, layers: int, heads: int) -> InternVLConfig:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers, "num_heads": heads}
-    decoder = dataclasses.replace(_NEWER_8B, **sizes)
+    decoder = dataclasses.replace(
+        _NEWER_8B, hidden_size=hidden, intermediate_size=intermediate, num_layers=layers, num_heads=heads
+    )
     return dataclasses.replace(_CONFIG, decoder=decoder, image_token_id=151671)
 
 
