@@ -245,7 +245,7 @@ def run_policy(
         options: dict[str, Any] = {"policy": policy, "max_new_tokens": 16, "eos_token_ids": []}
         together = vlc.generate(model, params, batch, **options).tokens
         for row in range(min(args.rows, answers - first)):
-            own = vlc.generate(model, params, alone(batch, row, own_length), **options).tokens
+            own = vlc.generate(model, params, alone(batch, row, longer + ALONE), **options).tokens
             if not np.array_equal(together[row], own[0]):
                 mismatches.append({"length": int(batch.lengths[row]), "what": "answer"})
     return {"cases": cases, "answers": answers, "mismatches": mismatches}

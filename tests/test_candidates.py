@@ -85,6 +85,7 @@ def test_what_is_kept_of_a_long_prompt_is_what_all_candidates_give():
     policy = dataclasses.replace(policy, candidate_fraction=0.16)
     report, kept = prefill(policy, batch, params)
     assert not np.asarray(report.exact)[:4].any()
-    np.testing.assert_array_equal(report.kept, np.minimum(whole.kept, np.maximum(1, 16 * batch.lengths // 100)[:, None]))
+    own = np.maximum(1, 16 * batch.lengths // 100)  # of the prompt itself, without its padding
+    np.testing.assert_array_equal(report.kept, np.minimum(whole.kept, own[:, None]))
     _, alone = prefill(policy, *row_alone(batch, params, 2, 700))
     assert [layer[0] for layer in alone] == [layer[2] for layer in kept]

@@ -133,8 +133,8 @@ def decode_attention(
         ]
     held = store.slots // store.segments  # of a segment, on average: how long each is, is known when it runs
     pairs = batch * n * heads * held
-    moved = total * plan.item_lanes * held * sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in stores) // plan.slots
-    moved += query.size * (query.dtype.itemsize + 4)
+    lane = sum(x.dtype.itemsize * math.prod(x.shape[2:]) for x in stores)  # bytes
+    moved = total * plan.item_lanes * held * lane // plan.slots + query.size * (query.dtype.itemsize + 4)
     kernel = functools.partial(_kernel, plan=plan, scale=scale, queries=n if causal else 1, stores=len(stores))
     out, lse = pl.pallas_call(
         kernel,

@@ -59,7 +59,6 @@ class SlotBudget:
         cap, full = min(cap, _LARGEST), self.layers * length
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
-
     def skewed(self, length: Count) -> Count:
         """What no layer was seen to exceed where layers share by what they hold (docs/method.md): int in, int out.
 
