@@ -50,6 +50,7 @@ def test_rules_that_do_not_look_at_the_prompt_keep_to_what_they_say(rule):
         (vlc.VLCache(0.1, candidate_fraction=0.25), 2500),
         (vlc.VLCache(0.1, candidate_fraction=1), 10_000),
         (vlc.Policy(name="own", budget=0.1, allocate=Allocate()), 10_000),  # of which nothing is known
+        (vlc.AdaKV(0.1), 10_000),
         (vlc.LookM(0.1), 10_000),  # merges the others
         (dataclasses.replace(vlc.SnapKV(0.1, bits=4), evicted=vlc.Quantise(2)), 10_000),
     ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from vlcache_jax.cache.geometry import align, segment_alignment
@@ -29,6 +30,7 @@ def pack(
     channels: jax.Array | None = None,
     rooms: tuple[int, ...] | None = None,
     places: jax.Array | None = None,
+    starts: tuple[int, ...] | None = None,
 ) -> PackedStore:
     """Gathers the kept tokens of all layers into one pool per row and lane.
 
@@ -36,7 +38,8 @@ def pack(
     either is made. A quantised pool is written block by block, so no float copy of it is made either.
 
     Args:
-      keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer.
+      keys: [layers, batch, kv_heads, entries, head_dim], the candidates of each layer; with `starts` they lie one after
+        another, [batch, kv_heads, slots, head_dim].
       values: like `keys`.
       positions: i32 [layers, batch, heads or 1, entries], their positions.
       order: i32 [layers, batch, heads, entries], from `selection.select_layers`; heads is kv_heads, or 1 if they all
@@ -49,16 +52,18 @@ def pack(
       channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
       rooms: of each layer, the distance from its segments to the next; by default they follow one another.
       places: i32 [layers, batch, length], the place in the prompt of each position; None: they are the same.
+      starts: where those of each layer begin, if layers hand on different numbers of them.
 
     Returns:
       The store; free slots hold position -1 and arbitrary keys and values.
     """
     over: Any
-    rows, over = lanes_spec(keys.shape[1], lanes or keys.shape[2])
+    batch, kv_heads = slots.shape[1], keys.shape[-3]
+    rows, over = lanes_spec(batch, lanes or kv_heads)
     per_device = lanes and lanes // axis_size(over)
 
     def run(*arrays: Any) -> PackedStore:
-        return _pack(*arrays, pool=pool, lanes=per_device, bits=bits, rooms=rooms)
+        return _pack(*arrays, pool=pool, lanes=per_device, bits=bits, rooms=rooms, starts=starts)
 
     def place(x: jax.Array | None) -> Any:  # [layers, batch, heads or 1, ...]
         if x is None:
@@ -67,9 +72,11 @@ def pack(
 
     arrays = (keys, values, positions, order, slots, channels, places)
     inputs = (*map(place, arrays[:-1]), None if places is None else PartitionSpec(None, rows))
+    if starts is not None:
+        inputs = (PartitionSpec(rows, over),) * 2 + inputs[2:]
     specs = store_specs(
-        keys.shape[1],
-        lanes or keys.shape[2],
+        batch,
+        lanes or kv_heads,
         per_head=slots.ndim > 2,
         bits=bits,
         channels=channels is not None,
@@ -90,9 +97,10 @@ def _pack(
     lanes: int | None,
     bits: int | str | None,
     rooms: tuple[int, ...] | None,
+    starts: tuple[int, ...] | None,
 ) -> PackedStore:
     """`pack` on one device, for its rows and lanes."""
-    layers, batch, kv_heads, entries, _ = keys.shape
+    layers, batch, entries, kv_heads = *slots.shape[:2], order.shape[3], keys.shape[-3]
     # The segments of a lane one after another: layers, and the heads of each layer.
     shared = 1 if lanes is None else lanes  # tables of segments
     group = 1 if lanes is None else kv_heads // lanes  # heads of a lane
@@ -127,20 +135,31 @@ def _pack(
         "offsets": table(offsets),
         "lengths": table(counts),
     }
+
+    def of(x: jax.Array, layer: jax.Array, head: jax.Array, entry: jax.Array) -> jax.Array:
+        return x[layer, row, head, entry] if starts is None else x[row, head, _start(starts, layer) + entry]
+
     if bits is None:
-        return PackedStore(keys[layer, row, head, entry], values[layer, row, head, entry], **rest)
+        return PackedStore(of(keys, layer, head, entry), of(values, layer, head, entry), **rest)
 
     def read(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         whole = (layer, head, entry, where >= 0)
         l, h, e, valid = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in whole)
-        value = values[l, row, h, e].astype(jnp.float32)
+        value = of(values, l, h, e).astype(jnp.float32)
         if channels is not None:
             value /= channels[l, row, h]
-        return keys[l, row, h, e], value, valid
+        return of(keys, l, h, e), value, valid
 
     codes = quantise_into(empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits), read, 0, pool, bits)
     by_row = None if channels is None else channels.swapaxes(0, 1)
     return PackedStore(**codes._asdict(), value_channels=by_row, bits=bits, **rest)
+
+
+def _start(starts: tuple[int, ...], layer: jax.Array) -> jax.Array:
+    """starts[layer], by arithmetic: a TPU reads tables number by number."""
+    rooms = np.diff(starts)
+    least = int(rooms.min(initial=starts[-1]))
+    return least * layer + sum(int(room - least) * (layer > i) for i, room in enumerate(rooms) if room > least)
 
 
 def empty_codes(shape: tuple[int, ...], bits: int | str) -> Coded:
@@ -210,7 +229,7 @@ class Selected:
       lengths: i32 [layers, batch], tokens that a layer had to choose from.
       others: like `order`, the tokens of the prompt that were not chosen; None where nobody wants them.
       windowed: bool [layers], which have a window: what that has left behind is never seen again. None if none has.
-      places: as in `pack`.
+      places, starts: as in `pack`.
     """
 
     keys: jax.Array
@@ -224,11 +243,12 @@ class Selected:
     others: jax.Array | None = None
     windowed: jax.Array | None = None
     places: jax.Array | None = None
+    starts: tuple[int, ...] | None = None
 
     @property
     def group(self) -> int:
         """KV heads of a lane."""
-        return self.keys.shape[2] // self.lanes if self.lanes else 1
+        return self.keys.shape[-3] // self.lanes if self.lanes else 1
 
     def pack(self, pool: int, bits: int | str | None = None, rooms: tuple[int, ...] | None = None) -> PackedStore:
         """See `pack`; what is quantised has no derivative."""
@@ -236,4 +256,4 @@ class Selected:
         if bits is not None:
             keys, values, channels = jax.lax.stop_gradient((keys, values, self.channels))
         chosen = (keys, values, self.positions, self.order, self.slots)
-        return pack(*chosen, pool, self.lanes, bits, channels, rooms, self.places)
+        return pack(*chosen, pool, self.lanes, bits, channels, rooms, self.places, self.starts)

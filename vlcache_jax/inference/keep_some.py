@@ -1,16 +1,19 @@
 """Prefill under a budget: scores and candidates layer by layer, then budgets, selection and packing of all layers."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlcache_jax.cache.geometry import capacity, segment_alignment, whole_tiles
 from vlcache_jax.cache.packing import Selected, value_channels
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.cache.state import Allocation
-from vlcache_jax.cache.store import PackedStore
+from vlcache_jax.cache.store import PackedStore, split
+from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.parallel.ops import Kernels
@@ -48,6 +51,9 @@ def keep_some(
     windowed = jnp.asarray([window is not None for window in windows])
     held = [min(window or 0, length) for window in windows]  # tokens of the layers with a window
     count = max(policy.candidates(length, budget), *held)  # tokens that a layer hands on: room for those of every row
+    wide = spec.full_layers[: policy.whole_layers] if count < length else ()  # layers that hand on all they have
+    entries = length if wide else count
+    starts = np.cumsum((0, *(length if layer in wide else count for layer in range(layers)))).tolist()
     threshold = allocate.threshold
     quantised = policy.bits is not None or policy.evicted.bits is not None
     measure = threshold is not None or policy.score.needs_attention
@@ -138,31 +144,38 @@ def keep_some(
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
             if said.room > room:
                 key, value = key[:, :room], value[:, :room]
-            positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))
             channels = value_channels(value, lengths) if quantised else None
-            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-            few = min(count, room)
+            positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))
+            if count < length:
+                positions = jnp.broadcast_to(positions, scores.shape)
+            handed = _Handed(key.swapaxes(1, 2), value.swapaxes(1, 2), scores, ties, positions)
+            few, whole = min(count, room), handed
             if few < room:
-                wanted = jnp.full_like(lengths, few)
-                latest, earliest = forced_tokens(wanted, windowed[layer])
-                positions = candidates(scores, lengths, few, latest, earliest, ties)
-                ties = None if ties is None else jnp.take_along_axis(ties, positions, axis=2)
-                scores = jnp.take_along_axis(scores, positions, axis=2)
-                key, value = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (key, value))
-            elif count < length:
-                positions = jnp.broadcast_to(positions, (*scores.shape[:2], few))
-            if few < count:  # as many as the first stage's: padding, which is never selected
-                key, value = (jnp.pad(x, [(0, 0), (0, 0), (0, count - few), (0, 0)]) for x in (key, value))
-                scores, positions = _padded(scores, count, -jnp.inf), _padded(positions, count, length)
-                ties = None if ties is None else _padded(ties, count, 0)
-            return out, carry, (key, value, scores, ties, positions, channels, judgement, measured, noted, told)
+                latest, earliest = forced_tokens(jnp.full_like(lengths, few), windowed[layer])
+                handed = handed.at(candidates(scores, lengths, few, latest, earliest, ties))
+            handed = handed.padded(entries, length)
+            if wide:  # one after another, in place: the next layer begins where this one's end, not where padding does
+                is_wide = jnp.asarray([layer in wide for layer in range(layers)])[layer]
+                handed = jax.tree.map(partial(jnp.where, is_wide), whole.padded(entries, length), handed)
+                start = jnp.asarray(starts, jnp.int32)[layer]
+                carry = tuple(
+                    split(jax.lax.dynamic_update_slice_in_dim(pool, x.astype(pool.dtype), start, axis=2))
+                    for pool, x in zip(carry, (handed.keys, handed.values))
+                )
+                handed = handed._replace(keys=None, values=None)
+            return out, carry, (handed, channels, judgement, measured, noted, told)
 
         return WithOutput(attend) if policy.score.needs_output else attend
 
-    logits, _, stages = run(attend_in, None)
+    pools = None
+    if wide:
+        pool_shape = batch, spec.num_kv_heads, starts[-2] + length, spec.head_dim
+        pools = varying((split(jnp.zeros(pool_shape, spec.dtype)),) * 2, lengths)
+    logits, pools, stages = run(attend_in, pools)
     stages = [(stage.once(), ys) for stage, ys in stages]
-    layer_outputs = joined([ys for _, ys in stages])
-    keys, values, scores, ties, positions, channels, (density, finite), measured, noted, told = layer_outputs
+    handed, channels, (density, finite), measured, noted, told = joined([ys for _, ys in stages])
+    scores, ties, positions = handed[2:]
+    keys, values = pools if wide else handed[:2]
     there = joined([jnp.broadcast_to(stage.lengths, (stage.size, batch)) for stage, _ in stages])  # tokens of a layer
     density = jnp.where(jnp.all(finite, axis=2), density, jnp.nan)
     if spec.windows:
@@ -179,7 +192,8 @@ def keep_some(
             own.reshape(*own.shape, *(1,) * (requested.ndim - 2)), (*own.shape, *requested.shape[2:])
         )
         requested = own.at[:, jnp.asarray(spec.full_layers)].set(requested)
-    own_most = jnp.where(windowed[:, None], length, policy.candidates(lengths, budget))
+    bounded = jnp.asarray([windows[layer] is None and layer not in wide for layer in range(layers)])
+    own_most = jnp.where(bounded[:, None], policy.candidates(lengths, budget), length)
     most = jnp.expand_dims(jnp.minimum(own_most, there), range(2, requested.ndim))
     slots = jnp.minimum(jnp.swapaxes(requested, 0, 1), most)
 
@@ -210,6 +224,7 @@ def keep_some(
         others=others,
         windowed=windowed if spec.windows else None,
         places=_places(stages, length),
+        starts=tuple(starts[:-1]) if wide else None,
     )
     selected = policy.evicted.applied(selected)
     rooms, group = rule.layer_rooms(policy, budget, windows, length), selected.group
@@ -225,6 +240,33 @@ def keep_some(
     allocation = Allocation(requested=requested, density=density.T)
     stores = [context, *policy.evicted.stores(selected, budget.layers)]
     return logits, [stage for stage, _ in stages], stores, allocation, observed, told
+
+
+class _Handed(NamedTuple):
+    """What a layer hands on: keys and values [batch, kv_heads, entries, head_dim]; scores, ties and positions in the
+    prompt, [batch, heads or 1, entries]."""
+
+    keys: Any
+    values: Any
+    scores: jax.Array
+    ties: jax.Array | None
+    positions: jax.Array
+
+    def at(self, positions: jax.Array) -> "_Handed":
+        keys, values = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (self.keys, self.values))
+        scores, ties = (None if x is None else jnp.take_along_axis(x, positions, axis=2) for x in self[2:4])
+        return _Handed(keys, values, scores, ties, positions)
+
+    def padded(self, entries: int, length: int) -> "_Handed":
+        """With entries that are never selected."""
+        more = entries - self.scores.shape[2]
+        if not more:
+            return self
+        keys, values = (jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (self.keys, self.values))
+        ties = None if self.ties is None else _padded(self.ties, entries, 0)
+        return _Handed(
+            keys, values, _padded(self.scores, entries, -jnp.inf), ties, _padded(self.positions, entries, length)
+        )
 
 
 def _padded(x: jax.Array, length: int, value: Any) -> jax.Array:

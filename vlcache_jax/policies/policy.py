@@ -67,8 +67,9 @@ class Policy:
       candidate_fraction: each layer of the prefill hands on only this fraction of its tokens, the best ones, so that
         the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed its
         candidates; then the layer keeps all candidates, and the report says `exact=False`. By default (None) as many
-        as the most that layers get: where the method looks at the prompt to share the budget, 4 times the average
-        layer's slots, and 512 tokens at least (`candidates`). 1 is exact whatever a layer gets.
+        as the most that layers get: where the method looks at the prompt to share the budget, all of it in the first
+        two layers, then 4 times the average layer's slots; and 512 tokens at least (`candidates`). 1 is exact whatever
+        a layer gets.
       bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`), "float8",
         or another precision's word (`kernels.precision`); None for the model's dtype. It changes nothing about which
         tokens are kept. The new tokens' cache is never quantised.
@@ -192,6 +193,11 @@ class Policy:
         if isinstance(count, int):
             return min(length, max(least, count))  # type: ignore[return-value]
         return jnp.minimum(length, jnp.maximum(least, count))  # type: ignore[return-value]
+
+    @property
+    def whole_layers(self) -> int:
+        """How many of the first layers hand on all they have; see `Allocate.whole_layers`."""
+        return self.sharing.whole_layers if self.candidate_fraction is None else 0
 
     @property
     def keeps_all(self) -> bool:

@@ -18,6 +18,8 @@ Count = TypeVar("Count", bound=int | jax.Array)
 
 _LARGEST = 2**31 - 1  # a budget beyond what an int32 counts keeps everything
 _SKEW = 4  # times the average layer's slots
+DENSE_LAYERS = 2
+"""The first layers, whose attention is spread widely in trained models: what they get has no such bound."""
 _LOWEST_SHARE = 0.01  # of the prompt: no layer gets less (VL-Cache, arXiv 2410.23317, Algorithm 1)
 
 
@@ -60,7 +62,9 @@ class SlotBudget:
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
     def skewed(self, length: Count) -> Count:
-        """What no layer was seen to exceed where layers share by what they hold (docs/method.md): int in, int out.
+        """What no layer after the `DENSE_LAYERS` was seen to exceed, where layers share by what they hold.
+
+        See docs/method.md, Candidates. Int in, int out.
 
         Example:
           >>> SlotBudget(layers=4, per_layer=10).skewed(100)

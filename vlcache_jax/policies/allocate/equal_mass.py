@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import Count
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.scores.attention import LayerInputs
-from vlcache_jax.policies.shares import SlotBudget
+from vlcache_jax.policies.shares import DENSE_LAYERS, SlotBudget
 from vlcache_jax.policies.window import Recent, forced
 
 
@@ -21,6 +21,8 @@ class EqualMass(Allocate):
     goes to the smallest c[l, k] of all layers, ties to the lower rank and then to the lower layer, and is met exactly.
     PrefixKV finds p by bisection. Scores must not be negative.
     """
+
+    whole_layers = DENSE_LAYERS
 
     def most(self, length: Count, budget: SlotBudget) -> Count:
         return budget.skewed(length)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import Count, floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.budget import Budget, Bytes, Tokens
-from vlcache_jax.policies.shares import SlotBudget, layer_budgets, layer_shares, share_slots
+from vlcache_jax.policies.shares import DENSE_LAYERS, SlotBudget, layer_budgets, layer_shares, share_slots
 from vlcache_jax.typing import ModelSpec
 
 if TYPE_CHECKING:
@@ -24,10 +24,12 @@ class Allocate:
       threshold: relative threshold of the density it needs (`LayerInputs.density`), or None if it needs none.
       per_head: whether the KV heads of a layer get different numbers of slots. Heads then share lanes (`Policy.lanes`).
       even: whether all layers and heads get the same, up to one slot.
+      whole_layers: how many of the first layers may get more than `most`: those that hand on all they have.
     """
 
     per_head: bool = False
     even: bool = False
+    whole_layers: int = 0
 
     @property
     def threshold(self) -> float | None:
@@ -49,7 +51,7 @@ class Allocate:
         return budget.total(length)
 
     def most(self, length: Count, budget: SlotBudget) -> Count:
-        """The most slots that a layer of such a prompt gets; int in, int out, never falling with the length.
+        """The most slots that a layer (or head) gets of such a prompt; int in, int out, never falling with the length.
 
         All of the prompt, if nothing is known. What a rule promises is what layers hand on (`Policy.candidates`), so
         one that looks at the prompt may promise what holds in practice (`SlotBudget.skewed`): the report tells.
@@ -93,6 +95,7 @@ class SparsityAware(Allocate):
 
     threshold: float = 0.01
     total: str = "exact"
+    whole_layers = DENSE_LAYERS
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
