@@ -149,14 +149,14 @@ def keep_some(
             if count < length:
                 positions = jnp.broadcast_to(positions, scores.shape)
             handed = _Handed(key.swapaxes(1, 2), value.swapaxes(1, 2), scores, ties, positions)
-            few, whole = min(count, room), handed
+            few, everything = min(count, room), handed
             if few < room:
                 latest, earliest = forced_tokens(jnp.full_like(lengths, few), windowed[layer])
                 handed = handed.at(candidates(scores, lengths, few, latest, earliest, ties))
             handed = handed.padded(entries, length)
             if wide:  # one after another, in place: the next layer begins where this one's end, not where padding does
                 is_wide = jnp.asarray([layer in wide for layer in range(layers)])[layer]
-                handed = jax.tree.map(partial(jnp.where, is_wide), whole.padded(entries, length), handed)
+                handed = jax.tree.map(partial(jnp.where, is_wide), everything.padded(entries, length), handed)
                 start = jnp.asarray(starts, jnp.int32)[layer]
                 carry = tuple(
                     split(jax.lax.dynamic_update_slice_in_dim(pool, x.astype(pool.dtype), start, axis=2))
@@ -254,8 +254,8 @@ class _Handed(NamedTuple):
 
     def at(self, positions: jax.Array) -> "_Handed":
         keys, values = (jnp.take_along_axis(x, positions[..., None], axis=2) for x in (self.keys, self.values))
-        scores, ties = (None if x is None else jnp.take_along_axis(x, positions, axis=2) for x in self[2:4])
-        return _Handed(keys, values, scores, ties, positions)
+        ties = None if self.ties is None else jnp.take_along_axis(self.ties, positions, axis=2)
+        return _Handed(keys, values, jnp.take_along_axis(self.scores, positions, axis=2), ties, positions)
 
     def padded(self, entries: int, length: int) -> "_Handed":
         """With entries that are never selected."""
