@@ -48,6 +48,7 @@ def test_rules_that_do_not_look_at_the_prompt_keep_to_what_they_say(rule):
         (vlc.PyramidKV(0.1), 2 * 1000 + 1),
         (vlc.SnapKV(vlc.Mass(0.9, cap=0.1)), 4 * 1000),
         (vlc.VLCache(0.1, candidate_fraction=0.25), 2500),
+        (vlc.VLCache(200, candidate_fraction=0.01), 200),  # what the average layer gets
         (vlc.VLCache(0.1, candidate_fraction=1), 10_000),
         (vlc.Policy(name="own", budget=0.1, allocate=Allocate()), 10_000),  # of which nothing is known
         (vlc.AdaKV(0.1), 10_000),
@@ -62,7 +63,7 @@ def test_how_many(policy, expected):
     budget = SlotBudget(layers=8, **size)
     assert policy.candidates(10_000, budget) == expected
     assert policy.candidates(jnp.array([10_000]), budget).tolist() == [expected]
-    assert policy.candidates(300, budget) == (75 if policy.candidate_fraction == 0.25 else 300)
+    assert policy.candidates(300, budget) == {0.25: 75, 0.01: 200}.get(policy.candidate_fraction, 300)
 
 
 def test_what_is_kept_of_a_long_prompt_is_what_all_candidates_give():

@@ -129,7 +129,7 @@ CASES = {
         partial(reference.ada_kv, window=3, size=3, kind="mean", floor=0.5, layers=pyramid(3)), 3, 0, False,
     ),
     "ada_kv_mass": (
-        vlc.AdaKV(vlc.Mass(0.9, cap=0.9), window=4, candidate_fraction=0.95),
+        vlc.AdaKV(vlc.Mass(0.9, cap=0.7), window=4, candidate_fraction=0.95),
         partial(reference.ada_kv, window=4, size=7, layers=mass_of_votes(0.9, 4, 7)), 4, 0, False,
     ),
     "snap_kv_mass": (

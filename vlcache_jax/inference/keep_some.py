@@ -155,7 +155,7 @@ def keep_some(
                 handed = handed.at(candidates(scores, lengths, few, latest, earliest, ties))
             handed = handed.padded(entries, length)
             if wide:  # one after another, in place: the next layer begins where this one's end, not where padding does
-                is_wide = jnp.asarray([layer in wide for layer in range(layers)])[layer]
+                is_wide = jnp.asarray([i in wide for i in range(layers)])[layer]
                 handed = jax.tree.map(partial(jnp.where, is_wide), everything.padded(entries, length), handed)
                 start = jnp.asarray(starts, jnp.int32)[layer]
                 carry = tuple(

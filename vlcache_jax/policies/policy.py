@@ -64,12 +64,12 @@ class Policy:
         tokens but not at the scores' expense; or `AverageShare(fraction)`, of the average layer's slots.
       sinks: how many of the prompt's first tokens are kept.
       protect: "text" or "vision": tokens of that kind rank before all others, within the same slots. None: one ranking.
-      candidate_fraction: each layer of the prefill hands on only this fraction of its tokens, the best ones, so that
-        the full cache of all layers never exists at once. The result is the same unless a layer's slots exceed its
-        candidates; then the layer keeps all candidates, and the report says `exact=False`. By default (None) as many
-        as the most that layers get: where the method looks at the prompt to share the budget, all of it in the first
-        two layers, then 4 times the average layer's slots; and 512 tokens at least (`candidates`). 1 is exact whatever
-        a layer gets.
+      candidate_fraction: each layer of the prefill hands on only this fraction of its tokens, the best ones (but as
+        many as the average layer gets), so that the full cache of all layers never exists at once. The result is the
+        same unless a layer's slots exceed its candidates; then the layer keeps all candidates, and the report says
+        `exact=False`. By default (None) as many as the most that layers get: where the method looks at the prompt to
+        share the budget, all of it in the first two layers, then 4 times the average layer's slots; and 512 tokens at
+        least (`candidates`). 1 is exact whatever a layer gets.
       bits: 8, 4 or 2 to store the kept keys and values as integers of so many bits (`kernels.quantisation`), "float8",
         or another precision's word (`kernels.precision`); None for the model's dtype. It changes nothing about which
         tokens are kept. The new tokens' cache is never quantised.
@@ -187,9 +187,9 @@ class Policy:
         if self.evicted.saves:
             return length
         count: Any = self.sharing.most(length, budget)
-        least = _WHOLE
+        least: Any = _WHOLE
         if self.candidate_fraction is not None:
-            count, least = floor_fraction(length, self.candidate_fraction), 1
+            count, least = floor_fraction(length, self.candidate_fraction), -(-budget.total(length) // budget.layers)
         if isinstance(count, int):
             return min(length, max(least, count))  # type: ignore[return-value]
         return jnp.minimum(length, jnp.maximum(least, count))  # type: ignore[return-value]
