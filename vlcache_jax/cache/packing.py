@@ -159,7 +159,8 @@ def _start(starts: tuple[int, ...], layer: jax.Array) -> jax.Array:
     """starts[layer], by arithmetic: a TPU reads tables number by number."""
     rooms = np.diff(starts)
     least = int(rooms.min(initial=starts[-1]))
-    return least * layer + sum(int(room - least) * (layer > i) for i, room in enumerate(rooms) if room > least)
+    larger = [(i, int(room) - least) for i, room in enumerate(rooms) if room > least]
+    return least * layer + sum((jnp.where(layer > i, more, 0) for i, more in larger), start=jnp.zeros_like(layer))
 
 
 def empty_codes(shape: tuple[int, ...], bits: int | str) -> Coded:
