@@ -42,11 +42,11 @@ def test_rules_that_do_not_look_at_the_prompt_keep_to_what_they_say(rule):
         (vlc.VLCache(0.3), 10_000),
         (vlc.VLCache(200), 4 * 200),
         (vlc.VLCache(0.01), 512),  # no matter of memory
-        (vlc.PrefixKV(0.05), 4 * 500),
-        (vlc.AirCache(0.05), 4 * 500),
+        (vlc.PrefixKV(0.05), 8 * 500),
+        (vlc.AirCache(0.05), 10_000),
         (vlc.SnapKV(0.1), 1000),
         (vlc.PyramidKV(0.1), 2 * 1000 + 1),
-        (vlc.SnapKV(vlc.Mass(0.9, cap=0.1)), 4 * 1000),
+        (vlc.SnapKV(vlc.Mass(0.9, cap=0.1)), 8 * 1000),
         (vlc.VLCache(0.1, candidate_fraction=0.25), 2500),
         (vlc.VLCache(200, candidate_fraction=0.01), 200),  # what the average layer gets
         (vlc.VLCache(0.1, candidate_fraction=1), 10_000),

@@ -62,7 +62,7 @@ class SlotBudget:
         return min(full, cap) if isinstance(full, int) else jnp.minimum(full, cap)  # type: ignore[return-value]
 
     def skewed(self, length: Count) -> Count:
-        """What no layer after the `DENSE_LAYERS` was seen to exceed, where layers share by what they hold.
+        """What no layer after the `DENSE_LAYERS` was seen to exceed, where layers share by the density of attention.
 
         See docs/method.md, Candidates. Int in, int out.
 

@@ -25,7 +25,7 @@ class EqualMass(Allocate):
     whole_layers = DENSE_LAYERS
 
     def most(self, length: Count, budget: SlotBudget) -> Count:
-        return budget.skewed(length)
+        return 2 * budget.skewed(length)  # type: ignore[return-value]
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> jax.Array:
         """f32 [batch, length]: the share of the better tokens, for each rank; infinite beyond the prompt."""

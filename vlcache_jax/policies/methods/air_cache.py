@@ -6,7 +6,6 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.cache.fractions import Count
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
@@ -15,7 +14,7 @@ from vlcache_jax.policies.policy import Options, Policy
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
 from vlcache_jax.policies.scores.rounding import ROUNDING
 from vlcache_jax.policies.scores.row_blocks import fold_rows, logits_of, softmax_of_rows
-from vlcache_jax.policies.shares import DENSE_LAYERS, SlotBudget, share_slots
+from vlcache_jax.policies.shares import SlotBudget, share_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +72,6 @@ class StrengthAndSkewness(Allocate):
     within the visual tokens that there are, and add up exactly (`share_slots`). Choices: a negative skewness counts
     as 0; text that alone exceeds the budget gets total // layers slots everywhere.
     """
-
-    whole_layers = DENSE_LAYERS
-
-    def most(self, length: Count, budget: SlotBudget) -> Count:
-        return budget.skewed(length)
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> jax.Array:
         """f32 [batch, 3]: strength, skewness, number of visual tokens."""
