@@ -189,7 +189,7 @@ class Policy:
         count: Any = self.sharing.most(length, budget)
         least: Any = _WHOLE
         if self.candidate_fraction is not None:
-            count, least = floor_fraction(length, self.candidate_fraction), -(-budget.total(length) // budget.layers)
+            count, least = floor_fraction(length, self.candidate_fraction), budget.total(length) // budget.layers
         if isinstance(count, int):
             return min(length, max(least, count))  # type: ignore[return-value]
         return jnp.minimum(length, jnp.maximum(least, count))  # type: ignore[return-value]
