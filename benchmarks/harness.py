@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -189,6 +190,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int, warm: bool
             if warm:
                 run()
             seconds[name].append(run())
+            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 
 

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import vlcache_jax as vlc
+from vlcache_jax.models.coding import weight_coding
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.registry import preset
 from vlcache_jax.planning.compiling import compile_on
 from vlcache_jax.planning.programs import Programs, Workload
 from vlcache_jax.planning.topologies import make_mesh, tpu_devices
 
-WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+WIDTH = {"s4": 0.5, "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 LINE = re.compile(r"^\s*(?:ROOT )?(%[\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 SCORED = 64  # rows that score, whose number is data
@@ -56,7 +57,7 @@ def arrays(result: str) -> list[tuple[str, tuple[int, ...], bool]]:
             for kind, sizes, layout in found if kind in WIDTH]  # fmt: skip
 
 
-def size(result: str) -> int:
+def size(result: str) -> float:
     """Bytes in HBM."""
     return sum(WIDTH[kind] * math.prod(sizes) for kind, sizes, in_hbm in arrays(result) if in_hbm)
 
@@ -169,7 +170,7 @@ class Costs:
                     taken += sum(WIDTH[kind] * math.prod(sizes) for kind, sizes, _ in arrays(line.result))
                 elif line.op == "dynamic-update-slice" and at == 0:
                     continue
-                elif line.op == "bitcast":
+                elif line.op == "bitcast" or self._is_tiling(line):
                     waiting.append(line)
                 elif line.op == "fusion":
                     taken += self._read(line.called("calls"), at, result)
@@ -177,11 +178,18 @@ class Costs:
                     return size(result)
         return min(taken, size(result))
 
+    def _is_tiling(self, line: Line) -> bool:
+        """Whether a fusion in a fusion only reads its operand by other tiles."""
+        inside = self.computations[line.called("calls")].values() if line.op == "fusion" else ()
+        return {x.op for x in inside} == {"parameter", "copy"} and "output_to_operand_aliasing" in line.text
+
 
 def kernel_costs(layers: int, name: str, operands: list) -> tuple[float, float]:
     """(bytes, flops) of a kernel for arrays of the shapes it is given."""
     amount = [WIDTH[kind] * math.prod(sizes) for kind, sizes, _ in operands]
-    wide = [sizes for _, sizes, _ in operands if len(sizes) >= 4]
+    wide = [sizes for kind, sizes, _ in operands if len(sizes) >= 3 and kind in ("bf16", "f32")]  # 3 axes: of one row
+    if name.startswith("%quantised_matmul"):  # of the stacks of codes and tables one layer's part
+        return sum(x / layers if len(sizes) == 3 else x for x, (_, sizes, _) in zip(amount, operands)), 0
     if name.startswith("%append"):  # blocks of 16 slots, read and written
         rows, lanes, _, head_dim = operands[-1][1]
         return 4 * rows * lanes * 16 * head_dim * 2, 0
@@ -218,9 +226,11 @@ def ideal_flops(model, work: Workload, devices: int, part: str) -> float:
     return (tower + layers + attention + 2 * work.batch * d.vocab_size * d.hidden_size) / devices
 
 
-def rows_of(name: str, topology: str, batch: int, budget: float, prompt: int, model_axis: int, budgets) -> list[dict]:
+def rows_of(
+    name: str, topology: str, batch: int, budget: float, prompt: int, model_axis: int, budgets, weights: str = "float"
+) -> list[dict]:
     config = preset(name)
-    model = Llava(config, jnp.dtype("bfloat16"))
+    model = Llava(config, jnp.dtype("bfloat16"), weights=weight_coding(weights))
     devices = tpu_devices(topology)
     programs = Programs(model, make_mesh(devices, {"data": len(devices) // model_axis, "model": model_axis}))
     policy = vlc.FullCache() if budget == 1 else vlc.VLCache(budget)
@@ -268,13 +278,14 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.1])
     parser.add_argument("--prompt", type=int, default=8192)
+    parser.add_argument("--weights", default="float", help="of the decoder's projections: float, int8 or int4")
     args = parser.parse_args()
     rows = [
         row
         for name in args.models
         for batch in args.batches
         for budget in args.budgets
-        for row in rows_of(name, args.topology, batch, budget, args.prompt, args.model_axis, args.budgets)
+        for row in rows_of(name, args.topology, batch, budget, args.prompt, args.model_axis, args.budgets, args.weights)
     ]
 
     def shown(row: dict) -> list[str]:
@@ -289,6 +300,7 @@ def main() -> None:
         ["model", "batch", "kept", "program", "GiB", "Tflop", "least", "x least"], [shown(row) for row in rows]
     )
     settings = {"topology": args.topology, "model_axis": args.model_axis, "prompt": args.prompt}
+    settings["weights"] = args.weights
     harness.finish("tpu_roofline", settings, rows, args.json)
 
 
