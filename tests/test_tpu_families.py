@@ -50,7 +50,9 @@ def test_prefill_and_decode_step(name):
     assert step.implementations == ("append=pallas_tpu", "decode_attention=pallas_tpu")
     assert prefill.implementations == ("attention=splash_tpu", "column_statistics=pallas_tpu")
     assert [loop.place.split("/")[-2] for loop in loops(one.as_text())] == ["decoder"]
-    # Layers of the tower and of the decoder; then four searches by value, for the budgets and the best tokens.
-    found = [loop.place.split("/")[-2] for loop in loops(whole.as_text())]
-    assert (found[:2], len(found)) == (["vision", "decoder"], 6)
-    assert all(loop.depth == 0 for loop in loops(whole.as_text()))
+    # Layers of the tower and of the decoder, which search by value for the tokens that they hand on; behind them four
+    # such searches, for the budgets and the best tokens.
+    found = [(loop.place.split("/")[-2], loop.depth) for loop in loops(whole.as_text())]
+    print(found)
+    assert [place for place, depth in found if depth == 0][:2] == ["vision", "decoder"]
+    assert (sum(depth == 0 for _, depth in found), sum(depth > 0 for _, depth in found)) == (6, 2)
