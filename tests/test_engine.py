@@ -90,7 +90,7 @@ def check_arrivals(number, seed):
         expected = alone[key(request)]
         np.testing.assert_array_equal(result.tokens, expected.tokens)
         assert (result.text, result.finish, result.id) == (expected.text, expected.finish, request.id)
-        assert result.kept_fraction == expected.kept_fraction
+        assert (result.kept_fraction, result.exact) == (expected.kept_fraction, expected.exact)
 
 
 @pytest.mark.bits
@@ -114,6 +114,7 @@ def test_answers_are_those_of_generate():
         for name in ("log_probabilities", "sampling_log_probabilities"):
             np.testing.assert_allclose(getattr(result, name), getattr(expected, name)[result.index], atol=1e-5)
         np.testing.assert_allclose(result.kept_fraction, expected.report.kept_fraction[result.index])
+        assert result.exact == bool(expected.report.exact[result.index])
         assert result.prompt_tokens == int(prompts()[result.index].lengths[0])
 
 

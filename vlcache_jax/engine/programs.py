@@ -45,10 +45,10 @@ def read_prompts(
     pattern: Pattern | None,
     pruning: Pruning | None,
     kernels: Kernels,
-) -> tuple[Prompt, jax.Array]:
-    """Compressed prompts without the parameters that a context holds, and what was kept, f32 [rows]."""
+) -> tuple[Prompt, tuple[jax.Array, jax.Array]]:
+    """Compressed prompts without the parameters that a context holds; `kept_fraction` and `exact` of their report."""
     ctx = prefill(model, params, batch, policy, prefill=pattern, pruning=pruning, kernels=kernels)
-    return Prompt.of(ctx), ctx.report.kept_fraction
+    return Prompt.of(ctx), (ctx.report.kept_fraction, ctx.report.exact)
 
 
 @partial(jax.jit, static_argnames=("model", "kernels"))

@@ -78,7 +78,7 @@ class Result:
       reason: why it failed; None if it did not.
       refused: whether it failed because of what it asks, an `InputError`.
       prompt_tokens: of the prompt; 0 if it could not be read.
-      kept_fraction: of the prompt's cache, see `vlc.Report`.
+      kept_fraction, exact: of the prompt's cache, see `vlc.Report`.
       seconds: from the row's start to the end of the answer.
     """
 
@@ -98,6 +98,7 @@ class Result:
     answers: int = 1
     prompt_tokens: int = 0
     kept_fraction: float | None = None
+    exact: bool | None = None
     seconds: float = 0.0
 
     @property

@@ -30,7 +30,7 @@ class Answer:
       question: which of the request's.
       sample: which of the request's.
       of: row of the micro-batch.
-      kept: f32 [rows of the micro-batch].
+      kept: `kept_fraction` and `exact` of the report, [rows of the micro-batch].
       steps: tokens so far.
       started: when its row began; None before.
     """
@@ -39,7 +39,7 @@ class Answer:
     question: int
     sample: int
     of: int
-    kept: jax.Array | None
+    kept: tuple[jax.Array, jax.Array] | None
     steps: int = 0
     started: float | None = None
 
@@ -70,8 +70,10 @@ def result(
     if not finite:
         why = "NonFiniteError: scores or logits are NaN or infinite, so that no token can be told from another"
         return Result(finish="failed", tokens=tokens[:0], reason=why, **_fields(answer))
-    kept = float(np.asarray(answer.kept)[answer.of])
-    return Result(finish=finish, tokens=tokens, text=text, kept_fraction=kept, **_fields(answer, len(tokens), logs))
+    assert answer.kept is not None
+    fraction, exact = (np.asarray(x)[answer.of].item() for x in answer.kept)
+    kept = {"kept_fraction": fraction, "exact": exact}
+    return Result(finish=finish, tokens=tokens, text=text, **kept, **_fields(answer, len(tokens), logs))
 
 
 def given_up(answer: Answer, tokens: np.ndarray = NONE, logs: Logs = (NONE, NONE)) -> Result | None:

@@ -188,6 +188,7 @@ class _OnePolicy:
             "tokens": len(result.tokens),
             "prompt_tokens": result.prompt_tokens,
             "kept_fraction": result.kept_fraction,
+            "exact": result.exact,
             "seconds": round(result.seconds, 4),
         }
 
