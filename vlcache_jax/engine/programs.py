@@ -114,7 +114,7 @@ class Programs:
         """Devices over which the mesh of the parameters splits rows."""
         return rows_over(self.params)
 
-    def read(self, batch: Batch) -> tuple[Prompt, jax.Array]:
+    def read(self, batch: Batch) -> tuple[Prompt, tuple[jax.Array, jax.Array]]:
         """Prefill; waits for nothing."""
         batch = placed(batch, self.params)
         with on_mesh_of(self.params):
