@@ -42,7 +42,8 @@ GROUPS = {
         [
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
             "MixKV TGVKV CSP CriticalKV SparseMM KVzip Compactor LagKV",
-            "ExpectedAttention KeyNorm KeyDifference RandomEviction FullCache Tokens Window Bytes Mass",
+            "ExpectedAttention KeyNorm KeyDifference RandomEviction RankedBits FullCache",
+            "Tokens Window Bytes ByteShare Mass",
             "policies: method",
             "VisionZip TokenCorrelation DivPrune PiToMe ToDRE AIM CDPruner FastV PyramidDrop Feather SparseVLM",
             "KeepCurve search_keep_curve",

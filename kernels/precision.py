@@ -23,8 +23,9 @@ class Precision:
     """How keys and values are coded. Plain XLA and the reference read any; a kernel declines those it does not know.
 
     Attributes:
-      width: bits of a number's code.
-      group: slots that are coded together, a power of two up to 128.
+      width: bits of a number's code; where keys and values differ, on average.
+      rotated: whether keys and values are rotated before they are coded (`kernels.rotation`).
+      group: slots that are coded together, a power of two up to 128; all spans divide it.
       spans: of each array of `Coded`, along which axis of [batch, lanes, ...] the slots lie and how many are in an
         entry; None for scales that there are none of.
 
@@ -42,6 +43,7 @@ class Precision:
     """
 
     width: int
+    rotated: bool = False
     group: int
     spans: tuple[Span, Span, Span | None, Span | None]
 
@@ -60,22 +62,29 @@ class Precision:
 
 
 class Integers(Precision):
-    """8, 4 or 2 bits: keys scaled per channel and group, values per token (`kernels.quantisation`)."""
+    """8, 4 or 2 bits: rotated, keys scaled per channel and group, values per token (`kernels.quantisation`).
 
-    def __init__(self, width: int) -> None:
-        packing, self.group, self.width = 8 // width, quantisation.group_size(width), width
-        self.spans = ((2, packing), (2, packing), (2, self.group), (3, 1))
+    Keys and values may have different numbers of bits. The Pallas kernels read those where they are the same.
+    """
+
+    rotated = True
+
+    def __init__(self, key_bits: int, value_bits: int) -> None:
+        self.bits = key_bits, value_bits
+        groups = [quantisation.group_size(bits) for bits in self.bits]
+        self.group, self.width = max(groups), sum(self.bits) // 2
+        self.spans = ((2, 8 // key_bits), (2, 8 // value_bits), (2, groups[0]), (3, 1))
 
     def encode(self, keys: jax.Array, values: jax.Array, valid: jax.Array) -> Coded:
         """See `Precision.encode`."""
-        key_codes, key_scales = quantisation.quantise_keys(keys, self.width, valid)
-        value_codes, value_scales = quantisation.quantise_values(values, self.width, valid)
+        key_codes, key_scales = quantisation.quantise_keys(keys, self.bits[0], valid)
+        value_codes, value_scales = quantisation.quantise_values(values, self.bits[1], valid)
         return Coded(key_codes, value_codes, key_scales, value_scales)
 
     def decode(self, coded: Coded) -> tuple[jax.Array, jax.Array]:
         """See `Precision.decode`."""
-        keys = quantisation.dequantise_keys(coded.keys, coded.key_scales, self.width)
-        return keys, quantisation.dequantise_values(coded.values, coded.value_scales, self.width)
+        keys = quantisation.dequantise_keys(coded.keys, coded.key_scales, self.bits[0])
+        return keys, quantisation.dequantise_values(coded.values, coded.value_scales, self.bits[1])
 
 
 class Float8(Precision):
@@ -110,5 +119,9 @@ class Float8(Precision):
         return codes.astype(jnp.float8_e4m3fn), scale
 
 
-PRECISIONS: dict[int | str, Precision] = {bits: Integers(bits) for bits in quantisation.BITS} | {"float8": Float8()}
-"""By the word that `Policy.bits` gives."""
+PRECISIONS: dict[int | str, Precision] = {
+    **{bits: Integers(bits, bits) for bits in quantisation.BITS},
+    "4/2": Integers(4, 2),
+    "float8": Float8(),
+}
+"""By the word that `Policy.bits` gives; "4/2" has keys of 4 bits and values of 2."""

@@ -4,6 +4,10 @@ Asymmetric: `x = code * step + zero`, codes are signed integers of `bits` bits. 
 a step and a zero per channel and group of tokens; values get them per token (KIVI, arXiv 2402.02750; ZipCache, arXiv
 2405.14256).
 
+Steps and zeros are bfloat16, half the bytes of float32, and kept as its bits in int16, since CPUs convert whole arrays
+of bfloat16 before they slice them. A zero is rounded first, the step then widened so that the range about it still
+holds every number, and codes are made with what is stored: all that is lost is a little of a step's width.
+
 A group is one TPU tile of bytes, 32 rows: 32, 64 or 128 tokens of 8, 4 or 2 bits. A byte holds 8 / bits tokens of the
 same channel that lie 32 tokens apart, the first in the low bits, so that whole tiles unpack by shifts:
 
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 BITS = (8, 4, 2)
+SCALE_DTYPE = jnp.int16  # the bits of bfloat16
 _ROWS = 32  # of a TPU tile of bytes
 _LANES = 128  # of a TPU tile
 
@@ -44,7 +49,7 @@ def quantise_keys(keys: jax.Array, bits: int, valid: jax.Array | None = None) ->
 
     Returns:
       codes: i8 [..., slots * bits / 8, head_dim].
-      scales: f32 [..., slots / group, 2, width], the step and the zero. width is head_dim rounded up to 128: TPUs keep
+      scales: i16 [..., slots / group, 2, width], the step and the zero. width is head_dim rounded up to 128: TPUs keep
         such rows in order whatever their number, so that a kernel can read those of a segment; the rest is 0.
 
     Raises:
@@ -58,7 +63,7 @@ def quantise_keys(keys: jax.Array, bits: int, valid: jax.Array | None = None) ->
     codes, step, zero = _quantise(x, bits, -2, mask)
     scales = jnp.concatenate([step, zero], axis=-2)
     scales = jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, scales_width(head_dim) - head_dim)])
-    return _pack(codes.reshape(keys.shape), bits), scales
+    return _pack(codes.reshape(keys.shape), bits), bits_of_scales(scales)
 
 
 def quantise_values(values: jax.Array, bits: int, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -71,28 +76,39 @@ def quantise_values(values: jax.Array, bits: int, valid: jax.Array | None = None
 
     Returns:
       codes: i8 [..., slots * bits / 8, head_dim].
-      scales: f32 [..., 2, slots], the step and the zero.
+      scales: i16 [..., 2, slots], the step and the zero.
 
     Raises:
       ValueError: unsupported bits or number of slots.
     """
     _check(values, group_size(bits))
     codes, step, zero = _quantise(values.astype(jnp.float32), bits, -1, None if valid is None else valid[..., None])
-    return _pack(codes, bits), jnp.stack([step[..., 0], zero[..., 0]], axis=-2)
+    return _pack(codes, bits), bits_of_scales(jnp.stack([step[..., 0], zero[..., 0]], axis=-2))
 
 
 def dequantise_keys(codes: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
     """Keys f32 [..., slots, head_dim] from what `quantise_keys` returned for the same `bits`."""
     x = _unpack(codes, bits)
     x = x.reshape(*scales.shape[:-2], group_size(bits), codes.shape[-1])
-    scales = scales[..., : codes.shape[-1]]
+    scales = scales_of_bits(scales[..., : codes.shape[-1]])
     x = x * scales[..., :1, :] + scales[..., 1:, :]
     return x.reshape(*codes.shape[:-2], -1, codes.shape[-1])
 
 
 def dequantise_values(codes: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
     """Values f32 [..., slots, head_dim] from what `quantise_values` returned for the same `bits`."""
-    return _unpack(codes, bits) * scales[..., 0, :, None] + scales[..., 1, :, None]
+    step, zero = (scales_of_bits(scales[..., i, :, None]) for i in (0, 1))
+    return _unpack(codes, bits) * step + zero
+
+
+def bits_of_scales(scales: jax.Array) -> jax.Array:
+    """i16 from bf16."""
+    return jax.lax.bitcast_convert_type(scales, SCALE_DTYPE)
+
+
+def scales_of_bits(bits: jax.Array) -> jax.Array:
+    """f32 from what `bits_of_scales` made, in operations that every backend and kernel has."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
 
 
 def _check(x: jax.Array, group: int) -> None:
@@ -101,18 +117,26 @@ def _check(x: jax.Array, group: int) -> None:
 
 
 def _quantise(x: jax.Array, bits: int, axis: int, valid: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Codes i32 like `x`, step and zero with `axis` reduced to 1."""
-    lowest_code, steps = -(2 ** (bits - 1)), 2**bits - 1
+    """Codes i32 like `x`, step and zero (bfloat16) with `axis` reduced to 1."""
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     low = jnp.min(x, axis, keepdims=True, initial=jnp.inf, where=valid)
     high = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=valid)
     low, high = (jnp.where(high < low, 0, end) for end in (low, high))  # nothing valid
-    step = (high - low) / steps
-    zero = low - step * lowest_code
-    codes = jnp.round((x - zero) / jnp.where(step == 0, 1, step))
-    codes = jnp.clip(codes, lowest_code, lowest_code + steps)
+    stored_zero = (low - (high - low) / (highest - lowest) * lowest).astype(jnp.bfloat16)
+    zero = stored_zero.astype(jnp.float32)
+    stored_step = _at_least(jnp.maximum((high - zero) / highest, (low - zero) / lowest))
+    step = stored_step.astype(jnp.float32)
+    codes = jnp.clip(jnp.round((x - zero) / jnp.where(step == 0, 1, step)), lowest, highest)
     if valid is not None:
         codes = jnp.where(valid, codes, 0)
-    return codes.astype(jnp.int32), step, zero
+    return codes.astype(jnp.int32), stored_step, stored_zero
+
+
+def _at_least(x: jax.Array) -> jax.Array:
+    """The next bfloat16 that is not below x, f32 and not negative; or the one after it."""
+    near = x.astype(jnp.bfloat16)
+    above = (near.astype(jnp.float32) * (1 + 2.0**-7)).astype(jnp.bfloat16)
+    return jnp.where(near.astype(jnp.float32) < x, above, near)
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:

@@ -58,10 +58,10 @@ class Case:
             bits = self.bits
             keys, named["key_scales"] = quantise_keys(jnp.asarray(keys, jnp.float32), bits=bits)
             values, value_scales = quantise_values(jnp.asarray(values, jnp.float32), bits=bits)
-            named["value_scales"] = np.where(inside[:, :, None], value_scales, outside)
+            bad = quantisation.bits_of_scales(jnp.bfloat16(outside))
+            named["value_scales"] = jnp.where(inside[:, :, None], value_scales, bad)
             used = inside.reshape(*inside.shape[:2], -1, self.alignment).any(-1)[..., None, None]
-            named["key_scales"] = np.where(used, named["key_scales"], outside)
-            named = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), named)
+            named["key_scales"] = jnp.where(used, named["key_scales"], bad)
         else:
             keys, values = (jnp.asarray(np.where(inside[..., None], x, outside), self.dtype) for x in (keys, values))
         return (jnp.asarray(query, self.dtype), keys, values, jnp.asarray(offsets), jnp.asarray(lengths)), named

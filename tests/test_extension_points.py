@@ -88,7 +88,7 @@ class Apart(Evicted):
     saves = True
     keeps_others = True
 
-    def stores(self, selected, layers):
+    def stores(self, selected, layers, kept):
         length = selected.keys.shape[3]
         rest = dataclasses.replace(
             selected, order=selected.others, slots=selected.lengths - selected.slots, others=None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlcache_jax import Bytes, InputError, Mass, PolicyError, Tokens
+from vlcache_jax import Bytes, ByteShare, InputError, Mass, PolicyError, Tokens
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
@@ -31,6 +31,7 @@ from vlcache_jax.policies import (
     PyramidKV,
     RandomEviction,
     RandomScore,
+    RankedBits,
     RollingWindow,
     SnapKV,
     SparsityAware,
@@ -156,6 +157,8 @@ def test_by_name():
         ("vl_cache:256", VLCache(Tokens(256))),
         ("vl_cache:64MiB", VLCache(Bytes(2**26))),
         ("vl_cache:1.5 kB", VLCache(Bytes(1500))),
+        ("vl_cache:bytes:0.25,bits=4", VLCache(ByteShare(0.25), bits=4)),
+        ("ranked_bits:0.25", RankedBits(ByteShare(0.25))),
         ("vl_cache:mass:0.98:0.4", VLCache(Mass(0.98, cap=0.4))),
         ("vl_cache:0.2,heads=shared,pool=5,threshold=1e-3", VLCache(0.2, heads="shared", pool=5, threshold=1e-3)),
         ("vl_cache, heads=shared, candidate-fraction=0.3", VLCache(heads="shared", candidate_fraction=0.3)),

@@ -48,6 +48,7 @@ METHODS = {
     "key_difference": vlc.KeyDifference(budget=0.3),
     "zip_vl": vlc.ZipVL(budget=0.3),
     "vl_cache_8_bits": vlc.VLCache(budget=0.3, bits=8),
+    "ranked_bits": vlc.RankedBits(budget=0.3),
     "random": vlc.RandomEviction(budget=0.3),
 }
 WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
@@ -154,7 +155,9 @@ def test_memory_is_freed(policy):
     slack = (3 * 15 + 15) / (3 * 240) + 0.01  # alignment of segments and pool; the paper's total may be 1 % above
     budget = policy.budget.count / 240 if isinstance(policy.budget, vlc.Tokens) else policy.budget
     budget = policy.budget.cap if isinstance(policy.budget, vlc.Mass) else budget
-    if policy.bits is not None:  # scales, of tiny heads: test_quantised_stores counts them
+    if isinstance(policy.budget, vlc.ByteShare):  # of two bytes a number; here it has four, and tiny heads
+        assert real / whole <= policy.budget.share + 3 * 63 / (3 * 240)
+    elif policy.bits is not None:  # scales, of tiny heads: test_quantised_stores counts them
         assert state.context.nbytes / whole <= 2 * (budget + slack)
         assert real < whole
     elif policy.evicted == vlc.Drop():
@@ -174,6 +177,8 @@ def test_kept_tokens_are_the_budget(policy):
     elif isinstance(policy.budget, vlc.Mass):
         assert np.all(total <= policy.budget.cap * 3 * lengths + 1e-3)
         wanted = np.asarray(report.kept).sum(axis=1)
+    elif isinstance(policy.budget, vlc.ByteShare):  # 20 bytes at 4 bits (heads of 8, scales padded), 32 in bfloat16
+        wanted = [int(3 * n) * 48 // 100 for n in lengths]
     elif policy == METHODS["zip_vl"]:
         assert np.all(total <= np.array([int(3 * n) * 3 // 10 for n in lengths]) + 1e-3)
         wanted = np.asarray(report.kept).sum(axis=1)

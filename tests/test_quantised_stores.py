@@ -14,20 +14,22 @@ from test_methods_promises import row_alone
 from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
-from vlcache_jax.cache.packing import value_channels
 from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
 from vlcache_jax.demo.data.tokenizer import prompt
 from vlcache_jax.inference.decode_step import advance
 from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
+from vlcache_jax.kernels.rotation import rotated
 from vlcache_jax.parallel.ops import union_attention
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.policies import METHODS, EnoughMass
 
+NAN = jax.lax.bitcast_convert_type(jnp.bfloat16(jnp.nan), jnp.int16)  # as scales are stored
 CASES = {
     "look_m_candidates_4": vlc.LookM(0.35, merge=None, candidate_fraction=0.5, bits=4),
     "full_8": vlc.FullCache(bits=8),
     "full_2": vlc.FullCache(bits=2),
     "vl_cache_8_others_2": dataclasses.replace(vlc.VLCache(0.4, bits=8), evicted=vlc.Quantise(2)),
+    "vl_cache_4_others_4_2": dataclasses.replace(vlc.VLCache(0.4, bits=4), evicted=vlc.Quantise("4/2")),
     "tova_others_4": dataclasses.replace(vlc.TOVA(0.4), evicted=vlc.Quantise(4)),
 }
 cases = pytest.mark.parametrize("policy", CASES.values(), ids=CASES, scope="module")
@@ -39,6 +41,9 @@ def prefill(policy, batch, params):
 
 # What a store holds, in numpy
 
+_ANGLES = 2 * np.pi * np.outer(np.arange(HEAD_DIM), np.arange(HEAD_DIM)) / HEAD_DIM
+ROTATION = (np.cos(_ANGLES) + np.sin(_ANGLES)) / np.sqrt(HEAD_DIM)  # of what is stored; its own inverse
+
 
 def codes_of(packed, bits):
     """Signed codes [..., slots, d]: token t of a group lies in byte row t % 32, part t // 32."""
@@ -49,8 +54,13 @@ def codes_of(packed, bits):
     return np.where(parts >= 2 ** (bits - 1), parts - 2**bits, parts).reshape(*lead, -1, d)
 
 
+def widths(bits):
+    """Of the codes of keys and of values, which have no more."""
+    return (bits, bits) if isinstance(bits, int) else tuple(map(int, bits.split("/")))
+
+
 def held(store, layer, row, lane):
-    """(positions, keys, values, step of each) of a segment, all float64."""
+    """(positions, keys, values, step of each) of a segment, all float64; steps are those of rotated numbers."""
     store = jax.tree.map(np.asarray, store)
     head = min(lane, store.offsets.shape[2] - 1)
     start, count = store.offsets[row, layer, head], store.lengths[row, layer, head]
@@ -58,14 +68,15 @@ def held(store, layer, row, lane):
     positions, keys, values = (x[row, lane] for x in (store.positions, store.keys, store.values))
     if store.bits is None:
         return positions[cut], keys[cut].astype(float), values[cut].astype(float), 0, 0
-    group = 256 // store.bits
-    assert start % group == 0
-    step, zero = np.repeat(store.key_scales[row, lane, ..., :HEAD_DIM], group, axis=0).astype(float).transpose(1, 0, 2)
-    keys = codes_of(keys, store.bits) * step + zero
-    value_step, value_zero = store.value_scales[row, lane].astype(float)[..., None]
-    channel = store.value_channels[row, layer, lane]
-    values = (codes_of(values, store.bits) * value_step + value_zero) * channel
-    return positions[cut], keys[cut], values[cut], step[cut], value_step[cut] * channel
+    key_bits, value_bits = widths(store.bits)
+    group = 256 // key_bits
+    assert start % (256 // value_bits) == 0
+    key_scales, value_scales = (x[row, lane].view(jnp.bfloat16) for x in (store.key_scales, store.value_scales))
+    step, zero = np.repeat(key_scales[..., :HEAD_DIM], group, axis=0).astype(float).transpose(1, 0, 2)
+    keys = codes_of(keys, key_bits) * step + zero
+    value_step, value_zero = value_scales.astype(float)[..., None]
+    values = codes_of(values, value_bits) * value_step + value_zero
+    return positions[cut], keys[cut] @ ROTATION, values[cut] @ ROTATION, step[cut], value_step[cut]
 
 
 @cases
@@ -85,8 +96,9 @@ def test_every_token_is_within_half_a_step_of_what_was_computed(policy):
             positions, keys, values, key_step, value_step = held(store, layer, row, lane)
             assert positions.tolist() == expected
             key, value = (params[name][layer, row, expected, lane].astype(float) for name in ("key", "value"))
-            assert np.all(np.abs(keys - key) <= 0.5 * key_step + 1e-5)
-            assert np.all(np.abs(values - value) <= 0.5 * value_step + 1e-5)
+            turn = np.eye(HEAD_DIM) if store.bits is None else ROTATION
+            assert np.all(np.abs((keys - key) @ turn) <= 0.5 * key_step + 1e-5)
+            assert np.all(np.abs((values - value) @ turn) <= 0.5 * value_step + 1e-5)
     for store in state.stores:  # nothing else claims to be a token
         of_segments = np.asarray(store.lengths).sum(axis=(1, 2))
         assert np.all(np.sum(np.asarray(store.positions) >= 0, axis=2) == of_segments[:, None])
@@ -118,14 +130,17 @@ def poisoned(store):
     if store.bits is None:
         bad = {name: jnp.where(free[..., None], jnp.nan, getattr(store, name)) for name in ("keys", "values")}
         return dataclasses.replace(store, **bad)
-    unused = jnp.all(free.reshape(*free.shape[:2], -1, 256 // store.bits), axis=3)
-    rows = jnp.repeat(unused, 32, axis=2)[..., None]
+    bits = widths(store.bits)
+    group = 256 // bits[1]
+    unused = jnp.all(free.reshape(*free.shape[:2], -1, group), axis=3)
+    key_rows, value_rows = (jnp.repeat(unused, group * x // 8, axis=2)[..., None] for x in bits)
+    groups = jnp.repeat(unused, group * bits[0] // 256, axis=2)[..., None, None]
     return dataclasses.replace(
         store,
-        keys=jnp.where(rows, 77, store.keys),
-        values=jnp.where(rows, 77, store.values),
-        key_scales=jnp.where(unused[..., None, None], jnp.nan, store.key_scales),
-        value_scales=jnp.where(free[:, :, None], jnp.nan, store.value_scales),
+        keys=jnp.where(key_rows, 77, store.keys),
+        values=jnp.where(value_rows, 77, store.values),
+        key_scales=jnp.where(groups, NAN, store.key_scales),
+        value_scales=jnp.where(free[:, :, None], NAN, store.value_scales),
     )
 
 
@@ -147,8 +162,9 @@ def test_a_row_holds_what_it_holds_alone_and_padding_widens_no_step(name):
 
 def pool_bytes(slots, bits):
     """Of one KV head: codes, steps and zeros of each group and channel (of 128) of keys and each value, positions."""
-    group = 256 // bits
-    return 2 * slots * bits // 8 * HEAD_DIM + slots // group * 2 * 128 * 4 + slots * 2 * 4 + slots * 4
+    key_bits, value_bits = widths(bits)
+    codes = slots * (key_bits + value_bits) // 8 * HEAD_DIM
+    return codes + slots // (256 // key_bits) * 2 * 128 * 2 + slots * 2 * 2 + slots * 4
 
 
 @cases
@@ -158,11 +174,16 @@ def test_bytes_are_those_of_the_buffers(policy):
     for store in state.stores:
         if store.bits is None:
             continue
-        slots, group = store.positions.shape[2], 256 // store.bits
+        slots, group = store.positions.shape[2], 256 // widths(store.bits)[1]
         assert slots % group == 0
-        per_row = KV_HEADS * pool_bytes(slots, store.bits) + 4 * LAYERS * KV_HEADS * HEAD_DIM + 2 * 4 * LAYERS
+        per_row = KV_HEADS * pool_bytes(slots, store.bits) + 2 * 4 * LAYERS
         assert store.nbytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(store)) == batch.size * per_row
-        if store is not state.context or policy.keeps_all:
+        if store is not state.context and policy.allocate.even:  # as many as are left of the longest prompt
+            left = LAYERS * batch.length - int(LAYERS * batch.length * policy.budget)
+            assert slots == min(
+                LAYERS * -(-batch.length // group) * group, -(-(left + LAYERS * (group - 1)) // group) * group
+            )
+        elif store is not state.context or policy.keeps_all:
             assert slots == LAYERS * -(-batch.length // group) * group
         else:
             kept = int(LAYERS * batch.length * policy.budget)
@@ -172,7 +193,7 @@ def test_bytes_are_those_of_the_buffers(policy):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
     batch, group = stub_batch(length=150), 256 // bits
-    fixed = 4 * LAYERS * KV_HEADS * HEAD_DIM + 2 * 4 * LAYERS
+    fixed = 2 * 4 * LAYERS
     for groups in (3, 4):
         count = groups * KV_HEADS * pool_bytes(group, bits) + fixed
         policy = vlc.VLCache(vlc.Bytes(count + 7), bits=bits)
@@ -185,20 +206,17 @@ def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
         prefill(vlc.VLCache(vlc.Bytes(least - 1), bits=bits), batch, stub_params(batch))
 
 
-def test_channels_keep_outliers_from_widening_the_steps_of_all():
+def test_a_rotation_keeps_outliers_from_widening_the_steps_of_all():
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(1, 256, 1, 64)).astype(np.float32)
-    lengths = np.array([256])
-    for outlier, gain in ((1, 0.95), (10, 2)):
+    values = rng.normal(size=(1, 256, 64)).astype(np.float32)
+    for outlier, gain in ((1, 0.95), (30, 2)):
         values[..., 0] *= outlier
-        channels = value_channels(values, lengths)[:, None]
         for bits in (8, 4, 2):
 
-            def error(x, back, bits=bits):
-                found = dequantise_values(*quantise_values(x.swapaxes(1, 2), bits), bits).swapaxes(1, 2) * back
-                return float(jnp.sqrt(jnp.mean((found - values) ** 2)))
+            def error(x, bits=bits):
+                return float(jnp.sqrt(jnp.mean((dequantise_values(*quantise_values(x, bits), bits) - x) ** 2)))
 
-            assert error(values, 1) >= gain * error(values / channels, channels)
+            assert error(jnp.asarray(values)) >= gain * error(rotated(jnp.asarray(values)))
 
 
 # As part of a model
@@ -274,7 +292,7 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: vlc.VLCache(bits=3), "bits=3 cannot be stored: use 8, 4, 2 or float8"),
+        (lambda: vlc.VLCache(bits=3), "bits=3 cannot be stored: use 8, 4, 2, 4/2 or float8"),
         (lambda: vlc.VLCache(bits=8.0), "bits=8.0 cannot be stored"),
         (lambda: vlc.FullCache(bits=True), "bits=True cannot be stored"),
         (lambda: vlc.Quantise(16), "Quantise: bits=16 cannot be stored"),

@@ -32,8 +32,8 @@ def arguments(heads, kv_heads, head_dim, store, queries=0, shared=False):
     bits = BITS[store]
     keys = shape(*lanes, SLOTS * bits // 8, head_dim, dtype="int8")
     scales = {
-        "key_scales": shape(*lanes, SLOTS // group_size(bits), 2, scales_width(head_dim), dtype="float32"),
-        "value_scales": shape(*lanes, 2, SLOTS, dtype="float32"),
+        "key_scales": shape(*lanes, SLOTS // group_size(bits), 2, scales_width(head_dim), dtype="int16"),
+        "value_scales": shape(*lanes, 2, SLOTS, dtype="int16"),
     }
     return (query, keys, keys, segments, segments), scales
 

@@ -72,6 +72,7 @@ from vlcache_jax.policies import (
     PyramidKV,
     Quantise,
     RandomEviction,
+    RankedBits,
     Recompress,
     RollingWindow,
     SnapKV,
@@ -81,7 +82,7 @@ from vlcache_jax.policies import (
     ZipVL,
     policy_by_name,
 )
-from vlcache_jax.policies.budget import Bytes, Mass, Tokens
+from vlcache_jax.policies.budget import Bytes, ByteShare, Mass, Tokens
 from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
 from vlcache_jax.pruning.methods.aim import AIM
@@ -113,6 +114,7 @@ __all__ = [
     "Append",
     "Batch",
     "BlockMask",
+    "ByteShare",
     "Bytes",
     "CDPruner",
     "CheckpointError",
@@ -160,6 +162,7 @@ __all__ = [
     "PyramidKV",
     "Quantise",
     "RandomEviction",
+    "RankedBits",
     "Recompress",
     "Report",
     "Request",

@@ -8,7 +8,8 @@ The prompts run through the model once; what each policy keeps is taken from tha
 and decoded by the real model. Every policy of a task is a JSON line: right answers, answers equal to the full cache's,
 the log-likelihood of the full cache's answers, and the kept bytes as a share of a bfloat16 cache's. An interrupted
 study goes on where it stopped. The table that is printed holds 95 % intervals of the paired difference to the full
-cache. A policy is typed as everywhere else; `;others=4` behind it keeps the tokens that it would evict at 4 bits.
+cache, or to the policy that `--against` names. A policy is typed as everywhere else; `;others=4` behind it keeps the
+tokens that it would evict at 4 bits.
 """
 
 import argparse
@@ -34,7 +35,7 @@ FULL = "full_cache"
 LENGTHS = {"codes": 16, "list": 16, "opening": 16}
 """Tasks of the study and their sentences of prose: those that the full cache answers; see docs/pretrained.md."""
 
-SMALL = ("vl_cache:0.4", "snap_kv:0.4", "full_cache,bits=4")
+SMALL = ("snap_kv:0.4", "full_cache,bits=4", "ranked_bits:0.25")
 EVICTING = (
     "vl_cache",
     "snap_kv",
@@ -51,9 +52,9 @@ STORED = (
     "full_cache,bits=8",
     "full_cache,bits=4",
     "full_cache,bits=2",
-    "vl_cache:0.2,bits=8;others=4",
-    "vl_cache:0.2,bits=4;others=2",
-    "vl_cache:0.6,bits=4",
+    "ranked_bits:0.1",
+    "ranked_bits:0.25",
+    "ranked_bits:0.4",
 )
 
 
@@ -143,25 +144,35 @@ def measure(vlm: Any, drawn: list[Any], prompts: list[Prompts], policy: Any) -> 
     }
 
 
-def table(lines: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Markdown: for each policy its bytes, and of each task right answers and their difference to the full cache."""
+def table(lines: dict[tuple[str, str], dict[str, Any]], against: str = FULL) -> str:
+    """Markdown: for each policy its bytes, and of each task and of all right answers and their difference to another's.
+
+    Of all tasks together also how much likelier the full cache's answer is, in nats, than under that other policy.
+    """
     tasks = list(dict.fromkeys(task for task, _ in lines))
-    rows = [["policy", "bytes, %", *(f"{task}: right, agrees, %" for task in tasks), "log-likelihood"]]
+    columns = [*(f"{task}: right, agrees, %" for task in tasks), "all: right", "log-likelihood"]
+    rows = [["policy", "bytes, %", *columns]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     bits = lambda line, name: np.array([float(x) for x in line[name]])  # noqa: E731
     for policy in dict.fromkeys(policy for _, policy in lines):
         found = [lines[task, policy] for task in tasks if (task, policy) in lines]
         if len(found) < len(tasks):
             continue
-        cells = []
+        cells, gained, likelier = [], [], []
         for task, line in zip(tasks, found, strict=True):
             right = bits(line, "right")
-            _, low, high = bootstrap_interval(100 * (right - bits(lines[task, FULL], "right")))
+            other = lines[task, against]
+            gained.append(100 * (right - bits(other, "right")))
+            likelier.append(np.subtract(line["log_likelihood"], other["log_likelihood"]))
+            _, low, high = bootstrap_interval(gained[-1])
             cells.append(
                 f"{100 * right.mean():.0f} ({low:+.0f} to {high:+.0f}), {100 * bits(line, 'agrees').mean():.0f}"
             )
-        mean = np.mean([np.mean(line["log_likelihood"]) for line in found])
-        rows.append([policy, f"{100 * np.mean([x['bytes'] for x in found]):.0f}", *cells, f"{mean:.2f}"])
+        for name, differences, unit, digits in (("right", gained, 100, 0), ("log_likelihood", likelier, 1, 2)):
+            _, low, high = bootstrap_interval(np.concatenate(differences))
+            mean = unit * np.mean([np.mean(bits(line, name)) for line in found])
+            cells.append(f"{mean:.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
+        rows.append([policy, f"{100 * np.mean([x['bytes'] for x in found]):.0f}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -175,6 +186,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="of prose around the facts")
     parser.add_argument("--rows", type=int, default=16, help="prompts at once")
     parser.add_argument("--seed", type=int, default=0, help="of the samples: 0 for development, 1 to measure")
+    parser.add_argument("--against", default=FULL, help="the policy that the table compares with")
     parser.add_argument("--small", action="store_true", help="three policies, 40 samples of one task")
     args = parser.parse_args()
     policies = [FULL, *(args.policy or (SMALL if args.small else grid()))]
@@ -199,7 +211,7 @@ def main() -> None:
             right = np.mean([float(x) for x in line["right"]])
             print(f"{task} {name}: {100 * right:.0f} % right, {100 * line['bytes']:.1f} % of the bytes", flush=True)
         jax.clear_caches()
-    print(table(lines))
+    print(table(lines, args.against))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def _check(query: jax.Array, store: Store, segments: Segments) -> None:
     batch, _, heads, head_dim = query.shape
     keys, values, offsets, lengths = store.keys, store.values, segments.offsets, segments.lengths
     lanes = keys.shape[1]
-    if keys.shape != values.shape or keys.shape[0] != batch or keys.shape[3] != head_dim:
+    apart = store.bits is not None and values.shape[3:] == keys.shape[3:]  # keys and values may be coded differently
+    if not (keys.shape == values.shape or apart) or keys.shape[0] != batch or keys.shape[3] != head_dim:
         raise ValueError(f"keys {keys.shape} and values {values.shape} do not fit query {query.shape}")
     if lengths.ndim != 2 or lengths.shape[0] != batch or offsets.shape != lengths.shape:
         raise ValueError(f"offsets {offsets.shape}, lengths {lengths.shape}: want two of [{batch}, kv_heads or 1]")

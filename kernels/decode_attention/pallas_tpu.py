@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
-from vlcache_jax.kernels.quantisation import BITS, scales_width
+from vlcache_jax.kernels.quantisation import BITS, SCALE_DTYPE, scales_of_bits, scales_width
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 ALIGNMENT = 16  # of what is read: rows of a TPU tile in bfloat16
@@ -128,8 +128,8 @@ def decode_attention(
     if plan.scale_window:
         stores += [store.key_scales, store.value_scales]
         buffers += [
-            buffer(byte_rows // _GROUP_ROWS, 2, scales_width(head_dim), dtype=jnp.float32),
-            buffer(2, plan.scale_window, dtype=jnp.float32),
+            buffer(byte_rows // _GROUP_ROWS, 2, scales_width(head_dim), dtype=SCALE_DTYPE),
+            buffer(2, plan.scale_window, dtype=SCALE_DTYPE),
         ]
     held = store.slots // store.segments  # of a segment, on average: how long each is, is known when it runs
     pairs = batch * n * heads * held
@@ -308,7 +308,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
             return x.astype(jnp.float32).astype(dtype)
         x = jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=1)
         if store == 0:
-            scales = buffers[2][buffer].reshape(-1, 2, head_dim)
+            scales = scales_of_bits(buffers[2][buffer]).reshape(-1, 2, head_dim)
             x = x * scales[:, 0:1] + scales[:, 1:2]
         return x.reshape(plan.item_lanes, plan.block, head_dim).astype(dtype)
 
@@ -373,7 +373,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
 
         k = load(0, buffer, q.dtype)
         if plan.scale_window and plan.transposed:
-            logits = scale * scaled_dot(q, k, buffers[2][buffer])
+            logits = scale * scaled_dot(q, k, scales_of_bits(buffers[2][buffer]))
         else:
             logits = scale * _batched_dot(q, k, transposed=not plan.transposed)
         logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
@@ -383,7 +383,7 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         total = total * decay + jnp.sum(weights, axis=-1, keepdims=True)
         v = load(1, buffer, q.dtype)
         if plan.scale_window:
-            scales = buffers[3][buffer].reshape(plan.item_lanes * 2, plan.scale_window)
+            scales = scales_of_bits(buffers[3][buffer]).reshape(plan.item_lanes * 2, plan.scale_window)
             if plan.transposed:
                 scales = in_order_of_codes(scales)
             else:

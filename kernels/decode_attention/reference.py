@@ -55,7 +55,11 @@ def _dequantised(store: Store) -> tuple[jax.Array, jax.Array]:
         unsigned = (packed.astype(jnp.int32)[:, :, row] % 256 // 2 ** low_bit[None, None, :, None]) % 2**bits
         return jnp.where(unsigned < 2 ** (bits - 1), unsigned, unsigned - 2**bits).astype(jnp.float32)
 
-    key_scales = store.key_scales[:, :, slot // group, :, : store.keys.shape[3]]  # [batch, lanes, slots, 2, head_dim]
+    key_scales, value_scales = (
+        jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
+        for x in (store.key_scales, store.value_scales)
+    )
+    key_scales = key_scales[:, :, slot // group, :, : store.keys.shape[3]]  # [batch, lanes, slots, 2, head_dim]
     keys = codes(store.keys) * key_scales[:, :, :, 0] + key_scales[:, :, :, 1]
-    values = codes(store.values) * store.value_scales[:, :, 0, :, None] + store.value_scales[:, :, 1, :, None]
+    values = codes(store.values) * value_scales[:, :, 0, :, None] + value_scales[:, :, 1, :, None]
     return keys, values

@@ -17,8 +17,6 @@ class Store:
       values: like `keys`.
       key_scales: what it takes to read codes, see `precision.Coded`; or None.
       value_scales: like `key_scales`.
-      value_channels: f32 [batch, kv_heads, head_dim], by which the values of a store of codes were divided, or None.
-        Attention is linear in the values, so `union_attention` multiplies its output; nothing else reads them.
       bits: the word of the codes' `precision.PRECISIONS` (static); None for a float store.
       segments: how many share a lane (static). One is then a part of the slots on average, which is what kernels tell
         the compiler that they read.
@@ -28,7 +26,6 @@ class Store:
     values: jax.Array
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
-    value_channels: jax.Array | None = None
     bits: int | str | None = dataclasses.field(default=None, metadata={"static": True})
     segments: int = dataclasses.field(default=1, metadata={"static": True})
 
@@ -46,6 +43,11 @@ class Store:
     def packing(self) -> int:
         """Slots in a row of `keys`."""
         return 1 if self.bits is None else PRECISIONS[self.bits].spans[0][1]
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys and values are `rotation.rotated`: `union_attention` then rotates queries and outputs, too."""
+        return self.bits is not None and PRECISIONS[self.bits].rotated
 
     @property
     def coded(self) -> Coded:

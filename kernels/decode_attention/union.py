@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.kernels.decode_attention import xla
@@ -21,6 +20,7 @@ from vlcache_jax.kernels.decode_attention.api import ORDER, decode_attention
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
 from vlcache_jax.kernels.dispatch import dispatch
 from vlcache_jax.kernels.merge import merge
+from vlcache_jax.kernels.rotation import rotated
 
 Part = tuple[Store, Segments]
 Attention = tuple[jax.Array, jax.Array]
@@ -113,11 +113,10 @@ def _of_part(name: str, query: jax.Array, part: Part, **options: Any) -> Attenti
             implementation=name,
             **options,
         )
-        if store.value_channels is not None:
-            channels = jnp.repeat(store.value_channels, out.shape[-2] // store.value_channels.shape[1], axis=1)
-            out *= channels if query.ndim == 3 else channels[:, None]
-        return out, lse
+        return (rotated(out), lse) if store.rotated else (out, lse)
 
+    if store.rotated:
+        query = rotated(query)
     heads, head_dim = query.shape[-2:]
     if _ordinary(query, part):
         return attend(query)

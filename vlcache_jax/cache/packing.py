@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from vlcache_jax.cache.geometry import align, segment_alignment
 from vlcache_jax.cache.store import PackedStore, lanes_spec, store_specs
 from vlcache_jax.kernels.precision import PRECISIONS, Coded
+from vlcache_jax.kernels.rotation import rotated
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import axis_size, local
 
@@ -27,7 +28,6 @@ def pack(
     pool: int,
     lanes: int | None = None,
     bits: int | str | None = None,
-    channels: jax.Array | None = None,
     rooms: tuple[int, ...] | None = None,
     places: jax.Array | None = None,
     starts: tuple[int, ...] | None = None,
@@ -49,7 +49,6 @@ def pack(
       lanes: lanes that the KV heads share, with slots of their own; None for a lane each and the same slots. On a mesh
         that cannot split them every device holds all.
       bits: the precision of a store of codes (`kernels.precision`).
-      channels: f32 [layers, batch, kv_heads, head_dim], from `value_channels`, for a quantised store; or None.
       rooms: of each layer, the distance from its segments to the next; by default they follow one another.
       places: i32 [layers, batch, length], the place in the prompt of each position; None: they are the same.
       starts: where those of each layer begin, if layers hand on different numbers of them.
@@ -70,7 +69,7 @@ def pack(
             return None
         return PartitionSpec(None, rows, over) if x.ndim > 2 and x.shape[2] > 1 else PartitionSpec(None, rows)
 
-    arrays = (keys, values, positions, order, slots, channels, places)
+    arrays = (keys, values, positions, order, slots, places)
     inputs = (*map(place, arrays[:-1]), None if places is None else PartitionSpec(None, rows))
     if starts is not None:
         inputs = (PartitionSpec(rows, over),) * 2 + inputs[2:]
@@ -79,7 +78,6 @@ def pack(
         lanes or kv_heads,
         per_head=slots.ndim > 2,
         bits=bits,
-        channels=channels is not None,
     )
     return local(run, inputs, specs)(*arrays)
 
@@ -90,7 +88,6 @@ def _pack(
     positions: jax.Array,
     order: jax.Array,
     slots: jax.Array,
-    channels: jax.Array | None,
     places: jax.Array | None,
     *,
     pool: int,
@@ -145,14 +142,10 @@ def _pack(
     def read(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         whole = (layer, head, entry, where >= 0)
         l, h, e, valid = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in whole)
-        value = of(values, l, h, e).astype(jnp.float32)
-        if channels is not None:
-            value /= channels[l, row, h]
-        return of(keys, l, h, e), value, valid
+        return of(keys, l, h, e), of(values, l, h, e), valid
 
     codes = quantise_into(empty_codes((batch, kv_heads // group, pool, keys.shape[-1]), bits), read, 0, pool, bits)
-    by_row = None if channels is None else channels.swapaxes(0, 1)
-    return PackedStore(**codes._asdict(), value_channels=by_row, bits=bits, **rest)
+    return PackedStore(**codes._asdict(), bits=bits, **rest)
 
 
 def _start(starts: tuple[int, ...], layer: jax.Array) -> jax.Array:
@@ -193,6 +186,8 @@ def quantise_into(
 
     def step(i: jax.Array, buffers: Coded) -> Coded:
         keys, values, valid = read(i * size, size)
+        if precision.rotated:
+            keys, values = (rotated(x.astype(jnp.float32)) for x in (keys, values))
         new = precision.encode(keys, values, jnp.broadcast_to(valid, keys.shape[:-1]))
         written = (
             span and jax.lax.dynamic_update_slice_in_dim(x, n, (start + i * size) // span[1], span[0])
@@ -203,30 +198,12 @@ def quantise_into(
     return jax.lax.fori_loop(0, count // size, step, varying(buffers, read(jnp.int32(0), size)))
 
 
-def value_channels(values: jax.Array, lengths: jax.Array) -> jax.Array:
-    """What values are divided by before they are quantised token by token, so that no channel widens all steps.
-
-    sqrt(max over the prompt's tokens of |V_c|) for channel c: ZipCache's channel-separable token-wise quantisation (He
-    et al., arXiv 2405.14256), where it leaves each channel the root of its range. A channel of zeros gets 1.
-
-    Args:
-      values: [batch, length, kv_heads, head_dim].
-      lengths: i32 [batch].
-
-    Returns:
-      f32 [batch, kv_heads, head_dim], positive.
-    """
-    valid = (jax.lax.iota(jnp.int32, values.shape[1])[None] < lengths[:, None])[..., None, None]
-    largest = jnp.max(jnp.abs(values.astype(jnp.float32)), axis=1, initial=0.0, where=valid)
-    return jnp.where(largest > 0, jnp.sqrt(largest), 1.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Selected:
     """What layers have chosen from what they handed on; how it is stored comes next.
 
     Attributes:
-      keys, values, positions, order, slots, lanes, channels: as in `pack`.
+      keys, values, positions, order, slots, lanes: as in `pack`.
       lengths: i32 [layers, batch], tokens that a layer had to choose from.
       others: like `order`, the tokens of the prompt that were not chosen; None where nobody wants them.
       windowed: bool [layers], which have a window: what that has left behind is never seen again. None if none has.
@@ -240,7 +217,6 @@ class Selected:
     slots: jax.Array
     lengths: jax.Array
     lanes: int | None = None
-    channels: jax.Array | None = None
     others: jax.Array | None = None
     windowed: jax.Array | None = None
     places: jax.Array | None = None
@@ -253,8 +229,8 @@ class Selected:
 
     def pack(self, pool: int, bits: int | str | None = None, rooms: tuple[int, ...] | None = None) -> PackedStore:
         """See `pack`; what is quantised has no derivative."""
-        keys, values, channels = self.keys, self.values, None
+        keys, values = self.keys, self.values
         if bits is not None:
-            keys, values, channels = jax.lax.stop_gradient((keys, values, self.channels))
+            keys, values = jax.lax.stop_gradient((keys, values))
         chosen = (keys, values, self.positions, self.order, self.slots)
-        return pack(*chosen, pool, self.lanes, bits, channels, rooms, self.places, self.starts)
+        return pack(*chosen, pool, self.lanes, bits, rooms, self.places, self.starts)

@@ -55,8 +55,6 @@ class PackedStore:
       lengths: i32, like `offsets`. Slots in the segment.
       key_scales: of a store whose keys and values are codes (`kernels.precision`); None otherwise.
       value_scales: like `key_scales`.
-      value_channels: f32 [batch, layers, kv_heads, head_dim], by which values were divided before they were quantised;
-        None if they were not.
       bits: the precision of a store of codes, such as 8 (`kernels.precision`; static); None of a float store.
     """
 
@@ -67,7 +65,6 @@ class PackedStore:
     lengths: jax.Array
     key_scales: jax.Array | None = None
     value_scales: jax.Array | None = None
-    value_channels: jax.Array | None = None
     bits: int | str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
@@ -93,7 +90,7 @@ class PackedStore:
           layers: of the model.
           room: slots of a layer.
           first: i32 [batch], position of the first token; 0 by default.
-          **codes: scales, channels and bits of a store of codes.
+          **codes: scales and bits of a store of codes.
         """
         index = jax.lax.iota(jnp.int32, room)[None]
         positions = jnp.where(index < lengths[:, None], index if first is None else first[:, None] + index, -1)
@@ -119,7 +116,7 @@ class PackedStore:
           tokens: of every layer, at most its room.
           rooms: of every layer.
           slots: of the pool, at least the sum of the rooms.
-          **codes: scales, channels and bits of a store of codes.
+          **codes: scales and bits of a store of codes.
         """
         groups = []
         for most in tokens:
@@ -146,7 +143,7 @@ class PackedStore:
             [batch], and the number of layers.
           rooms: of every layer, at least its n.
           slots: of the pool; as few as hold the rooms by default.
-          **codes: scales, channels and bits of a store of codes.
+          **codes: scales and bits of a store of codes.
         """
         (batch, heads, *_), starts, parts, layer = keys.shape, np.cumsum((0, *rooms)), [], 0
         for positions, _, size in groups:
@@ -174,10 +171,9 @@ class PackedStore:
             layer with a window, whose heads hold the same consecutive tokens. None: all see all. Rows are a multiple of
             the store's.
         """
-        channels = None if self.value_channels is None else self.value_channels[:, layer]
         _, layers, heads = self.lengths.shape
         share = layers * -(-heads // self.keys.shape[1])  # of a lane
-        store = Store(self.keys, self.values, self.key_scales, self.value_scales, channels, self.bits, share)
+        store = Store(self.keys, self.values, self.key_scales, self.value_scales, self.bits, share)
         offsets, lengths = self.offsets[:, layer], self.lengths[:, layer]
         if since is None:
             return store, Segments(offsets, lengths)
@@ -203,13 +199,7 @@ class PackedStore:
     def partition_specs(self) -> "PackedStore":
         """Where its arrays lie on the mesh at hand: a `PartitionSpec` for each."""
         batch, lanes, _ = self.positions.shape
-        return store_specs(
-            batch,
-            lanes,
-            per_head=self.offsets.shape[2] > 1,
-            bits=self.bits,
-            channels=self.value_channels is not None,
-        )
+        return store_specs(batch, lanes, per_head=self.offsets.shape[2] > 1, bits=self.bits)
 
     def slot_axes(self) -> "PackedStore":
         """Along which axis of each array its slots lie; -1 where there are none."""
@@ -226,14 +216,13 @@ class PackedStore:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def store_specs(batch: int, lanes: int, *, per_head: bool, bits: int | str | None, channels: bool) -> PackedStore:
+def store_specs(batch: int, lanes: int, *, per_head: bool, bits: int | str | None) -> PackedStore:
     """`PackedStore.partition_specs` of a store that is yet to be made."""
     of_lanes = lanes_spec(batch, lanes)
     rows, over = of_lanes
     table = PartitionSpec(rows, None, over) if per_head else PartitionSpec(rows)
     scales = (span and of_lanes for span in PRECISIONS[bits].spans[2:]) if bits is not None else (None, None)
-    of_channels = PartitionSpec(rows, None, over) if channels else None
-    specs: Any = (of_lanes, of_lanes, of_lanes, table, table, *scales, of_channels, bits)
+    specs: Any = (of_lanes, of_lanes, of_lanes, table, table, *scales, bits)
     return PackedStore(*specs)
 
 

@@ -102,12 +102,6 @@ class ContextReader:
         wanted = Coded(plain, plain) if bits is None else PRECISIONS[bits].shapes(shape)
         arrays = {name: take(name, x.dtype.name, *x.shape) for name, x in zip(Coded._fields, wanted) if x is not None}
         finite: dict[str, Any] = dict(zip(Coded._fields, [(2, 1)] * 2 if bits is None else PRECISIONS[bits].spans))
-        channels = f"{where}.value_channels"
-        if bits is not None and channels in self.arrays:
-            of_heads = (own, spec.num_layers, spec.num_kv_heads, spec.head_dim)
-            arrays["value_channels"] = take("value_channels", "float32", *of_heads)
-            good = np.isfinite(arrays["value_channels"]) & (arrays["value_channels"] > 0)
-            self.require(bool(good.all()), f"{channels} are not finite and positive")
         arrays["positions"] = positions
         self.within(f"{where}.positions", arrays["positions"], -1, spec.max_positions - 1)
         offsets = take("offsets", "int32", own, spec.num_layers, None)
@@ -121,8 +115,11 @@ class ContextReader:
         self.within(f"{where}: ends of segments", offsets.astype(np.int64) + lengths, 0, slots)
         used = self.segments(where, arrays["positions"], offsets, lengths, next_index.reshape(own, -1).min(axis=1))
         for name, span in finite.items():
-            if name in arrays and jnp.issubdtype(arrays[name].dtype, jnp.floating):
-                self.require(_finite(arrays[name], used, *span), f"{where}.{name} are not finite")
+            x = arrays.get(name)
+            if x is not None and x.dtype == np.int16:  # scales: see `kernels.quantisation`
+                x = x.view(jnp.bfloat16)
+            if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
+                self.require(_finite(x, used, *span), f"{where}.{name} are not finite")
         return PackedStore(
             **{name: jnp.array(x) for name, x in (arrays | {"offsets": offsets, "lengths": lengths}).items()}, bits=bits
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.geometry import align, segment_alignment, whole_tiles, window_rooms
-from vlcache_jax.cache.packing import empty_codes, quantise_into, value_channels
+from vlcache_jax.cache.packing import empty_codes, quantise_into
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
 from vlcache_jax.kernels.varying import varying
@@ -59,14 +59,12 @@ def keep_all(
                 key, value = (jnp.take_along_axis(x, index[..., None, None], axis=1) for x in (key, value))
             if bits is not None:
                 key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
-                channels = value_channels(value, held)
-                new = key, value.astype(jnp.float32) / channels[:, None]
-                return out, write(pools, *new, held, start, room), (channels, told)
+                return out, write(pools, key, value, held, start, room), told
             pools = tuple(
                 split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2))
                 for pool, x in zip(pools, (key, value))
             )
-            return out, pools, (None, told)
+            return out, pools, told
 
         return attend
 
@@ -87,9 +85,7 @@ def keep_all(
     pools = varying(jax.tree.map(split, pools), prompt.lengths)
     logits, (keys, values, *scales), stages = run(attend_in, pools)
     of_codes = dict(zip(("key_scales", "value_scales"), scales), bits=bits)
-    channels, told = joined([ys for _, ys in stages])
-    if channels is not None:
-        of_codes["value_channels"] = channels.swapaxes(0, 1)
+    told = joined([ys for _, ys in stages])
     if spec.windows:
         context = PackedStore.latest(keys, values, prompt.lengths, tokens, rooms, slots, **of_codes)
     elif alone:

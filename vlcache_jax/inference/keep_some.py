@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.geometry import capacity, segment_alignment, whole_tiles
-from vlcache_jax.cache.packing import Selected, value_channels
+from vlcache_jax.cache.packing import Selected
 from vlcache_jax.cache.selection import candidates, protected_first, select_layers
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore, split
@@ -47,7 +47,7 @@ def keep_some(
     layers, length, windows = spec.num_layers, prompt.room, spec.layer_windows
     allocate = policy.sharing
     lanes = policy.lanes if allocate.per_head else None
-    budget = slot_budget(policy.budget, spec, lanes, policy.bits)
+    budget = slot_budget(policy.budget, spec, lanes, policy.bits, policy.evicted.bits)
     windowed = jnp.asarray([window is not None for window in windows])
     held = [min(window or 0, length) for window in windows]  # tokens of the layers with a window
     count = max(policy.candidates(length, budget), *held)  # tokens that a layer hands on: room for those of every row
@@ -55,7 +55,6 @@ def keep_some(
     entries = length if wide else count
     starts = np.cumsum((0, *(length if layer in wide else count for layer in range(layers)))).tolist()
     threshold = allocate.threshold
-    quantised = policy.bits is not None or policy.evicted.bits is not None
     measure = threshold is not None or policy.score.needs_attention
     rule = policy.rule
     mean = jnp.asarray(budget.total(lengths)) // budget.layers
@@ -144,7 +143,6 @@ def keep_some(
             scores, ties, judgement, measured, noted = ops.of_layer(evicts, layer, judged, layer, *seen)
             if said.room > room:
                 key, value = key[:, :room], value[:, :room]
-            channels = value_channels(value, lengths) if quantised else None
             positions = jnp.broadcast_to(jax.lax.iota(jnp.int32, room), (batch, 1, room))
             if count < length:
                 positions = jnp.broadcast_to(positions, scores.shape)
@@ -163,7 +161,7 @@ def keep_some(
                     for pool, x in zip(carry, (handed.keys, handed.values))
                 )
                 handed = handed._replace(keys=None, values=None)
-            return out, carry, (handed, channels, judgement, measured, noted, told)
+            return out, carry, (handed, judgement, measured, noted, told)
 
         return WithOutput(attend) if policy.score.needs_output else attend
 
@@ -173,7 +171,7 @@ def keep_some(
         pools = varying((split(jnp.zeros(pool_shape, spec.dtype)),) * 2, lengths)
     logits, pools, stages = run(attend_in, pools)
     stages = [(stage.once(), ys) for stage, ys in stages]
-    handed, channels, (density, finite), measured, noted, told = joined([ys for _, ys in stages])
+    handed, (density, finite), measured, noted, told = joined([ys for _, ys in stages])
     scores, ties, positions = handed[2:]
     keys, values = pools if wide else handed[:2]
     there = joined([jnp.broadcast_to(stage.lengths, (stage.size, batch)) for stage, _ in stages])  # tokens of a layer
@@ -220,7 +218,6 @@ def keep_some(
         slots=slots,
         lengths=there,
         lanes=lanes,
-        channels=channels,
         others=others,
         windowed=windowed if spec.windows else None,
         places=_places(stages, length),
@@ -238,7 +235,7 @@ def keep_some(
     if selected.places is not None:  # what a layer does not have it cannot miss
         requested = jnp.minimum(requested, jnp.expand_dims(there.T, range(2, requested.ndim)))
     allocation = Allocation(requested=requested, density=density.T)
-    stores = [context, *policy.evicted.stores(selected, budget.layers)]
+    stores = [context, *policy.evicted.stores(selected, budget.layers, allocate.least(length, budget))]
     return logits, [stage for stage, _ in stages], stores, allocation, observed, told
 
 

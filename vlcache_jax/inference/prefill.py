@@ -130,7 +130,7 @@ def run_prompts(
     kernels: Kernels | None,
 ) -> Context:
     """`prefill`, if `max_new_tokens` have their place, too."""
-    policy = FullCache() if policy is None else policy
+    policy = FullCache() if policy is None else policy.settled(model.spec)
     check_prefill(model.spec, batch, policy, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()

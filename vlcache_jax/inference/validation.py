@@ -87,7 +87,8 @@ def _warn_of_forced_tokens(spec: ModelSpec, policy: Policy, lengths: np.ndarray)
 
     The text is the same for every batch, so that Python's default filter shows it once.
     """
-    budget = slot_budget(policy.budget, spec, policy.lanes if policy.sharing.per_head else None, policy.bits)
+    lanes = policy.lanes if policy.sharing.per_head else None
+    budget = slot_budget(policy.budget, spec, lanes, policy.bits, policy.evicted.bits)
     means = [budget.total(int(n)) // budget.layers for n in lengths]  # slots of a layer on average
     means = [mean for mean, n in zip(means, lengths) if 1 < mean < n]
     start = f"{policy.name}: at a budget of {budget_text(policy.budget)} and prompts of this length"

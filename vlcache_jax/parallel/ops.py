@@ -228,8 +228,6 @@ def union_attention(
             # The one lane of a store that all heads share is on every device, and each reads its own heads' segments.
             lanes = None if store.lanes < kv_heads and store.lanes == 1 else heads
             placed: Any = jax.tree.map(lambda _: PartitionSpec(own, lanes), store)
-            if store.value_channels is not None:
-                placed = dataclasses.replace(placed, value_channels=PartitionSpec(own, heads))
             table = PartitionSpec(own, None if segments.lengths.shape[1] == 1 else heads)
             return placed, Segments(table, table, None if segments.skip is None else PartitionSpec(rows))  # type: ignore[arg-type]
 

@@ -30,6 +30,7 @@ from vlcache_jax.policies.methods.mix_kv import DiversityMixed, MixKV
 from vlcache_jax.policies.methods.prefix_kv import PrefixKV
 from vlcache_jax.policies.methods.pyramid_kv import Pyramid, PyramidKV
 from vlcache_jax.policies.methods.random_eviction import RandomEviction
+from vlcache_jax.policies.methods.ranked_bits import RankedBits
 from vlcache_jax.policies.methods.snap_kv import SnapKV
 from vlcache_jax.policies.methods.sparse_mm import HeadShares, SparseMM
 from vlcache_jax.policies.methods.streaming_llm import StreamingLLM
@@ -101,6 +102,7 @@ __all__ = [
     "Quantise",
     "RandomEviction",
     "RandomScore",
+    "RankedBits",
     "Recency",
     "Recompress",
     "Repetition",

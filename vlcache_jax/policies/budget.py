@@ -94,7 +94,45 @@ class Mass:
         return budget_text(self)
 
 
-Budget = float | Tokens | Bytes | Mass
+@static_field
+@dataclasses.dataclass(frozen=True)
+class ByteShare:
+    """A budget in bytes that scales with the prompt: a share of what its whole cache takes in 16-bit numbers.
+
+    What a token takes follows from the policy's `bits` and from those of `evicted`, scales included, so that fewer bits
+    buy more tokens. With s bytes a kept token, o another one (0 if it is dropped) and f in 16 bits, the policy keeps
+    the fraction (share f - o) / (s - o) of the tokens, rounded down to a ten-thousandth. A float number counts two
+    bytes, whatever the model computes in; positions and the alignment of segments are not counted, as they are not in
+    f.
+
+    Attributes:
+      share: in (0, 1).
+      tiers: which bits the policy may choose from, when it meets a model: pairs of bits, of the tokens that are kept
+        and of the others (None: dropped). It takes the first pair whose share holds all tokens at the others' bits.
+        Empty: those of the policy.
+
+    Raises:
+      PolicyError: a share out of range.
+
+    Example:
+      >>> ByteShare(0.25).share
+      0.25
+    """
+
+    share: float
+    tiers: tuple[tuple[int | str, int | str | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        share = self.share
+        object.__setattr__(self, "tiers", tuple(map(tuple, self.tiers)))  # which files hold as lists
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 1e-4 <= share < 1:
+            raise PolicyError(f"ByteShare({share!r}): give a share of the bytes of a 16-bit cache, below 1")
+
+    def __format__(self, _: str) -> str:
+        return budget_text(self)
+
+
+Budget = float | Tokens | Bytes | ByteShare | Mass
 
 DEFAULT_BUDGET = 0.1
 """Of every method whose authors do not say otherwise."""
@@ -113,6 +151,8 @@ def budget_text(budget: Budget) -> str:
         return f"{budget.count} tokens a layer"
     if isinstance(budget, Bytes):
         return f"{budget.count} bytes a prompt"
+    if isinstance(budget, ByteShare):
+        return f"{100 * budget.share:.4g} % of the bytes"
     if isinstance(budget, Mass):
         return f"{100 * budget.share:.4g} % of the attention, at most {budget_text(budget.cap or 1.0)}"
     return f"{100 * budget:.4g} %"

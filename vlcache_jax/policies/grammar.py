@@ -9,13 +9,16 @@ from typing import Any
 
 import vlcache_jax.policies.methods  # noqa: F401  (the methods make themselves known)
 from vlcache_jax.errors import PolicyError
-from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
+from vlcache_jax.policies.budget import Budget, Bytes, ByteShare, Mass, Tokens
 from vlcache_jax.policies.methods.method import METHODS, options_of
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import AllRows, LastRows, PostVision, Rows
 from vlcache_jax.terminal import words
 
-_BUDGETS = "0.1 or 10% of the prompt's cache, 256 (tokens a layer), 64MiB (bytes a prompt), or mass:0.98:0.4"
+_BUDGETS = (
+    "0.1 or 10% of the prompt's cache, 256 (tokens a layer), 64MiB (bytes a prompt), bytes:0.25 (of a 16-bit cache's), "
+    "or mass:0.98:0.4"
+)
 _BUDGET = re.compile(rf"(?P<number>{words.NUMBER.pattern}) *(?P<unit>%|[KMG]i?B|B|)", re.IGNORECASE | re.ASCII)
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CONSTANTS = {"true": True, "false": False, "none": None}
@@ -27,7 +30,8 @@ def policy_by_name(text: str, **options: Any) -> Policy:
     Args:
       text: a method's name, then a budget and options where the method's own are not wanted:
         "vl_cache", "vl_cache:0.2", "snap_kv:256,window=16,heads=shared". A budget is `0.1` or `10%` of the prompt's
-        cache, `256` tokens a layer, `64MiB` a prompt, or `mass:0.98:0.4`: `Mass(0.98, cap=0.4)`. Options are arguments
+        cache, `256` tokens a layer, `64MiB` a prompt, `bytes:0.25` of a 16-bit cache's bytes (`ByteShare`), or
+        `mass:0.98:0.4`: `Mass(0.98, cap=0.4)`. Options are arguments
         of the method's function; `rows` takes post_vision, last:COUNT or all.
       **options: more of them, as Python values. Every method takes `decoding`, too, here and in the text: "append",
         "window:256" or "recompress:128" (h2o, tova and streaming_llm also "evict"), see `Policy.decoding`.
@@ -88,6 +92,8 @@ def _budget(text: str) -> Budget:
         parts = word[5:].split(":")
         if len(parts) <= 2 and all(map(words.NUMBER.fullmatch, parts)) and all(map(math.isfinite, map(float, parts))):
             return Mass(*map(float, parts))
+    elif word[:6].lower() == "bytes:" and words.NUMBER.fullmatch(word[6:]) and math.isfinite(float(word[6:])):
+        return ByteShare(float(word[6:]))
     elif (
         (match := _BUDGET.fullmatch(word))
         and len(match["number"]) <= 40

@@ -10,16 +10,18 @@ from vlcache_jax.cache.fractions import Count, as_fraction, floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.policies.allocate.equal_mass import RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
-from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
+from vlcache_jax.policies.budget import Budget, Bytes, ByteShare, Mass, Tokens
 from vlcache_jax.policies.decoding.append import APPEND, Append
 from vlcache_jax.policies.decoding.rule import DecodingRule, rule_by_name
 from vlcache_jax.policies.evicted.drop import Drop
+from vlcache_jax.policies.evicted.quantise import Quantise
 from vlcache_jax.policies.evicted.rule import Evicted
 from vlcache_jax.policies.precision import check_bits
 from vlcache_jax.policies.rows.spans import PostVision, Rows
 from vlcache_jax.policies.scores.attention import AccumulatedAttention, Score
-from vlcache_jax.policies.shares import SlotBudget
+from vlcache_jax.policies.shares import SlotBudget, token_bytes
 from vlcache_jax.policies.window import AverageShare, Recent, Window
+from vlcache_jax.typing import ModelSpec
 
 _WHOLE = 512  # tokens of a layer that are no matter of memory: shorter prompts are handed on whole
 
@@ -55,7 +57,8 @@ class Policy:
       name: for reports.
       budget: what to keep of the prompt's cache. A fraction of it in [0.0001, 1]; `Tokens(n)`, or just the integer n
         from 2 on: n tokens a layer on average, everything if the prompt is shorter; `Bytes(n)`: n bytes of context for
-        every prompt of the batch; `Mass(share, cap)`: in every layer as little as holds that share of the scores, at
+        every prompt of the batch; `ByteShare(share)`: that share of the bytes of the prompt's cache in 16-bit numbers,
+        whatever the `bits`; `Mass(share, cap)`: in every layer as little as holds that share of the scores, at
         most the fraction `cap` of the prompt's cache together. At 1 (or 1.0) nothing is scored and all is kept.
       rows: which prompt rows score the keys.
       score: from the rows' attention (or anything else in a layer) to a score.
@@ -107,8 +110,8 @@ class Policy:
             (
                 "budget",
                 1e-4,
-                Tokens | Bytes | Mass,
-                ", or tokens a layer as an integer from 2 on, or Bytes(n), or Mass(share, cap)",
+                Tokens | Bytes | ByteShare | Mass,
+                ", or tokens a layer as an integer from 2 on, or Bytes(n), ByteShare(share), or Mass(share, cap)",
             ),
             ("recent", 0.0, Tokens | Window | AverageShare, ", or Tokens(n), or Window(n)"),
             ("candidate_fraction", 1e-4, NoneType, ""),
@@ -144,7 +147,7 @@ class Policy:
                     f"{self.name}: sinks={self.sinks} and a window of {window} recent tokens do not fit into "
                     f"budget={budget.count} tokens a layer: raise the budget, or lower sinks or recent"
                 )
-        elif not isinstance(budget, Bytes):
+        elif not isinstance(budget, Bytes | ByteShare):
             most = (budget.cap or 1.0) if isinstance(budget, Mass) else budget
             if self.candidate_fraction and as_fraction(self.candidate_fraction) < as_fraction(most) < 1:
                 raise PolicyError(
@@ -203,6 +206,16 @@ class Policy:
     def keeps_all(self) -> bool:
         """Whether this is the uncompressed cache."""
         return self.budget == 1
+
+    def settled(self, spec: ModelSpec) -> "Policy":
+        """This policy for a model: bits that its budget leaves open are chosen; see `ByteShare`."""
+        budget = self.budget
+        if not isinstance(budget, ByteShare) or not budget.tiers:
+            return self
+        room = budget.share * token_bytes(spec.head_dim, None)
+        first, others = next((a, b) for a, b in budget.tiers if b is None or token_bytes(spec.head_dim, b) < room)
+        evicted = Drop() if others is None else Quantise(others)
+        return dataclasses.replace(self, budget=ByteShare(budget.share), bits=self.bits or first, evicted=evicted)
 
     @property
     def repeats(self) -> bool:

@@ -1,6 +1,7 @@
 """How many slots a budget gives all layers together, and each of them."""
 
 import dataclasses
+import math
 from typing import TypeVar
 
 import jax
@@ -11,7 +12,7 @@ from vlcache_jax.cache.geometry import segment_alignment, whole_tiles, window_ro
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.precision import PRECISIONS
 from vlcache_jax.kernels.varying import varying
-from vlcache_jax.policies.budget import Budget, Bytes, Mass, Tokens
+from vlcache_jax.policies.budget import Budget, Bytes, ByteShare, Mass, Tokens
 from vlcache_jax.typing import ModelSpec
 
 Count = TypeVar("Count", bound=int | jax.Array)
@@ -74,7 +75,11 @@ class SlotBudget:
 
 
 def slot_budget(
-    budget: Budget, spec: ModelSpec, shared_lanes: int | None = None, bits: int | str | None = None
+    budget: Budget,
+    spec: ModelSpec,
+    shared_lanes: int | None = None,
+    bits: int | str | None = None,
+    others: int | str | None = None,
 ) -> SlotBudget:
     """What a budget means for a model.
 
@@ -83,6 +88,7 @@ def slot_budget(
       spec: of the model.
       shared_lanes: lanes of a store in which several KV heads share a lane; None for a lane each.
       bits: of a store of codes, or None.
+      others: bits of the tokens that are not among the kept ones; None if they are dropped.
 
     Raises:
       PolicyError: bytes that hold less than one token a layer.
@@ -92,6 +98,8 @@ def slot_budget(
         return SlotBudget(layers, per_layer=budget.count, lanes=lanes)
     if isinstance(budget, Mass):
         return SlotBudget(layers, fraction=budget.cap, mass=budget.share, lanes=lanes)
+    if isinstance(budget, ByteShare):
+        return SlotBudget(layers, fraction=_kept_fraction(budget, spec.head_dim, bits, others), lanes=lanes)
     if not isinstance(budget, Bytes):
         return SlotBudget(layers, fraction=budget, lanes=lanes)
     group = spec.num_kv_heads // lanes if shared_lanes else 1  # KV heads of a lane
@@ -102,7 +110,6 @@ def slot_budget(
     else:  # codes, scales and positions
         arrays = jax.tree.leaves(PRECISIONS[bits].shapes((1, 1, alignment, spec.head_dim)))
         unit = sum(x.size * x.dtype.itemsize for x in arrays) + 4 * alignment
-        fixed += 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim  # channels of the values
     unit *= spec.num_kv_heads // group
     pool = (budget.count - fixed) // unit * alignment
     if whole_tiles(pool) > pool:
@@ -115,6 +122,34 @@ def slot_budget(
             f"budget={budget.count} bytes cannot hold one token for each of the {layers} layers: give at least {least}"
         )
     return SlotBudget(layers, slots=slots, lanes=lanes)
+
+
+def token_bytes(head_dim: int, bits: int | str | None) -> float:
+    """Bytes of a token's key and value in one KV head, scales included; a float number counts two.
+
+    Example:
+      >>> [token_bytes(128, bits) for bits in (None, 8, 4, 2)]
+      [512, 276.0, 140.0, 72.0]
+    """
+    if bits is None:
+        return 4 * head_dim
+    precision = PRECISIONS[bits]
+    arrays = jax.tree.leaves(precision.shapes((1, 1, precision.group, head_dim)))
+    return sum(x.size * x.dtype.itemsize for x in arrays) / precision.group
+
+
+def _kept_fraction(budget: ByteShare, head_dim: int, bits: int | str | None, others: int | str | None) -> float:
+    """The fraction of the tokens to keep; see `ByteShare`."""
+    full, kept = token_bytes(head_dim, None), token_bytes(head_dim, bits)
+    left = 0 if others is None else token_bytes(head_dim, others)
+    fraction = math.floor(1e4 * (budget.share * full - left) / (kept - left) + 1e-6) / 1e4
+    if fraction <= 0:
+        least = max(0.01, math.ceil(100 * left / full))
+        raise PolicyError(
+            f"{budget.share:.4g} of the bytes hold no token, with the others at bits={others}: "
+            f"give {least} % or more, or evicted=Drop()"
+        )
+    return min(1.0, fraction)
 
 
 def layer_budgets(density: jax.Array, length: jax.Array | int, budget: float, total: str = "exact") -> jax.Array:

@@ -58,6 +58,13 @@ class Allocate:
         """
         return length
 
+    def least(self, length: int, budget: SlotBudget) -> int:
+        """The fewest slots that all layers together get for prompts of `length` tokens (static); 0 if nobody knows.
+
+        What is left of a prompt, its tokens less this, must not fall as it grows: stores have room for the longest.
+        """
+        return 0
+
     def measure(self, inputs: "LayerInputs", scores: jax.Array) -> Any:
         """What must be known of a layer: f32 [batch, ...] from its inputs and scores [batch, heads, length].
 
@@ -148,6 +155,9 @@ class Uniform(Allocate):
 
     def most(self, length: Count, budget: SlotBudget) -> Count:
         return -(-budget.total(length) // budget.layers)  # type: ignore[return-value]
+
+    def least(self, length: int, budget: SlotBudget) -> int:
+        return budget.total(length)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
         total = jnp.asarray(budget.total(lengths))[:, None]

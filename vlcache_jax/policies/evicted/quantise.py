@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vlcache_jax.cache.geometry import align, regular_slots, segment_alignment
+from vlcache_jax.cache.geometry import align, capacity, regular_slots, segment_alignment
 from vlcache_jax.cache.packing import Selected
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.errors import PolicyError
@@ -19,7 +19,8 @@ from vlcache_jax.policies.precision import check_bits
 class Quantise(Evicted):
     """They stay at fewer bits than the kept ones, in a store of their own (`KVState.more`).
 
-    How many there will be is not known before the prompt is seen, so that store has room for all tokens of all layers.
+    That store has room for as many as there can be: all tokens of all layers, less what the layers keep in any case
+    (`Allocate.least`).
 
     Attributes:
       bits: 8, 4 or 2, or another word of `PRECISIONS`.
@@ -53,9 +54,11 @@ class Quantise(Evicted):
                 "keeps all of a prompt of any length: give a fraction or tokens, or use Drop()"
             )
 
-    def stores(self, selected: Selected, layers: int) -> tuple[PackedStore, ...]:
-        """See `Evicted.stores`: a prompt may keep next to nothing, so that there is room for all of it."""
-        pool = regular_slots(selected.group * layers, int(align(selected.keys.shape[3], segment_alignment(self.bits))))
+    def stores(self, selected: Selected, layers: int, kept: int) -> tuple[PackedStore, ...]:
+        """See `Evicted.stores`."""
+        group, length, alignment = selected.group, selected.keys.shape[3], segment_alignment(self.bits)
+        pool = regular_slots(group * layers, int(align(length, alignment)))
+        pool = min(pool, capacity(group * (layers * length - kept), group * layers, alignment))
         left = jnp.expand_dims(selected.lengths, range(2, selected.slots.ndim)) - selected.slots
         if selected.windowed is not None:
             left = jnp.where(jnp.expand_dims(selected.windowed, range(1, left.ndim)), 0, left)

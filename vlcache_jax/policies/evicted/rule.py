@@ -41,6 +41,6 @@ class Evicted:
         """What is kept, before it is packed."""
         return selected
 
-    def stores(self, selected: Selected, layers: int) -> tuple[PackedStore, ...]:
-        """Further stores (`KVState.more`), of the `layers` that have no window."""
+    def stores(self, selected: Selected, layers: int, kept: int) -> tuple[PackedStore, ...]:
+        """Further stores (`KVState.more`), of the `layers` that have no window, which keep `kept` slots at least."""
         return ()

@@ -12,6 +12,7 @@ import vlcache_jax.policies.methods.streaming_llm
 import vlcache_jax.policies.methods.look_m
 import vlcache_jax.policies.methods.prefix_kv
 import vlcache_jax.policies.methods.zip_vl
+import vlcache_jax.policies.methods.ranked_bits
 import vlcache_jax.policies.methods.air_cache
 import vlcache_jax.policies.methods.mix_kv
 import vlcache_jax.policies.methods.tgv_kv

@@ -66,8 +66,8 @@ def ZipVL(
     the normalised score and the storage are ZipCache's. ZipVL probes 64 recent and 64 random rows; here rows are
     consecutive, so it is the recent ones. The paper's dynamic ratio has no cap; here the budget bounds the store, which
     must have a size before the prompt is seen: 0.6 is what ZipCache keeps at the higher precision. The last token is
-    always important. Keys are quantised per channel and group of tokens, values per token after each channel was
-    divided by the root of its largest value (`packing.value_channels`). The sparse attention of ZipVL's prefill is not
+    always important. Numbers are quantised as in every store (`kernels.quantisation`), not by ZipCache's scheme, which
+    divides each channel of the values by the root of its largest one. The sparse attention of ZipVL's prefill is not
     part of this. Generated tokens stay in the model's dtype; ZipCache compresses them every 100 steps.
 
     With `evicted="quantise"` nothing is lost but precision. Query-aware, if the question lies in the last rows.
