@@ -26,7 +26,7 @@ def llava():
 
 @pytest.fixture(scope="module")
 def batch():
-    return ragged_batch(rows=4, length=40)
+    return ragged_batch(rows=2, length=40)
 
 
 def test_the_second_time_is_a_text_that_goes_on(llava, batch):
