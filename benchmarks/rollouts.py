@@ -6,6 +6,8 @@ Both sides draw the same numbers of tokens in full; "with both log-probabilities
 passes the other two sides do not have.
 """
 
+import argparse
+
 import harness
 import jax
 import jax.numpy as jnp
@@ -24,18 +26,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=True, help="the third side")
     args = parser.parse_args()
     model = Llava(harness.SHAPES[args.shape], jnp.dtype("float32"), layout=args.layout)
     params = harness.random_params(model)
     batch = harness.random_batch(model.config, 1, args.length)
     policy, sampling = vlc.VLCache(budget=args.budget), vlc.Sampling()
 
-    def separate() -> float:
+    def separate(samples: int = args.samples) -> float:
         def one(seed: int) -> jax.Array:
             options = {"sampling": sampling, "seeds": seed, "eos_token_ids": []}
             return vlc.generate(model, params, batch, policy, args.steps, **options).tokens
 
-        return harness.timed(lambda: [one(seed) for seed in range(args.samples)])
+        return harness.timed(lambda: [one(seed) for seed in range(samples)])
 
     def forked() -> float:
         def run() -> jax.Array:
@@ -51,7 +54,11 @@ def main() -> None:
         return harness.timed(lambda: rollout(model, params, batch, policy, args.steps, **options).full)
 
     sides = {"separate": separate, "one prefill": forked, "with both log-probabilities": scored}
-    timings = harness.alternate(sides, args.repeats)
+    if not args.full:
+        del sides["with both log-probabilities"]
+    for compiled in (lambda: separate(1), *list(sides.values())[1:]):
+        compiled()
+    timings = harness.alternate(sides, args.repeats, warm=False)
     tokens = args.samples * args.steps
     rows = [
         {"side": name, "seconds": timing.record(), "tokens_per_second": tokens / timing.median,
