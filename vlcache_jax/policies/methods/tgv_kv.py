@@ -46,11 +46,11 @@ class TextWeighted(Score):
 class TextVisionMass(Allocate):
     """Slots in proportion to the attention that the policy's rows give to visual tokens, averaged over query heads.
 
-    A layer has `least` slots at least and the prompt's length at most; what a bound takes from one is shared among the
+    A layer has `lowest` slots at least and the prompt's length at most; what a bound takes from one is shared among the
     others, so that they add up to the budget (`share_slots`). A prompt without visual tokens has equal layers.
     """
 
-    least: int = 1
+    lowest: int = 1
 
     def measure(self, inputs: LayerInputs, scores: jax.Array) -> jax.Array:
         """f32 [batch]."""
@@ -60,7 +60,7 @@ class TextVisionMass(Allocate):
         return jnp.where(jnp.any(visual, axis=1), jnp.sum(jnp.where(visual, received, 0), axis=1), 1)
 
     def slots(self, measured: jax.Array, lengths: jax.Array, budget: SlotBudget) -> jax.Array:
-        least = jnp.minimum(self.least, lengths)
+        least = jnp.minimum(self.lowest, lengths)
         return jax.vmap(share_slots)(measured, jnp.asarray(budget.total(lengths)), least, lengths)
 
 
