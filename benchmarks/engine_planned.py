@@ -67,7 +67,7 @@ def reading(config: Any, params: Any, length: int, patches: int) -> float:
 
 
 def sizes(programs: Programs, policy: vlc.Policy, length: int, new_tokens: int, tiles: int) -> Sizes:
-    work = Workload(batch=SAMPLE, prompt=length, new_tokens=new_tokens, tiles=tiles, pruning=None)
+    work = Workload(batch=SAMPLE, prompt=length, new_tokens=new_tokens, tiles=tiles)
     row = programs.bytes_of(programs.state(work, policy)) / SAMPLE
     few = dataclasses.replace(work, batch=max(1, MICRO_BATCH // length))
     prefill, _ = programs.prefill(few, policy)

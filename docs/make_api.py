@@ -40,6 +40,7 @@ GROUPS = {
     "policies": (
         "Policies",
         [
+            "Recipe recipe_by_name",
             "Policy policy_by_name VLCache SnapKV PyramidKV AdaKV H2O TOVA StreamingLLM LookM PrefixKV ZipVL AirCache",
             "MixKV TGVKV CSP CriticalKV SparseMM KVzip Compactor LagKV",
             "ExpectedAttention KeyNorm KeyDifference RandomEviction RankedBits FullCache",

@@ -102,7 +102,7 @@ def test_prompts(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture, t
 
 def test_pruning(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     """What the library drops; what cannot work is refused before the weights are read."""
-    method = ["--pruning", "pyramid_drop,layers=1,keep=0.25"]
+    method = ["--policy", "vl_cache+pyramid_drop,layers=1,keep=0.25"]
     result, _ = generate(capsys, checkpoint, [image], "w1 w2 w3", "--json", *OPTIONS, *method)
     total, visual = result["prompt_tokens"], result["visual_tokens"]
     assert result["stage_tokens"] == [total, total - visual + visual // 4]
@@ -114,20 +114,20 @@ def test_pruning(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -
         ("pyramid_drop,layer=1", "does not exist"),
         ("pyramid_drop,layers=99,keep=0.5", "drops tokens behind layers"),
     ):
-        start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--pruning", text]
+        start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--policy", text]
         assert main(start) != 0
         assert message in capsys.readouterr().err
 
 
 def test_sparse_prefill(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     """What was looked at is said; so is why nothing was left out."""
-    pattern = ["--prefill", "a_shape:1,window=1,block=4,min_tokens=0"]
+    pattern = ["--policy", "vl_cache + a_shape:1,window=1,block=4,min_tokens=0"]
     result, _ = generate(capsys, checkpoint, [image], "w1 w2 w3", "--json", *OPTIONS, *pattern)
     assert result["prefill"]["pattern"] == "AShape"
     assert all(0 < share < 1 for share in result["prefill"]["density"])
-    _, remark = generate(capsys, checkpoint, [image], "w1 w2 w3", *OPTIONS, "--prefill", "x_attention")
+    _, remark = generate(capsys, checkpoint, [image], "w1 w2 w3", *OPTIONS, "--policy", "x_attention")
     assert "dense prefill: 64 tokens are fewer than XAttention(min_tokens=16384)" in remark
-    start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--prefill", "a_shap"]
+    start = ["generate", "--model", str(checkpoint), "--image", str(image), "--prompt", "w1", "--policy", "a_shap"]
     assert main(start) != 0
     assert "did you mean 'a_shape'" in capsys.readouterr().err
 

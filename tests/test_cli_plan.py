@@ -86,7 +86,7 @@ def test_json(folder, capsys):
     assert status == 0
     assert set(found) == {
         "model", "parameters", "topology", "devices", "devices_per_chip", "mesh", "dtype", "batch", "prompt",
-        "new_tokens", "weights", "tiles", "prefill", "pruning", "hbm_bytes", "available_bytes", "hbm_bytes_per_second",
+        "new_tokens", "weights", "tiles", "hbm_bytes", "available_bytes", "hbm_bytes_per_second",
         "weight_bytes", "policies", "versions",
     }  # fmt: skip
     assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
@@ -94,8 +94,9 @@ def test_json(folder, capsys):
     ]  # fmt: skip
     for policy in found["policies"]:
         assert set(policy) == {
-            "policy", "budget", "fits", "context_bytes", "tail_bytes", "peak_bytes", "prefill", "decode", "decode_step",
-            "step_read_bytes", "bound_tokens_per_second", "largest_batch", "longest_prompt", "replicated",
+            "recipe", "policy", "budget", "fits", "context_bytes", "tail_bytes", "peak_bytes", "prefill", "decode",
+            "decode_step", "step_read_bytes", "bound_tokens_per_second", "largest_batch", "longest_prompt",
+            "replicated",
         }  # fmt: skip
         assert set(policy["prefill"]) == {
             "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "compile_seconds",
@@ -210,7 +211,7 @@ def test_pages_of_training(folder, capsys, quick_training):
         (["--train", "decoders"], "trainable prefix 'decoders' names no parameter"),
         (["--train", "all", "--remat", "some"], "--remat 'some' is not known: use none, projections, layers"),
         (["--train", "all", "--rollouts", "2"], "plan one after the other"),
-        (["--rollouts", "2", "--pruning", "fast_v"], "--pruning is not planned"),
+        (["--rollouts", "2", "--policy", "vl_cache+fast_v"], "pruning are not planned"),
         (["--train", "all", "--mesh", "data=3"], "does not make up the 4 devices"),
         (["--train", "all", "--batch", "3"], "batch=3 cannot be split over 4 devices"),
     ],

@@ -1,6 +1,5 @@
 """The planner: its numbers are the compiler's, its searches end, its presets are the published models."""
 
-import dataclasses
 import json
 import math
 
@@ -232,10 +231,7 @@ def test_state_is_split_over_both_axes():
 
 def test_pruned_layers_hold_what_goes_on(programs):
     pruning = vlc.PyramidDrop((1,), (0.5,), rooms=(32,))
-    whole, pruned = (
-        programs.state(dataclasses.replace(WORK, pruning=p), vlc.FullCache()).context.keys.shape
-        for p in (None, pruning)
-    )
+    whole, pruned = (programs.state(WORK, vlc.Recipe(pruning=p)).context.keys.shape for p in (None, pruning))
     layers = programs.model.spec.num_layers
     assert whole[2] - pruned[2] == (layers - 1) * (64 - 32)
 
@@ -318,7 +314,7 @@ def test_plan_searches(monkeypatch):
         ({"model": "qwen3-vl-4b", "max_image_tokens": 0}, "max_image_tokens=0 must be"),
         ({"dtype": "int8"}, "use one of bfloat16"),
         ({"mesh": {"model": 3}}, "their product must"),
-        ({"pruning": vlc.PyramidDrop()}, "has no rooms: say how many tokens"),
+        ({"policy": vlc.Recipe(pruning=vlc.PyramidDrop())}, "has no rooms: say how many tokens"),
     ],
 )
 def test_wrong_arguments(arguments, message):

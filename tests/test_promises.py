@@ -51,7 +51,12 @@ METHODS = {
     "ranked_bits": vlc.RankedBits(budget=0.3),
     "random": vlc.RandomEviction(budget=0.3),
 }
-WITH_FULL = METHODS | {"full_cache": vlc.FullCache()}
+RECIPE = vlc.Recipe(  # whatever takes a policy takes one
+    vlc.VLCache(budget=0.3),
+    prefill=vlc.XAttention(0.9, 4, block=8, min_tokens=0),
+    pruning=vlc.PyramidDrop((1, 2), (0.6, 0.3), rooms=(40, 32)),
+)
+WITH_FULL = METHODS | {"full_cache": vlc.FullCache(), "recipe": RECIPE}
 
 # A method differs from another only in what it keeps. So every method keeps every promise about that (here as far as
 # one compilation serves, and in test_methods_promises.py); what follows from a store, whoever filled it, is tested for
@@ -67,6 +72,7 @@ PARTS = (
     "look_m",
     "streaming_llm",
     "full_cache",
+    "recipe",
 )
 FEW = ("vl_cache", "vl_cache_candidates", "full_cache")
 
@@ -81,8 +87,9 @@ def over(names, thorough=(), bits=()):
     )
 
 
-methods, parts, few_methods = over(list(METHODS), thorough=NEWER), over(PARTS), over(FEW, bits=FEW[:1])
-around_methods = over(FEW, thorough=FEW[1:], bits=FEW[:1])
+methods, parts = over(list(METHODS), thorough=NEWER), over(PARTS, thorough=("recipe",))
+few_methods, few_and_recipe = over(FEW, bits=FEW[:1]), over((*FEW, "recipe"), thorough=("recipe",), bits=FEW[:1])
+around_methods = over((*FEW, "recipe"), thorough=(*FEW[1:], "recipe"), bits=FEW[:1])
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_one_compilation_whatever_the_prompts_hold(policy):
     assert any(not np.array_equal(kept[0], other) for other in kept[1:])
 
 
-@few_methods
+@few_and_recipe
 def test_a_whole_answer_inside_a_jitted_function_with_other_work(llava, policy):
     """It equals the plain one, the report included, from one compilation whatever the prompts hold."""
     model, params = llava
@@ -196,7 +203,7 @@ def test_kept_tokens_are_the_budget(policy):
 
 @pytest.mark.parametrize("own_length", [False, *later(True)], ids=["padded", "own"])
 @pytest.mark.parametrize("dtype", ["float32", *later("bfloat16")])
-@over(PARTS, bits=FEW[:1])
+@over(PARTS, thorough=("recipe",), bits=FEW[:1])
 def test_a_row_does_in_a_batch_what_it_does_alone(policy, dtype, own_length):
     """At the batch's padded length and at 64, in one program for all rows; or at the row's own, a program each.
 
@@ -256,7 +263,7 @@ def test_budget_one_is_no_compression_bit_for_bit(llava, policy):
     np.testing.assert_array_equal(generate(llava, batch, whole).tokens, generate(llava, batch, vlc.FullCache()).tokens)
 
 
-@over((*PARTS, "ada_kv"), bits=FEW[:1])
+@over((*PARTS, "ada_kv"), thorough=("recipe",), bits=FEW[:1])
 def test_free_slots_are_never_read(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4, seed=2)
@@ -285,7 +292,7 @@ def test_decoding_is_one_loop_on_the_device(llava, policy):
     assert "callback" not in text
 
 
-@few_methods
+@few_and_recipe
 def test_streaming_gives_the_same_tokens(llava, policy):
     model, params = llava
     batch = ragged_batch(rows=4)
@@ -349,7 +356,7 @@ def test_mesh_gives_the_same_tokens(llava, policy, shape):
     np.testing.assert_array_equal(out.tokens, plain.tokens)
 
 
-@few_methods
+@few_and_recipe
 def test_a_step_updates_the_state_in_place(llava, policy):
     model, params = llava
     _, state = vlc.prefill(model, params, ragged_batch(rows=4, length=240), policy).start(128)

@@ -25,6 +25,7 @@ from vlcache_jax.inference.extend import extend
 from vlcache_jax.inference.generate import Generation, answer, generate, stream
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.prefill import compress, prefill
+from vlcache_jax.inference.recipe import Recipe, recipe_by_name
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.row_options import RowOptions
 from vlcache_jax.inference.rows import decode_chunk, empty_rows, insert
@@ -163,6 +164,7 @@ __all__ = [
     "Quantise",
     "RandomEviction",
     "RankedBits",
+    "Recipe",
     "Recompress",
     "Report",
     "Request",
@@ -204,6 +206,7 @@ __all__ = [
     "plan",
     "policy_by_name",
     "prefill",
+    "recipe_by_name",
     "save",
     "save_context",
     "score",

@@ -8,6 +8,7 @@ import jax
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.compilation_cache import use_compilation_cache
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.family import FamilyModel
@@ -17,7 +18,6 @@ from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.models.io.weights_folder import SafetensorsFolder
 from vlcache_jax.models.processor import Processor
-from vlcache_jax.policies import Policy
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -32,9 +32,9 @@ class OpenedCheckpoint:
     image_limits: Mapping[str, int]
     weights: str | None = None
 
-    def check(self, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
+    def check(self, batch: Batch, recipe: Recipe, max_new_tokens: int) -> None:
         """Raises what `prefill` would, before weights are read."""
-        check_prefill(self.model.spec, batch, policy, max_new_tokens)
+        check_prefill(self.model.spec, batch, recipe, max_new_tokens)
 
     def load(self, layout: str | None = None, mesh: jax.sharding.Mesh | None = None) -> "loading.VLM":
         """Reads the weights."""

@@ -17,8 +17,9 @@ from vlcache_jax.demo.page import Outcome
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.answering import answer
 from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.models.images.opening import load_image
-from vlcache_jax.policies import FullCache, policy_by_name
+from vlcache_jax.policies import FullCache
 from vlcache_jax.terminal.progress import Progress
 
 OWN_IMAGE = (
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     start = time.monotonic()
     picture_path = check_picture_path(arguments.explain)
-    policy = policy_by_name(arguments.policy)
+    recipe = recipe_by_name(arguments.policy)
     if bool(arguments.image) != (arguments.question is not None):
         raise InputError("--image and --question belong together: give both, or neither for the shipped questions")
     assets = demo_assets(arguments.assets)
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         questions = read_questions(assets / IMAGES)
     opened = open_checkpoint(assets / MODEL, None)
     batch = make_batch(opened.processor, questions)
-    opened.check(batch, policy, MAX_NEW_TOKENS)
+    opened.check(batch, recipe, MAX_NEW_TOKENS)
     keep_programs(not arguments.no_compilation_cache, progress)
     progress.step("loading the weights")
     ready = time.monotonic()
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
 
     runs = {
         name: answer(vlm, batch, what, MAX_NEW_TOKENS, progress)
-        for name, what in (("full", FullCache()), ("compressed", policy))
+        for name, what in (("full", FullCache()), ("compressed", recipe))
     }
     progress.close()
     texts = {name: vlm.processor.decode(answers) for name, answers in runs.items()}

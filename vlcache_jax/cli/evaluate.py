@@ -14,9 +14,8 @@ from vlcache_jax.evaluation.report import summarise
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.parallel.processes import join, leave
-from vlcache_jax.patterns.grammar import pattern_by_name
-from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 
@@ -25,10 +24,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     policies = arguments.policy or ["vl_cache"]
     for text in [*policies, *([arguments.compare] if arguments.compare else [])]:
-        policy_by_name(text)
+        recipe_by_name(text)
     if arguments.divergence and not arguments.compare:
         raise InputError("--divergence needs a policy to diverge from: give --compare full_cache")
-    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
     task_by_name(arguments.task, metric=arguments.metric)
     find_files(arguments.data)
     share = None if arguments.share is None else _share(arguments.share)
@@ -66,7 +64,6 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         name=str(arguments.model),
         share=share,
         progress=progress,
-        **({} if pattern is None else {"prefill": pattern}),
         **({} if arguments.rows is None else {"rows": arguments.rows}),
     )
     if joined:

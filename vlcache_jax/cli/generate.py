@@ -15,6 +15,7 @@ from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.answering import Answers, answer
 from vlcache_jax.files.writing import write_picture
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.inference.report import PrefillReport, Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import TEXT, Batch
@@ -23,12 +24,7 @@ from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.images.video_file import check_video_file
 from vlcache_jax.models.processor import Processor
 from vlcache_jax.models.text.arguments import Visual
-from vlcache_jax.patterns.attending import check_pattern
-from vlcache_jax.patterns.grammar import pattern_by_name
-from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import budget_text, budget_value
-from vlcache_jax.pruning.grammar import pruning_by_name
-from vlcache_jax.pruning.plan import plan
 from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import megabytes, percent
@@ -37,9 +33,7 @@ from vlcache_jax.terminal.table import megabytes, percent
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
     picture_path = check_picture_path(arguments.explain)
-    policy = policy_by_name(arguments.policy)
-    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
-    pruning = None if arguments.pruning is None else pruning_by_name(arguments.pruning)
+    recipe = recipe_by_name(arguments.policy)
     drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     drawn = {name: value for name, value in drawn.items() if value is not None}
     sampling = Sampling(**drawn) if drawn else None
@@ -59,9 +53,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     )
     images = [_video(x, opened, arguments.frames) if isinstance(x, words.VideoPath) else x for x in read]
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
-    opened.check(batch, policy, arguments.max_new_tokens)
-    check_pattern(pattern, opened.model.spec)
-    plan(pruning, opened.model.spec, batch)
+    opened.check(batch, recipe, arguments.max_new_tokens)
     visual = int((np.asarray(batch.vision_index) != TEXT).sum())
     progress.note(f"the prompt has {int(batch.lengths[0])} tokens, {visual} of them visual")
     keep_programs(not arguments.no_compilation_cache, progress)
@@ -74,11 +66,9 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     answers = answer(
         vlm,
         batch,
-        policy,
+        recipe,
         arguments.max_new_tokens,
         progress,
-        pattern=pattern,
-        pruning=pruning,
         sampling=sampling,
         seed=arguments.seed,
         on_token=printer,

@@ -10,7 +10,12 @@ from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
 
 MAX_NEW_TOKENS = 64
-POLICY = "NAME[:BUDGET][,OPTION=VALUE]..."
+POLICY = "NAME[:BUDGET][,OPTION=VALUE]...[+...]"
+KEPT = (
+    "what to keep: a method, its budget (0.1 or 10% of the prompt's cache, 256 tokens a layer, 64MiB a prompt, or "
+    "mass:0.98:0.4) and its options, such as vl_cache:0.05,heads=shared,rows=last:50; and, behind a +, how prompts are "
+    "read: by which pattern, such as x_attention:0.9, and with which visual tokens, such as feather or fast_v:0.25"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,12 +131,6 @@ def _generate(commands: Any) -> None:
     )
     parser.flag("--raw", "use --prompt as it stands, placeholders included")
     _policy(parser)
-    _prefill(parser)
-    _pruning(
-        parser,
-        "drop visual tokens in front of the decoder or between layers: vision_zip, feather and others, or with options "
-        "such as pyramid_drop,layers=8/16,keep=0.5/0.25",
-    )
     parser.value("--max-new-tokens", words.whole(1), "N", "cut the answer there", MAX_NEW_TOKENS)
     parser.value("--temperature", words.number, "T", "sample at this temperature (default: greedy decoding)")
     parser.value("--top-k", words.whole(1), "K", "sample among the K most probable tokens")
@@ -167,10 +166,8 @@ def _plan(commands: Any) -> None:
         "--compare",
         str,
         POLICY,
-        "another policy to put beside it, such as full_cache or vl_cache:0.3; repeat for several",
+        "another one to put beside it, such as full_cache or vl_cache:0.3; repeat for several",
     )
-    _prefill(parser)
-    _pruning(parser, "drop visual tokens between layers, with how many tokens go on: pyramid_drop,rooms=2048/1024/512")
     parser.value(
         "--mesh",
         str,
@@ -203,8 +200,7 @@ def _evaluate(commands: Any) -> None:
     )
     tasks = "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench"
     parser.value("--task", str, "NAME", tasks, "jsonl")
-    parser.several("--policy", str, POLICY, "what to keep (default: vl_cache); repeat for several")
-    _prefill(parser)
+    parser.several("--policy", str, POLICY, f"{KEPT} (default: vl_cache); repeat for several")
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
     parser.flag("--divergence", "also how far they are from it, token by token; reads the prompts again")
     parser.value(
@@ -256,7 +252,6 @@ def _serve(commands: Any) -> None:
     )
     parser.value("--name", words.words, "NAME", "by which clients ask for the model (default: the folder's, or the id)")
     _policy(parser)
-    _prefill(parser)
     parser.value("--host", str, "ADDRESS", "to listen on; 0.0.0.0 for all of this machine", "127.0.0.1")
     parser.value("--port", words.whole(0, 65535), "N", "to listen on; 0 for a free one", 8000)
     parser.value("--rows", words.whole(1), "N", "answers decoded at once (default: as many as fit)")
@@ -309,7 +304,8 @@ def _study(commands: Any) -> None:
         "--methods",
         str,
         "NAME[,OPTION=VALUE]...",
-        "besides the full cache (default: all, and variants of some)",
+        "besides the full cache (default: all cache methods, and variants of some); prunings for all pruning methods, "
+        "of which the budgets are the part of the visual tokens that stays",
         nargs="+",
     )
     parser.value(
@@ -345,14 +341,7 @@ def _model(parser: _Parser, metavar: str, text: str) -> None:
 
 
 def _policy(parser: _Parser) -> None:
-    parser.value(
-        "--policy",
-        str,
-        POLICY,
-        "what to keep: a method, its budget (0.1 or 10% of the prompt's cache, 256 tokens a layer, 64MiB a prompt, or "
-        "mass:0.98:0.4) and its options, such as vl_cache:0.05,heads=shared,rows=last:50",
-        "vl_cache",
-    )
+    parser.value("--policy", str, POLICY, KEPT, "vl_cache")
 
 
 def _image_limit(parser: _Parser) -> None:
@@ -362,21 +351,6 @@ def _image_limit(parser: _Parser) -> None:
         "N",
         "make images so small that each is N visual tokens at most, of a model that takes images of any size",
     )
-
-
-def _prefill(parser: _Parser) -> None:
-    parser.value(
-        "--prefill",
-        str,
-        "PATTERN",
-        "sparse prefill of long prompts, which keys their queries look at: x_attention, flex_prefill, "
-        "m_inference, mm_inference, a_shape or tri_shape, and options such as x_attention:0.9,min_tokens=8192 "
-        "(default: all)",
-    )
-
-
-def _pruning(parser: _Parser, text: str) -> None:
-    parser.value("--pruning", str, "METHOD", text)
 
 
 def _dtype(parser: _Parser, default: str | None, text: str) -> None:

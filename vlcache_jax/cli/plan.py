@@ -8,13 +8,10 @@ import jax
 from vlcache_jax.cli import plan_training
 from vlcache_jax.cli.options import mesh_axes
 from vlcache_jax.cli.process import emit
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.hub import find_checkpoint
-from vlcache_jax.patterns.grammar import pattern_by_name
 from vlcache_jax.planning import Limit, Plan, PolicyPlan, Program, plan
-from vlcache_jax.policies import policy_by_name
-from vlcache_jax.policies.budget import policy_text
-from vlcache_jax.pruning.grammar import pruning_by_name
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import gib, table
 
@@ -24,8 +21,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.train is not None or arguments.rollouts is not None:
         plan_training.run(arguments, _model(arguments), progress)
         return
-    policy = policy_by_name(arguments.policy)
-    compare = [policy_by_name(text) for text in arguments.compare]
+    recipe = recipe_by_name(arguments.policy)
+    compare = [recipe_by_name(text) for text in arguments.compare]
     mesh = None if arguments.mesh is None else mesh_axes(arguments.mesh)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others
     found = plan(
@@ -36,10 +33,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         new_tokens=arguments.new,
         images=arguments.images,
         max_image_tokens=arguments.max_image_tokens,
-        policy=policy,
+        policy=recipe,
         compare=compare,
-        prefill=None if arguments.prefill is None else pattern_by_name(arguments.prefill),
-        pruning=None if arguments.pruning is None else pruning_by_name(arguments.pruning),
         mesh=mesh,
         dtype=arguments.dtype,
         weights=arguments.weights,
@@ -66,13 +61,12 @@ def describe(found: Plan) -> str:
     coded = "" if found.weights == "float" else f", those of projections in {found.weights}"
     head = [
         f"{found.model}, {found.parameters:,} parameters in {found.dtype}{coded}, on {found.topology} ({mesh})",
-        f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each"
-        + "".join(f", {part}" for part in (found.prefill, found.pruning) if part),
+        f"batch {found.batch}, prompt {found.prompt}, {found.new_tokens} new tokens, {found.tiles} image tiles each",
         f"GiB per {per}; {gib(found.hbm_bytes)} of memory, of which the compiler lets a program use "
         f"{gib(found.available_bytes)}",
     ]
     plans = found.policies
-    rows: list[list[str]] = [["", *(policy_text(p.policy, p.budget) for p in plans)]]
+    rows: list[list[str]] = [["", *(p.recipe for p in plans)]]
 
     def add(label: str, cells: list[str]) -> None:
         rows.append([label, *cells])

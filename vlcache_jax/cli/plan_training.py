@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vlcache_jax.cli.options import mesh_axes
 from vlcache_jax.cli.process import emit
 from vlcache_jax.errors import InputError
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.models.coding import weight_coding
 from vlcache_jax.models.families.family import FamilyModel
 from vlcache_jax.models.families.registry import family_of
@@ -20,7 +21,6 @@ from vlcache_jax.planning.plan import model_config
 from vlcache_jax.planning.programs import Program
 from vlcache_jax.planning.topologies import tpu_devices
 from vlcache_jax.planning.training import TrainPlan, plan_rollouts, plan_training
-from vlcache_jax.policies import policy_by_name
 from vlcache_jax.policies.budget import policy_text
 from vlcache_jax.terminal import words
 from vlcache_jax.terminal.progress import Progress
@@ -34,12 +34,12 @@ def run(arguments: argparse.Namespace, model: Any, progress: Progress) -> None:
     """Runs the command for this model, or the folder of one."""
     if arguments.train is not None and arguments.rollouts is not None:
         raise InputError("--train and --rollouts are two programs: plan one after the other")
-    for name in ("prefill", "pruning"):
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--{name} is not planned with --train or --rollouts: leave it out")
     if arguments.remat not in _REMAT:
         raise InputError(f"--remat {words.shown(arguments.remat)} is not known: use {', '.join(_REMAT)}")
-    policies = [policy_by_name(text) for text in (arguments.policy, *arguments.compare)]
+    recipes = [recipe_by_name(text) for text in (arguments.policy, *arguments.compare)]
+    if any(recipe.prefill or recipe.pruning for recipe in recipes):
+        raise InputError("patterns and pruning are not planned with --train or --rollouts: give policies alone")
+    policies = [recipe.policy for recipe in recipes]
     what = None if arguments.train is None else _trained(arguments.train)
     config, name = model_config(model)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: leave a TPU or GPU to others

@@ -11,8 +11,7 @@ from vlcache_jax.cli.process import SIGNALS, remark
 from vlcache_jax.engine.buckets import check_buckets
 from vlcache_jax.engine.engine import Engine
 from vlcache_jax.errors import CheckpointError, InputError
-from vlcache_jax.patterns.grammar import pattern_by_name
-from vlcache_jax.policies import policy_by_name
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.serving.limits import Limits
 from vlcache_jax.serving.sizes import usual_sizes
 from vlcache_jax.terminal import words
@@ -30,8 +29,7 @@ _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
-    policy = policy_by_name(arguments.policy)
-    pattern = None if arguments.prefill is None else pattern_by_name(arguments.prefill)
+    recipe = recipe_by_name(arguments.policy)
     given = check_buckets([_bucket(text) for text in arguments.bucket]) if arguments.bucket else None
     size = _size(arguments.image_size)
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
@@ -53,13 +51,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         progress.step("loading the weights")
         engine = Engine(
             opened.load(mesh=mesh),
-            policy,
+            recipe,
             rows="auto" if arguments.rows is None else arguments.rows,
             max_new_tokens=arguments.max_new_tokens,
             steps=arguments.steps,
             top_log_probabilities=arguments.top_logprobs,
             buckets=buckets,
-            prefill=pattern,
         )
         progress.step(f"compiling for prompts of {', '.join(str(bucket[0]) for bucket in buckets)} tokens")
         engine.warmup()

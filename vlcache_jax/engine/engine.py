@@ -24,13 +24,12 @@ from vlcache_jax.engine.stats import CompileCounter, Stats
 from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inference.context import check_count
 from vlcache_jax.inference.loop import DecodingState
+from vlcache_jax.inference.recipe import Recipe, recipe_of
+from vlcache_jax.inference.validation import check_recipe
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.text.buckets import bucket_length
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.patterns.pattern import Pattern
-from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.pruning.method import Pruning
 
 MOST_BUCKETS, MOST_STOP_IDS, PREFILL_TOKENS = 6, 8, 4096
 FIRST = 64
@@ -47,7 +46,8 @@ class Engine:
     Args:
       vlm: the loaded checkpoint. For prompts that are batches already, anything with a `model`, `params` and a
         `processor`, which may be None.
-      policy: what to keep of the prompts' caches; `FullCache()` by default.
+      policy: what to keep of the prompts' caches, `FullCache()` by default; or a `vlc.Recipe`. Pruning saves time if
+        its `rooms` are given: the engine's programs are compiled before prompts are known.
       rows: answers that are decoded at the same time. By default as many as fit: what the compiler says of the largest
         bucket's prefill and of a row, beside the free memory of the device.
       most_rows: at most so many, where they are "auto"; 256 by default, and 32 on a CPU, where idle rows take time.
@@ -70,13 +70,13 @@ class Engine:
       ahead: requests that are read ahead; twice the rows and at least 16 by default.
       memory_bytes: of each device that rows and prefills may take together, where rows are "auto"; by default nine
         tenths of what the device says is free, and on a CPU of half of that.
-      prefill, pruning, kernels: as in `vlc.generate`.
+      kernels: as in `vlc.generate`.
 
     Raises:
       InputError: a number below 1, or buckets that are none or larger than the model. Later, before anything runs: rows
         are "auto" and not one fits, or a device does not tell its memory.
-      PolicyError: a policy that does not fit the model, or several buckets or questions for one whose rule for
-        generated tokens rewrites what was kept.
+      PolicyError: a policy or recipe that does not fit the model, or several buckets or questions for a policy whose
+        rule for generated tokens rewrites what was kept.
 
     Example:
       engine = vlc.Engine(vlm, vlc.VLCache(budget=0.1), rows=32, max_new_tokens=64)
@@ -87,7 +87,7 @@ class Engine:
     def __init__(
         self,
         vlm: VLM,
-        policy: Policy | None = None,
+        policy: Policy | Recipe | None = None,
         *,
         rows: int | Literal["auto"] = "auto",
         most_rows: int | None = None,
@@ -101,8 +101,6 @@ class Engine:
         threads: int | None = None,
         ahead: int | None = None,
         memory_bytes: int | None = None,
-        prefill: Pattern | None = None,
-        pruning: Pruning | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         threads = min(16, os.cpu_count() or 1) if threads is None else threads
@@ -121,13 +119,12 @@ class Engine:
             check_count("question_tokens", question_tokens)
         if top_log_probabilities != 0:
             check_count("top_log_probabilities", top_log_probabilities)
-        policy, room = policy or FullCache(), answer_room(max_new_tokens)
+        recipe, room = recipe_of(policy), answer_room(max_new_tokens)
+        check_recipe(vlm.model.spec, recipe)
         self._programs = Programs(
             vlm.model,
             vlm.params,
-            policy,
-            prefill,
-            pruning,
+            recipe,
             kernels or Kernels(),
             0 if rows == "auto" else rows,  # until they are known
             room,
@@ -135,7 +132,7 @@ class Engine:
             MOST_STOP_IDS,
             top_log_probabilities or None,
         )
-        self._preparer = Preparer(vlm.processor, vlm.model, policy, max_new_tokens, question_tokens, MOST_STOP_IDS)
+        self._preparer = Preparer(vlm.processor, vlm.model, recipe, max_new_tokens, question_tokens, MOST_STOP_IDS)
         self._preparer = dataclasses.replace(self._preparer, top_log_probabilities=top_log_probabilities)
         self._steps, self._leave_after, self._threads, self._ahead = steps, leave_after, threads, ahead
         self._prefill_rows, self._memory_bytes, self._most_rows = prefill_rows, memory_bytes, most_rows
@@ -292,15 +289,16 @@ class Engine:
 
     def _set_buckets(self, buckets: Sequence[Bucket]) -> None:
         programs = self._programs
-        positions, rule = programs.model.spec.max_positions, programs.policy.rule
+        positions, policy = programs.model.spec.max_positions, programs.recipe.policy
+        rule = policy.rule
         if programs.question_tokens and rule.rewrites_context:
             raise PolicyError(
-                f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: nothing "
+                f"policy {policy.name!r} has the rule decoding={rule}, which rewrites what was kept: nothing "
                 "can be appended to its prompts; leave question_tokens out, or use decoding=Append()"
             )
         if len(buckets) > 1 and rule.rewrites_context:
             raise PolicyError(
-                f"policy {programs.policy.name!r} has the rule decoding={rule}, which rewrites what was kept: then all "
+                f"policy {policy.name!r} has the rule decoding={rule}, which rewrites what was kept: then all "
                 f"rows must have one size; give one bucket, such as buckets=[{buckets[-1].given}]"
             )
         for bucket in buckets:

@@ -45,8 +45,7 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
     batch = placed(programs.nothing(bucket, prefill_rows), params)
     options = placed(programs.options(_SAMPLE), params)
     with on_mesh_of(params):
-        how = programs.policy, programs.pattern, programs.pruning, programs.kernels
-        prefill = _memory(read_prompts.lower(model, params, batch, *how))
+        prefill = _memory(read_prompts.lower(model, params, batch, programs.recipe, programs.kernels))
         prompt = jax.eval_shape(partial(_asked, programs), params, batch)
         empty = _memory(free_rows.lower(model, prompt, options, _SAMPLE, programs.room, programs.top_count))
     images = sum(x.nbytes for x in jax.tree.leaves(batch))
@@ -59,8 +58,7 @@ def need(programs: Programs, bucket: Bucket, prefill_rows: int) -> Need:
 def _asked(programs: Programs, params: Params, batch: Batch) -> Prompt:
     """What rows begin with."""
     model, kernels = programs.model, programs.kernels
-    how = programs.policy, programs.pattern, programs.pruning, kernels
-    prompt, _ = read_prompts(model, params, batch, *how)
+    prompt, _ = read_prompts(model, params, batch, programs.recipe, kernels)
     if not programs.question_tokens:
         return prompt
     of = jnp.zeros((len(prompt.logits),), jnp.int32)

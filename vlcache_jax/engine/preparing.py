@@ -11,11 +11,11 @@ from vlcache_jax.engine.buckets import Bucket, pad, smallest
 from vlcache_jax.engine.requests import Request
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.inference.context import check_count
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.parallel.seeds import seed_words
-from vlcache_jax.policies.policy import Policy
 
 NO_SIZE = Bucket(0, 0)
 
@@ -58,7 +58,7 @@ class Preparer:
     Attributes:
       processor: of the checkpoint, or None.
       model: of the engine.
-      policy: of the engine.
+      recipe: of the engine.
       max_new_tokens: the most.
       question_tokens: the most of a question; 0 of an engine that takes none.
       stop_ids: the most of an answer.
@@ -67,7 +67,7 @@ class Preparer:
 
     processor: Any
     model: Any
-    policy: Policy
+    recipe: Recipe
     max_new_tokens: int
     question_tokens: int
     stop_ids: int
@@ -82,7 +82,7 @@ class Preparer:
             batch = self._batch(request)
             questions = self._questions(request)
             following = int(options.max_new_tokens[0]) + max(map(len, questions))
-            check_prefill(self.model.spec, batch, self.policy, following)
+            check_prefill(self.model.spec, batch, self.recipe, following)
             return Read(index, request, batch, Bucket.of(batch, self.model), options, questions, int(batch.lengths[0]))
         except Exception as error:
             return Read(index, request).failed(error)

@@ -21,33 +21,29 @@ from vlcache_jax.inference.append_block import append_block
 from vlcache_jax.inference.finiteness import finite_rows
 from vlcache_jax.inference.loop import DecodingState
 from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inference.row_options import RowOptions, row_options
 from vlcache_jax.inference.rows import Prompt, decode_chunk, free_rows, insert_rows
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of, rows_over
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.patterns.pattern import Pattern
-from vlcache_jax.policies.policy import Policy
-from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 OF_ROWS = 3
 """Programs that no bucket changes."""
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "pattern", "pruning", "kernels"))
+@partial(jax.jit, static_argnames=("model", "recipe", "kernels"))
 def read_prompts(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy,
-    pattern: Pattern | None,
-    pruning: Pruning | None,
+    recipe: Recipe,
     kernels: Kernels,
 ) -> tuple[Prompt, tuple[jax.Array, jax.Array]]:
     """Compressed prompts without the parameters that a context holds; `kept_fraction` and `exact` of their report."""
-    ctx = prefill(model, params, batch, policy, prefill=pattern, pruning=pruning, kernels=kernels)
+    ctx = prefill(model, params, batch, recipe, kernels=kernels)
     return Prompt.of(ctx), (ctx.report.kept_fraction, ctx.report.exact)
 
 
@@ -89,7 +85,8 @@ class Programs:
     """The programs of an engine, with all that stays the same in every call.
 
     Attributes:
-      model, params, policy, pruning, kernels: as in `generate`; `pattern` is its `prefill`.
+      model, params, kernels: as in `generate`.
+      recipe: what to keep, to look at and to drop.
       rows: of the decode batch.
       room: tokens of an answer.
       question_tokens: room for a question; 0 for none.
@@ -99,9 +96,7 @@ class Programs:
 
     model: VisionLanguageModel
     params: Params
-    policy: Policy
-    pattern: Pattern | None
-    pruning: Pruning | None
+    recipe: Recipe
     kernels: Kernels
     rows: int
     room: int
@@ -118,8 +113,7 @@ class Programs:
         """Prefill; waits for nothing."""
         batch = placed(batch, self.params)
         with on_mesh_of(self.params):
-            how = self.policy, self.pattern, self.pruning, self.kernels
-            return read_prompts(self.model, self.params, batch, *how)
+            return read_prompts(self.model, self.params, batch, self.recipe, self.kernels)
 
     def ask(self, prompt: Prompt, of: list[int], questions: list[np.ndarray]) -> Prompt:
         """As many rows as the prompt has, of which the first are `of` it, with questions behind them."""

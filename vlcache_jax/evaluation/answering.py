@@ -12,15 +12,13 @@ from vlcache_jax.evaluation.stopwatch import Stopwatch
 from vlcache_jax.explain.pictures import Kept, explain, kept_by_layer
 from vlcache_jax.inference.decode import decode, stream_decode
 from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inputs import Batch
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.models.text.arguments import Visual
-from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.policies import Policy
-from vlcache_jax.policies.budget import policy_text
-from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.terminal.progress import Progress
 
 
@@ -61,12 +59,10 @@ class Answers:
 def answer(
     vlm: VLM,
     batch: Batch,
-    policy: Policy,
+    recipe: Policy | Recipe,
     max_new_tokens: int,
     progress: Progress,
     *,
-    pattern: Pattern | None = None,
-    pruning: Pruning | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
@@ -76,21 +72,18 @@ def answer(
     Args:
       vlm: the loaded checkpoint.
       batch: prompts.
-      policy: what to keep.
+      recipe: what to keep, to look at and to drop.
       max_new_tokens: answers are cut there.
       progress: gets two steps.
-      pattern: as `prefill` of `generate`.
-      pruning: as in `generate`.
       sampling: None for greedy decoding.
       seed: of the sampling.
       on_token: called with each token as it comes; for a batch of one row.
     """
-    model, params = vlm.model, vlm.params
-    name = policy_text(policy.name, policy.budget)
+    model, params, name = vlm.model, vlm.params, recipe_of(recipe).title
     prompts = "1 prompt" if batch.size == 1 else f"{batch.size} prompts"
     progress.step(f"{name}: reading {prompts} of {batch.length} tokens (compiled in the first run)")
     with Stopwatch() as of_prefill:
-        ctx = prefill(model, params, batch, policy, prefill=pattern, pruning=pruning)
+        ctx = prefill(model, params, batch, recipe)
         logits, state = jax.block_until_ready(ctx.start(max_new_tokens))
     report = ctx.report.of_answers(state)
     kept = [kept_by_layer(ctx, row) for row in range(batch.size)]

@@ -22,9 +22,9 @@ from vlcache_jax.evaluation.sample import Sample
 from vlcache_jax.evaluation.samples import find_files, read_samples
 from vlcache_jax.evaluation.tasks import Task, task_by_name
 from vlcache_jax.files.writing import only_writer
+from vlcache_jax.inference.recipe import Recipe, recipe_by_name
 from vlcache_jax.models.families.family import SizedLayout
 from vlcache_jax.models.io.loading import VLM
-from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal.progress import Progress
 from vlcache_jax.terminal.table import percent
 
@@ -55,7 +55,7 @@ def evaluate(
     Args:
       vlm: the loaded checkpoint.
       data: files, folders or patterns: JSON lines, VLMEvalKit's TSV, lmms-eval's parquet; docs/evaluation.md.
-      policies: as typed, such as "vl_cache:0.1" or a list of such.
+      policies: policies or recipes as typed, such as "vl_cache:0.1" or "vl_cache:0.1 + fast_v:0.25", or a list of such.
       out: the folder.
       task: prompts, length and metric, by name; "jsonl" asks the questions as they are.
       compare: a policy whose answers to the same samples the others are compared with, such as "full_cache".
@@ -84,11 +84,11 @@ def evaluate(
     asked = task_by_name(task, max_new_tokens=max_new_tokens, suffix=suffix, metric=metric)
     names = [policies] if isinstance(policies, str) else list(policies)
     names += [compare] if compare is not None and compare not in names else []
-    known = {text: policy_by_name(text) for text in names}
+    known = {text: recipe_by_name(text) for text in names}
     if divergence and compare is None:
         raise InputError("divergence=True needs a policy to diverge from: give compare='full_cache'")
     if divergence:
-        check_policies(known.values())
+        check_policies(recipe.policy for recipe in known.values())
     progress.step("reading the data")
     files = find_files([data] if isinstance(data, str | os.PathLike) else data)
     ids = [sample.id for sample in _first(read_samples(files), limit)]
@@ -101,7 +101,6 @@ def evaluate(
         "data": [{"file": file.name, "bytes": file.stat().st_size} for file in files],
         "task": task,
         **dataclasses.asdict(asked),
-        **{key: repr(engine[key]) for key in ("prefill", "pruning") if engine.get(key) is not None},
     }
     layout = vlm.processor.layout
     if isinstance(layout, SizedLayout):
@@ -112,11 +111,11 @@ def evaluate(
     folder = RunFolder.begin(Path(out), settings, f"part-{index}-of-{count}" if count > 1 else "")
     own = ids[index::count]
     with only_writer(folder.own):
-        for text, policy in known.items():
+        for text, recipe in known.items():
             done = folder.results(text)
             if missing := {name for name in own if name not in done}:
                 one = _OnePolicy(vlm, folder, text, asked, progress, missing)
-                one.run(lambda: _first(read_samples(files), limit), policy, engine)
+                one.run(lambda: _first(read_samples(files), limit), recipe, engine)
         if divergence and compare is not None:
 
             def requests() -> Iterator[Request]:
@@ -144,13 +143,13 @@ class _OnePolicy:
         self._progress, self._missing = progress, missing
         self._pending: dict[str, Sample] = {}
 
-    def run(self, samples: Any, policy: Any, options: dict[str, Any]) -> None:
+    def run(self, samples: Any, recipe: Recipe, options: dict[str, Any]) -> None:
         """Answers them."""
         sizes = self._folder.sizes(self._name)
         most = max([self._task.max_new_tokens, *(sample.max_new_tokens or 0 for sample in samples())])
         known = sizes or {"buckets": self._folder.buckets(), "most_rows": min(len(self._missing), usual_rows())}
         options = {"max_new_tokens": most, **known, **options} | (sizes or {})
-        engine = Engine(self._vlm, policy, **options)
+        engine = Engine(self._vlm, recipe, **options)
         self._progress.step(f"{self._name}: measuring the prompts, and compiling")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PolicyWarning)

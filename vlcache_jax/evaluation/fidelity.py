@@ -16,6 +16,7 @@ from vlcache_jax.evaluation.batches import in_batches
 from vlcache_jax.evaluation.run_folder import RunFolder
 from vlcache_jax.inference.divergence import divergence
 from vlcache_jax.inference.prefill import compress
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inputs import Continuation
 from vlcache_jax.models.io.loading import VLM
 from vlcache_jax.policies.policy import Policy
@@ -38,7 +39,7 @@ def check_policies(policies: Iterable[Policy]) -> None:
 def measure(
     vlm: VLM,
     folder: RunFolder,
-    policies: Mapping[str, Policy],
+    recipes: Mapping[str, Recipe],
     compare: str,
     own: Sequence[str],
     requests: Callable[[], Iterable[Request]],
@@ -50,32 +51,31 @@ def measure(
     Args:
       vlm: the loaded checkpoint.
       folder: with the answers of `compare`.
-      policies: by their names, that one included.
+      recipes: by their names, that one included.
       compare: whose answers are followed, and whose distributions are the reference.
       own: ids of the samples that are this program's.
       requests: of all samples.
-      options: of the engine that answered; `prefill`, `pruning` and `kernels` are used.
+      options: of the engine that answered, of which `kernels` is used.
       progress: gets a step.
     """
     answers = {key: line["token_ids"] for key, line in folder.results(compare).items() if line["status"] == "ok"}
-    left = {name: {*own} & {*answers} - {*folder.divergences(name, compare)} for name in policies if name != compare}
+    left = {name: {*own} & {*answers} - {*folder.divergences(name, compare)} for name in recipes if name != compare}
     asked = set().union(*left.values())
     if not asked:
         return
     room = max(map(len, answers.values()))
-    preparer = Preparer(vlm.processor, vlm.model, policies[compare], room, 0, 8)
-    how = {name: options[name] for name in ("prefill", "pruning", "kernels") if options.get(name) is not None}
-    kernels = {name: value for name, value in how.items() if name == "kernels"}
+    preparer = Preparer(vlm.processor, vlm.model, recipes[compare], room, 0, 8)
+    kernels = options.get("kernels")
     buckets = check_buckets(folder.buckets())
     progress.step(f"along the answers of {compare}", total=len(asked))
     wanted = (request for request in requests() if request.id in asked)
     for reads, batch in in_batches(preparer, vlm.params, wanted, buckets):
         ids = [read.request.id for read in reads]
         followed = _continuation([answers[key] for key in ids], batch.size, room)
-        reference = compress(vlm.model, vlm.params, batch, policies[compare], **how)
+        reference = compress(vlm.model, vlm.params, batch, recipes[compare], kernels=kernels)
         for name, missing in left.items():
-            kept = compress(vlm.model, vlm.params, batch, policies[name], **how)
-            found = divergence(reference, kept, followed, **kernels)
+            kept = compress(vlm.model, vlm.params, batch, recipes[name], kernels=kernels)
+            found = divergence(reference, kept, followed, kernels=kernels)
             means, shares = np.asarray(found.mean), np.asarray(found.agreement)
             for row, key in enumerate(ids):
                 if key in missing:

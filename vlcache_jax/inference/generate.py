@@ -13,13 +13,13 @@ from vlcache_jax.inference.decode import decode_all, stream_decode
 from vlcache_jax.inference.extend import extended
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.inference.prefill import run_prompts
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.inference.report import Report
 from vlcache_jax.inference.row_options import RowOptions, Samplings, StopIds, row_options
 from vlcache_jax.inputs import Batch, Continuation
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.seeds import Seeds, seed_words
 from vlcache_jax.patterns.pattern import Pattern
-from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import Params, VisionLanguageModel
@@ -53,7 +53,7 @@ def generate(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None = None,
+    policy: Policy | Recipe | None = None,
     max_new_tokens: int = 64,
     *,
     prefill: Pattern | None = None,
@@ -73,7 +73,8 @@ def generate(
       model: a Flax module such as `vlm.model`.
       params: its parameters, a nested dict.
       batch: prompts, from `vlm.processor`.
-      policy: what to keep of the prompt's cache; `FullCache()` by default.
+      policy: what to keep of the prompt's cache, `FullCache()` by default; or a `vlc.Recipe`, which says `prefill` and
+        `pruning`, too.
       max_new_tokens: answers are cut at this length.
       prefill: which keys the prompt's queries look at, `vlc.XAttention()` say; all by default.
       pruning: which visual tokens go on from layer to layer of the prefill, `vlc.PyramidDrop()` say; all by default.
@@ -102,15 +103,16 @@ def generate(
     options = row_options(
         model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids, log_probabilities=log_probabilities
     )
-    ctx = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels)
-    return _answers(ctx, (batch.size,), max_new_tokens, options, log_probabilities, kernels, policy or FullCache())
+    recipe = recipe_of(policy, prefill, pruning)
+    ctx = run_prompts(model, params, batch, recipe, max_new_tokens, kernels)
+    return _answers(ctx, (batch.size,), max_new_tokens, options, log_probabilities, kernels, recipe.policy)
 
 
 def stream(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None = None,
+    policy: Policy | Recipe | None = None,
     max_new_tokens: int = 64,
     *,
     prefill: Pattern | None = None,
@@ -129,9 +131,8 @@ def stream(
       in which logits are not finite is a `NonFiniteError` when it is read, with the step's tokens as its `result`.
     """
     row_options(model.spec, batch.size, max_new_tokens, sampling, seeds, eos_token_ids)  # before anything is compiled
-    logits, state = run_prompts(model, params, batch, policy, max_new_tokens, prefill, pruning, kernels).start(
-        max_new_tokens
-    )
+    recipe = recipe_of(policy, prefill, pruning)
+    logits, state = run_prompts(model, params, batch, recipe, max_new_tokens, kernels).start(max_new_tokens)
     options = {"sampling": sampling, "seeds": seeds, "eos_token_ids": eos_token_ids, "kernels": kernels}
     return stream_decode(model, params, logits, state, max_new_tokens, **options)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 embed -> scan over layers (attention, statistics, candidates) -> allocate -> select -> pack
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,12 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore
-from vlcache_jax.errors import PolicyError
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.finiteness import finite_rows, require_finite
 from vlcache_jax.inference.forward import embed_prompt, run_stages
 from vlcache_jax.inference.keep_all import keep_all
 from vlcache_jax.inference.keep_some import keep_some
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.inference.report import make_report
 from vlcache_jax.inference.validation import check_prefill
 from vlcache_jax.inputs import Batch
@@ -24,13 +25,11 @@ from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of, refuse_partly_checked
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
-from vlcache_jax.patterns.attending import check_pattern
 from vlcache_jax.patterns.pattern import Pattern
-from vlcache_jax.policies.methods.full_cache import FullCache
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.pruning.grid import grid_of
 from vlcache_jax.pruning.method import Pruning
-from vlcache_jax.pruning.plan import Plan, plan
+from vlcache_jax.pruning.plan import Plan
 from vlcache_jax.pruning.stage import Stage
 from vlcache_jax.typing import Params, VisionLanguageModel
 
@@ -39,7 +38,7 @@ def prefill(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None = None,
+    policy: Policy | Recipe | None = None,
     *,
     prefill: Pattern | None = None,
     pruning: Pruning | None = None,
@@ -57,7 +56,7 @@ def prefill(
       model: a Flax module such as `vlm.model`.
       params: its parameters, a nested dict.
       batch: prompts, right-padded.
-      policy: what to keep; `FullCache()` by default.
+      policy: what to keep, `FullCache()` by default; or a `vlc.Recipe`, which says `prefill` and `pruning`, too.
       prefill: which keys the prompt's queries look at, `vlc.XAttention()` say; all by default. What a policy scores is
         the attention of its rows with all keys, whatever the pattern. With a pattern there is no derivative.
       pruning: which visual tokens go on from layer to layer, `vlc.PyramidDrop()` say; all by default. The policy then
@@ -78,14 +77,14 @@ def prefill(
     Example:
       logits, state = vlc.prefill(vlm.model, vlm.params, batch, policy).start(max_new_tokens=64)
     """
-    return run_prompts(model, params, batch, policy, 1, prefill, pruning, kernels)
+    return run_prompts(model, params, batch, recipe_of(policy, prefill, pruning), 1, kernels)
 
 
 def compress(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None = None,
+    policy: Policy | Recipe | None = None,
     *,
     prefill: Pattern | None = None,
     pruning: Pruning | None = None,
@@ -99,7 +98,7 @@ def compress(
       model: a Flax module such as `vlm.model`.
       params: its parameters.
       batch: prompts, from `vlm.processor`.
-      policy: what to keep; `FullCache()` by default.
+      policy: what to keep, `FullCache()` by default; or a recipe.
       prefill, pruning: see `prefill`.
       kernels: which implementation of each op to use; the platform's best by default.
 
@@ -113,9 +112,10 @@ def compress(
     Example:
       ctx = vlc.compress(vlm.model, vlm.params, batch, vlc.KeyDifference(budget=0.2))
     """
-    ctx = run_prompts(model, params, batch, policy, 1, prefill, pruning, kernels)
+    recipe = recipe_of(policy, prefill, pruning)
+    ctx = run_prompts(model, params, batch, recipe, 1, kernels)
     finite, density = ctx.report.finite, ctx.report.density
-    require_finite(finite, ctx, dtype=model.spec.dtype, before=finite, density=density, policy=policy or FullCache())
+    require_finite(finite, ctx, dtype=model.spec.dtype, before=finite, density=density, policy=recipe.policy)
     return ctx
 
 
@@ -123,24 +123,16 @@ def run_prompts(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None,
+    recipe: Recipe,
     max_new_tokens: int,
-    pattern: Pattern | None,
-    pruning: Pruning | None,
     kernels: Kernels | None,
 ) -> Context:
     """`prefill`, if `max_new_tokens` have their place, too."""
-    policy = FullCache() if policy is None else policy.settled(model.spec)
-    check_prefill(model.spec, batch, policy, max_new_tokens)
+    recipe = dataclasses.replace(recipe, policy=recipe.policy.settled(model.spec))
+    policy, pattern = recipe.policy, recipe.prefill
+    stages = check_prefill(model.spec, batch, recipe, max_new_tokens)
     if not policy.keeps_all:
         refuse_partly_checked()
-    check_pattern(pattern, model.spec)
-    if policy.repeats and (pattern is not None or pruning is not None):
-        raise PolicyError(
-            f"policy {policy.name!r} has prompts said twice, which goes with neither prefill={pattern} nor "
-            f"pruning={pruning}: leave these out, or use another policy"
-        )
-    stages = plan(pruning, model.spec, batch)
     batch = placed(batch, params)
     with on_mesh_of(params, batch):
         ran = _prefill(model, params, batch, policy, pattern, stages, kernels or Kernels())

@@ -7,27 +7,32 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlcache_jax.errors import InputError, PolicyError, PolicyWarning
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.mesh import is_known
+from vlcache_jax.patterns.attending import check_pattern
 from vlcache_jax.policies.budget import budget_text
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.scores.attention import Recency, Score
 from vlcache_jax.policies.scores.pooling import GridPooled
 from vlcache_jax.policies.shares import slot_budget
 from vlcache_jax.policies.window import Window, forced
+from vlcache_jax.pruning.plan import Plan, fitted, plan
 from vlcache_jax.typing import ModelSpec
 
 
-def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
-    """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
+def check_recipe(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raises if a recipe does not fit a model.
 
     Raises:
-      PolicyError: `policy` is not a policy, its lanes do not divide the model's KV heads, or it pools scores over
-        another patch grid than the model's.
-      InputError: max_new_tokens below 1, a malformed batch, or more positions than the model has.
+      PolicyError: a policy whose lanes do not divide the model's KV heads, that pools scores over another patch grid,
+        or rewrites what layers with windows keep; or see `check_pattern` and `fitted`.
     """
-    if not isinstance(policy, Policy):
-        raise PolicyError(f"policy={policy!r} is not a policy: build one, for example VLCache(budget=0.1)")
+    policy = recipe.policy
+    if recipe.prefill is not None:
+        check_pattern(recipe.prefill, spec)
+    if recipe.pruning is not None:
+        fitted(recipe.pruning, spec)
     _check_grid(spec, policy)
     windows = [window for window in spec.windows if window is not None]
     if windows:
@@ -50,6 +55,26 @@ def check_prefill(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens:
             policy.sharing.check_model(spec)
         except PolicyError as error:
             raise PolicyError(f"policy {policy.name!r}: {error}") from None
+
+
+def check_prefill(spec: ModelSpec, batch: Batch, recipe: Policy | Recipe, max_new_tokens: int) -> Plan:
+    """Raises if the arguments of a prefill cannot work; what is only known at run time is not checked under `jit`.
+
+    Returns:
+      Where visual tokens are dropped, and how long the stages are.
+
+    Raises:
+      PolicyError: see `recipe_of`, `check_recipe` and `plan`.
+      InputError: max_new_tokens below 1, a malformed batch, more positions than the model has, or a row that keeps more
+        tokens than the method's rooms hold.
+    """
+    recipe = recipe_of(recipe)
+    check_recipe(spec, recipe)
+    _check_batch(spec, batch, recipe.policy, max_new_tokens)
+    return plan(recipe.pruning, spec, batch)
+
+
+def _check_batch(spec: ModelSpec, batch: Batch, policy: Policy, max_new_tokens: int) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise InputError(f"max_new_tokens={max_new_tokens!r} is not an integer")
     if max_new_tokens < 1:
@@ -101,13 +126,13 @@ def _warn_of_forced_tokens(spec: ModelSpec, policy: Policy, lengths: np.ndarray)
                     "recent tokens would take more than half: fewer are kept, so that the scores have a say; see "
                     f"vlc.Window. recent=0.1 keeps a tenth at any length, recent=vlc.Tokens({recent.count}) all of them"
                 )
-                warnings.warn(text, PolicyWarning, stacklevel=4)
+                warnings.warn(text, PolicyWarning, stacklevel=5)
         elif any(sum(forced(mean, recent, sinks)) >= mean for mean in means):
             text = (
                 f"{start} recent={recent} and sinks={sinks} take all slots of a layer, and the scores decide nothing: "
                 "raise the budget, or lower recent or sinks"
             )
-            warnings.warn(text, PolicyWarning, stacklevel=4)
+            warnings.warn(text, PolicyWarning, stacklevel=5)
 
 
 def _check_grid(spec: ModelSpec, policy: Policy) -> None:

@@ -20,12 +20,8 @@ from vlcache_jax.pruning.stage import Stage
 from vlcache_jax.typing import ModelSpec
 
 
-def check_pattern(pattern: Pattern | None, spec: ModelSpec) -> None:
-    """Raises PolicyError if this is no pattern, or one that does not fit the model."""
-    if pattern is None:
-        return
-    if not isinstance(pattern, Pattern):
-        raise PolicyError(f"prefill={pattern!r} is not a pattern: build one, for example AShape()")
+def check_pattern(pattern: Pattern, spec: ModelSpec) -> None:
+    """Raises PolicyError if the pattern does not fit the model."""
     beyond = [layer for layer in pattern.dense_layers if layer >= spec.num_layers]
     if beyond:
         raise PolicyError(f"{pattern.name}: dense_layers={beyond} of a model with {spec.num_layers} layers")

@@ -1,6 +1,7 @@
 """MMInference's idea (ICML 2025, arXiv 2504.16083): visual queries look at a grid, and at their own neighbourhood."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ class MMInference(Pattern):
     window: int = 1024
     boundary: str = "query"
     most_columns: int | None = None
+    needs_whole_images: ClassVar[str | None] = "it counts the tokens from one row of an image to the next"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,8 @@ class Pattern:
       min_tokens: prompts padded to fewer tokens are dense.
       dense_layers: numbers of layers that are dense whatever the length.
       block: queries and keys of a block. A TPU's kernel needs a multiple of 128.
+      needs_whole_images: why it wants all tokens of an image, so that it cannot go with pruning; None if it does not
+        (of the class).
 
     Raises:
       PolicyError: a value out of range.
@@ -104,6 +106,7 @@ class Pattern:
     min_tokens: int = MIN_TOKENS
     dense_layers: tuple[int, ...] = ()
     block: int = 128
+    needs_whole_images: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         self._require(self.heads in ("group", "each"), "heads", "use 'group' or 'each'")

@@ -12,20 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.errors import InputError
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.models.coding import WeightCoding, weight_coding
 from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.families.registry import family_of, preset, read_config
 from vlcache_jax.models.io.hub import find_checkpoint
 from vlcache_jax.parallel.replication import replicated
-from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.planning.chips import CHIPS
 from vlcache_jax.planning.placement import DATA_AXIS, check_axes, default_axes
 from vlcache_jax.planning.programs import Program, Programs, Workload
 from vlcache_jax.planning.search import Limit, largest
 from vlcache_jax.planning.topologies import make_mesh, parse_topology, tpu_devices
 from vlcache_jax.policies import Policy, VLCache
-from vlcache_jax.policies.budget import Budget, budget_text, budget_value
-from vlcache_jax.pruning.method import Pruning
+from vlcache_jax.policies.budget import Budget, budget_value
 from vlcache_jax.terminal.progress import Progress
 
 _LARGEST_BATCH = 1024
@@ -37,7 +36,8 @@ class PolicyPlan:
     """One policy on one slice; bytes are of one device.
 
     Attributes:
-      policy, budget: which.
+      recipe: which, for people.
+      policy, budget: its policy.
       fits: whether prefill and decoding both compile within the device's memory.
       context_bytes: the compressed cache of the prompts.
       tail_bytes: the cache of generated tokens.
@@ -52,6 +52,7 @@ class PolicyPlan:
         another reason than its size.
     """
 
+    recipe: str
     policy: str
     budget: Budget
     fits: bool
@@ -79,7 +80,7 @@ class Plan:
       mesh: size of each axis.
       dtype: of parameters and cache.
       weights: what the decoder's projections are kept as.
-      batch, prompt, new_tokens, tiles, prefill, pruning: the workload; see `Workload`.
+      batch, prompt, new_tokens, tiles: the workload; see `Workload`.
       hbm_bytes: published memory of a device.
       available_bytes: what the compiler lets a program use of it.
       hbm_bytes_per_second: published bandwidth of a device.
@@ -100,8 +101,6 @@ class Plan:
     prompt: int
     new_tokens: int
     tiles: int
-    prefill: str | None
-    pruning: str | None
     hbm_bytes: int
     available_bytes: int
     hbm_bytes_per_second: float
@@ -124,10 +123,8 @@ def plan(
     new_tokens: int = 256,
     images: int = 1,
     max_image_tokens: int | None = None,
-    policy: Policy | None = None,
-    compare: Sequence[Policy] = (),
-    prefill: Pattern | None = None,
-    pruning: Pruning | None = None,
+    policy: Policy | Recipe | None = None,
+    compare: Sequence[Policy | Recipe] = (),
     mesh: Mapping[str, int] | None = None,
     dtype: str = "bfloat16",
     weights: str | WeightCoding | None = None,
@@ -145,10 +142,9 @@ def plan(
       new_tokens: room for generated tokens.
       images: of each prompt; LLaVA-NeXT cuts one into 5 tiles.
       max_image_tokens: visual tokens of an image at most, of a model whose images may be of any size.
-      policy: what to keep; `VLCache(budget=0.1)` by default.
-      compare: other policies, such as `FullCache()`.
-      prefill: as in `generate`.
-      pruning: as in `generate`, with `rooms`: a plan has no prompts of which tokens could be counted.
+      policy: what to keep, `VLCache(budget=0.1)` by default; or a recipe, whose pruning has `rooms`: a plan has no
+        prompts of which tokens could be counted.
+      compare: other policies or recipes, such as `FullCache()`.
       mesh: sizes of the axes "data" (splits the batch) and "model" (splits heads and MLPs). By default "model" is the
         largest common divisor of devices and KV heads, and "data" takes the rest.
       dtype: of parameters and cache: "bfloat16", "float32" or "float16".
@@ -171,8 +167,11 @@ def plan(
     config, name = model_config(model)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise InputError(f"dtype={dtype!r} is not supported: use one of bfloat16, float32, float16")
+    recipes = [recipe_of(VLCache(budget=0.1) if policy is None else policy), *map(recipe_of, compare)]
+    for recipe in recipes:
+        _check_rooms(recipe)
     tiles = _image_tiles(config, max_image_tokens)
-    work = _workload(config, batch, prompt, new_tokens, images, tiles, prefill, pruning)
+    work = _workload(config, batch, prompt, new_tokens, images, tiles)
     progress = Progress(enabled=False) if progress is None else progress
     progress.step("starting the TPU's compiler")
     chip = CHIPS[parse_topology(topology)[0]]
@@ -183,10 +182,6 @@ def plan(
     plain = dataclasses.replace(built, weights=None)
     programs = Programs(built, make_mesh(devices, axes))
     planner = _Planner(programs, work, chip.hbm_bytes_per_second / chip.devices, max_compilations, search, progress)
-    policies = [VLCache(budget=0.1) if policy is None else policy, *compare]
-    texts: dict[str, Any] = {
-        name: None if x is None else repr(x) for name, x in (("prefill", prefill), ("pruning", pruning))
-    }
     return Plan(
         model=name,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plain.abstract_params())),
@@ -195,14 +190,13 @@ def plan(
         devices_per_chip=chip.devices,
         mesh=axes,
         dtype=dtype,
-        **{field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name not in texts},
-        **texts,
+        **{field.name: getattr(work, field.name) for field in dataclasses.fields(work)},
         weights=str(built.weights or "float"),
         hbm_bytes=chip.hbm_bytes // chip.devices,
         available_bytes=planner.available,
         hbm_bytes_per_second=planner.bandwidth,
         weight_bytes=planner.weights,
-        policies=tuple(planner.plan(policy) for policy in policies),
+        policies=tuple(map(planner.plan, recipes)),
         versions={package: importlib.metadata.version(package) for package in ("jax", "libtpu")},
     )
 
@@ -226,18 +220,19 @@ class _Planner:
         used = {key: value for key, value in decoder.items() if tied or key != "embed_tokens"}
         self.decoder_weights = programs.bytes_of(used)
 
-    def plan(self, policy: Policy) -> PolicyPlan:
-        work, programs = self.work, self.programs
-        state = programs.state(work, policy)
+    def plan(self, recipe: Recipe) -> PolicyPlan:
+        work, programs, policy = self.work, self.programs, recipe.policy
+        state = programs.state(work, recipe)
         context, tail = programs.bytes_of(state.stores), programs.bytes_of(state.tail)
         kept = programs.bytes_of([(x.keys, x.values, x.key_scales, x.value_scales) for x in state.stores])
-        prefill = self._compile("prefill", work, policy)
-        decode = self._compile("decoding", work, policy)
-        step = self._compile("decode step", work, policy)
+        prefill = self._compile("prefill", work, recipe)
+        decode = self._compile("decoding", work, recipe)
+        step = self._compile("decode step", work, recipe)
         peaks = [program.peak_bytes for program in (prefill, decode)]
         read = self.decoder_weights + kept + tail
         room = programs.model.spec.max_positions - work.new_tokens
         return PolicyPlan(
+            recipe=recipe.title,
             policy=policy.name,
             budget=policy.budget,
             fits=self._fits(prefill) and self._fits(decode),
@@ -257,12 +252,12 @@ class _Planner:
                 policy=policy.name,
             ),
             largest_batch=self._largest(
-                policy, prefill, "batch", programs.mesh.shape[DATA_AXIS], max(_LARGEST_BATCH, work.batch)
+                recipe, prefill, "batch", programs.mesh.shape[DATA_AXIS], max(_LARGEST_BATCH, work.batch)
             ),
-            longest_prompt=self._largest(policy, prefill, "prompt", _PROMPT_STEP if room >= _PROMPT_STEP else 1, room),
+            longest_prompt=self._largest(recipe, prefill, "prompt", _PROMPT_STEP if room >= _PROMPT_STEP else 1, room),
         )
 
-    def _largest(self, policy: Policy, prefill: Program, field: str, step: int, ceiling: int) -> Limit | None:
+    def _largest(self, recipe: Recipe, prefill: Program, field: str, step: int, ceiling: int) -> Limit | None:
         if not self.search or (prefill.refused is not None and not prefill.out_of_memory):
             return None
 
@@ -270,10 +265,10 @@ class _Planner:
             # Decoding is compiled only where the prefill, which needs more as a rule, fits.
             changed: dict[str, Any] = {field: size}
             work = dataclasses.replace(self.work, **changed)
-            first = self._compile("prefill", work, policy)
+            first = self._compile("prefill", work, recipe)
             if not self._fits(first):
                 return False, first.peak_bytes
-            second = self._compile("decoding", work, policy)
+            second = self._compile("decoding", work, recipe)
             peaks = [p.peak_bytes for p in (first, second) if p.peak_bytes is not None]
             return self._fits(second), max(peaks, default=None)
 
@@ -291,12 +286,12 @@ class _Planner:
     def _fits(self, program: Program) -> bool:
         return program.refused is None and program.peak_bytes is not None and program.peak_bytes <= self.available
 
-    def _compile(self, name: str, work: Workload, policy: Policy) -> Program:
-        what = f"{name}, {policy.name} {budget_text(policy.budget)}, batch {work.batch}, prompt {work.prompt}"
+    def _compile(self, name: str, work: Workload, recipe: Recipe) -> Program:
+        what = f"{name}, {recipe.title}, batch {work.batch}, prompt {work.prompt}"
         self.progress.step(f"compiling: {what}")
         programs = self.programs
         compile_ = {"prefill": programs.prefill, "decoding": programs.decode, "decode step": programs.decode_step}[name]
-        program = compile_(work, policy)[0]
+        program = compile_(work, recipe)[0]
         verdict = f"peak {program.peak_bytes / 2**30:.2f} GiB" if program.peak_bytes else "peak unknown"
         if not self._fits(program):
             small = program.refused is not None and not program.out_of_memory
@@ -334,8 +329,6 @@ def _workload(
     new_tokens: int,
     images: int,
     image_tiles: int,
-    prefill: Pattern | None,
-    pruning: Pruning | None,
 ) -> Workload:
     for field, value, least in (
         ("batch", batch, 1),
@@ -345,11 +338,6 @@ def _workload(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
-    if pruning is not None and pruning.rooms is None:
-        raise InputError(
-            f"pruning={pruning!r} has no rooms: say how many tokens of a prompt go on behind each cut, text included, "
-            "such as rooms=(2048, 1024, 512)"
-        )
     positions = config.decoder.extended_positions
     if prompt + new_tokens > positions:
         raise InputError(
@@ -361,6 +349,12 @@ def _workload(
         prompt=prompt,
         new_tokens=new_tokens,
         tiles=images * image_tiles,
-        prefill=prefill,
-        pruning=pruning,
     )
+
+
+def _check_rooms(recipe: Recipe) -> None:
+    if recipe.pruning is not None and recipe.pruning.rooms is None:
+        raise InputError(
+            f"pruning={recipe.pruning!r} has no rooms: say how many tokens of a prompt go on behind each cut, text "
+            "included, such as rooms=(2048, 1024, 512)"
+        )

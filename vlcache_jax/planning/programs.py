@@ -15,15 +15,14 @@ from vlcache_jax.cache.state import KVState
 from vlcache_jax.inference.decode import decode
 from vlcache_jax.inference.decode_step import decode_step
 from vlcache_jax.inference.prefill import prefill
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.dispatch import implementations
 from vlcache_jax.models.coding import CODED
 from vlcache_jax.models.families.family import FamilyModel
-from vlcache_jax.patterns.pattern import Pattern
 from vlcache_jax.planning.compiling import abstract, compile_on
 from vlcache_jax.planning.placement import place, place_params
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.typing import Params
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -38,16 +37,12 @@ class Workload:
       prompt: their padded length, visual tokens included.
       new_tokens: room for generated tokens.
       tiles: image tiles of each prompt that go through the vision tower.
-      prefill: what the prompt looks at; None for all.
-      pruning: what drops visual tokens between layers of the prefill; its `rooms` say how many tokens go on.
     """
 
     batch: int
     prompt: int
     new_tokens: int
     tiles: int
-    prefill: Pattern | None = None
-    pruning: Pruning | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,14 +93,14 @@ class Programs:
 
         self.params: Params = place_params(jax.tree_util.tree_map_with_path(stored, model.abstract_params()), mesh)
 
-    def prefill(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+    def prefill(self, work: Workload, policy: Policy | Recipe) -> tuple[Program, Any]:
         """`prefill` and room for answers, the state split over devices; with the compiled program."""
         run = self._prefill(work, policy)
         state = self.state(work, policy)
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))
         return self.compile(run, self.params, self._batch(work), out_shardings=shardings)
 
-    def decode_step(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+    def decode_step(self, work: Workload, policy: Policy | Recipe) -> tuple[Program, Any]:
         """`vlcache_jax.decode_step`, with the state donated."""
         tokens = place(jax.ShapeDtypeStruct((work.batch,), jnp.int32), self.mesh)
         state = self.state(work, policy)
@@ -116,7 +111,7 @@ class Programs:
         shardings = (None, jax.tree.map(lambda x: x.sharding, state))
         return self.compile(step, self.params, tokens, state, donate=(2,), out_shardings=shardings)
 
-    def decode(self, work: Workload, policy: Policy) -> tuple[Program, Any]:
+    def decode(self, work: Workload, policy: Policy | Recipe) -> tuple[Program, Any]:
         """`vlcache_jax.decode`: the whole loop of `generate`, greedy. The state stays valid, so its tail is copied."""
         logits, _ = self._outputs(work, policy)
 
@@ -125,7 +120,7 @@ class Programs:
 
         return self.compile(loop, self.params, place(logits, self.mesh), self.state(work, policy))
 
-    def state(self, work: Workload, policy: Policy) -> KVState:
+    def state(self, work: Workload, policy: Policy | Recipe) -> KVState:
         """The abstract state that the prefill makes."""
         return place(self._outputs(work, policy)[1], self.mesh)
 
@@ -143,14 +138,13 @@ class Programs:
             raise RuntimeError(f"the TPU compiler does not name the memory of a device: {program.refused!r}")
         return _bytes(*[group for group in found.groups() if group is not None])
 
-    def _prefill(self, work: Workload, policy: Policy) -> Callable[..., Any]:
+    def _prefill(self, work: Workload, policy: Policy | Recipe) -> Callable[..., Any]:
         def run(params: Params, batch: Batch) -> Any:
-            how: dict[str, Any] = {"prefill": work.prefill, "pruning": work.pruning}
-            return prefill(self.model, params, batch, policy, **how).start(work.new_tokens)
+            return prefill(self.model, params, batch, policy).start(work.new_tokens)
 
         return run
 
-    def _outputs(self, work: Workload, policy: Policy) -> tuple[jax.ShapeDtypeStruct, KVState]:
+    def _outputs(self, work: Workload, policy: Policy | Recipe) -> tuple[jax.ShapeDtypeStruct, KVState]:
         with jax.set_mesh(self.mesh):
             return jax.eval_shape(self._prefill(work, policy), self.params, self._batch(work))
 

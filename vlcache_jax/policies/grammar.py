@@ -14,6 +14,7 @@ from vlcache_jax.policies.methods.method import METHODS, options_of
 from vlcache_jax.policies.policy import Policy
 from vlcache_jax.policies.rows.spans import AllRows, LastRows, PostVision, Rows
 from vlcache_jax.terminal import words
+from vlcache_jax.terminal.options import typed
 
 _BUDGETS = (
     "0.1 or 10% of the prompt's cache, 256 (tokens a layer), 64MiB (bytes a prompt), bytes:0.25 (of a 16-bit cache's), "
@@ -71,18 +72,11 @@ def _build(name: str, options: dict[str, Any]) -> Policy:
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of what was typed."""
-    head, *parts = text.split(",")
-    name, colon, budget = head.partition(":")
-    options: dict[str, Any] = {"budget": _budget(budget)} if colon else {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise PolicyError(f"policy option {words.shown(part)} is not of the form name=value, such as heads=shared")
-        if key in options:
-            raise PolicyError(f"policy option {words.shown(key)} is given twice: give it once")
-        options[key] = _value(key, value)
-    return name.strip(), options
+    name, budget, words_of = typed(text, "policy", "heads=shared")
+    if budget is not None and "budget" in words_of:
+        raise PolicyError("policy option 'budget' is given twice: give it once")
+    options: dict[str, Any] = {} if budget is None else {"budget": _budget(budget)}
+    return name, options | {key: _value(key, word) for key, word in words_of.items()}
 
 
 def _budget(text: str) -> Budget:

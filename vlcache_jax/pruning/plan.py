@@ -39,18 +39,13 @@ class Plan:
         return [end - start for start, end in zip(self.starts, (*self.starts[1:], layers))]
 
 
-def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
-    """The plan for a batch: its rooms are those that the method has, or the buckets of what the rows keep.
+def fitted(pruning: Pruning, spec: ModelSpec) -> Pruning:
+    """The method for a model.
 
     Raises:
-      PolicyError: no pruning method, cuts or numbers of tokens out of order, rooms that are none, or a model of which
-        layers have windows.
-      InputError: a row keeps more tokens than the method's `rooms` hold.
+      PolicyError: it does not fit: cuts out of order, rooms that are none, a model of which layers have windows, or one
+        that does not tell what the method needs.
     """
-    if pruning is None:
-        return Plan(None, (0,), (batch.length,))
-    if not isinstance(pruning, Pruning):
-        raise PolicyError(f"pruning={pruning!r} is not a pruning method: build one, for example PyramidDrop()")
     pruning = pruning.of_model(spec.num_layers)
     if spec.windows:
         raise PolicyError(
@@ -78,10 +73,25 @@ def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
             f"{pruning.name} goes by rows and columns of visual tokens, which this model does not tell: leave the grid "
             "out, as Feather(stride=0) does"
         )
+    rooms = pruning.rooms
+    if rooms is not None and (len(rooms) != len(cuts) or min(rooms, default=1) < 1):
+        raise PolicyError(f"{pruning.name}: rooms={rooms} for {len(cuts)} cuts: give a padded length for each")
+    return pruning
+
+
+def plan(pruning: Pruning | None, spec: ModelSpec, batch: Batch) -> Plan:
+    """The plan for a batch: its rooms are those that the method has, or the buckets of what the rows keep.
+
+    Raises:
+      PolicyError: see `fitted`; or numbers of tokens out of order.
+      InputError: a row keeps more tokens than the method's `rooms` hold.
+    """
+    if pruning is None:
+        return Plan(None, (0,), (batch.length,))
+    pruning = fitted(pruning, spec)
+    cuts = pruning.cuts(spec.num_layers)
     rooms, needed = pruning.rooms, _needed(pruning, len(cuts), spec, batch)
     if rooms is not None:
-        if len(rooms) != len(cuts) or min(rooms, default=1) < 1:
-            raise PolicyError(f"{pruning.name}: rooms={rooms} for {len(cuts)} cuts: give a padded length for each")
         for cut, (room, most) in enumerate(zip(rooms, needed)):
             if most > room:
                 raise InputError(

@@ -21,6 +21,7 @@ import numpy as np
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.generate import answer
 from vlcache_jax.inference.prefill import compress
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inference.row_options import StopIds
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.inference.score import score
@@ -28,7 +29,6 @@ from vlcache_jax.inputs import Batch
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.seeds import Seeds
 from vlcache_jax.policies.policy import Policy
-from vlcache_jax.pruning.method import Pruning
 from vlcache_jax.training.state import Loss, Metrics, Params
 from vlcache_jax.typing import VisionLanguageModel
 
@@ -61,7 +61,7 @@ def rollout(
     model: VisionLanguageModel,
     params: Params,
     batch: Batch,
-    policy: Policy | None = None,
+    policy: Policy | Recipe | None = None,
     max_new_tokens: int = 64,
     *,
     samples: int = 8,
@@ -69,7 +69,6 @@ def rollout(
     seeds: Seeds = 0,
     full: bool = False,
     eos_token_ids: StopIds = None,
-    pruning: Pruning | None = None,
     kernels: Kernels | None = None,
 ) -> Rollouts:
     """Draws several answers to each prompt from one prefill; the compressed cache is neither copied nor repeated.
@@ -77,7 +76,7 @@ def rollout(
     Pure: works inside a jitted step, on a mesh, with adapters beside the kernels (`Lora.applied`).
 
     Args:
-      model, params, batch, policy, max_new_tokens, eos_token_ids, pruning, kernels: as in `vlc.generate`.
+      model, params, batch, policy, max_new_tokens, eos_token_ids, kernels: as in `vlc.generate`.
       samples: of each prompt.
       sampling: how to draw; temperature 1 and no filters by default.
       seeds: as in `vlc.answer`; give another one to every step.
@@ -93,7 +92,7 @@ def rollout(
       out = rollout(vlm.model, params, batch, vlc.VLCache(0.1), 64, samples=8, seeds=step, full=True)
     """
     sampling = Sampling() if sampling is None else sampling
-    ctx = compress(model, params, batch, policy, pruning=pruning, kernels=kernels)
+    ctx = compress(model, params, batch, policy, kernels=kernels)
     out = answer(
         ctx, max_new_tokens=max_new_tokens, samples=samples, sampling=sampling, seeds=seeds,
         eos_token_ids=eos_token_ids, log_probabilities=True, kernels=kernels,

@@ -8,9 +8,10 @@ from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.demo.study.recording import Recording, Replay, first_columns
 from vlcache_jax.inference.generate import answer
 from vlcache_jax.inference.prefill import compress
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inputs import TEXT, Batch, Continuation
 from vlcache_jax.policies import Policy
-from vlcache_jax.typing import Params
+from vlcache_jax.typing import Params, VisionLanguageModel
 
 Answers = tuple[jax.Array, jax.Array, tuple[PackedStore, ...], jax.Array]
 """Tokens i32 [batch, max_new_tokens], lengths i32 [batch], the stores of the context, density f32 [batch, layers]."""
@@ -63,6 +64,15 @@ def answer_known(
     else:
         ctx = compress(model, {"model": params, "recording": recording}, batch, policy)
     out = answer(ctx, question, max_new_tokens)
+    return out.tokens, out.lengths, ctx.stores, ctx.report.density
+
+
+def answer_recipe(
+    model: VisionLanguageModel, params: Params, batch: Batch, recipe: Recipe, max_new_tokens: int
+) -> Answers:
+    """Answers of the model itself, whose prompts a recipe changes: nothing can be replayed."""
+    ctx = compress(model, params, batch, recipe)
+    out = answer(ctx, None, max_new_tokens)
     return out.tokens, out.lengths, ctx.stores, ctx.report.density
 
 

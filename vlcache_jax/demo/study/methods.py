@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlcache_jax.demo.study.oracle import oracle, oracle_by_mass
+from vlcache_jax.demo.study.prunings import PRUNINGS
 from vlcache_jax.errors import InputError
+from vlcache_jax.inference.recipe import Recipe, recipe_by_name
 from vlcache_jax.policies import METHODS, Policy, policy_by_name
 from vlcache_jax.policies.allocate.uniform import Uniform
 from vlcache_jax.terminal.words import nearest
@@ -53,7 +55,7 @@ class Method:
 
     Attributes:
       name: in results and on the command line: of a method, a variant or a yardstick, or a policy as it is typed,
-        without its budget.
+        without its budget; or of a pruning method, or a recipe as it is typed, with KEEP for the budget.
     """
 
     name: str
@@ -73,7 +75,24 @@ class Method:
         """For tables and pictures."""
         if self.name in METHODS:
             return METHODS[self.name].title
-        return {**_VARIANTS, **_YARDSTICKS}.get(self.name, (self.name.replace("_", " "), None))[0]
+        return {**_VARIANTS, **_YARDSTICKS, **PRUNINGS}.get(self.name, (self.name.replace("_", " "), None))[0]
+
+    @property
+    def replays(self) -> bool:
+        """Whether it leaves what the prompt's layers compute as it is, so that a recording of them will do."""
+        return self.name not in PRUNINGS and "+" not in self.name
+
+    def recipe(self, budget: float, grid_side: int) -> Recipe:
+        """The recipe at a budget; of a pruning method the part of the visual tokens that stays.
+
+        Raises:
+          PolicyError: see `policy`.
+        """
+        if self.name in PRUNINGS:
+            return Recipe(pruning=PRUNINGS[self.name][1](budget))
+        if not self.replays:
+            return recipe_by_name(self.name.replace("KEEP", f"{budget:g}"))
+        return Recipe(self.policy(budget, grid_side))
 
     def policy(self, budget: float, grid_side: int) -> Policy:
         """The policy at a budget, for a model whose images have `grid_side` patches along a side.
@@ -105,13 +124,14 @@ def choose_methods(wanted: Sequence[str] | None) -> list[Method]:
 
     Raises:
       InputError: one of them is not known, or is named twice.
-      PolicyError: it is a policy as it is typed, but not a right one.
+      PolicyError: it is a policy or recipe as it is typed, but not a right one.
     """
     known = [method.name for method in all_methods()]
-    typed = [name for name in wanted or () if "," in name]
+    typed = [name for name in wanted or () if "," in name or "+" in name]
     for name in typed:
-        Method(name).policy(0.1, 16)
-    return list(map(Method, choose("methods", wanted, [*known, *dict.fromkeys(typed)])))
+        Method(name).recipe(0.1, 16)
+    names = [x for name in wanted or () for x in (PRUNINGS if name == "prunings" else (name,))]
+    return list(map(Method, choose("methods", names, [*known, *PRUNINGS, *dict.fromkeys(typed)] if names else known)))
 
 
 def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:

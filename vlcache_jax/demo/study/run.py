@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.demo.study.answers import answer_before, answer_known, images_end
+from vlcache_jax.demo.study.answers import answer_before, answer_known, answer_recipe, images_end
 from vlcache_jax.demo.study.measure import Held, Stores, held, kept_tokens, store_bytes
 from vlcache_jax.demo.study.methods import FULL, Method
 from vlcache_jax.demo.study.oracle import answer_attention, with_answer_attention
@@ -21,9 +21,10 @@ from vlcache_jax.demo.study.recording import Recording, Replay, record
 from vlcache_jax.demo.study.results import Key, Result, ResultFile
 from vlcache_jax.demo.study.tasks import EXACT, TaskData, load_task, score
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.inference.recipe import Recipe
 from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.io.loading import VLM
-from vlcache_jax.policies import FullCache, Policy
+from vlcache_jax.policies import FullCache
 from vlcache_jax.terminal.progress import Progress
 
 KNOWN, BEFORE = MODES = "known", "before"
@@ -107,17 +108,20 @@ class Study:
         Raises:
           PolicyError: the method does not know such a budget.
         """
-        policy = method.policy(budget, self.vlm.model.spec.vision_grid or 0)
-        parts = [self._of_batch(some, method, policy, mode, data.max_new_tokens) for some in prompts]
+        recipe = method.recipe(budget, self.vlm.model.spec.vision_grid or 0)
+        parts = [
+            self._of_batch(some, batch, method, recipe, mode, data.max_new_tokens)
+            for some, batch in zip(prompts, data.batches, strict=True)
+        ]
         joined = jax.tree.map(
             lambda *x: np.concatenate(list(map(np.asarray, x)))[: data.samples], *(p for p, _ in parts)
         )
         return joined, parts[0][1]
 
     def _of_batch(
-        self, some: Prompts, method: Method, policy: Policy, mode: str, max_new_tokens: int
+        self, some: Prompts, whole: Batch, method: Method, recipe: Recipe, mode: str, max_new_tokens: int
     ) -> tuple[Measured, Stores]:
-        batch, attention = some.batch, some.attention
+        batch, attention, policy = some.batch, some.attention, recipe.policy
         shown = with_answer_attention(some.recording, attention) if method.needs_answer else some.recording
         ask: Any = answer_known
         if policy.repeats:
@@ -126,7 +130,11 @@ class Study:
         if mode == BEFORE:
             end = images_end(batch)
             ask, compressed, attention = answer_before, np.full(batch.size, end), attention[..., :end]
-        tokens, lengths, stores, density = ask(self.model, self.vlm.params, batch, shown, policy, max_new_tokens)
+        if method.replays:
+            answers = ask(self.model, self.vlm.params, batch, shown, policy, max_new_tokens)
+        else:
+            answers = answer_recipe(self.vlm.model, self.vlm.params, whole, recipe, max_new_tokens)
+        tokens, lengths, stores, density = answers
         agrees = jnp.all(tokens == some.tokens, axis=1)
         return Measured(tokens, lengths, agrees, held(stores, compressed, attention), compressed, density), stores
 

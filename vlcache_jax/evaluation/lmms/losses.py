@@ -11,6 +11,7 @@ from vlcache_jax.engine.requests import Request
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.batches import in_batches, read_all
 from vlcache_jax.inference.prefill import compress
+from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.inference.score import score
 from vlcache_jax.inputs import Continuation
 from vlcache_jax.models.io.loading import VLM
@@ -19,7 +20,7 @@ from vlcache_jax.policies.policy import Policy
 
 
 def losses(
-    vlm: VLM, policy: Policy, requests: Sequence[Request], answers: Sequence[Sequence[str]]
+    vlm: VLM, recipe: Policy | Recipe, requests: Sequence[Request], answers: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, bool]]]:
     """The mean negative log-likelihood of a token, and whether greedy decoding gives the answer, of each answer.
 
@@ -27,7 +28,7 @@ def losses(
 
     Args:
       vlm: the loaded checkpoint.
-      policy: what to keep of the prompts' caches.
+      recipe: what to keep of the prompts' caches.
       requests: the prompts.
       answers: at least one for each.
 
@@ -39,14 +40,14 @@ def losses(
         raise InputError("an answer has no tokens: give texts that are not empty")
     longest = max(int(np.max(one.lengths)) for one in known)
     shape = (max(map(len, answers)), bucket_length(longest))
-    preparer = Preparer(vlm.processor, vlm.model, policy, shape[1], 0, 8)
+    preparer = Preparer(vlm.processor, vlm.model, recipe_of(recipe), shape[1], 0, 8)
     prompts = [Request(prompt=request.prompt, images=request.images) for request in requests]
     buckets = fit([read.bucket for read in read_all(preparer, prompts)], MOST_BUCKETS)
     found: list[list[tuple[float, bool]]] = [[] for _ in requests]
     for reads, batch in in_batches(preparer, vlm.params, prompts, buckets):
         some = [read.index for read in reads]
         filled = some + some[:1] * (batch.size - len(some))
-        scores = score(compress(vlm.model, vlm.params, batch, policy), _together(filled, known, shape))
+        scores = score(compress(vlm.model, vlm.params, batch, recipe), _together(filled, known, shape))
         means, greedy = np.asarray(scores.mean), np.all(np.asarray(scores.greedy), axis=-1)
         for row, index in enumerate(some):
             found[index] = [(-float(means[row, i]), bool(greedy[row, i])) for i in range(len(answers[index]))]

@@ -16,8 +16,8 @@ from vlcache_jax.engine.engine import Engine
 from vlcache_jax.errors import InputError
 from vlcache_jax.evaluation.lmms.losses import losses
 from vlcache_jax.evaluation.lmms.prompts import Messages, of_chat, of_simple, request
+from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.models.io.loading import load
-from vlcache_jax.policies import policy_by_name
 from vlcache_jax.terminal.progress import Progress
 
 _LOG = logging.getLogger("vlcache_jax")
@@ -42,7 +42,8 @@ class SimpleModel(lmms):  # type: ignore[misc]
 
     Args:
       pretrained: a folder, or an id on the Hub.
-      policy: what to keep, as typed on the command line; options are separated by ";", as lmms-eval splits at commas.
+      policy: a policy or recipe as typed on the command line; options have ";" between them, as lmms-eval splits at
+        commas.
       rows: answers that are decoded at once; the batch size if that is above 1, and else as many as fit.
       dtype: of parameters and cache: bfloat16, or float32 on a CPU, by default.
       mesh: devices, such as 4x2: the first number splits the rows, the second the model. By default one device.
@@ -74,7 +75,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
         super().__init__()
         if others:
             raise InputError(f"model_args has {', '.join(sorted(others))}, which is not known: leave it out")
-        self._policy = policy_by_name(str(policy).replace(";", ","))
+        self._recipe = recipe_by_name(str(policy).replace(";", ","))
         size = int(str(batch_size)) if str(batch_size).isdecimal() else 1
         self._rows: Any = rows or (size if size > 1 else "auto")
         limits = None if max_image_tokens is None else {"max_image_tokens": max_image_tokens}
@@ -88,7 +89,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
             messages, options = self._asked(instance.args)
             asked.append(request(self._vlm.processor, messages, options, int(instance.args[3])))
         most = max((one.max_new_tokens or 0 for one in asked), default=1)
-        engine = Engine(self._vlm, self._policy, rows=self._rows, max_new_tokens=most)
+        engine = Engine(self._vlm, self._recipe, rows=self._rows, max_new_tokens=most)
         found, start = [], time.monotonic()
         with Progress() as progress:
             progress.step("measuring the prompts, and compiling")
@@ -122,7 +123,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
             answers.append([self._target(instance.args) for instance in same])
         with Progress() as progress:
             progress.step(f"scoring the answers to {len(prompts)} prompts")
-            found = [_Loss(pair) for pairs in losses(self._vlm, self._policy, prompts, answers) for pair in pairs]
+            found = [_Loss(pair) for pairs in losses(self._vlm, self._recipe, prompts, answers) for pair in pairs]
         for instance, pair in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", instance.args, pair)
         return found
