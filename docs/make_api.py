@@ -47,8 +47,8 @@ GROUPS = {
             "Tokens Window Bytes ByteShare Mass",
             "policies: method",
             "VisionZip TokenCorrelation DivPrune PiToMe ToDRE AIM CDPruner FastV PyramidDrop Feather SparseVLM",
-            "KeepCurve search_keep_curve",
-            "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress",
+            "KeepCurve search_keep_curve CoreMatching VFlowOpt",
+            "layer_budgets PostVision LastRows Drop Merge Quantise Append RollingWindow Evict Recompress VAR VASparse",
         ],
     ),
     "sparse_prefill": (

@@ -211,3 +211,39 @@ def sparse_vlm(method, row, cut):
     goes = [i if i in centres else min(centres, key=lambda c: distance[i, c]) for i in range(len(some))]
     new = {some[c]: x[[i for i, to in enumerate(goes) if to == c]].mean(axis=0) for c in centres}
     return sorted(kept + list(new)), new
+
+
+def core_matching(method, row, cut):
+    fires = row.entered @ row.stub.gate[3].astype(np.float64) > 0
+    shared = (fires & fires[max(row.n - method.reference, 0)]).sum(axis=1)
+    curve = sorted(shared[row.visual], reverse=True)
+    if not curve:
+        return [], {}
+    line = np.linspace(curve[0], curve[-1], len(curve))  # the distance from it grows with the height above or below
+    knee = curve[int(np.argmax(np.round(np.abs(curve - line), 9)))]
+    return best(shared, [i for i in row.visual if shared[i] > knee], part(row.count, method.keep)), {}
+
+
+def v_flow_opt(method, row, cut):
+    layers, first = 6, 1.25 * method.keep if method.first is None else method.first
+    starts = (0, 2, 4)  # 9 and 18 of 28, of six
+    sizes = [2, 2, 2]
+    parts = [first, first * method.second]
+    parts.append((method.keep * layers - sum(x * n for x, n in zip(parts, sizes))) / sizes[2])
+    assert method.cuts(layers) == starts
+    if cut:
+        importance = row.attention_of([row.n - 1], 4, row.hidden)[:, 0].mean(axis=0)
+    else:
+        patch = row.index >= 0
+        shares = np.where(patch, np.exp(row.entropy), 0)
+        importance = row.attention / max(row.attention.sum(), 1e-9)
+        importance = np.where(patch, importance + method.entropy * shares / max(shares.sum(), 1e-9), 0)
+    count = min(part(row.count, round(parts[cut], 6)), len(row.visual))
+    runs = min(method.merge, count // 2)
+    kept = best(importance, row.visual, count - runs)
+    rest = [i for i in row.visual if i not in kept]
+    new = {}
+    for run in range(runs):
+        members = [i for rank, i in enumerate(rest) if rank * runs // len(rest) == run]
+        new[members[0]] = row.hidden[members].mean(axis=0)
+    return sorted(kept + list(new)), new

@@ -40,6 +40,7 @@ class Stub:
         self.hidden, self.entered = tokens(WIDTH), tokens(WIDTH)
         self.positions = np.minimum(np.arange(ROOM)[None], self.lengths[:, None] - 1).astype(np.int32)
         self.attention, self.keys, self.features = np.abs(tokens()), tokens(HEAD_DIM), tokens(12)
+        self.entropy = np.abs(tokens())
         shape = (LAYERS, WIDTH)
         self.query, self.key, self.value = (
             rng.normal(size=(*shape, n * HEAD_DIM)).astype(np.float32) / 3 for n in (HEADS, KV_HEADS, KV_HEADS)
@@ -83,7 +84,7 @@ class Stub:
                 dataclasses.replace(x.dropping(choice, left.astype(jnp.int32), None, ROOM - 7, 3), layers=x.layers)
                 for x in (stage, entered)
             )
-        tower = TowerView(*map(jnp.asarray, (self.attention, self.keys, self.features)))
+        tower = TowerView(*map(jnp.asarray, (self.attention, self.keys, self.features, self.entropy)))
         return Between(stage, entered, prompt, self.project, tower, lambda x: x @ jnp.asarray(self.projector))
 
     def row(self, between, number):
@@ -110,6 +111,7 @@ class Row:
         self.visual = [i for i in range(self.n - 1) if self.index[i] != TEXT]
         self.text = [i for i in range(self.n) if self.index[i] == TEXT]
         self.attention = np.where(self.index >= 0, stub.attention[number, places], 0)
+        self.entropy = stub.entropy[number, places]
         self.keys, self.features = (x[number, places].astype(np.float64) for x in (stub.keys, stub.features))
 
     def heads(self, layer, hidden, rotated=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from family_promises import check, check_rows_alone_and_budget_one
+from PIL import Image
 from text_model import by_definition
 from tiers import later
 from tiny_qwen import IMAGE, image_processor, make_tiny_qwen, pictures, reference_inputs
@@ -314,9 +315,49 @@ def test_limits_of_images_in_all_spellings(checkpoints):
         ({"max_pixels": 10}, "would need at least 64 pixels and at most 10"),
         ({"size": {"height": 10, "width": 10}}, "give shortest_edge and longest_edge"),
         ({"max_tokens": 8}, "'max_tokens' is no limit of images"),
+        ({"pixel_prune": 1.5}, "give the threshold, 0 for equal patches only"),
     ):
         with pytest.raises(vlc.InputError, match=message):
             Processor.from_folder(folder, image_limits=limits)
+
+
+def page():
+    """White but for a few marks."""
+    pixels = np.full((56, 40, 3), 255, np.uint8)
+    pixels[9:12, 3:30] = pixels[33:35, 17:22] = 0
+    return Image.fromarray(pixels)
+
+
+def test_repeated_patches_are_left_out(checkpoints):
+    """Of a page, not of random pictures; other limits stay what they are."""
+    folder = checkpoints["qwen2_5_vl"][0]
+    plain, pruned = (Processor.from_folder(folder, image_limits=limits) for limits in ({}, {"pixel_prune": 0}))
+    assert pruned.layout == dataclasses.replace(plain.layout, pixel_prune=0)
+    before, after = (processor(images(), TEXTS) for processor in (plain, pruned))
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    (size,), (whole,) = (processor.measure([page()], "w1 <|image_pad|> w2") for processor in (pruned, plain))
+    assert size.tokens < whole.tokens / 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_about_a_page_without_its_repeats(checkpoints, kind):
+    """Tokens that stay have the positions of the whole page, and so has what follows."""
+    vlm = vlc.load(checkpoints[kind][0], dtype="float32", image_limits={"pixel_prune": 0})
+    whole = Processor.from_folder(checkpoints[kind][0])
+    texts, seen = ["w1 <|image_pad|> w2", "w3 w4 w5"], [[page()], []]
+    embedded, spots = [], []
+    for processor in (whole, vlm.processor):
+        batch = processor(seen, texts)
+        embedded.append(vlm.model.apply({"params": vlm.params}, batch, method="embed"))
+        index = np.asarray(batch.vision_index)[0, 1 : batch.lengths[0] - 1]
+        spots.append([tuple(x) for x in np.asarray(batch.cells)[0, 4 * index, 2:].tolist()])
+    positions = [np.asarray(x.positions)[0, :, 1:] for x in embedded]
+    for number, spot in enumerate(spots[1]):
+        np.testing.assert_array_equal(positions[1][:, number], positions[0][:, spots[0].index(spot)])
+    np.testing.assert_array_equal(embedded[0].next_position, embedded[1].next_position)
+    out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.5), 8, pruning=vlc.FastV(layer=1))
+    assert np.asarray(out.report.finite).all()
 
 
 def test_regions_cover_the_image(checkpoints):

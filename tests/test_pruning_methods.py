@@ -34,6 +34,10 @@ METHOD_CASES = {
     "sparse_vlm": vlc.SparseVLM((1, 4), (0.5, 0.3), recycle=0.9),
     "sparse_vlm, no recycling": vlc.SparseVLM((1, 4), (0.5, 0.3), recycle=0),
     "keep_curve": vlc.KeepCurve((1, 0.6, 0.6, 0.6, 0.25, 0.25)),
+    "core_matching": vlc.CoreMatching(layer=4, keep=0.9),
+    "core_matching, few": vlc.CoreMatching(layer=4, keep=0.2, reference=2),
+    "v_flow_opt": vlc.VFlowOpt(keep=0.4, first=0.6, second=0.8, entropy=2.0, merge=5, layers=LAYERS),
+    "v_flow_opt, nothing recycled": vlc.VFlowOpt(keep=0.3, entropy=-2.0, merge=0, layers=LAYERS),
     "cd_pruner": vlc.CDPruner(keep=0.3),
     "cd_pruner, relevance": vlc.CDPruner(keep=0.3, relevance=0.5),
 }
@@ -50,7 +54,9 @@ def project_features(x):
 
 def behind(method, cut, stage, entered, prompt, tower):
     """The stage behind a cut."""
-    seen = Between(stage, entered, prompt, STUB.project, tower, project_features)
+    neurons = entered.hidden @ jnp.asarray(STUB.gate[3], entered.hidden.dtype)
+    watched = method.watch(entered, neurons) if method.watches else None
+    seen = Between(stage, entered, prompt, STUB.project, tower, project_features, watched)
     choice, left = method.choose(cut, seen), jnp.sum(stage.droppable, axis=1, dtype=jnp.int32)
     visual = jnp.sum(prompt.droppable, axis=1, dtype=jnp.int32)
     count = method.kept(cut, visual, left) if choice.count is None else choice.count
@@ -89,7 +95,7 @@ def test_types(name, method, cut):
     """In bfloat16, and in 64-bit mode, without a promotion: what comes out has the types of what goes in."""
     arrays = parts(STUB.between(thinned=cut > 0))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, arrays)
-    half = *half[:3], dataclasses.replace(half[3], attention=arrays[3].attention)
+    half = *half[:3], dataclasses.replace(half[3], attention=arrays[3].attention, entropy=arrays[3].entropy)
     types = [x.dtype for x in jax.tree.leaves(half[0])]
     with jax.enable_x64(True):
         out = jax.eval_shape(partial(behind, method, cut), *half)

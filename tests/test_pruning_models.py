@@ -30,6 +30,7 @@ METHODS = {
     "todre": vlc.ToDRE(keep=0.4, late=0.6),
     "token_correlation": vlc.TokenCorrelation(keep=0.4),
     "keep_curve": vlc.KeepCurve(budget=0.4),
+    "core_matching": vlc.CoreMatching(layer=2, keep=0.7, reference=3),
 }
 
 
@@ -88,6 +89,25 @@ def test_what_entered_the_last_layer(llava, batch):
             stays = np.sort([*np.flatnonzero(~visual[places]), *order[: len(order) // 2]]).astype(int)
             hidden, places = after[:, stays], places[stays]
             assert found[row][found[row] >= 0].tolist() == places.tolist()
+
+
+def test_the_neurons_of_a_layer(llava, batch):
+    """What goes into the last product of its MLP: the MLP's own formula, of the hidden states that they complete."""
+    model, params = llava
+    hidden = embed_prompt(model, params, batch).hidden
+    places = np.broadcast_to(np.arange(batch.length), batch.tokens.shape)
+    attend = lambda query, key, value, carry, xs: (query, carry, None)  # noqa: E731
+    out, _, (_, (neurons,)) = model.apply(
+        {"params": params}, hidden, places, attend, layers=(1, 2), neurons=lambda x: x, method="decode"
+    )
+    plain = model.apply({"params": params}, hidden, places, attend, layers=(1, 2), method="decode")[0]
+    np.testing.assert_array_equal(out, plain)
+    layer = jax.tree.map(lambda x: np.asarray(x[1], np.float64), params["decoder"]["layers"])
+    neurons = np.asarray(neurons, np.float64)
+    x = np.asarray(out, np.float64) - neurons @ layer["mlp"]["down"]["kernel"]
+    x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * layer["post_attention_norm"]["scale"]
+    gate, up = (x @ layer["mlp"][name]["kernel"] for name in ("gate", "up"))
+    np.testing.assert_allclose(neurons, gate / (1 + np.exp(-gate)) * up, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("siglip", [False, True])

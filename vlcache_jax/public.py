@@ -50,6 +50,7 @@ from vlcache_jax.policies import (
     H2O,
     TGVKV,
     TOVA,
+    VAR,
     AdaKV,
     AirCache,
     Append,
@@ -79,6 +80,7 @@ from vlcache_jax.policies import (
     SnapKV,
     SparseMM,
     StreamingLLM,
+    VASparse,
     VLCache,
     ZipVL,
     policy_by_name,
@@ -88,6 +90,7 @@ from vlcache_jax.policies.shares import layer_budgets
 from vlcache_jax.policies.window import Window
 from vlcache_jax.pruning.methods.aim import AIM
 from vlcache_jax.pruning.methods.cd_pruner import CDPruner
+from vlcache_jax.pruning.methods.core_matching import CoreMatching
 from vlcache_jax.pruning.methods.div_prune import DivPrune
 from vlcache_jax.pruning.methods.fast_v import FastV
 from vlcache_jax.pruning.methods.feather import Feather
@@ -97,6 +100,7 @@ from vlcache_jax.pruning.methods.pyramid_drop import PyramidDrop
 from vlcache_jax.pruning.methods.sparse_vlm import SparseVLM
 from vlcache_jax.pruning.methods.todre import ToDRE
 from vlcache_jax.pruning.methods.token_correlation import TokenCorrelation
+from vlcache_jax.pruning.methods.v_flow_opt import VFlowOpt
 from vlcache_jax.pruning.methods.vision_zip import VisionZip
 
 if TYPE_CHECKING:
@@ -108,6 +112,7 @@ __all__ = [
     "H2O",
     "TGVKV",
     "TOVA",
+    "VAR",
     "VLM",
     "AShape",
     "AdaKV",
@@ -122,6 +127,7 @@ __all__ = [
     "Compactor",
     "Context",
     "Continuation",
+    "CoreMatching",
     "CriticalKV",
     "DecodingState",
     "DivPrune",
@@ -181,6 +187,8 @@ __all__ = [
     "TokenCorrelation",
     "Tokens",
     "TriShape",
+    "VASparse",
+    "VFlowOpt",
     "VLCache",
     "VLCacheError",
     "Video",

@@ -64,11 +64,13 @@ class TowerView:
         (`ModelSpec.tower_attention`), averaged over heads.
       keys: [batch, length, head_dim], the token's key, averaged over heads.
       features: [batch, length, channels], what the projector makes its embedding of.
+      entropy: f32 [batch, length], of the grey levels of its patch, in bits.
     """
 
     attention: jax.Array
     keys: jax.Array
     features: jax.Array
+    entropy: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -126,10 +128,11 @@ class VisionLanguageModel(Protocol):
 
         embed(batch) -> Embedded (embed(batch, tower=True) and project_features(features) of a model with a
         `spec.tower_attention`), embed_tokens(tokens) -> [batch, length, hidden],
-        decode(hidden, positions, attend, carry, xs, layer_inputs=None, layers=None) -> (hidden, carry, ys): `positions`
-        and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the model's axes; an
-        `attend` that is a `WithOutput` is given one argument more; `layers` (first, end) runs a part of them, which
-        only pruning asks for;
+        decode(hidden, positions, attend, carry, xs, layer_inputs=None, layers=None, neurons=None) -> (hidden, carry,
+        ys): `positions` and `layer_inputs` as in `Embedded`; positions of text may be [batch, length] whatever the
+        model's axes; an `attend` that is a `WithOutput` is given one argument more; `layers` (first, end) runs a part
+        of them, which only pruning asks for, and so it does for `neurons`, a function of the inputs of an MLP's last
+        product, whose results come beside ys;
         unembed(hidden) -> f32 logits,
         rotate(x, positions) -> x with rotary positions (without parameters; scores of what came before rotation ask for
         it).

@@ -28,6 +28,7 @@ from vlcache_jax.models.linear import STACKS, Linear, project
 from vlcache_jax.typing import WithOutput
 
 Attend = Callable[..., tuple[jax.Array, Any, Any]]
+Neurons = Callable[[jax.Array], Any]
 
 
 REMAT: dict[Any, Any] = {
@@ -98,7 +99,7 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), and what `neurons` makes of that product, what goes into `down`."""
 
     config: DecoderConfig
     dtype: Any
@@ -106,12 +107,13 @@ class GatedMLP(nn.Module):
     coding: WeightCoding | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, neurons: Neurons | None = None) -> tuple[jax.Array, Any]:
         c = self.config
         outputs = {"gate": c.intermediate_size, "up": c.intermediate_size}
         gate, up = project(x, outputs, c.mlp_bias, self.dtype, self.layout.fused, self.coding)
         down = Linear(c.hidden_size, c.mlp_bias, self.dtype, coding=self.coding, name="down")
-        return down(activation(c.activation)(gate) * up)
+        inner = activation(c.activation)(gate) * up
+        return down(inner), None if neurons is None else neurons(inner)
 
 
 class DecoderLayer(nn.Module):
@@ -132,13 +134,16 @@ class DecoderLayer(nn.Module):
         if c.branch_norms:
             self.pre_mlp_norm, self.post_mlp_norm = _norm(c, self.dtype), _norm(c, self.dtype)
 
-    def __call__(self, x, rotation, attend: Attend, carry, xs):
+    def __call__(self, x, rotation, attend: Attend, carry, xs, neurons: Neurons | None = None):
         out, carry, ys = self.attention(self.input_norm(x), rotation, attend, carry, xs)
         if self.config.branch_norms:  # here the norm after attention is one of its output, as its name says
             x = x + self.post_attention_norm(out)
-            return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), carry, ys
-        x = x + out
-        return x + self.mlp(self.post_attention_norm(x)), carry, ys
+            out, told = self.mlp(self.pre_mlp_norm(x), neurons)
+            out = self.post_mlp_norm(out)
+        else:
+            x = x + out
+            out, told = self.mlp(self.post_attention_norm(x), neurons)
+        return x + out, carry, ys if neurons is None else (ys, told)
 
 
 class Decoder(nn.Module):
@@ -187,6 +192,7 @@ class Decoder(nn.Module):
         xs: Any = None,
         layer_inputs: jax.Array | None = None,
         layers: tuple[int, int] | None = None,
+        neurons: Neurons | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         """Runs all layers, or a range of them.
 
@@ -199,6 +205,8 @@ class Decoder(nn.Module):
           xs: pytree stacked over the layers that run, or None.
           layer_inputs: [n, batch, length, hidden_size], added to the hidden state behind each of the first n layers.
           layers: the first layer to run, and the one before which to stop (static); all by default.
+          neurons: called by every layer with what goes into its MLP's last product, [batch, length, intermediate_size];
+            `ys` are then pairs of what `attend` and this one returned.
 
         Returns:
           (hidden, after the final norm if the last layer ran, last carry, ys stacked over the layers that ran).
@@ -215,7 +223,7 @@ class Decoder(nn.Module):
         def body(layer: DecoderLayer, state, item):
             (x, carry), (xs, kind, number) = state, item
             rotation = jax.tree.map(lambda t: t[kind], table) if mixed else table
-            x, carry, ys = layer(x, rotation, attend, carry, xs)
+            x, carry, ys = layer(x, rotation, attend, carry, xs, neurons)
             if layer_inputs is not None:
                 more = layer_inputs[jnp.minimum(number, len(layer_inputs) - 1)].astype(x.dtype)
                 x = x + jnp.where(number < len(layer_inputs), more, 0)

@@ -229,9 +229,9 @@ class Family:
 
 def limited(layout: ImageLayout, limits: Mapping[str, Any]) -> ImageLayout:
     """A layout with other limits of images: see `Processor.from_folder`. Raises InputError."""
-    unknown = sorted(set(limits) - {"max_image_tokens", "min_pixels", "max_pixels", "size"})
+    unknown = sorted(set(limits) - {"max_image_tokens", "min_pixels", "max_pixels", "size", "pixel_prune"})
     if unknown:
-        known = "max_image_tokens, min_pixels, max_pixels and size"
+        known = "max_image_tokens, min_pixels, max_pixels, size and pixel_prune"
         raise InputError(f"{unknown[0]!r} is no limit of images: the limits are {known}")
     if not isinstance(layout, SizedLayout):
         raise InputError("this model resizes images to sizes of its own: leave image_limits out (--max-image-tokens)")

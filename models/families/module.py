@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vlcache_jax.inputs import Batch
 from vlcache_jax.kernels.attention import Mask, places_of
 from vlcache_jax.models.coding import WeightCoding
-from vlcache_jax.models.decoder.decoder import Attend
+from vlcache_jax.models.decoder.decoder import Attend, Neurons
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
@@ -135,9 +135,10 @@ class FamilyModule(nn.Module):
         xs: Any = None,
         layer_inputs: jax.Array | None = None,
         layers: tuple[int, int] | None = None,
+        neurons: Neurons | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         """Runs decoder layers with `attend`; see `Decoder.__call__`."""
-        return self.decoder(hidden, positions, attend, carry, xs, layer_inputs, layers)
+        return self.decoder(hidden, positions, attend, carry, xs, layer_inputs, layers, neurons)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Embeddings of generated tokens, i32 [batch, length] -> [batch, length, hidden]."""

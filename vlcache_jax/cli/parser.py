@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate(commands)
     _report(commands)
     _serve(commands)
+    _search_heads(commands)
     _train_demo(commands)
     _study(commands)
     return parser
@@ -274,6 +275,28 @@ def _serve(commands: Any) -> None:
     parser.value("--megapixels", words.whole(1, 1000), "N", "of all images of a request", 50)
     parser.value("--grace", words.whole(0), "SECONDS", "in which answers may still end after Ctrl-C or SIGTERM", 30)
     parser.value("--mesh", str, "AXES", "devices, such as data=4,model=2: data splits the rows, model the heads")
+    _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
+    _weights(parser)
+    _compilation_cache(parser)
+
+
+def _search_heads(commands: Any) -> None:
+    parser = _command(
+        commands, "search-heads", "find which pattern of a sparse prefill suits each head, for m_inference:FILE"
+    )
+    _model(parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub")
+    parser.add_argument(
+        "--data",
+        type=words.path,
+        metavar="PATH",
+        nargs="+",
+        required=True,
+        help="long prompts, as for evaluate: files, folders or patterns",
+    )
+    parser.value("--task", str, "NAME", "as for evaluate", "jsonl")
+    parser.value("--out", words.path, "FILE.json", "the table of heads, as MInference's own files", required=True)
+    parser.value("--limit", words.whole(1), "N", "only the first N samples", 4)
+    _image_limit(parser)
     _dtype(parser, None, "of parameters and cache (default: bfloat16, on CPU float32)")
     _weights(parser)
     _compilation_cache(parser)

@@ -10,7 +10,7 @@ import numpy as np
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.errors import InputError
 from vlcache_jax.inference.finiteness import finite_rows
-from vlcache_jax.inference.forward import embed_text, last_logits, run_layers
+from vlcache_jax.inference.forward import contrasted, embed_text, last_logits, run_layers
 from vlcache_jax.parallel.mesh import automatic, on_every_process, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.parallel.placing import placed
@@ -89,6 +89,7 @@ def advance(
     layers = jax.lax.iota(jnp.int32, model.spec.num_layers)
     hidden, carry, _ = run_layers(model, params, embedded, attend, carry, layers)
     logits = last_logits(model, params, hidden, one)
+    logits = contrasted(model, params, logits, embedded.hidden[:, 0], state.decoding.contrast)
     logits = jnp.where(fits[:, None], logits, jnp.nan)
     new = close(carry)
     tail = dataclasses.replace(new.tail, length=new.tail.length + 1)

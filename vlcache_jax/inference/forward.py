@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,13 +85,13 @@ def run_stages(
 
     method = plan.pruning
     visual = jnp.sum(prompt.droppable, axis=1, dtype=jnp.int32)
-    hidden, entered = prompt.hidden, prompt
+    hidden, entered, watched = prompt.hidden, prompt, None
     for number, size in enumerate(sizes):
         stage = stages[-1]
         if number:
             assert method is not None
             ran = dataclasses.replace(stage, hidden=hidden)
-            between = Between(ran, entered, prompt, project, tower, project_features)
+            between = Between(ran, entered, prompt, project, tower, project_features, watched)
             choice, left = method.choose(number - 1, between), jnp.sum(ran.droppable, axis=1, dtype=jnp.int32)
             count = method.kept(number - 1, visual, left) if choice.count is None else choice.count
             protected = None if ran.grid is None else method.protected(number - 1, ran.grid)
@@ -106,7 +107,12 @@ def run_stages(
             entered = dataclasses.replace(stage, hidden=hidden)
             layers, more = first + jax.lax.iota(jnp.int32, end - first), stage.layer_inputs
             inputs = hidden, stage.positions, attend(stage)
-            hidden, carry, ys = _decode(model, params, *inputs, carry, layers, layer_inputs=more, **part)
+            watches = method is not None and method.watches and number + 1 < len(sizes) and end == stage.layers[1]
+            watch = partial(method.watch, stage) if watches and method is not None else None
+            hidden, carry, ys = _decode(model, params, *inputs, carry, layers, layer_inputs=more, neurons=watch, **part)
+            if watch is not None:
+                ys, of_layers = ys
+                watched = jax.tree.map(lambda x: x[-1], of_layers)
             parts.append(ys)
         if parts:
             outputs.append((stage, joined(parts)))
@@ -124,6 +130,24 @@ def last_logits(model: VisionLanguageModel, params: Params, hidden: jax.Array, l
     if hidden.shape[1] > 1:
         hidden = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
     return unembed(model, params, hidden[:, 0])
+
+
+def contrasted(
+    model: VisionLanguageModel, params: Params, logits: jax.Array, hidden: jax.Array, contrast: float
+) -> jax.Array:
+    """Logits f32 [batch, vocab] minus `contrast` times those of the last token's embedding [batch, hidden] alone.
+
+    An early exit in front of the first layer: through the final norm and the head, for which no layer is run.
+    """
+    if not contrast:
+        return logits
+
+    def nothing(query, key, value, carry, xs):
+        return jnp.zeros_like(query), carry, None
+
+    end, one = model.spec.num_layers, jnp.zeros((len(hidden), 1), jnp.int32)
+    early, _, _ = _decode(model, params, hidden[:, None], one, nothing, layers=(end, end))
+    return logits - contrast * unembed(model, params, early[:, 0])
 
 
 def unembed(model: VisionLanguageModel, params: Params, hidden: jax.Array) -> jax.Array:

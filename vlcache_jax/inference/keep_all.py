@@ -14,7 +14,9 @@ from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.patterns.attending import layer_attention
 from vlcache_jax.patterns.pattern import Pattern
+from vlcache_jax.policies.decoding.rule import Prompt
 from vlcache_jax.policies.policy import Policy
+from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.pruning.plan import Plan
 from vlcache_jax.pruning.stage import Stage, joined
 from vlcache_jax.typing import ModelSpec
@@ -29,7 +31,7 @@ def keep_all(
     policy: Policy,
     pattern: Pattern | None,
     kernels: Kernels,
-) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, None, Any]:
+) -> tuple[jax.Array, list[Stage], list[PackedStore], Allocation, Any, Any]:
     """All tokens that layers ever look back at: each layer writes its segment of the pool in place.
 
     A layer with a window writes its latest tokens first, and behind them whatever fills up `room` slots: the next layer
@@ -50,6 +52,7 @@ def keep_all(
         def attend(query, key, value, pools, layer):
             seen = query, key, value
             out, _, told, _ = layer_attention(kernels, pattern, spec, stage, layer, *seen, with_lse=False)
+            noted = noted_of(stage, layer, *seen)
             held, start = lengths, layer * room
             if spec.windows or not alone:
                 start = jnp.asarray(starts, jnp.int32)[layer]
@@ -59,14 +62,30 @@ def keep_all(
                 key, value = (jnp.take_along_axis(x, index[..., None, None], axis=1) for x in (key, value))
             if bits is not None:
                 key, value = jax.lax.stop_gradient((key, value))  # integers have no derivative
-                return out, write(pools, key, value, held, start, room), told
+                return out, write(pools, key, value, held, start, room), (told, noted)
             pools = tuple(
                 split(jax.lax.dynamic_update_slice_in_dim(pool, x.swapaxes(1, 2).astype(pool.dtype), start, axis=2))
                 for pool, x in zip(pools, (key, value))
             )
-            return out, pools, told
+            return out, pools, (told, noted)
 
         return attend
+
+    def noted_of(stage: Stage, layer, query, key, value):
+        """What the rule for generated tokens wants to know of a layer."""
+        inputs = LayerInputs(
+            query=query,
+            key=key,
+            value=value,
+            lengths=stage.lengths,
+            vision_index=stage.vision_index,
+            layer=layer,
+            density=jnp.ones((batch,), jnp.float32),
+            rows=stage.lengths,
+            mask=stage.mask,
+            index=stage.index,
+        )
+        return jax.lax.stop_gradient(policy.rule.note(inputs))
 
     def write(pools, key, value, held, start, room):
         assert bits is not None
@@ -85,7 +104,7 @@ def keep_all(
     pools = varying(jax.tree.map(split, pools), prompt.lengths)
     logits, (keys, values, *scales), stages = run(attend_in, pools)
     of_codes = dict(zip(("key_scales", "value_scales"), scales), bits=bits)
-    told = joined([ys for _, ys in stages])
+    told, noted = joined([ys for _, ys in stages])
     if spec.windows:
         context = PackedStore.latest(keys, values, prompt.lengths, tokens, rooms, slots, **of_codes)
     elif alone:
@@ -95,4 +114,5 @@ def keep_all(
         context = PackedStore.by_layer(keys, values, parts, rooms, **of_codes)
     kept = jnp.broadcast_to(context.lengths[..., 0], (batch, layers))
     allocation = Allocation(requested=kept, density=jnp.ones(kept.shape, jnp.float32))
-    return logits, [stage for stage, _ in stages], [context], allocation, None, told
+    observed = policy.rule.remember(policy, Prompt(None, None, kept, context, rooms, windows, noted))
+    return logits, [stage for stage, _ in stages], [context], allocation, observed, told

@@ -14,7 +14,7 @@ from vlcache_jax.cache.state import Allocation
 from vlcache_jax.cache.store import PackedStore
 from vlcache_jax.inference.context import Context
 from vlcache_jax.inference.finiteness import finite_rows, require_finite
-from vlcache_jax.inference.forward import embed_prompt, run_stages
+from vlcache_jax.inference.forward import contrasted, embed_prompt, run_stages
 from vlcache_jax.inference.keep_all import keep_all
 from vlcache_jax.inference.keep_some import keep_some
 from vlcache_jax.inference.recipe import Recipe, recipe_of
@@ -177,6 +177,9 @@ def _prefill(
     keep = keep_all if policy.keeps_all or not spec.full_layers else keep_some
     rotate = partial(model.apply, {}, method="rotate")
     logits, stages, stores, allocation, observed, told = keep(run, rotate, spec, prompt, plan, policy, pattern, kernels)
+    if policy.rule.contrast:
+        last = jnp.take_along_axis(embedded.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        logits = contrasted(model, params, logits, last, policy.rule.contrast)
     finite = finite_rows(logits) & jnp.all(jnp.isfinite(allocation.density), axis=1)
     tokens = jnp.stack([stage.lengths for stage in stages], axis=1)
     return logits, tuple(stores), next_position, lengths, allocation, finite, observed, tokens, told

@@ -62,6 +62,13 @@ class Recipe:
                 "missing: use another pattern, for example XAttention(), or leave pruning out"
             )
 
+        if self.pruning is not None and self.policy.rule.whole_prompts:
+            raise PolicyError(
+                f"policy={self.policy.name} with pruning={self.pruning.name}: decoding={self.policy.rule} notes "
+                "something of every token of a prompt in every layer, and later layers lack some: use "
+                "decoding=Append(), or leave pruning out"
+            )
+
     @property
     def title(self) -> str:
         """For people: "vl_cache 10 % + XAttention + Feather"."""

@@ -7,6 +7,8 @@ from vlcache_jax.policies.decoding.evict import Evict
 from vlcache_jax.policies.decoding.recompress import Recompress
 from vlcache_jax.policies.decoding.rolling_window import RollingWindow
 from vlcache_jax.policies.decoding.rule import DecodingRule
+from vlcache_jax.policies.decoding.va_sparse import VASparse
+from vlcache_jax.policies.decoding.var import VAR
 from vlcache_jax.policies.evicted.drop import Drop
 from vlcache_jax.policies.evicted.merge import Merge
 from vlcache_jax.policies.evicted.quantise import Quantise
@@ -51,6 +53,7 @@ __all__ = [
     "METHODS",
     "TGVKV",
     "TOVA",
+    "VAR",
     "AccumulatedAttention",
     "AdaKV",
     "AdaptiveHeads",
@@ -120,6 +123,7 @@ __all__ = [
     "TextVisionMass",
     "TextWeighted",
     "Uniform",
+    "VASparse",
     "VLCache",
     "ZipVL",
     "method",

@@ -135,7 +135,7 @@ class Policy:
         object.__setattr__(self, "decoding", rule_by_name(self.decoding))
         self._check_combination()
         self._check_evicted()
-        if not self.keeps_all:
+        if not (self.keeps_all and rule_by_name(self.decoding).evicts):
             rule_by_name(self.decoding).check(self)
 
     def _check_combination(self) -> None:
@@ -231,4 +231,4 @@ class Policy:
     def rule(self) -> DecodingRule:
         """`decoding` as it is carried out, with everything filled in that it takes from the policy."""
         rule = rule_by_name(self.decoding)
-        return APPEND if self.keeps_all and rule.rewrites_context else rule.of(self)
+        return APPEND if self.keeps_all and rule.evicts else rule.of(self)

@@ -29,6 +29,7 @@ class Between:
         Only what is used of them is computed. At positions of 0 nothing is rotated.
       tower: what the vision tower says of the prompt's tokens, for a method that `needs_tower`; else None.
       project_features: `TowerView.features` -> embeddings [batch, n, hidden], what the model's projector makes of them.
+      watched: what `Pruning.watch` made of the last layer's neurons, for a method that `watches`.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class Between:
     project: Project
     tower: TowerView | None = None
     project_features: Callable[[jax.Array], jax.Array] | None = None
+    watched: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,13 @@ class Pruning:
         inside `jit` it is not finite.
       looks_back: whether it wants `Between.entered` of the last layer that ran (of the class).
       needs_tower: whether it wants `Between.tower`, and so cuts at 0 only (of the class).
+      watches: whether it wants `Between.watched`; such a method `looks_back`, too (of the class).
     """
 
     rooms: tuple[int, ...] | None = None
     looks_back: ClassVar[bool] = False
     needs_tower: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -98,6 +102,18 @@ class Pruning:
         """
         del cut, grid
         return None
+
+    def watch(self, stage: Stage, neurons: jax.Array) -> Any:
+        """What a method that `watches` wants of the neurons of the last layer that ran: called within it.
+
+        Args:
+          stage: the tokens.
+          neurons: [batch, room, intermediate size], what the last product of its MLP is made of.
+
+        Returns:
+          A pytree of arrays, far smaller, please.
+        """
+        raise NotImplementedError
 
     def choose(self, cut: int, between: Between) -> Choice:
         """What stays, and what becomes of it; by default the best `scores`."""

@@ -18,6 +18,7 @@ from vlcache_jax.models.families.llava.projector import Projector
 from vlcache_jax.models.families.module import FamilyModule, abstract_tiles, features_in_order, in_order
 from vlcache_jax.models.vision.clip import ClipVisionTower
 from vlcache_jax.models.vision.patch_attention import patch_attention
+from vlcache_jax.models.vision.patch_entropy import patch_entropy
 from vlcache_jax.models.vision.siglip import SiglipVisionTower
 from vlcache_jax.typing import Embedded, TowerView
 
@@ -77,7 +78,8 @@ class Llava(FamilyModule):
         weights = jax.tree.map(lambda x: x[layer], self.vision.variables["params"]["layers"])
         attention, keys = patch_attention(c.vision, weights, entered, has_class)
         features = features[:, 1:] if has_class else features
-        return self.projector(features), TowerView(attention, keys, features)
+        entropy = patch_entropy(pixels, c.vision.patch_size, c.vision_type == "clip_vision_model")
+        return self.projector(features), TowerView(attention, keys, features, entropy)
 
     def embed(self, batch: Batch, position_ids: jax.Array | None = None, tower: bool = False) -> Embedded:
         """Token and image embeddings in prompt order, one position after another; `tower`: with a `TowerView`."""
@@ -88,8 +90,11 @@ class Llava(FamilyModule):
         pixels, view = jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]), None
         if tower:
             features, view = self._view_images(pixels, position_ids)
-            of_tokens = features_in_order(view.attention[..., None], batch)[..., 0]
-            view = TowerView(of_tokens, *(features_in_order(x, batch) for x in (view.keys, view.features)))
+            attention, entropy = (
+                features_in_order(x[..., None], batch)[..., 0] for x in (view.attention, view.entropy)
+            )
+            keys, of_features = (features_in_order(x, batch) for x in (view.keys, view.features))
+            view = TowerView(attention, keys, of_features, entropy)
         else:
             features = self.encode_images(pixels, position_ids)
         index, visual = jnp.asarray(batch.vision_index), features_in_order(features, batch)
@@ -102,4 +107,4 @@ class Llava(FamilyModule):
         vision, shape = self.config.vision, batch.tokens.shape
         sizes = vision.hidden_size // vision.num_heads, len(self.config.feature_layers) * vision.hidden_size
         keys, features = (jnp.zeros((*shape, size), self.dtype) for size in sizes)
-        return TowerView(jnp.zeros(shape, jnp.float32), keys, features)
+        return TowerView(jnp.zeros(shape, jnp.float32), keys, features, jnp.zeros(shape, jnp.float32))

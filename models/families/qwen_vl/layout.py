@@ -15,6 +15,7 @@ from vlcache_jax.models.families.qwen_vl.config import QwenVLConfig
 from vlcache_jax.models.families.qwen_vl.videos import VideoRules
 from vlcache_jax.models.images.frame_sampling import FrameSampling
 from vlcache_jax.models.images.patches import cut_patches, patch_order
+from vlcache_jax.models.images.repeats import without_repeats
 from vlcache_jax.models.images.smart_resize import smart_resize
 from vlcache_jax.models.images.tiles import cells as grid_cells
 from vlcache_jax.models.images.transform import ImageTransform, resize
@@ -33,6 +34,8 @@ class PatchLayout:
       min_pixels, max_pixels: least and greatest area of a resized image.
       max_tokens: visual tokens of an image at most, where the user has set limits. Those of a checkpoint are not kept
         by images so long that they become a single row, as in transformers.
+      pixel_prune: leave out patches that their neighbours show, see `without_repeats`: the threshold; None leaves out
+        none. Of still images.
       videos: the same of videos.
     """
 
@@ -42,6 +45,7 @@ class PatchLayout:
     max_pixels: int
     videos: VideoRules
     max_tokens: int | None = None
+    pixel_prune: float | None = None
 
     @property
     def sampling(self) -> FrameSampling:
@@ -66,12 +70,16 @@ class PatchLayout:
         size = limits.get("size")
         if size is not None and (not isinstance(size, dict) or not set(size) <= {"shortest_edge", "longest_edge"}):
             raise InputError(f"size = {shorten(size)}: give shortest_edge and longest_edge, which are areas in pixels")
+        prune = limits.get("pixel_prune")
+        if prune is not None and (isinstance(prune, bool) or not isinstance(prune, int | float) or not 0 <= prune < 1):
+            raise InputError(f"pixel_prune = {shorten(prune)}: give the threshold, 0 for equal patches only, below 1")
         try:
             areas = self.min_pixels, self.max_pixels
             least, most = read_areas(limits, "the limits of images", areas, self._token_side**2)
         except CheckpointError as error:
             raise InputError(str(error)) from error
-        return dataclasses.replace(self, min_pixels=least, max_pixels=most, max_tokens=most // self._token_side**2)
+        most_tokens = most // self._token_side**2 if set(limits) - {"pixel_prune"} else self.max_tokens
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most, max_tokens=most_tokens, pixel_prune=prune)
 
     @property
     def _token_side(self) -> int:
@@ -90,7 +98,10 @@ class PatchLayout:
             patches = cut_patches(pixels, order.cells, vision.patch_size)
             cells = np.pad(order.cells, ((0, 0), (2, 0)))
             text = tokens["image_token"] * len(order.index)
-            encoded.append(EncodedImage(patches, order.index, len(order.index), text, cells))
+            whole = EncodedImage(patches, order.index, len(order.index), text, cells)
+            if self.pixel_prune is not None:
+                whole = without_repeats(whole, vision.merge_size, tokens["image_token"], self.pixel_prune)
+            encoded.append(whole)
         return encoded
 
     def encode_video(self, video: Video, name: str, tokens: Mapping[str, str]) -> EncodedImage:

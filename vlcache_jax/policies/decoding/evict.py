@@ -97,6 +97,8 @@ class Evict(WeighingRule):
     def remember(self, policy: Parts, prompt: Prompt) -> SlotWeights:
         """See `DecodingRule.remember`: the weights of what was kept of the prompt, which the prefill's scores are."""
         assert prompt.rooms is not None
+        assert prompt.scores is not None
+        assert prompt.order is not None
         _, batch, _, entries = prompt.scores.shape
         _, lanes, slots = prompt.context.positions.shape
         most = max(prompt.rooms)

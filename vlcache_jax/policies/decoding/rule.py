@@ -46,8 +46,8 @@ class Prompt:
     """What is known at the end of prefill.
 
     Attributes:
-      scores: f32 [layers, batch, heads or 1, entries], of the candidates.
-      order: i32 [layers, batch, heads or 1, entries], from `selection.select_layers`.
+      scores: f32 [layers, batch, heads or 1, entries], of the candidates; None where all is kept.
+      order: i32 [layers, batch, heads or 1, entries], from `selection.select_layers`; None where all is kept.
       requested: i32 [batch, layers] or [batch, layers, kv_heads], slots that the allocator gave.
       context: the packed store.
       rooms: slots of each layer in it, from `DecodingRule.layer_rooms`.
@@ -55,8 +55,8 @@ class Prompt:
       noted: what `DecodingRule.note` returned, stacked over layers.
     """
 
-    scores: jax.Array
-    order: jax.Array
+    scores: jax.Array | None
+    order: jax.Array | None
     requested: jax.Array
     context: PackedStore
     rooms: tuple[int, ...] | None
@@ -78,8 +78,23 @@ class DecodingRule:
 
     @property
     def rewrites_context(self) -> bool:
-        """Whether decoding changes what was kept of the prompt. Under a budget of 1 such a rule is `Append`."""
+        """Whether an answer needs the context as its own: decoding changes it, or reads it slot by slot."""
         return False
+
+    @property
+    def evicts(self) -> bool:
+        """Whether it gives up tokens of the prompt. Under a budget of 1 such a rule is `Append`."""
+        return self.rewrites_context
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether it wants all tokens of a prompt in every layer, so that it cannot go with pruning."""
+        return False
+
+    @property
+    def contrast(self) -> float:
+        """What part of the logits of the last token's embedding alone is taken from the model's (`VASparse`)."""
+        return 0.0
 
     @property
     def forced(self) -> tuple[Recent, int] | None:

@@ -13,3 +13,5 @@ import vlcache_jax.pruning.methods.aim
 import vlcache_jax.pruning.methods.sparse_vlm
 import vlcache_jax.pruning.methods.keep_curve
 import vlcache_jax.pruning.methods.token_correlation
+import vlcache_jax.pruning.methods.core_matching
+import vlcache_jax.pruning.methods.v_flow_opt
