@@ -31,6 +31,7 @@ METHODS = {
     "token_correlation": vlc.TokenCorrelation(keep=0.4),
     "keep_curve": vlc.KeepCurve(budget=0.4),
     "core_matching": vlc.CoreMatching(layer=2, keep=0.7, reference=3),
+    "v_flow_opt": vlc.VFlowOpt(keep=0.5, merge=4),
 }
 
 
