@@ -346,7 +346,7 @@ def test_as_many_rows_as_fit():
     few, own = automatic(vlc.FullCache(), 1_000_000)
     held = sum(x.nbytes for x in jax.tree.leaves(own._state.kv))
     assert 0.7 < held / (1_000_000 - need(own._programs, Bucket(40, 2), 2).prefill) <= 1
-    smaller = dataclasses.replace(own._programs, policy=vlc.VLCache(budget=0.4))
+    smaller = dataclasses.replace(own._programs, recipe=vlc.Recipe(vlc.VLCache(budget=0.4)))
     assert few.compilations == few.programs == 2 + 3 + 1
     more = need(smaller, Bucket(40, 2), 2).rows(1_000_000)
     assert more > few.rows  # most of a row is room for the answer here
