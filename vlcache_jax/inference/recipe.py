@@ -53,8 +53,8 @@ class Recipe:
                 raise PolicyError(f"{name}={value!r} is not {what}: build one, for example {example}")
         if self.policy.repeats and (self.prefill is not None or self.pruning is not None):
             raise PolicyError(
-                f"policy {self.policy.name!r} has prompts said twice, which goes with neither prefill={self.prefill} nor "
-                f"pruning={self.pruning}: leave these out, or use another policy"
+                f"policy {self.policy.name!r} has prompts said twice, which goes with neither prefill={self.prefill} "
+                f"nor pruning={self.pruning}: leave these out, or use another policy"
             )
         if self.prefill is not None and self.pruning is not None and (why := self.prefill.needs_whole_images):
             raise PolicyError(
