@@ -89,8 +89,7 @@ class Processor:
           path: a local folder.
           buckets: padded prompt lengths to choose from; by default multiples of 64 up to 512, of 256 up to
             4096, then of 1024.
-          image_limits: how large images become, of a model that takes any size, and whether repeated patches are left
-            out ("pixel_prune", docs/pruning.md); what is left out here, the checkpoint says.
+          image_limits: how large images become, of a model that takes any size; and "pixel_prune", docs/pruning.md.
             `max_image_tokens`: visual tokens of an image; or the same as an area, `max_pixels`; `min_pixels`; or both
             as `size`, {"shortest_edge": least, "longest_edge": greatest}, areas whatever their names.
 
