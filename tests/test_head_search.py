@@ -1,6 +1,7 @@
 """The search for patterns of heads: shares of attention against NumPy, planted heads, and the file that comes of it."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def test_the_best_candidate_of_each_head_becomes_a_file(tmp_path):
 def test_the_command(tmp_path, capsys):
     """On the shipped checkpoint, with the samples of an evaluation."""
     data, out = tmp_path / "data.jsonl", tmp_path / "heads.json"
-    demo = "vlcache_jax/assets/demo_model"
-    image = "vlcache_jax/assets/demo_images/scene_3.png"
+    assets = Path(vlc.__file__).parent / "assets"
+    demo, image = str(assets / "demo_model"), str(assets / "demo_images" / "scene_3.png")
     lines = [{"id": str(i), "question": "Describe the scene.", "images": [image], "answers": ["x"]} for i in range(3)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["search-heads", "--model", demo, "--data", str(data), "--out", str(out), "--limit", "2"]

@@ -74,11 +74,15 @@ def search_v_flow(
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     whole = hidden(None)
-    return search_options(lambda pruning: float(np.sum(hidden(pruning) * whole, axis=1).mean()), keep, trials, seed)
+
+    def cosine(pruning: VFlowOpt) -> float:
+        return float(np.sum(hidden(pruning) * whole, axis=1).mean())
+
+    return search_options(cosine, keep, trials, seed, model.spec.num_layers)
 
 
 def search_options(
-    objective: Callable[[VFlowOpt], float], keep: float, trials: int = 60, seed: int = 0
+    objective: Callable[[VFlowOpt], float], keep: float, trials: int = 60, seed: int = 0, layers: int | None = None
 ) -> tuple[VFlowOpt, float]:
     """The options with the largest objective: a third of the trials are drawn from the paper's ranges, the others
     around the best so far. (The paper's search is a Gaussian process, over 300 trials.)
@@ -104,7 +108,7 @@ def search_options(
             values = rng.uniform(low, high) if 3 * trial < trials else np.clip(near, low, high)
             first, second, entropy, merge = values.tolist()
             try:
-                pruning = VFlowOpt(keep, round(first, 4), round(second, 4), round(entropy, 4), round(merge))
+                pruning = VFlowOpt(keep, round(first, 4), round(second, 4), round(entropy, 4), round(merge), layers)
             except PolicyError:
                 continue
         found = objective(pruning)
