@@ -202,7 +202,8 @@ def test_beside_a_pattern(llava, batch, pruning):
     sparse = run(prefill=vlc.AShape(8, 8, min_tokens=0, block=8))
     assert np.asarray(sparse.report.finite).all()
     assert (np.asarray(sparse.report.prefill.density) < 1).any()
-    np.testing.assert_array_equal(sparse.report.stage_tokens, plain.report.stage_tokens)
+    if not isinstance(pruning, vlc.CoreMatching):  # how many it keeps depends on what the neurons say
+        np.testing.assert_array_equal(sparse.report.stage_tokens, plain.report.stage_tokens)
 
 
 @pytest.mark.thorough
