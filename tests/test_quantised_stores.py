@@ -21,7 +21,7 @@ from vlcache_jax.kernels.quantisation import dequantise_values, quantise_values
 from vlcache_jax.kernels.rotation import rotated
 from vlcache_jax.parallel.ops import union_attention
 from vlcache_jax.parallel.params import param_shardings
-from vlcache_jax.policies import METHODS, EnoughMass
+from vlcache_jax.policies import METHODS, EnoughMass, Uniform
 
 NAN = jax.lax.bitcast_convert_type(jnp.bfloat16(jnp.nan), jnp.int16)  # as scales are stored
 CASES = {
@@ -206,6 +206,26 @@ def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
         prefill(vlc.VLCache(vlc.Bytes(least - 1), bits=bits), batch, stub_params(batch))
 
 
+@pytest.mark.parametrize(
+    ("share", "tiers", "fraction"), [(0.5, (4,), 0.8), (0.6, (4, "4/2"), 0.6), (0.8, (8, 4), 0.35)]
+)
+def test_a_share_of_the_bytes_is_spent_on_bits_by_rank(share, tiers, fraction):
+    """The tokens that VL-Cache's ranking puts first get more bits; all together take what was allowed, and no less."""
+    batch = stub_batch(length=150)
+    params = stub_params(batch)
+    state = prefill(vlc.RankedBits(share), batch, params)
+    assert tuple(store.bits for store in state.stores) == tiers
+    each = [pool_bytes(128, bits) / 128 - 4 for bits in tiers]  # of a token; positions are not counted
+    counts = [np.asarray(store.lengths).sum(axis=(1, 2)) for store in state.stores]
+    taken = sum(count * size for count, size in zip(counts, each, strict=True))
+    allowed = share * LAYERS * batch.lengths * 4 * HEAD_DIM
+    assert np.all((allowed - max(each) - 0.01 * allowed <= taken) & (taken <= allowed + 1e-6))
+    if len(tiers) > 1:
+        np.testing.assert_array_equal(sum(counts), LAYERS * batch.lengths)
+    plain = dataclasses.replace(vlc.VLCache(fraction), allocate=Uniform())
+    assert str(kept_sets(state)) == str(kept_sets(prefill(plain, batch, params)))
+
+
 def test_a_rotation_keeps_outliers_from_widening_the_steps_of_all():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(1, 256, 64)).astype(np.float32)
@@ -308,11 +328,20 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
         (lambda: vlc.ZipVL(evicted="merge"), "evicted='merge' is not known: use 'quantise' or 'drop'"),
         (lambda: vlc.ZipVL(mass=1.0), "mass=1.0 is out of range"),
         (lambda: EnoughMass(0.0), "mass=0.0 is out of range"),
+        (lambda: vlc.ByteShare(1.0), r"ByteShare\(1.0\): give a share of the bytes of a 16-bit cache, below 1"),
+        (lambda: vlc.RankedBits(1.5), "budget=1.5 is out of range"),
     ],
 )  # fmt: skip
 def test_refused(build, message):
     with pytest.raises(vlc.PolicyError, match=message):
         build()
+
+
+def test_a_share_that_cannot_hold_the_others_is_refused():
+    batch = stub_batch()
+    policy = dataclasses.replace(vlc.VLCache(vlc.ByteShare(0.3), bits=4), evicted=vlc.Quantise(2))
+    with pytest.raises(vlc.PolicyError, match=r"0\.3 of the bytes hold no token, with the others at bits=2: give 38 %"):
+        prefill(policy, batch, stub_params(batch))
 
 
 @pytest.mark.parametrize("name", METHODS)
