@@ -58,7 +58,8 @@ def check(program, kernels):
     calls = re.findall(r'custom-call\(.*custom_call_target="tpu_custom_call"', text)
     assert len(calls) == kernels
     store_bytes = program.memory_analysis().argument_size_in_bytes
-    assert temporaries(program) <= max(0.01 * store_bytes, 2**19)  # half of the smallest store
+    # On v5p the compiler fetches some scales ahead; below, nothing as large as a store may be made at all.
+    assert temporaries(program) <= max(0.02 * store_bytes, 2**19)
     for kind, sizes in re.findall(r"= (\w+)\[([\d,]+)\]\S* (?:copy|copy-start|fusion|transpose)\(", text):
         count = 1
         for size in sizes.split(","):
@@ -103,7 +104,7 @@ def test_the_kernel_says_what_it_costs(store):
     assert (cost.flops, cost.transcendentals) == (2 * 2 * BATCH * heads * slots * size, BATCH * heads * slots)
     slot = 2 * size * 2  # keys and values, or their codes, a group's scales of each channel, and two of each value
     if store == "int8":
-        slot = 2 * size + 2 * size * 4 / group_size(8) + 2 * 4
+        slot = 2 * size + 2 * size * 2 / group_size(8) + 2 * 2
     assert cost.bytes_accessed == BATCH * (kv_heads * slots * slot + heads * size * (2 + 4))
 
 
