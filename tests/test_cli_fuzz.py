@@ -49,6 +49,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlcache_jax.cli.checkpoint.OpenedCheckpoint.load", begin)
     monkeypatch.setattr(importlib.import_module("vlcache_jax.planning.plan"), "_Planner", begin)
+    monkeypatch.setattr("vlcache_jax.planning.programs.Programs.compile", begin)
     monkeypatch.setattr(train_demo, "train_demo", begin)
     monkeypatch.setattr(study, "run_study", begin)
     for module in (demo, generate, study, train_demo):

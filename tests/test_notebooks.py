@@ -1,5 +1,7 @@
 """The notebooks are what their sources say, and run from their own folder in a process of their own."""
 
+import ast
+import importlib
 import json
 import shutil
 import sys
@@ -27,6 +29,16 @@ def test_in_step_with_its_source_and_without_outputs(name):
     cells = json.loads(text)["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
     assert sum("subprocess.run" in "".join(cell["source"]) for cell in cells) == 1  # installs itself
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_imports_of_this_library_exists(name):
+    """Said at every submission; that they run is tested in turns."""
+    source = ast.parse((COLAB / "sources" / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vlcache_jax"):
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 EXPECTED = {

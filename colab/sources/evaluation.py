@@ -18,8 +18,9 @@ from PIL import Image
 import vlcache_jax as vlc
 from vlcache_jax.demo.assets import demo_assets
 from vlcache_jax.demo.data.samples import make_sample
-from vlcache_jax.evaluation.report import markdown
+from vlcache_jax.evaluation.report import rows
 from vlcache_jax.terminal.progress import Progress
+from vlcache_jax.terminal.table import markdown
 
 print(f"vlcache_jax {vlc.__version__}, jax {jax.__version__}, {jax.devices()}")
 
@@ -76,9 +77,9 @@ summaries = vlc.evaluate(
 try:
     from IPython.display import Markdown, display
 
-    display(Markdown(markdown(summaries)))
+    display(Markdown(markdown(rows(summaries))))
 except ImportError:
-    print(markdown(summaries))
+    print(markdown(rows(summaries)))
 
 # %% [markdown]
 # The last columns compare the same samples: their interval is far narrower than those of the means, and "equal" needs
