@@ -247,7 +247,8 @@ def test_on_a_mesh():
 
 
 def moved(ctx, positions):
-    return dataclasses.replace(ctx, next_position=ctx.next_position + positions)
+    ctx = dataclasses.replace(ctx, next_position=ctx.next_position + positions)
+    return jax.block_until_ready(ctx)  # insert checks the positions only of a context that has been computed
 
 
 @pytest.mark.parametrize(
