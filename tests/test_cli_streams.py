@@ -62,6 +62,7 @@ def test_an_answer_that_cannot_be_written() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_file_never_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """With standard error closed the picture would otherwise be file 2, and what libraries print would be in it."""
     picture = tmp_path / "kept.png"

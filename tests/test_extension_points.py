@@ -11,6 +11,7 @@ import pytest
 from generated_references import Row, ragged, scripted_params
 from method_references import uniform
 from stub_model import KV_HEADS, LAYERS, StubModel, kept_sets, stub_batch, stub_params
+from tiers import later
 from tiny_models import ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
@@ -184,7 +185,7 @@ class Half(Precision):
         return coded.keys.astype(jnp.float32), coded.values.astype(jnp.float32)
 
 
-@pytest.fixture(params=["by_slot", "half"])
+@pytest.fixture(params=["half", *later("by_slot")])
 def precision(request, monkeypatch):
     monkeypatch.setitem(PRECISIONS, request.param, {"by_slot": BySlot(), "half": Half()}[request.param])
     return request.param

@@ -153,7 +153,7 @@ def test_what_the_tower_says(siglip, batch):
             np.testing.assert_allclose(np.asarray(found)[row, at], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pruning", cases(METHODS, ("feather", "vision_zip")))
+@pytest.mark.parametrize("pruning", cases(METHODS, ("vision_zip",)))
 def test_a_row_alone(llava, batch, pruning):
     model, params = llava
     run = partial(vlc.generate, model, params, policy=vlc.VLCache(0.5), max_new_tokens=NEW, eos_token_ids=[])

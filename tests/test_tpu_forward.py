@@ -68,6 +68,7 @@ def _check_collectives(compiled):
         assert found.place.endswith(("dot_general", "reduce_sum") if backward else "dot_general"), found
 
 
+@pytest.mark.thorough
 def test_forward_and_its_gradients_on_four_chips():
     """Mosaic kernels cannot be partitioned by the compiler: this compiles only if every chip runs its own."""
     _check_forward("v5e:2x2", {"data": 2, "model": 2}, AxisType.Explicit)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from tiers import later
 from tpu import compile_for, shape, temporaries
 
 from vlcache_jax.kernels.shapes import SHAPES
@@ -48,7 +49,7 @@ def test_work_is_that_of_the_listed_blocks(chip, model, length, each):
     assert temporaries(compiled) < 2**26  # nothing is copied: heads lie in their order beside each other
 
 
-@pytest.mark.parametrize("model", [SMALL[0], *(pytest.param(x, marks=pytest.mark.thorough) for x in SMALL[1:])])
+@pytest.mark.parametrize("model", later(*SMALL))
 def test_other_head_sizes_and_single_columns(model):
     compiled, _, _ = program("v5e:2x2", model, 4096, False, loose=512)
     assert "tpu_custom_call" in compiled.as_text()

@@ -54,6 +54,7 @@ def test_a_step_copies_nothing(policy):
     assert temporaries(program) < 0.05 * state.context.nbytes
 
 
+@pytest.mark.thorough
 def test_prefill_runs_the_kernels_of_both_kinds():
     params, batch = shapes()
     policy = vlc.VLCache(budget=0.1, candidate_fraction=0.3)

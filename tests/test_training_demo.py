@@ -53,6 +53,7 @@ def vlm(run):
     return vlc.load(run[0] / "demo_model", dtype="float32")
 
 
+@pytest.mark.thorough
 def test_a_second_call_resumes(run):
     entries = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
     assert sum(entry.get("stage") == "vision" for entry in entries) == 1  # the tower was not trained again
@@ -66,11 +67,13 @@ def test_data_is_a_function_of_the_number():
     assert (one.train.batch.tokens != other.train.batch.tokens).any()
 
 
+@pytest.mark.thorough
 def test_export_holds_what_was_trained(run, vlm):
     jax.tree.map(np.testing.assert_array_equal, vlm.with_layout("stacked").params, jax.device_get(run[1]))
     assert vlm.config == SMOKE.config
 
 
+@pytest.mark.thorough
 def test_transformers_generates_the_same_tokens(run, vlm):
     folder = run[0] / "demo_model"
     processor = LlavaProcessor.from_pretrained(folder)
@@ -91,6 +94,7 @@ def test_transformers_generates_the_same_tokens(run, vlm):
     assert processor.decode(theirs, skip_special_tokens=True) == vlm.processor.decode(ours)[0]
 
 
+@pytest.mark.thorough
 def test_examples_are_small_and_answerable(run):
     folder = run[0] / "demo_images"
     entries = json.loads((folder / "questions.json").read_text())

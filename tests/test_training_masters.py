@@ -42,6 +42,7 @@ def test_types_of_parameters_and_of_the_computation(folder):
         vlc.load(folder, param_dtype="int8")
 
 
+@pytest.mark.thorough
 def test_the_loss_falls_with_float32_masters_and_hardly_without(folder):
     """The recipe of docs/training.md; bfloat16 parameters learn a fraction (issue: 6.5 times less)."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))

@@ -70,6 +70,7 @@ def test_fine_tuning(tmp_path, name):
         assert not any(jax.tree.leaves(same["projector"]))
 
 
+@pytest.mark.thorough
 def test_rollouts(tmp_path):
     options = (
         "--output",

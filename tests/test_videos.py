@@ -306,6 +306,7 @@ def test_a_model_without_videos(tmp_path):
         processor.chat([{"role": "user", "content": [{"type": "video", "video": video}]}])
 
 
+@pytest.mark.thorough
 def test_the_engine_answers_as_single_runs_do(loaded):
     """Videos beside images and plain text: buckets of their own, each row as if it were alone."""
     vlm, policy, still = loaded["qwen2_5_vl"], vlc.VLCache(budget=0.4), "<|vision_start|><|image_pad|><|vision_end|> w5"
