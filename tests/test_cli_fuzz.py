@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlcache_jax.cli import demo, generate, study, train_demo
+from vlcache_jax.cli import checkpoint, demo, generate, study, train_demo
 from vlcache_jax.cli.checkpoint import OpenedCheckpoint, open_checkpoint
 from vlcache_jax.cli.main import main
 from vlcache_jax.cli.parser import build_parser
@@ -54,7 +54,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(study, "run_study", begin)
     for module in (demo, generate, study, train_demo):
         monkeypatch.setattr(module, "keep_programs", lambda *_: None)
-    for module in (demo, generate, study):
+    for module in (demo, study, checkpoint):
         monkeypatch.setattr(module, "open_checkpoint", opened)
 
 

@@ -67,7 +67,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlcache_jax.cli.generate.open_checkpoint", interrupt)
+    monkeypatch.setattr("vlcache_jax.cli.generate.open_asked", interrupt)
     assert main(["generate", "--model", "m", "--prompt", "p"]) == 130
     out, err = capsys.readouterr()
     assert out == ""
@@ -75,7 +75,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("vlcache_jax.cli.generate.open_checkpoint", lambda *_, **__: jnp.zeros((1 << 24, 1 << 24)) + 1)
+    monkeypatch.setattr("vlcache_jax.cli.generate.open_asked", lambda *_, **__: jnp.zeros((1 << 24, 1 << 24)) + 1)
     assert main(["generate", "--model", "m", "--prompt", "p"]) == 3
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1

@@ -1,5 +1,6 @@
 """A checkpoint in two steps: what can be checked at once, and the weights."""
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -77,4 +78,17 @@ def open_checkpoint(
     processor = Processor.from_folder(folder, image_limits=limits)
     return OpenedCheckpoint(
         folder, family_of(config).model(config, jax.numpy.dtype(dtype)), processor, dtype, limits, weights
+    )
+
+
+def open_asked(arguments: argparse.Namespace) -> OpenedCheckpoint:
+    """Opens the checkpoint that a command's own arguments name."""
+    most = arguments.max_image_tokens
+    return open_checkpoint(
+        arguments.model,
+        arguments.dtype,
+        arguments.weights,
+        revision=arguments.revision,
+        allow_links=arguments.allow_links,
+        image_limits=None if most is None else {"max_image_tokens": most},
     )

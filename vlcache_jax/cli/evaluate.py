@@ -4,8 +4,8 @@ import argparse
 
 import jax
 
-from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
-from vlcache_jax.cli.options import device_mesh, image_limits, output_folder
+from vlcache_jax.cli.checkpoint import keep_programs, open_asked
+from vlcache_jax.cli.options import device_mesh, output_folder
 from vlcache_jax.cli.process import remark
 from vlcache_jax.cli.report import show
 from vlcache_jax.errors import InputError
@@ -38,14 +38,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         join(*_place(arguments.distributed))
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     progress.step("opening the checkpoint")
-    opened = open_checkpoint(
-        arguments.model,
-        arguments.dtype,
-        arguments.weights,
-        revision=arguments.revision,
-        allow_links=arguments.allow_links,
-        image_limits=image_limits(arguments.max_image_tokens),
-    )
+    opened = open_asked(arguments)
     folder = output_folder(arguments.out, "--out")
     keep_programs(not arguments.no_compilation_cache, progress)
     progress.step("loading the weights")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
-from vlcache_jax.cli.options import check_picture_path, image_limits
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_asked
+from vlcache_jax.cli.options import check_picture_path
 from vlcache_jax.cli.process import emit, remark
 from vlcache_jax.cli.runtime import describe_runtime
 from vlcache_jax.errors import InputError
@@ -43,14 +43,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     if arguments.frames is not None and not any(isinstance(path, words.VideoPath) for path in arguments.image):
         raise InputError("--frames is of a video: give one by --video, or leave it out")
     read = [_opened(path, number) for number, path in enumerate(arguments.image, 1)]
-    opened = open_checkpoint(
-        arguments.model,
-        arguments.dtype,
-        arguments.weights,
-        revision=arguments.revision,
-        allow_links=arguments.allow_links,
-        image_limits=image_limits(arguments.max_image_tokens),
-    )
+    opened = open_asked(arguments)
     images = [_video(x, opened, arguments.frames) if isinstance(x, words.VideoPath) else x for x in read]
     batch = make_batch(opened, images, arguments.prompt, arguments.raw)
     opened.check(batch, recipe, arguments.max_new_tokens)

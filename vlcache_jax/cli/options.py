@@ -32,11 +32,6 @@ def check_picture_path(text: str | None) -> Path | None:
     return path
 
 
-def image_limits(most: int | None) -> dict[str, int]:
-    """What `--max-image-tokens` asks of images, as `vlcache_jax.load` takes it."""
-    return {} if most is None else {"max_image_tokens": most}
-
-
 def output_folder(text: str, option: str) -> Path:
     """The folder to write into, which is made where it is missing.
 

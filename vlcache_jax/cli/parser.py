@@ -191,16 +191,7 @@ def _evaluate(commands: Any) -> None:
         commands, "evaluate", "answer all questions of a data set under one policy or several, and score them"
     )
     _model(parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub")
-    parser.add_argument(
-        "--data",
-        type=words.path,
-        metavar="PATH",
-        nargs="+",
-        required=True,
-        help="files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's .tsv or lmms-eval's .parquet",
-    )
-    tasks = "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench"
-    parser.value("--task", str, "NAME", tasks, "jsonl")
+    _data(parser)
     parser.several("--policy", str, POLICY, f"{KEPT} (default: vl_cache); repeat for several")
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
     parser.flag("--divergence", "also how far they are from it, token by token; reads the prompts again")
@@ -282,18 +273,12 @@ def _serve(commands: Any) -> None:
 
 def _search_heads(commands: Any) -> None:
     parser = _command(
-        commands, "search-heads", "find which pattern of a sparse prefill suits each head, for m_inference:FILE"
+        commands,
+        "search-heads",
+        "find, on long prompts, which pattern of a sparse prefill suits each head, for m_inference:FILE",
     )
     _model(parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub")
-    parser.add_argument(
-        "--data",
-        type=words.path,
-        metavar="PATH",
-        nargs="+",
-        required=True,
-        help="long prompts, as for evaluate: files, folders or patterns",
-    )
-    parser.value("--task", str, "NAME", "as for evaluate", "jsonl")
+    _data(parser)
     parser.value("--out", words.path, "FILE.json", "the table of heads, as MInference's own files", required=True)
     parser.value("--limit", words.whole(1), "N", "only the first N samples", 4)
     _image_limit(parser)
@@ -361,6 +346,13 @@ def _model(parser: _Parser, metavar: str, text: str) -> None:
     parser.value("--model", words.path, metavar, text, required=True)
     parser.value("--revision", str, "REV", "of a model on the Hub: a branch, tag or commit")
     parser.flag("--allow-links", "follow links that lead out of the folder")
+
+
+def _data(parser: _Parser) -> None:
+    files = "files, folders or patterns: JSON lines (.jsonl), VLMEvalKit's .tsv or lmms-eval's .parquet"
+    parser.value("--data", words.path, "PATH", files, nargs="+", required=True)
+    tasks = "jsonl, docvqa, infovqa, textvqa, chartqa, coco_caption, mmmu, mathvista or ocrbench"
+    parser.value("--task", str, "NAME", tasks, "jsonl")
 
 
 def _policy(parser: _Parser) -> None:

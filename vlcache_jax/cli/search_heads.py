@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from vlcache_jax.cli.checkpoint import keep_programs, open_checkpoint
-from vlcache_jax.cli.options import image_limits
+from vlcache_jax.cli.checkpoint import keep_programs, open_asked
 from vlcache_jax.cli.process import remark
 from vlcache_jax.engine.engine import MOST_STOP_IDS
 from vlcache_jax.engine.preparing import Preparer
@@ -33,14 +32,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     target = Path(arguments.out)
     check_target(target)
     progress.step("opening the checkpoint")
-    opened = open_checkpoint(
-        arguments.model,
-        arguments.dtype,
-        arguments.weights,
-        revision=arguments.revision,
-        allow_links=arguments.allow_links,
-        image_limits=image_limits(arguments.max_image_tokens),
-    )
+    opened = open_asked(arguments)
     keep_programs(not arguments.no_compilation_cache, progress)
     progress.step("loading the weights")
     vlm = opened.load("stacked")

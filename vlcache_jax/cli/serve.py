@@ -5,8 +5,8 @@ import os
 import socket
 from pathlib import Path
 
-from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_checkpoint
-from vlcache_jax.cli.options import device_mesh, image_limits
+from vlcache_jax.cli.checkpoint import OpenedCheckpoint, keep_programs, open_asked
+from vlcache_jax.cli.options import device_mesh
 from vlcache_jax.cli.process import SIGNALS, remark
 from vlcache_jax.engine.buckets import check_buckets
 from vlcache_jax.engine.engine import Engine
@@ -35,14 +35,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
     mesh = None if arguments.mesh is None else device_mesh(arguments.mesh)
     with bound(arguments.host, arguments.port) as sock:
         progress.step("opening the checkpoint")
-        opened = open_checkpoint(
-            arguments.model,
-            arguments.dtype,
-            arguments.weights,
-            revision=arguments.revision,
-            allow_links=arguments.allow_links,
-            image_limits=image_limits(arguments.max_image_tokens),
-        )
+        opened = open_asked(arguments)
         if not opened.processor.has_chat_template:
             raise CheckpointError(f"{arguments.model} has no chat template, which a chat needs: take an instruct model")
         positions = opened.model.spec.max_positions
