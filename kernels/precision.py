@@ -64,7 +64,7 @@ class Precision:
 class Integers(Precision):
     """8, 4 or 2 bits: rotated, keys scaled per channel and group, values per token (`kernels.quantisation`).
 
-    Keys and values may have different numbers of bits. The Pallas kernels read those where they are the same.
+    Keys and values may have different numbers of bits.
     """
 
     rotated = True

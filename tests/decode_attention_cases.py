@@ -8,7 +8,7 @@ import numpy as np
 
 from vlcache_jax.kernels import quantisation
 
-BITS = {"int8": 8, "int4": 4, "int2": 2}
+BITS = {"int8": (8, 8), "int4": (4, 4), "int2": (2, 2), "int4/2": (4, 2)}  # of keys, of values
 quantise_keys, quantise_values, dequantise_keys, dequantise_values = (
     jax.jit(getattr(quantisation, name), static_argnames="bits")
     for name in ("quantise_keys", "quantise_values", "dequantise_keys", "dequantise_values")
@@ -36,11 +36,12 @@ class Case:
     @property
     def alignment(self):
         """Of the segments, so that every implementation serves them."""
-        return quantisation.group_size(BITS[self.store]) if self.store in BITS else 16
+        return max(map(quantisation.group_size, BITS[self.store])) if self.store in BITS else 16
 
     @property
     def bits(self):
-        return BITS.get(self.store)
+        """The word that the op is called with."""
+        return {"int4/2": "4/2", **{f"int{bits}": bits for bits in (8, 4, 2)}}.get(self.store)
 
     @property
     def dtype(self):
@@ -55,12 +56,12 @@ class Case:
         inside = inside_segments(self, offsets, lengths)
         named = {}
         if self.store in BITS:
-            bits = self.bits
-            keys, named["key_scales"] = quantise_keys(jnp.asarray(keys, jnp.float32), bits=bits)
-            values, value_scales = quantise_values(jnp.asarray(values, jnp.float32), bits=bits)
+            of_keys, of_values = BITS[self.store]
+            keys, named["key_scales"] = quantise_keys(jnp.asarray(keys, jnp.float32), bits=of_keys)
+            values, value_scales = quantise_values(jnp.asarray(values, jnp.float32), bits=of_values)
             bad = quantisation.bits_of_scales(jnp.bfloat16(outside))
             named["value_scales"] = jnp.where(inside[:, :, None], value_scales, bad)
-            used = inside.reshape(*inside.shape[:2], -1, self.alignment).any(-1)[..., None, None]
+            used = inside.reshape(*inside.shape[:2], -1, quantisation.group_size(of_keys)).any(-1)[..., None, None]
             named["key_scales"] = jnp.where(used, named["key_scales"], bad)
         else:
             keys, values = (jnp.asarray(np.where(inside[..., None], x, outside), self.dtype) for x in (keys, values))
@@ -81,9 +82,9 @@ def expected(case, arguments, named, scale=None):
     """(out, lse) in float64, from the formula, one query at a time."""
     query, keys, values, offsets, lengths = arguments
     if case.store in BITS:
-        bits = BITS[case.store]
-        keys = dequantise_keys(keys, named["key_scales"], bits=bits)
-        values = dequantise_values(values, named["value_scales"], bits=bits)
+        of_keys, of_values = BITS[case.store]
+        keys = dequantise_keys(keys, named["key_scales"], bits=of_keys)
+        values = dequantise_values(values, named["value_scales"], bits=of_values)
     q, k, v = (np.asarray(x, np.float64) for x in (query, keys, values))
     q = q.reshape(case.batch, -1, case.heads, case.head_dim)
     offsets, lengths = np.asarray(offsets), np.asarray(lengths)

@@ -37,6 +37,8 @@ CASES = {
     "int8, slots last": Case(2, 4, 2, 2, 384, 8, store="int8"),
     "int4, slots last, shared, causal": Case(2, 4, 1, 2, 512, 8, queries=2, causal=True, store="int4"),
     "int2, slots last": Case(2, 6, 2, 2, 1024, 8, store="int2"),
+    "int4/2, causal": Case(2, 4, 1, 2, 384, 128, queries=2, causal=True, store="int4/2"),
+    "int4/2, slots last": Case(2, 6, 2, 2, 1024, 8, store="int4/2"),
 }
 # What only the plain implementations serve: small and odd stores.
 PLAIN = {

@@ -17,7 +17,8 @@ TOPOLOGIES = ["v5e:2x2", *(pytest.param(chip, marks=pytest.mark.thorough) for ch
 MODELS = list({shape.head_dim: name for name, shape in SHAPES.items()}.values())
 MODELS += [pytest.param(name, marks=pytest.mark.thorough) for name in SHAPES if name not in MODELS]
 BATCH, SLOTS = 4, 8192
-BITS = {"int8": 8, "int4": 4, "int2": 2}
+BITS = {"int8": (8, 8), "int4": (4, 4), "int2": (2, 2), "int4/2": (4, 2)}  # of keys, of values
+WORDS = {(8, 8): 8, (4, 4): 4, (2, 2): 2, (4, 2): "4/2"}
 
 
 def arguments(heads, kv_heads, head_dim, store, queries=0, shared=False):
@@ -29,22 +30,21 @@ def arguments(heads, kv_heads, head_dim, store, queries=0, shared=False):
     if store not in BITS:
         keys = shape(*lanes, SLOTS, head_dim, dtype=store)
         return (query, keys, keys, segments, segments), {}
-    bits = BITS[store]
-    keys = shape(*lanes, SLOTS * bits // 8, head_dim, dtype="int8")
+    keys, values = (shape(*lanes, SLOTS * bits // 8, head_dim, dtype="int8") for bits in BITS[store])
     scales = {
-        "key_scales": shape(*lanes, SLOTS // group_size(bits), 2, scales_width(head_dim), dtype="int16"),
+        "key_scales": shape(*lanes, SLOTS // group_size(BITS[store][0]), 2, scales_width(head_dim), dtype="int16"),
         "value_scales": shape(*lanes, 2, SLOTS, dtype="int16"),
     }
-    return (query, keys, keys, segments, segments), scales
+    return (query, keys, values, segments, segments), scales
 
 
-def bits_of(keys):
-    return 8 * keys.shape[2] // SLOTS if keys.dtype == "int8" else None
+def bits_of(keys, values):
+    return WORDS[tuple(8 * x.shape[2] // SLOTS for x in (keys, values))] if keys.dtype == "int8" else None
 
 
 def compiled(topology, calls):
     """A program of several calls: (positional, named) abstract arguments, and static options."""
-    static = [options | {"bits": bits_of(a[1])} for (a, _), options in calls]
+    static = [options | {"bits": bits_of(*a[1:3])} for (a, _), options in calls]
 
     def run(arrays):
         return [decode_attention(*a, **n, **o) for (a, n), o in zip(arrays, static)]
@@ -81,7 +81,7 @@ def test_float_stores(topology, name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_quantised_stores(topology, name):
-    """One program of several calls: 8, 4 and 2 bits; on the smallest chip queries of a shared segment too."""
+    """One program of several calls: all bits; on the smallest chip queries of a shared segment too."""
     calls = [(arguments(*SHAPES[name], store), {}) for store in BITS]
     if topology == TOPOLOGIES[0]:
         calls.append((arguments(*SHAPES[name], "int4", queries=4, shared=True), {}))
@@ -95,7 +95,7 @@ def test_the_kernel_says_what_it_costs(store):
     (_, keys, values, *segments), scales = arguments(heads, kv_heads, size, store)
 
     def run(query, keys, values, segments, scales):
-        held = Store(keys, values, **scales, bits=bits_of(keys), segments=32)
+        held = Store(keys, values, **scales, bits=bits_of(keys, values), segments=32)
         return pallas_tpu.decode_attention(query, held, Segments(*segments), scale=1.0, causal=False)
 
     jaxpr = jax.make_jaxpr(run)(shape(BATCH, 1, heads, size), keys, values, segments, scales)

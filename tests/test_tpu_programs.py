@@ -157,13 +157,15 @@ def test_candidates_bound_the_memory_of_the_prefill():
 
 
 @pytest.mark.thorough
-def test_decode_step_over_8_bits_copies_nothing():
-    """As above; the codes are unpacked block by block inside the kernel."""
+@pytest.mark.parametrize("policy", [vlc.VLCache(budget=0.1, bits=8), vlc.RankedBits(0.25)], ids=["8 bits", "4, 4/2"])
+def test_decode_step_over_codes_copies_nothing(policy):
+    """As above; the codes are unpacked block by block inside the kernel, that of each store."""
     programs = _programs("v6e:1x1")
-    policy = vlc.VLCache(budget=0.1, bits=8)
-    program, _ = programs.decode_step(WORK, policy)
+    program, compiled = programs.decode_step(WORK, policy)
     assert program.refused is None
     state = programs.state(WORK, policy)
-    stores = programs.bytes_of((state.context, state.tail))
+    stores = programs.bytes_of((state.stores, state.tail))
     assert program.alias_bytes >= stores
     assert program.temporary_bytes < 0.05 * stores
+    kernels = len(state.stores) + 2  # what was kept, the rest, the answer; one writes the answer
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels

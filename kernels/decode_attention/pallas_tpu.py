@@ -11,7 +11,11 @@ its lanes as are read at once. The grid goes over chunks of items; its first axi
 XLA keeps an array whose last axis does not fill the 128 lanes of a tile (head_dim 64, 80, 96) with slots last, so that
 no memory is wasted. The kernel then reads it like that, `[head_dim, slots]`, from multiples of 128 slots; anything else
 would be a copy of the store. Of a quantised store, one such read is 128 byte columns, four groups of 32 with as many
-slots to a byte; there the scales of the keys multiply the queries, group by group, instead of the codes.
+slots to a byte; there the scales of the keys multiply the queries, group by group, instead of the codes. Where values
+have fewer bits than keys, more slots lie in a read of theirs, in another order, and the weights are brought into it:
+
+    keys of 4 bits     | 0-31, 64-95, 128-159, 192-223 | 32-63, 96-127, ... |                  256 slots a read
+    values of 2 bits   | 0-31, 128-159, 256-287, 384-415 | 32-63, 160-191, ... | ... | ... |   512 slots a read
 """
 
 import dataclasses
@@ -25,7 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlcache_jax.kernels.decode_attention.types import Segments, Store
-from vlcache_jax.kernels.quantisation import BITS, SCALE_DTYPE, scales_of_bits, scales_width
+from vlcache_jax.kernels.precision import PRECISIONS, Integers
+from vlcache_jax.kernels.quantisation import SCALE_DTYPE, scales_of_bits, scales_width
 from vlcache_jax.kernels.varying import refuse_if_checked
 
 ALIGNMENT = 16  # of what is read: rows of a TPU tile in bfloat16
@@ -44,9 +49,9 @@ class _Plan:
     Attributes:
       block: slots of a block.
       copy: slots of one copy; a block is copied in pieces, so that little beyond the end of a segment is read.
-      packing: slots in a byte row of the store (1 but for 4 and 2 bits).
+      packing: slots in a byte row of the keys and of the values (1 but for 4 and 2 bits).
       alignment: of the first slot that is read.
-      group: slots of a quantised group.
+      group: slots of a quantised group of keys.
       transposed: slots are the last axis.
       slots: of the store.
       lanes: of the store.
@@ -59,7 +64,7 @@ class _Plan:
 
     block: int
     copy: int
-    packing: int
+    packing: tuple[int, int]
     alignment: int
     group: int
     transposed: bool
@@ -89,8 +94,8 @@ def decode_attention(
     refuse_if_checked("pallas_tpu")
     if segments.skip is not None:
         raise NotImplementedError("pallas_tpu lets all queries of a row see a segment from its first slot on")
-    if store.bits not in (None, *BITS):
-        raise NotImplementedError(f"pallas_tpu reads float stores and those of {BITS} bits, not bits={store.bits!r}")
+    if store.bits is not None and not isinstance(PRECISIONS[store.bits], Integers):
+        raise NotImplementedError(f"pallas_tpu reads stores of floats and of integers, not bits={store.bits!r}")
     batch, n, heads, head_dim = query.shape
     plan = _plan(query, store, segments)
     group_heads = heads // (plan.items * plan.item_lanes)
@@ -119,16 +124,15 @@ def decode_attention(
     def buffer(*shape: int, dtype: Any) -> Any:
         return pltpu.VMEM((_BUFFERS, plan.item_lanes, *shape), dtype)
 
-    byte_rows = plan.block // plan.packing
     stores = [store.keys, store.values]
+    shapes = [(plan.block // packing, head_dim) for packing in plan.packing]
     if plan.transposed:
-        stores = [x.swapaxes(2, 3) for x in stores]
-    shape = (head_dim, byte_rows) if plan.transposed else (byte_rows, head_dim)
-    buffers = [buffer(*shape, dtype=x.dtype) for x in stores]
+        stores, shapes = [x.swapaxes(2, 3) for x in stores], [shape[::-1] for shape in shapes]
+    buffers = [buffer(*shape, dtype=x.dtype) for x, shape in zip(stores, shapes, strict=True)]
     if plan.scale_window:
         stores += [store.key_scales, store.value_scales]
         buffers += [
-            buffer(byte_rows // _GROUP_ROWS, 2, scales_width(head_dim), dtype=SCALE_DTYPE),
+            buffer(plan.block // plan.group, 2, scales_width(head_dim), dtype=SCALE_DTYPE),
             buffer(2, plan.scale_window, dtype=SCALE_DTYPE),
         ]
     held = store.slots // store.segments  # of a segment, on average: how long each is, is known when it runs
@@ -164,16 +168,17 @@ def decode_attention(
 
 def _plan(query: jax.Array, store: Store, segments: Segments) -> _Plan:
     batch, n, heads, head_dim = query.shape
-    slots, lanes, packing = store.slots, store.lanes, store.packing
+    slots, lanes = store.slots, store.lanes
     quantised = store.bits is not None
+    packing = (store.packing, slots // store.values.shape[2])
     transposed = head_dim % _LANES != 0
-    group = _GROUP_ROWS * packing
-    alignment = _LANES * packing if transposed else group if quantised else ALIGNMENT
+    rows = _LANES if transposed else _GROUP_ROWS
+    alignment = rows * max(packing) if transposed or quantised else ALIGNMENT
     unit = max(_LANES, alignment) if quantised else alignment
     if slots % unit:
         raise NotImplementedError(f"{slots} slots are not a multiple of {unit}: copies of a TPU are whole tiles")
     width = -(-head_dim // _LANES) * _LANES
-    slot_bytes = head_dim * store.keys.dtype.itemsize // packing
+    slot_bytes = head_dim * store.keys.dtype.itemsize // packing[0]
     shared = segments.lengths.shape[1] == 1
     item_lanes = 1
     if shared:  # as many lanes as a block of the smallest size can hold
@@ -196,7 +201,7 @@ def _plan(query: jax.Array, store: Store, segments: Segments) -> _Plan:
         copy=copy,
         packing=packing,
         alignment=alignment,
-        group=group,
+        group=_GROUP_ROWS * packing[0],
         transposed=transposed,
         slots=slots,
         lanes=lanes,
@@ -252,10 +257,10 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
 
             @pl.when((first < end) & (first + plan.copy > wanted))
             def _(piece=piece, first=first):
-                aligned = pl.multiple_of(first // plan.packing, plan.alignment // plan.packing)
-                size = plan.copy // plan.packing
                 before = (slice(None),) if plan.transposed else ()
-                for store in (0, 1):
+                for store, packing in enumerate(plan.packing):
+                    aligned = pl.multiple_of(first // packing, plan.alignment // packing)
+                    size = plan.copy // packing
                     copy(store, (*before, pl.ds(aligned, size)), (*before, pl.ds(piece * size, size)))
 
         if plan.scale_window:
@@ -299,9 +304,10 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         x = buffers[store][buffer]
         if not plan.scale_window:
             return x.astype(dtype)
-        bits = 8 // plan.packing
+        packing = plan.packing[store]
+        bits = 8 // packing
         x = x.astype(jnp.int32) if plan.transposed else x.astype(jnp.int32).reshape(-1, _GROUP_ROWS, head_dim)
-        parts = [(x << (32 - bits * (i + 1))) >> (32 - bits) for i in range(plan.packing)]
+        parts = [(x << (32 - bits * (i + 1))) >> (32 - bits) for i in range(packing)]
         if plan.transposed:  # windows of 128 byte columns, and in each the parts one after the other
             windows = [slice(i, i + _LANES) for i in range(0, x.shape[2], _LANES)]
             x = jnp.concatenate([part[:, :, window] for window in windows for part in parts], axis=2)
@@ -312,36 +318,37 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
             x = x * scales[:, 0:1] + scales[:, 1:2]
         return x.reshape(plan.item_lanes, plan.block, head_dim).astype(dtype)
 
-    in_window = _LANES * plan.packing  # slots of 128 byte columns
-
-    def slots_of_block(column: jax.Array) -> jax.Array:
+    def slots_of_block(column: jax.Array, packing: int) -> jax.Array:
         """The slots, counted from the block's first, that the columns of `load` hold."""
         if not plan.scale_window or not plan.transposed:
             return column
-        part, byte = column % in_window // _LANES, column % _LANES
-        first = column // in_window * in_window
-        return first + byte // _GROUP_ROWS * plan.group + part * _GROUP_ROWS + byte % _GROUP_ROWS
+        in_read = _LANES * packing
+        part, byte = column % in_read // _LANES, column % _LANES
+        slot = byte // _GROUP_ROWS * _GROUP_ROWS * packing + part * _GROUP_ROWS + byte % _GROUP_ROWS
+        return column // in_read * in_read + slot
 
-    def in_order_of_codes(scales: jax.Array) -> jax.Array:
-        """[n, block], slots ascending, in the order of `slots_of_block`."""
-        if plan.packing == 1:
-            return scales
-        pieces = [
-            scales[:, (first := window + group * plan.group + part * _GROUP_ROWS) : first + _GROUP_ROWS]
-            for window in range(0, plan.block, in_window)
-            for part in range(plan.packing)
-            for group in range(_LANES // _GROUP_ROWS)
-        ]
-        return jnp.concatenate(pieces, axis=1)
+    def pieces(packing: int) -> list[int]:
+        """The first slot of each 32 columns of `load`, in the order of columns."""
+        groups, parts = range(_LANES // _GROUP_ROWS), range(packing)
+        reads = range(0, plan.block, _LANES * packing)
+        return [read + (group * packing + part) * _GROUP_ROWS for read in reads for part in parts for group in groups]
+
+    def reordered(x: jax.Array, packing: int, wanted: int) -> jax.Array:
+        """[..., block] from the order of columns of one packing to that of another; 1: slots ascending."""
+        if packing == wanted:
+            return x
+        places = {slot: i * _GROUP_ROWS for i, slot in enumerate(pieces(packing))}
+        return jnp.concatenate([x[..., (i := places[slot]) : i + _GROUP_ROWS] for slot in pieces(wanted)], axis=-1)
 
     def scaled_dot(q: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
         """f32 [item_lanes, rows, block] from codes [item_lanes, head_dim, block] and the scales of their groups."""
-        group_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, in_window), 2) % _LANES // _GROUP_ROWS
+        in_read = _LANES * plan.packing[0]
+        group_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, in_read), 2) % _LANES // _GROUP_ROWS
         wide = q.astype(jnp.float32)
         windows = []
-        for window in range(plan.block // in_window):
-            columns = codes[:, :, window * in_window : (window + 1) * in_window]
-            logits = jnp.zeros((*q.shape[:2], in_window), jnp.float32)
+        for window in range(plan.block // in_read):
+            columns = codes[:, :, window * in_read : (window + 1) * in_read]
+            logits = jnp.zeros((*q.shape[:2], in_read), jnp.float32)
             for group in range(_LANES // _GROUP_ROWS):
                 row = window * (_LANES // _GROUP_ROWS) + group
                 step, zero = scales[:, row, 0:1, :head_dim], scales[:, row, 1:2, :head_dim]
@@ -358,7 +365,8 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         produce()  # into the buffer computed before this one
         state[3] += 1
         start, wanted, end = bounds(item, block)
-        slot = start + slots_of_block(jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.block), 2))
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, plan.block), 2)
+        slot, of_value = (start + slots_of_block(column, packing) for packing in plan.packing)
         seen = (slot >= wanted) & (slot < end - hidden)  # [1, rows or 1, block]
 
         if not plan.scale_window:
@@ -385,12 +393,12 @@ def _kernel(*refs: Any, plan: _Plan, scale: float, queries: int, stores: int) ->
         if plan.scale_window:
             scales = scales_of_bits(buffers[3][buffer]).reshape(plan.item_lanes * 2, plan.scale_window)
             if plan.transposed:
-                scales = in_order_of_codes(scales)
+                scales, weights = reordered(scales, 1, plan.packing[1]), reordered(weights, *plan.packing)
             else:
                 shift = start - window_start(start)
                 scales = pltpu.roll(scales, jax.lax.rem(plan.scale_window - shift, plan.scale_window), 1)
             scales = scales[:, : plan.block].reshape(plan.item_lanes, 2, plan.block)
-            scales = jnp.where((slot >= wanted) & (slot < end), scales, 0)
+            scales = jnp.where((of_value >= wanted) & (of_value < end), scales, 0)
             zero = jnp.sum(weights * scales[:, 1:2], axis=-1, keepdims=True)
             weights = (weights * scales[:, 0:1]).astype(v.dtype)
             out = out * decay + _batched_dot(weights, v, transposed=plan.transposed) + zero

@@ -34,8 +34,7 @@ def RankedBits(
     Keys never get less than 4 bits: at 2 they ruin answers, whoever has them, while values at 2 bits are harmless where
     little attention goes. A tenth of the bytes holds a third of the tokens at 4 bits.
 
-    This library's own; measured in docs/pretrained.md. The Pallas kernels read the tokens at 8 and 4 bits, plain XLA
-    those with values of fewer bits than keys.
+    This library's own; measured in docs/pretrained.md.
 
     Args:
       budget: a share of the bytes that the prompt's cache takes in 16-bit numbers, scales included; a plain fraction
