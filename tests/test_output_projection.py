@@ -10,6 +10,8 @@ from tiers import cases
 from tiny_models import tiny_llava
 
 from vlcache_jax.models.coding import WeightCoding
+from vlcache_jax.policies.methods import critical_kv
+from vlcache_jax.policies.scores.attention import LayerInputs
 from vlcache_jax.typing import WithOutput
 
 MODEL, PARAMS = tiny_llava()
@@ -68,3 +70,25 @@ def coded():
 def test_a_score_is_given_what_the_layer_multiplies_with(build):
     model, params, wanted = build()
     np.testing.assert_allclose(outputs(model, params), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_projected_values_are_made_a_few_at_a_time(monkeypatch):
+    """As many tokens as a bound on bytes allows: the same bits as all at once, and the formula's."""
+    rng = np.random.default_rng(0)
+    value, output = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 37, 2, 16), (6, 16, 128)))
+    inputs = LayerInputs(
+        query=value, key=value, value=value, output=output, layer=0, density=1, rows=4, lengths=[37, 20],
+        vision_index=None,
+    )  # fmt: skip
+    found, loops = [], []
+    for most in (2**26, 32 * 2 * 6 * 128 * 4, 1):
+        monkeypatch.setattr(critical_kv, "_BYTES", most)
+        run = jax.jit(lambda value: critical_kv.projected_norm(dataclasses.replace(inputs, value=value)))
+        loops.append(run.lower(value).as_text().count("stablehlo.while"))
+        found.append(np.asarray(run(value)))
+    assert loops == [0, 1, 1]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+    each = np.repeat(value.astype(np.float64), 3, axis=2)
+    norms = np.abs(np.einsum("bthd,hdo->bhto", each, output)).sum(axis=-1)
+    np.testing.assert_allclose(found[0], norms.reshape(2, 2, 3, 37).mean(axis=2), rtol=1e-5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.errors import PolicyError
+from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.snap_kv import WINDOW, observation_window, snap_score
@@ -17,7 +18,7 @@ from vlcache_jax.policies.scores.attention import Derived, LayerInputs
 from vlcache_jax.policies.scores.staged import open_tokens, staged
 from vlcache_jax.policies.window import Recent, Window
 
-_TOKENS = 32  # of each row whose projected values exist at once
+_BYTES = 2**26  # of projected values, of all rows, that exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +65,22 @@ class OutputPerturbation(Derived):
 def projected_norm(inputs: LayerInputs) -> jax.Array:
     """Sums of the absolute values of v_j W_h, averaged over a KV head's query heads; f32 [batch, kv_heads, length]."""
     assert inputs.output is not None, "a score that looks at the output projection says so: needs_output = True"
-    batch, length, kv_heads, head_dim = inputs.value.shape
+    batch, _, kv_heads, head_dim = inputs.value.shape
     output = inputs.output.reshape(kv_heads, -1, head_dim, inputs.output.shape[-1])
-    blocks = -(-length // _TOKENS)
-    value = jnp.pad(inputs.value, ((0, 0), (0, blocks * _TOKENS - length), (0, 0), (0, 0)))
-    value = jnp.moveaxis(value.reshape(batch, blocks, _TOKENS, kv_heads, head_dim), 1, 0)
+    of_token = 4 * batch * inputs.output.size // head_dim
 
-    def norms(value: jax.Array) -> jax.Array:
+    def norms(value: jax.Array, _: jax.Array | int) -> jax.Array:  # [batch, tokens, kv_heads, head_dim]
         one_type = jnp.promote_types(value.dtype, output.dtype)
         added = jnp.einsum(
-            "btkd,kgdo->btkgo",
+            "btkd,kgdo->kbtgo",  # heads in front, so that a token's sums do not depend on how many there are
             value.astype(one_type),
             output.astype(one_type),
             precision="highest",
             preferred_element_type=jnp.float32,
         )
-        return jnp.mean(jnp.sum(jnp.abs(added), axis=-1), axis=-1)
+        return jnp.moveaxis(jnp.mean(jnp.sum(jnp.abs(added), axis=-1), axis=-1), 0, 2)
 
-    found = jnp.moveaxis(jax.lax.map(norms, value), 0, 1).reshape(batch, -1, kv_heads)
-    return found[:, :length].swapaxes(1, 2)
+    return in_chunks(norms, inputs.value, max(16, _BYTES // of_token // 16 * 16)).swapaxes(1, 2)
 
 
 @method("critical_kv", title="CriticalKV")
