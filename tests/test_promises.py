@@ -54,7 +54,7 @@ METHODS = {
 RECIPE = vlc.Recipe(  # whatever takes a policy takes one
     vlc.VLCache(budget=0.3),
     prefill=vlc.XAttention(0.9, 4, block=8, min_tokens=0),
-    pruning=vlc.PyramidDrop((1, 2), (0.6, 0.3), rooms=(40, 32)),
+    pruning=vlc.PyramidDrop((1, 2), (0.6, 0.3), rooms=(96, 88)),
 )
 WITH_FULL = METHODS | {"full_cache": vlc.FullCache(), "recipe": RECIPE}
 
