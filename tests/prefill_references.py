@@ -168,19 +168,30 @@ class MInference:
 m_inference = MInference()
 
 
-def grid(x, window, boundary, strides):
+def moved_grid(x, window, boundary, strides):
+    """Which keys each query sees, bool [n, n]: near blocks, and those of tokens moved by their phase."""
     query, key, vision, block, _ = x
     n = len(query)
-    blocks = -(-n // block)
     visual = np.flatnonzero(vision)
     end = visual[-1] + 1 if boundary == "query" and len(visual) else n
     received = last_attention(query, key, 64, end).sum(axis=0)
-    best, columns = -1, []
+    best, kind = -1, np.zeros(n, int)  # of each token: text is 0
+    line = 0
     for stride in strides if len(visual) else ():
+        phases = (visual - visual[0]) % stride
         for phase in range(stride):
-            mine = visual[(visual - visual[0]) % stride == phase]
+            mine = visual[phases == phase]
             if received[mine].sum() > best:
-                best, columns = received[mine].sum(), mine
-    text = np.pad(~vision, (0, blocks * block - n)).reshape(blocks, block).any(axis=1)
+                best, line = received[mine].sum(), 1 + phase
+                kind[visual] = 1 + phases
+    order = sorted(range(n), key=lambda j: (kind[j], j))
+    block_of = {j: place // block for place, j in enumerate(order)}
+    kinds = [{int(kind[j]) for j in order[i : i + block]} for i in range(0, n, block)]
     near, _ = a_shape(x, 0, window)
-    return near | text[None] | text[:, None], columns
+    seen = np.zeros((n, n), bool)
+    for t in range(n):
+        for j in range(t + 1):
+            r, c = block_of[t], block_of[j]
+            own = c <= r and kinds[r] & kinds[c]
+            seen[t, j] = near[t // block, j // block] or own or line in kinds[c] or 0 in kinds[c] or 0 in kinds[r]
+    return seen

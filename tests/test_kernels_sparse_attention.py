@@ -1,5 +1,6 @@
 """Attention with listed blocks of keys, against the formula in float64, for every implementation."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tiers import later
 
 from vlcache_jax.kernels.attention import attention
-from vlcache_jax.kernels.sparse_attention import Lists, sparse_attention
+from vlcache_jax.kernels.sparse_attention import Lists, Order, sparse_attention
 
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 PLAIN = ["xla", "xla_wide", "reference"]
@@ -53,13 +54,24 @@ def expected(query, key, value, lists, window=None):
         count = lists.counts[b, of_list, i]
         listed = set(lists.ids[b, of_list, i, :count].tolist())
         single = set() if lists.loose is None or not count else set(lists.loose[b, of_list].tolist())
-        seen = [j for j in range(t + 1) if j // lists.columns in listed or j in single]
+        seen = range(t + 1)
+        if lists.order is not None:
+            places, limits = np.asarray(lists.order.places), np.asarray(lists.order.limits)
+            seen = [j for j in range(k.shape[1]) if places[b, of_list, j] < limits[b, of_list, t]]
+        seen = [j for j in seen if j // lists.columns in listed or j in single]
         seen = [j for j in seen if window is None or j > t - window]
         if seen:
             logits = k[b, seen, of_key] @ q[b, t, h] * q.shape[3] ** -0.5
             lse[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
             out[b, t, h] = np.exp(logits - lse[b, t, h]) @ v[b, seen, of_key]
     return out, lse
+
+
+def moved(lists, length, seed=1):
+    """The same lists of tokens in another order, which see what lies 5 or more before them."""
+    rng = np.random.default_rng(seed)
+    places = np.argsort(rng.random((*lists.ids.shape[:2], length)), axis=-1).astype(np.int32)
+    return dataclasses.replace(lists, order=Order(places, np.maximum(places - 4, 0)), loose=None)
 
 
 @functools.cache
@@ -74,6 +86,25 @@ def test_formula(implementation, name, window):
     args = drawn(CASES[name])
     for found, wanted in zip(compiled(implementation, window)(*args), expected(*args, window)):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["groups", "heads"])
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_an_order_of_tokens(implementation, name):
+    query, key, value, lists = drawn(CASES[name])
+    args = query, key, value, moved(lists, CASES[name][1])
+    for found, wanted in zip(compiled(implementation)(*args), expected(*args)):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpret", [True, *later(RACES)])
+def test_tpu_kernel_with_an_order(interpret):
+    query, key, value, lists = drawn((1, 300, 2, 1, 64, 1, 128, 128, 3, 0))
+    args = query, key, value, moved(lists, 300)
+    wanted = sparse_attention(*args, implementation="reference")
+    found = sparse_attention(*args, implementation="pallas_tpu", interpret=interpret)
+    for some, right in zip(found, wanted):
+        np.testing.assert_allclose(some, right, atol=1e-5)
 
 
 @pytest.mark.parametrize("interpret", [True, *later(RACES)])
@@ -150,6 +181,8 @@ def test_bfloat16():
         ({"counts": np.zeros((2, 2, 4), np.int32)}, "counts (2, 2, 4)"),
         ({"loose": np.zeros((2, 1, 4), np.int32)}, "loose (2, 1, 4)"),
         ({"rows": 8}, "8 queries a block"),
+        ({"order": Order(np.zeros((2, 2, 70)), np.zeros((2, 2, 69)))}, "limits (2, 2, 69) must be (2, 2, 70)"),
+        ({"order": Order(0, 0), "loose": np.zeros((2, 2, 4), np.int32)}, "neither loose columns nor a window"),
     ],
 )
 def test_errors(change, message):

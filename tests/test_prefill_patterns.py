@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prefill_references import a_shape, flex_prefill, grid, m_inference, tri_shape, x_attention
+from prefill_references import a_shape, flex_prefill, m_inference, moved_grid, tri_shape, x_attention
 
 import vlcache_jax as vlc
+from vlcache_jax.parallel import ops
 from vlcache_jax.patterns.grammar import pattern_by_name
-from vlcache_jax.patterns.listing import lists_of
+from vlcache_jax.patterns.listing import lists_of, moved_lists_of
 from vlcache_jax.patterns.maps import diagonals
 from vlcache_jax.patterns.pattern import PatternInputs, with_last_rows
 from vlcache_jax.patterns.visual_grid import visual_strides
@@ -79,8 +80,6 @@ PATTERNS = {
     "flex_vertical": (vlc.FlexPrefill(0.7, 0, 16, **SMALL), lambda *x: flex_prefill(x, 0.7, 0, 16)),
     "flex_both": (vlc.FlexPrefill(0.7, 0.33, 16, **SMALL), lambda *x: flex_prefill(x, 0.7, 0.33, 16)),
     "m_inference": (vlc.MInference(TABLE, **SMALL), lambda *x: m_inference(x, TABLE[0])),
-    "mm_inference": (vlc.MMInference(12, most_columns=64, **SMALL), lambda *x: grid(x, 12, "query", STRIDES)),
-    "mm_inference_none": (vlc.MMInference(12, "none", 64, **SMALL), lambda *x: grid(x, 12, "none", STRIDES)),
 }
 
 
@@ -105,6 +104,62 @@ def test_each_head_is_the_formula(name):
             kinds.add(bool(keep.all()))
     np.testing.assert_array_equal(told.overflow, 0)
     assert False in kinds, "the case is none: everything is listed"
+
+
+@pytest.mark.parametrize(("boundary", "interleaved"), [("query", False), ("none", True)])
+def test_mm_inference_moves_tokens(boundary, interleaved):
+    """Who sees whom, and the attention of it, with text in front and behind, or also in front of every frame."""
+    given, window = inputs(), 12
+    if interleaved:
+        given = dataclasses.replace(given, vision=given.vision & ((np.arange(LENGTH) - FIRST) % STRIDES[1] > 2))
+    pattern = vlc.MMInference(window, boundary, heads="each", **SMALL)
+    value = np.random.default_rng(3).normal(size=given.key.shape).astype(np.float32)
+
+    @jax.jit
+    def attend(query, key, value):
+        def choose(query, key, heads, per_row):
+            made = dataclasses.replace(given, query=query, key=key)
+            chosen = pattern.choose(made)
+            lists, others = lists_of(pattern, made, chosen), moved_lists_of(pattern, made, chosen.moved)
+            moved = chosen.moved
+            return lists[0], (moved.order, moved.back, others[0]), (moved.back, moved.limits, lists, others)
+
+        return ops.sparse_attention(vlc.Kernels(), choose, query, key, value, ())
+
+    out, (back, limit, (lists, told), (others, more)) = attend(given.query, given.key, value)
+    (near, _), (blocks, _) = maps_of(lists), maps_of(others)
+    np.testing.assert_array_equal(told.overflow + more.overflow, 0)
+    assert (np.asarray(told.density + more.density)[0] < 0.8).all()
+    for b, length in enumerate(LENGTHS):
+        for h in range(HEADS):
+            query, key = given.query[b, :length, h], given.key[b, :length, h * KV_HEADS // HEADS]
+            seen = moved_grid((query, key, given.vision[b, :length], BLOCK, h), window, boundary, STRIDES)
+            place, limits = np.asarray(back[b, h, :length]), np.asarray(limit[b, :length])
+            index = np.arange(length)
+            first = near[b, h][index // BLOCK][:, index // BLOCK] & (index <= index[:, None])
+            second = blocks[b, h][place // BLOCK][:, place // BLOCK] & (index < limits[:, None])
+            assert not (first & second).any()
+            np.testing.assert_array_equal(first | second, seen)
+            logits = np.where(seen, query @ key.T * HEAD_DIM**-0.5, -np.inf)
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            wanted = weights / weights.sum(axis=1, keepdims=True) @ value[b, :length, h * KV_HEADS // HEADS]
+            np.testing.assert_allclose(out[b, :length, h], wanted, atol=1e-5)
+
+
+def test_lists_of_moved_tokens_keep_the_latest_where_room_ends():
+    given = inputs()
+    some, all_ = (vlc.MMInference(12, capacity=capacity, **SMALL) for capacity in (0.2, 1.0))
+    (few, less), (whole, _) = (moved_lists_of(x, given, x.choose(given).moved) for x in (some, all_))
+    (found, _), (wanted, _) = maps_of(few), maps_of(whole)
+    assert few.ids.shape[3] == 5
+    np.testing.assert_array_equal(found.sum(axis=3), np.minimum(wanted.sum(axis=3), 5))
+    np.testing.assert_array_equal(less.overflow, (wanted & ~found).sum(axis=(2, 3)))
+    latest = np.asarray(few.order.places).reshape(*found.shape[:3], BLOCK)
+    latest = np.where(latest < np.asarray(LENGTHS)[:, None, None, None], latest, -1).max(axis=3)
+    for place in np.argwhere(wanted.sum(axis=3) > 5):
+        of_list = latest[tuple(place[:2])]
+        kept, left = (x[tuple(place)] for x in (found, wanted & ~found))
+        assert of_list[kept].min() >= of_list[left].max()
 
 
 @pytest.mark.parametrize("name", ["x_attention", "flex_both", "a_shape"])

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from text_model import TextModel, text_batch
 from tiers import cases
-from tiny_models import one_row
+from tiny_models import one_row, ragged_batch, tiny_llava
 
 import vlcache_jax as vlc
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
@@ -99,6 +99,32 @@ def test_on_a_mesh(tiny, batch, pattern):
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_array_equal(out.report.kept, plain.report.kept)
     np.testing.assert_allclose(out.report.prefill.density, plain.report.prefill.density, rtol=1e-6)
+
+
+@pytest.mark.thorough
+def test_moved_tokens_in_a_model():
+    """MMInference: near everything is dense; rows are alone; the same on a mesh."""
+    model, params = tiny_llava(layers=2, heads=8, kv_heads=4)
+    images = ragged_batch(rows=4, length=96, seed=3, tiles=4)
+    run = lambda batch, prefill, params=params: vlc.generate(  # noqa: E731
+        model, params, batch, vlc.VLCache(0.5), NEW, eos_token_ids=[], prefill=prefill
+    )
+    dense, near = run(images, None), run(images, vlc.MMInference(96, block=4, min_tokens=0))
+    np.testing.assert_array_equal(near.tokens, dense.tokens)
+    pattern = vlc.MMInference(4, block=4, min_tokens=0)
+    out = run(images, pattern)
+    logits = [vlc.compress(model, params, images, prefill=prefill).logits for prefill in (None, pattern)]
+    assert not np.allclose(*(x[1] for x in logits), atol=1e-3)
+    for row in range(4):
+        alone = run(one_row(images, row), pattern)
+        np.testing.assert_array_equal(alone.tokens[0], out.tokens[row])
+        np.testing.assert_allclose(alone.report.prefill.density[0], out.report.prefill.density[row], rtol=1e-6)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    for heads in ("group", "each"):
+        one, split = (run(images, dataclasses.replace(pattern, heads=heads), x) for x in (params, placed))
+        np.testing.assert_array_equal(split.tokens, one.tokens)
+        np.testing.assert_allclose(split.report.prefill.density, one.report.prefill.density, rtol=1e-6)
 
 
 def test_it_differs_from_dense_and_the_report_counts(tiny, batch):

@@ -41,7 +41,7 @@ def sparse_attention(
       key: [batch, length, kv_heads, head_dim]; heads is a multiple of kv_heads.
       value: like `key`.
       lists: which blocks; of the KV heads, or of the query heads. Within a listed block a query sees what lies before
-        it, and itself.
+        it, and itself, or what `lists.order` says.
       window: static; a query sees so many of the latest keys, its own included. None: all.
       scale: factor of the logits, head_dim ** -0.5 by default.
       implementation: None takes the first of the platform's order that serves the arguments; or one of
@@ -79,6 +79,12 @@ def sparse_attention(
         raise ValueError(f"counts {lists.counts.shape} must be {shape[:3]}, one for each list")
     if lists.loose is not None and (lists.loose.ndim != 3 or lists.loose.shape[:2] != shape[:2]):
         raise ValueError(f"loose {lists.loose.shape} must be [{shape[0]}, {shape[1]}, columns]")
+    if lists.order is not None:
+        if lists.loose is not None or window is not None:
+            raise ValueError("lists with an order have neither loose columns nor a window: limits say it all")
+        for name in ("places", "limits"):
+            if (found := getattr(lists.order, name).shape) != (*shape[:2], length):
+                raise ValueError(f"{name} {found} must be {(*shape[:2], length)}, one for each token")
     options = Options(head_dim**-0.5 if scale is None else scale, window)
     implementations = bound(IMPLEMENTATIONS, interpret, options)
     return dispatch("sparse_attention", implementation, implementations, _ORDER, query, key, value, lists)

@@ -7,7 +7,8 @@
 
 A step is one product of all queries of the block, of all query heads that share the list, with several blocks of keys.
 While the last step of a block of queries is computed, the first step of the next one is copied. Only steps with a key
-behind the first query, or out of a window, or with fewer blocks than there is room for, look at a mask.
+behind the first query, or out of a window, or with fewer blocks than there is room for, look at a mask. Of tokens that
+were moved (`Lists.order`) all do; the places of a list's keys then lie in VMEM.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ LANES = 128
 _LOGITS = 2**19  # float32 logits of a step: a fraction of VMEM
 _KEYS = 1024  # most keys of a step
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+_BEHIND = 2**24  # behind all places
 
 
 def sparse_attention(
@@ -57,7 +59,16 @@ def sparse_attention(
     table = table.reshape(batch * list_heads, blocks, 1, 1 + capacity)
     sizes = _Sizes(rows, lists.columns, width, channels, list_heads, sharing)
     arrays = flat(query, rows), flat(key, lists.columns), flat(value, lists.columns)
-    out, lse = _call(options, *arrays, table, sizes, interpret)
+    order: tuple[jax.Array, ...] = ()
+    if lists.order is not None:  # f32, which can be turned round; what is padded is seen by none and sees none
+        shapes = (lists.order.places, (-1, lists.columns), _BEHIND), (lists.order.limits, (blocks, 1, rows), 0)
+        order = tuple(
+            jnp.pad(x, ((0, 0), (0, 0), (0, -length % shape[-1])), constant_values=filler)
+            .reshape(batch * list_heads, *shape)
+            .astype(jnp.float32)
+            for x, shape, filler in shapes
+        )
+    out, lse = _call(options, *arrays, table, order, sizes, interpret)
     out = out.reshape(batch, -1, heads, channels)[:, :length, :, :head_dim]
     lse = lse.reshape(batch, list_heads, blocks, group, rows).transpose(0, 2, 4, 1, 3).reshape(batch, -1, heads)
     if lists.loose is None:
@@ -75,9 +86,10 @@ class _Sizes(NamedTuple):
     sharing: int  # lists of a KV head
 
 
-def _call(options, q, k, v, table, sizes, interpret):
+def _call(options, q, k, v, table, order, sizes, interpret):
     """q [batch, tokens, heads * d], k v [batch, tokens, kv_heads * d], table [batch * list heads, blocks, 1, 1 + ids].
 
+    order () or f32 (places [batch * list heads, key blocks, columns], limits [batch * list heads, blocks, 1, rows]).
     Returns out like q, and lse f32 [batch * list heads, blocks, 1, query heads of a list * rows].
     """
     rows, columns, width, channels, list_heads, sharing = sizes
@@ -86,12 +98,15 @@ def _call(options, q, k, v, table, sizes, interpret):
     queries = group * rows
     pairs = lists * blocks * queries * capacity * columns
     copied = lists * blocks * capacity * columns * channels * (k.dtype.itemsize + v.dtype.itemsize)
-    there = sum(x.size * x.dtype.itemsize for x in (q, table)) + q.size * v.dtype.itemsize + 4 * q.size // channels
+    there = sum(x.size * x.dtype.itemsize for x in (q, table, *order))
+    there += q.size * v.dtype.itemsize + 4 * q.size // channels
     dtype = jnp.promote_types(q.dtype, k.dtype)
 
-    def kernel(table_ref, next_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *scratch):
+    def kernel(table_ref, next_ref, q_ref, k_ref, v_ref, *refs):
         # table_ref and next_ref i32 [1, 1 + capacity] in SMEM; q_ref and out_ref [rows, group * d]; lse_ref
-        # [1, queries]; k_ref and v_ref [batch, tokens, kv_heads * d] in HBM
+        # [1, queries]; k_ref and v_ref [batch, tokens, kv_heads * d] in HBM; of an order also places_ref
+        # [key blocks, columns] and limits_ref [1, rows]
+        order_refs, (out_ref, lse_ref, *scratch) = refs[: len(order)], refs[len(order) :]
         queries_ref, k_buffer, v_buffer, highest_ref, total_ref, sum_ref, semaphores, state = scratch
         block = pl.program_id(1)
         row = jax.lax.div(pl.program_id(0), list_heads)
@@ -157,6 +172,17 @@ def _call(options, q, k, v, table, sizes, interpret):
                 first = table_ref[0, 1 + t * width]
                 edge |= first * columns <= (block + 1) * rows - 1 - options.window
 
+            def mask_of_order() -> jax.Array:  # [rows, width * columns]
+                places_ref, limits_ref = order_refs
+                parts = []
+                for place in range(width):
+                    entry = jnp.minimum(t * width + place, capacity - 1)
+                    there = t * width + place < count
+                    number = jnp.where(there, table_ref[0, 1 + entry], 0)
+                    parts.append(jnp.where(there, places_ref[pl.ds(number, 1)], float(_BEHIND)))
+                limits = jnp.broadcast_to(limits_ref[...], (LANES, rows)).T[:, :1]
+                return jnp.concatenate(parts, axis=1) < limits
+
             def mask() -> jax.Array:  # [rows, width * columns]
                 lane = jax.lax.broadcasted_iota(jnp.int32, (1, width * columns), 1)
                 column = jnp.zeros_like(lane)
@@ -170,6 +196,10 @@ def _call(options, q, k, v, table, sizes, interpret):
                 if options.window is not None:
                     seen &= column > row - options.window
                 return seen
+
+            if order_refs:
+                add(buffer, mask_of_order())
+                return other
 
             @pl.when(edge)
             def _():
@@ -219,6 +249,10 @@ def _call(options, q, k, v, table, sizes, interpret):
     )
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     buffer = 2, width * columns, channels
+    order_specs = []
+    if order:
+        order_specs.append(pl.BlockSpec((None, *order[0].shape[1:]), lambda h, i: (h, 0, 0)))
+        order_specs.append(pl.BlockSpec((None, None, 1, rows), lambda h, i: (h, i, 0, 0)))
     return pl.pallas_call(
         kernel,
         out_shape=(
@@ -228,7 +262,7 @@ def _call(options, q, k, v, table, sizes, interpret):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
             grid=(lists, blocks),
-            in_specs=[list_of(0), list_of(1), block_spec, in_hbm, in_hbm],
+            in_specs=[list_of(0), list_of(1), block_spec, in_hbm, in_hbm, *order_specs],
             out_specs=(block_spec, pl.BlockSpec((None, None, 1, queries), lambda h, i: (h, i, 0, 0))),
             scratch_shapes=[
                 pltpu.VMEM((queries, channels), q.dtype),
@@ -246,7 +280,7 @@ def _call(options, q, k, v, table, sizes, interpret):
         cost_estimate=pl.CostEstimate(flops=4 * pairs * channels, transcendentals=pairs, bytes_accessed=copied + there),
         interpret=interpret,
         name="sparse_attention",
-    )(table, table, q, k, v)
+    )(table, table, q, k, v, *order)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:

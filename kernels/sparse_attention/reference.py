@@ -15,7 +15,11 @@ def sparse_attention(
     group = heads // key.shape[2]
     q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    seen = _listed(lists, length) & Mask(window=options.window).as_array(length)[:, None]
+    if lists.order is None:
+        allowed = Mask(window=options.window).as_array(length)[:, None]
+    else:
+        allowed = lists.order.places[:, :, None] < lists.order.limits[..., None]
+    seen = _listed(lists, length) & allowed
     seen = jnp.repeat(seen, heads // seen.shape[1], axis=1)
     read = jnp.any(seen, axis=2).swapaxes(1, 2)[..., None]  # others may be NaN
     k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)

@@ -7,6 +7,20 @@ import jax
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """Who sees whom where tokens do not lie in the order of the prompt. A pytree.
+
+    Attributes:
+      places: i32 [batch, kv_heads or heads, length], below 2^24: where a key stands in the prompt.
+      limits: i32 like it; a query sees keys that stand before its limit. `places + 1` is causal.
+    """
+
+    places: jax.Array
+    limits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
 class Lists:
     """Which blocks of keys each block of queries sees. A pytree.
 
@@ -22,6 +36,8 @@ class Lists:
         them sees; `length` where there is none. One that lies in a listed block is not counted twice. None: none.
       rows: queries of a block (static).
       columns: keys of a block (static).
+      order: of tokens that were moved, with what each sees of its blocks' keys; without loose columns. None: a query
+        sees what lies before it, and itself.
     """
 
     ids: jax.Array
@@ -29,6 +45,7 @@ class Lists:
     loose: jax.Array | None = None
     rows: int = dataclasses.field(default=128, metadata={"static": True})
     columns: int = dataclasses.field(default=128, metadata={"static": True})
+    order: Order | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,31 +47,42 @@ def sparse_attention(
     k, v = (x.reshape(batch, kv_heads, -1, lists.columns, head_dim) for x in (k, v))
     one_block = partial(_one_block, options, lists.rows)
     number = jax.lax.iota(jnp.int32, blocks)
+    limits = places = None  # i32 [batch, list heads, blocks, rows or columns]
+    if lists.order is not None:  # what is padded is seen by none, and sees none
+
+        def in_blocks(x: jax.Array, size: int, filler: int) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % size)), constant_values=filler)
+            return x.reshape(batch, list_heads, -1, size)
+
+        places = in_blocks(lists.order.places, lists.columns, jnp.iinfo(jnp.int32).max)
+        limits = in_blocks(lists.order.limits, lists.rows, 0)
 
     if wide:
         k, v = (jnp.repeat(x, sharing, axis=1) if sharing > 1 else x for x in (k, v))
-        every = jax.vmap(jax.vmap(one_block, (0, 0, 0, 0, 0, None, None)), (0, 0, 0, 0, 0, None, None))
+        axes = (0, 0, 0, 0, 0, None, None, 0, 0)
+        every = jax.vmap(jax.vmap(one_block, axes), axes)
 
         def of_block(item):
-            q, ids, counts, i = item
+            (q, ids, counts, limits), i = item
             most = jnp.max(-(-counts // _AT_ONCE))
-            return every(q, k, v, ids, counts, most, i)
+            return every(q, k, v, ids, counts, most, i, places, limits)
 
-        out, lse = jax.lax.map(of_block, (*(jnp.moveaxis(x, 2, 0) for x in (q, ids, lists.counts)), number))
+        of_blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (q, ids, lists.counts, limits))
+        out, lse = jax.lax.map(of_block, (of_blocks, number))
         out, lse = jnp.moveaxis(out, 0, 2), jnp.moveaxis(lse, 0, 2)
     else:
 
         def of_head(item):
-            q, ids, counts, head = item
+            of_blocks, places, head = item
             k_head, v_head = (x.reshape(-1, *x.shape[2:])[head] for x in (k, v))
 
             def of_block(item):
-                q, ids, count, i = item
-                return one_block(q, k_head, v_head, ids, count, -(-count // _AT_ONCE), i)
+                (q, ids, count, limits), i = item
+                return one_block(q, k_head, v_head, ids, count, -(-count // _AT_ONCE), i, places, limits)
 
-            return jax.lax.map(of_block, (q, ids, counts, number))
+            return jax.lax.map(of_block, (of_blocks, number))
 
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, ids, lists.counts))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ((q, ids, lists.counts, limits), places))
         which = jax.lax.iota(jnp.int32, batch * list_heads) // sharing
         out, lse = jax.lax.map(of_head, (*flat, which))
     out = out.reshape(batch, list_heads, blocks, group, lists.rows, head_dim).transpose(0, 2, 4, 1, 3, 5)
@@ -82,10 +93,11 @@ def sparse_attention(
     return out.astype(value.dtype), lse
 
 
-def _one_block(options, rows, q, k, v, ids, count, steps, i):
+def _one_block(options, rows, q, k, v, ids, count, steps, i, places, limits):
     """(out f32 [group, rows, d], lse [group, rows]) of the queries q [group, rows, d] of block number i.
 
-    k and v are [blocks, columns, d]; `steps` is at least what `count` needs.
+    k and v are [blocks, columns, d]; `steps` is at least what `count` needs. `places` [blocks, columns] and `limits`
+    [rows] are None where tokens lie in the order of the prompt.
     """
     group, _, head_dim = q.shape
     columns = k.shape[1]
@@ -97,8 +109,13 @@ def _one_block(options, rows, q, k, v, ids, count, steps, i):
         entry = t * _AT_ONCE + jax.lax.iota(jnp.int32, _AT_ONCE)
         chosen = jnp.where(entry < count, jax.lax.dynamic_slice_in_dim(ids, t * _AT_ONCE, _AT_ONCE), ids[0])
         some_k, some_v = (jnp.take(x, chosen, axis=0, mode="clip").reshape(-1, head_dim) for x in (k, v))
-        column = (chosen[:, None] * columns + jax.lax.iota(jnp.int32, columns)[None]).reshape(1, -1)
-        seen = (column <= row) & jnp.repeat(entry < count, columns)[None]
+        there = jnp.repeat(entry < count, columns)[None]
+        if places is None:
+            column = (chosen[:, None] * columns + jax.lax.iota(jnp.int32, columns)[None]).reshape(1, -1)
+            seen = (column <= row) & there
+        else:
+            column = jnp.take(places, chosen, axis=0, mode="clip").reshape(1, -1)
+            seen = (column < limits[:, None]) & there
         if options.window is not None:
             seen &= column > row - options.window
         logits = options.scale * jnp.matmul(flat, some_k.T, preferred_element_type=jnp.float32)

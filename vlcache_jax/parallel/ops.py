@@ -142,7 +142,7 @@ def layer_attention(
 
 def sparse_attention(
     kernels: Kernels,
-    choose: Callable[..., tuple[Lists, Any]],
+    choose: Callable[..., tuple[Lists, tuple[jax.Array, jax.Array, Lists] | None, Any]],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -152,8 +152,9 @@ def sparse_attention(
 
     Args:
       kernels: which implementation.
-      choose: (query, key, heads, per_row) -> (lists, what it tells of them, a pytree of arrays [batch, list heads,
-        ...]); heads i32 [heads] are the numbers in the model of a device's query heads.
+      choose: (query, key, heads, per_row) -> (lists, others, what it tells of them, a pytree of arrays [batch, list
+        heads, ...]); heads i32 [heads] are the numbers in the model of a device's query heads. Others, or None, are of
+        tokens in another order: (order, back, lists), see `patterns.pattern.Moved`.
       query: [batch, length, heads, head_dim].
       key: [batch, length, kv_heads, head_dim].
       value: like `key`.
@@ -164,8 +165,14 @@ def sparse_attention(
     """
 
     def run(query, key, value, heads, per_row):
-        lists, told = choose(query, key, heads, per_row)
-        out, _ = sparse_attention_op.sparse_attention(query, key, value, lists, implementation=kernels.sparse_attention)
+        lists, moved, told = choose(query, key, heads, per_row)
+        attend = partial(sparse_attention_op.sparse_attention, implementation=kernels.sparse_attention)
+        out, lse = attend(query, key, value, lists)
+        if moved is not None:
+            order, back, others = moved
+            rest, rest_lse = attend(*(_moved(x, order) for x in (query, key, value)), others)
+            parts = (out, lse), (_moved(rest, back), _moved(rest_lse, back))
+            out = merge([(x.astype(jnp.float32), y) for x, y in parts])[0].astype(value.dtype)
         return out, told
 
     rows, split_heads = split_axes(key.shape[0], key.shape[2])
@@ -174,6 +181,14 @@ def sparse_attention(
     inputs = (split, split, split, PartitionSpec(split_heads), of_rows)
     heads = jax.lax.iota(jnp.int32, query.shape[2])
     return local(run, inputs, (split, of_list))(query, key, value, heads, per_row)
+
+
+def _moved(x: jax.Array, order: jax.Array) -> jax.Array:
+    """x [batch, length, heads, ...] with the tokens of each head in an order i32 [batch, list heads, length]."""
+    heads = max(x.shape[2], order.shape[1])
+    x, order = jnp.repeat(x, heads // x.shape[2], axis=2), jnp.repeat(order, heads // order.shape[1], axis=1)
+    order = order.swapaxes(1, 2).reshape(*x.shape[:2], heads, *(1,) * (x.ndim - 3))
+    return jnp.take_along_axis(x, order, axis=1)
 
 
 def column_statistics(

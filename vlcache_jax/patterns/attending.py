@@ -12,7 +12,7 @@ from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.column_statistics import ColumnStatistics
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.patterns.listing import Told, lists_of
+from vlcache_jax.patterns.listing import Told, lists_of, moved_lists_of
 from vlcache_jax.patterns.pattern import Pattern, PatternInputs, with_last_rows
 from vlcache_jax.patterns.visual_grid import visual_strides
 from vlcache_jax.policies.rows.spans import LastRows, Rows
@@ -125,9 +125,13 @@ def _choose(pattern: Pattern, layer: jax.Array, statistics: Sequence[float | Non
         block=pattern.block,
     )
     inputs = with_last_rows(pattern, inputs)
-    lists, told = lists_of(pattern, inputs, pattern.choose(inputs))
-    seen = None
+    chosen = pattern.choose(inputs)
+    (lists, told), moved, seen = lists_of(pattern, inputs, chosen), None, None
+    if chosen.moved is not None:
+        others, more = moved_lists_of(pattern, inputs, chosen.moved)
+        moved = chosen.moved.order, chosen.moved.back, others
+        told = Told(told.density + more.density, told.overflow + more.overflow)
     if statistics:
         assert inputs.last is not None
         seen = inputs.last.statistics(*statistics)
-    return lists, (told, seen)
+    return lists, moved, (told, seen)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.selection import indices, largest
-from vlcache_jax.kernels.sparse_attention import Lists
+from vlcache_jax.kernels.sparse_attention import Lists, Order
 from vlcache_jax.patterns.maps import united
-from vlcache_jax.patterns.pattern import Chosen, Pattern, PatternInputs
+from vlcache_jax.patterns.pattern import Chosen, Moved, Pattern, PatternInputs
 
 
 class Told(NamedTuple):
@@ -36,16 +36,10 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
     own = (inputs.distance == 0)[None, None]
     keep = united(chosen.blocks, list_heads) | own
     keep = jnp.broadcast_to(keep & causal, (len(lengths), list_heads, blocks, blocks))
-    wanted = jnp.sum(keep, axis=(2, 3), dtype=jnp.int32)
-    capacity = min(pattern.most_blocks(blocks), max(1, math.ceil(pattern.capacity * blocks)))
-    if capacity < blocks:
-        rank = -inputs.distance[None, None].astype(jnp.float32) if chosen.rank is None else chosen.rank
-        rank = jnp.where(own, jnp.inf, jnp.nan_to_num(united(rank, list_heads), nan=-jnp.inf))
-        rank = jnp.where(keep, jnp.maximum(rank, jnp.finfo(jnp.float32).min), -jnp.inf)
-        keep = largest(rank, jnp.full((1,) * 4, capacity)) & keep
-    ids, counts = indices(keep, capacity), jnp.sum(keep, axis=3, dtype=jnp.int32)
-    listed = jnp.sum(counts, axis=2)
-    overflow, work = wanted - listed, listed.astype(jnp.float32)
+    rank = -inputs.distance[None, None].astype(jnp.float32) if chosen.rank is None else chosen.rank
+    rank = jnp.where(own, jnp.inf, jnp.nan_to_num(united(rank, list_heads), nan=-jnp.inf))
+    ids, counts, overflow = _best(keep, rank, min(pattern.most_blocks(blocks), _capacity(pattern, blocks)))
+    work = jnp.sum(counts, axis=2).astype(jnp.float32)
     loose, room = None, min(pattern.columns(inputs.length), inputs.length)
     if chosen.columns is not None and room:
         columns = united(chosen.columns, list_heads) & inputs.valid[:, None]
@@ -62,3 +56,44 @@ def lists_of(pattern: Pattern, inputs: PatternInputs, chosen: Chosen) -> tuple[L
         work += jnp.sum(jnp.where(columns, behind[:, None], 0), axis=2).astype(jnp.float32) / block
     of_all = jnp.sum(causal, axis=(2, 3)).astype(jnp.float32)
     return Lists(ids, counts, loose, block, block), Told(work / of_all, overflow)
+
+
+def moved_lists_of(pattern: Pattern, inputs: PatternInputs, moved: Moved) -> tuple[Lists, Told]:
+    """The lists of a layer's moved tokens, ascending, and what they hold of causal attention's blocks."""
+    block, blocks, lengths = inputs.block, inputs.blocks, inputs.lengths[:, None, None]
+    places = moved.order
+    limits = jnp.where(inputs.valid, moved.limits, 0)[:, None]
+    limits = jnp.take_along_axis(jnp.broadcast_to(limits, places.shape), places, axis=2)
+
+    def of_blocks(x: jax.Array, filler: int) -> jax.Array:  # [batch, list heads, length] -> [..., blocks, block]
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * block - x.shape[2])), constant_values=filler)
+        return x.reshape(*x.shape[:2], blocks, block)
+
+    earliest = jnp.min(of_blocks(places, inputs.length), axis=3)
+    latest = jnp.max(of_blocks(jnp.where(places < lengths, places, -1), -1), axis=3)
+    furthest = jnp.max(of_blocks(limits, 0), axis=3)
+    keep = moved.blocks & (earliest[:, :, None] < furthest[..., None])
+    ids, counts, overflow = _best(keep, latest[:, :, None].astype(jnp.float32), _capacity(pattern, blocks))
+    rows = -(-inputs.lengths // block)
+    density = jnp.sum(counts, axis=2).astype(jnp.float32) / (rows * (rows + 1) // 2).astype(jnp.float32)[:, None]
+    return Lists(ids, counts, None, block, block, Order(places, limits)), Told(density, overflow)
+
+
+def _capacity(pattern: Pattern, blocks: int) -> int:
+    return max(1, math.ceil(pattern.capacity * blocks))
+
+
+def _best(keep: jax.Array, rank: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids and counts of lists of the blocks to keep, as many as there is room for, and how many were left out.
+
+    Args:
+      keep: bool [batch, list heads, blocks, blocks].
+      rank: f32 that goes with it; the highest stay.
+      capacity: room of a list.
+    """
+    wanted = jnp.sum(keep, axis=(2, 3), dtype=jnp.int32)
+    if capacity < keep.shape[3]:
+        rank = jnp.where(keep, jnp.maximum(rank, jnp.finfo(jnp.float32).min), -jnp.inf)
+        keep = largest(rank, jnp.full((1,) * 4, capacity)) & keep
+    counts = jnp.sum(keep, axis=3, dtype=jnp.int32)
+    return indices(keep, capacity), counts, wanted - jnp.sum(counts, axis=2)

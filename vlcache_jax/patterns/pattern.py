@@ -65,6 +65,26 @@ class PatternInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What a pattern chose among tokens in an order of its own, in which blocks hold what belongs together.
+
+    Attributes:
+      order: i32 [batch, list heads, length], the token that comes to each place; padding last. List heads are the KV
+        heads, or the query heads with `Pattern.heads` of "each".
+      back: i32 like it, the place that each token comes to.
+      limits: i32 [batch, length], of each token: of these blocks it sees keys before this token of the prompt. Keys
+        that `Chosen.blocks` names must lie behind it.
+      blocks: bool [batch, list heads, blocks, blocks], (queries, keys) in that order. Those without a key before the
+        limit of one of the queries are left out whatever is said of them.
+    """
+
+    order: jax.Array
+    back: jax.Array
+    limits: jax.Array
+    blocks: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
     """What a pattern chose. Blocks behind the queries, and padding, are left out whatever is said of them.
 
@@ -74,12 +94,14 @@ class Chosen:
       rank: f32 like it, which ones to keep where a list holds fewer; the nearest by default.
       columns: bool [batch, heads or kv_heads, length], single keys that all queries behind them see besides; or None.
       column_rank: f32 like it.
+      moved: blocks of moved tokens besides, or None.
     """
 
     blocks: jax.Array
     rank: jax.Array | None = None
     columns: jax.Array | None = None
     column_rank: jax.Array | None = None
+    moved: Moved | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +162,10 @@ class Pattern:
         return 0
 
     def most_blocks(self, blocks: int) -> int:
-        """Blocks of keys that a list holds at most, of `blocks`: a bound that the pattern itself knows."""
+        """Blocks of keys, of `blocks`, that a list holds at most: a bound that the pattern itself knows.
+
+        Not of the lists of moved tokens.
+        """
         return blocks
 
     def check(self, spec: ModelSpec) -> None:
