@@ -313,7 +313,8 @@ def _study(commands: Any) -> None:
         str,
         "NAME[,OPTION=VALUE]...",
         "besides the full cache (default: all cache methods, and variants of some); prunings for all pruning methods, "
-        "of which the budgets are the part of the visual tokens that stays",
+        "of which the budgets are the part of the visual tokens that stays; patterns for all of the prefill, of which "
+        "they are the density",
         nargs="+",
     )
     parser.value(

@@ -70,10 +70,13 @@ def answer_known(
 def answer_recipe(
     model: VisionLanguageModel, params: Params, batch: Batch, recipe: Recipe, max_new_tokens: int
 ) -> Answers:
-    """Answers of the model itself, whose prompts a recipe changes: nothing can be replayed."""
+    """Answers of the model itself, whose prompts a recipe changes: nothing can be replayed.
+
+    With a pattern the density is that of what was listed.
+    """
     ctx = compress(model, params, batch, recipe)
-    out = answer(ctx, None, max_new_tokens)
-    return out.tokens, out.lengths, ctx.stores, ctx.report.density
+    out, listed = answer(ctx, None, max_new_tokens), ctx.report.prefill
+    return out.tokens, out.lengths, ctx.stores, ctx.report.density if listed is None else listed.density
 
 
 def answer_before(

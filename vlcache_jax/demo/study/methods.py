@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlcache_jax.demo.study.oracle import oracle, oracle_by_mass
+from vlcache_jax.demo.study.patterns import PATTERNS
 from vlcache_jax.demo.study.prunings import PRUNINGS
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import InputError, PolicyError
 from vlcache_jax.inference.recipe import Recipe, recipe_by_name
 from vlcache_jax.policies import METHODS, Policy, policy_by_name
 from vlcache_jax.policies.allocate.uniform import Uniform
@@ -55,7 +56,8 @@ class Method:
 
     Attributes:
       name: in results and on the command line: of a method, a variant or a yardstick, or a policy as it is typed,
-        without its budget; or of a pruning method, or a recipe as it is typed, with KEEP for the budget.
+        without its budget; or of a pruning method or a pattern; or a recipe as it is typed, with KEEP for the budget,
+        of which a bare name of one of those two is what that name alone would be.
     """
 
     name: str
@@ -75,24 +77,40 @@ class Method:
         """For tables and pictures."""
         if self.name in METHODS:
             return METHODS[self.name].title
-        return {**_VARIANTS, **_YARDSTICKS, **PRUNINGS}.get(self.name, (self.name.replace("_", " "), None))[0]
+        titles: dict[str, tuple[str, Any]] = {**_VARIANTS, **_YARDSTICKS, **PRUNINGS, **PATTERNS}
+        return " + ".join(titles.get(part, (part.replace("_", " "), None))[0] for part in self.name.split(" + "))
 
     @property
     def replays(self) -> bool:
         """Whether it leaves what the prompt's layers compute as it is, so that a recording of them will do."""
-        return self.name not in PRUNINGS and "+" not in self.name
+        return self.name not in PRUNINGS and self.name not in PATTERNS and "+" not in self.name
 
-    def recipe(self, budget: float, grid_side: int) -> Recipe:
-        """The recipe at a budget; of a pruning method the part of the visual tokens that stays.
+    def recipe(self, budget: float, grid_side: int, tokens: int) -> Recipe:
+        """The recipe at a budget.
+
+        Args:
+          budget: of a pruning method the part of the visual tokens that stays; of a pattern its density.
+          grid_side: see `policy`.
+          tokens: padded length of the prompts.
 
         Raises:
           PolicyError: see `policy`.
         """
-        if self.name in PRUNINGS:
-            return Recipe(pruning=PRUNINGS[self.name][1](budget))
-        if not self.replays:
-            return recipe_by_name(self.name.replace("KEEP", f"{budget:g}"))
-        return Recipe(self.policy(budget, grid_side))
+        if self.replays:
+            return Recipe(self.policy(budget, grid_side))
+        own: list[tuple[str, Any]] = []
+        typed = []
+        for part in map(str.strip, self.name.replace("KEEP", f"{budget:g}").split("+")):
+            if part in PRUNINGS:
+                own.append(("pruning", PRUNINGS[part][1](budget)))
+            elif part in PATTERNS:
+                own.append(("prefill", PATTERNS[part][1](budget, tokens)))
+            else:
+                typed.append(part)
+        others = recipe_by_name(" + ".join(typed)) if typed else Recipe()
+        if len(dict(own)) < len(own) or any(getattr(others, kind) is not None for kind, _ in own):
+            raise PolicyError(f"recipe {self.name!r} has two parts of a kind: give one of them")
+        return dataclasses.replace(others, **dict(own))
 
     def policy(self, budget: float, grid_side: int) -> Policy:
         """The policy at a budget, for a model whose images have `grid_side` patches along a side.
@@ -129,9 +147,11 @@ def choose_methods(wanted: Sequence[str] | None) -> list[Method]:
     known = [method.name for method in all_methods()]
     typed = [name for name in wanted or () if "," in name or "+" in name]
     for name in typed:
-        Method(name).recipe(0.1, 16)
-    names = [x for name in wanted or () for x in (PRUNINGS if name == "prunings" else (name,))]
-    return list(map(Method, choose("methods", names, [*known, *PRUNINGS, *dict.fromkeys(typed)] if names else known)))
+        Method(name).recipe(0.1, 16, 256)
+    groups: dict[str, Sequence[str]] = {"prunings": tuple(PRUNINGS), "patterns": tuple(PATTERNS)}
+    names = [x for name in wanted or () for x in groups.get(name, (name,))]
+    known += [*PRUNINGS, *PATTERNS, *dict.fromkeys(typed)] if names else []
+    return list(map(Method, choose("methods", names, known)))
 
 
 def choose(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:

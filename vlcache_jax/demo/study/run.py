@@ -108,7 +108,7 @@ class Study:
         Raises:
           PolicyError: the method does not know such a budget.
         """
-        recipe = method.recipe(budget, self.vlm.model.spec.vision_grid or 0)
+        recipe = method.recipe(budget, self.vlm.model.spec.vision_grid or 0, data.batches[0].length)
         parts = [
             self._of_batch(some, batch, method, recipe, mode, data.max_new_tokens)
             for some, batch in zip(prompts, data.batches, strict=True)
