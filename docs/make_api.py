@@ -55,7 +55,7 @@ GROUPS = {
         "Sparse prefill",
         [
             "XAttention FlexPrefill MInference MMInference AShape TriShape BlockMask",
-            "patterns.pattern: Pattern PatternInputs Chosen",
+            "patterns.pattern: Pattern PatternInputs Chosen Moved",
             "patterns.grammar: pattern_by_name",
             "inference.report: PrefillReport",
         ],

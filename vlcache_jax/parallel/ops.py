@@ -170,7 +170,7 @@ def sparse_attention(
         out, lse = attend(query, key, value, lists)
         if moved is not None:
             order, back, others = moved
-            rest, rest_lse = attend(*(_moved(x, order) for x in (query, key, value)), others)
+            rest, rest_lse = attend(_moved(query, order), _moved(key, order), _moved(value, order), others)
             parts = (out, lse), (_moved(rest, back), _moved(rest_lse, back))
             out = merge([(x.astype(jnp.float32), y) for x, y in parts])[0].astype(value.dtype)
         return out, told
