@@ -129,7 +129,6 @@ def test_mm_inference_moves_tokens(boundary, interleaved):
     out, (back, limit, (lists, told), (others, more)) = attend(given.query, given.key, value)
     (near, _), (blocks, _) = maps_of(lists), maps_of(others)
     np.testing.assert_array_equal(told.overflow + more.overflow, 0)
-    assert (np.asarray(told.density + more.density)[0] < 0.8).all()
     for b, length in enumerate(LENGTHS):
         for h in range(HEADS):
             query, key = given.query[b, :length, h], given.key[b, :length, h * KV_HEADS // HEADS]
@@ -140,6 +139,7 @@ def test_mm_inference_moves_tokens(boundary, interleaved):
             second = blocks[b, h][place // BLOCK][:, place // BLOCK] & (index < limits[:, None])
             assert not (first & second).any()
             np.testing.assert_array_equal(first | second, seen)
+            assert b or seen.sum() < 0.75 * length * (length + 1) / 2
             logits = np.where(seen, query @ key.T * HEAD_DIM**-0.5, -np.inf)
             weights = np.exp(logits - logits.max(axis=1, keepdims=True))
             wanted = weights / weights.sum(axis=1, keepdims=True) @ value[b, :length, h * KV_HEADS // HEADS]
