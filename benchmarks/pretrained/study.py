@@ -5,11 +5,11 @@
     python benchmarks/pretrained/study.py smollm2 --output small.jsonl --small       # three methods, under five minutes
 
 The prompts run through the model once; what each policy keeps is taken from that recording, by the library's own code,
-and decoded by the real model. Every policy of a task is a JSON line: right answers, answers equal to the full cache's,
-the log-likelihood of the full cache's answers, and the kept bytes as a share of a bfloat16 cache's. An interrupted
-study goes on where it stopped. The table that is printed holds 95 % intervals of the paired difference to the full
-cache, or to the policy that `--against` names. A policy is typed as everywhere else; `;others=4` behind it keeps the
-tokens that it would evict at 4 bits.
+and decoded by the real model. A JSON line holds a policy on one batch of a task: right answers, answers equal to the
+full cache's, the divergence from the full cache along its answers, their log-likelihood, and the kept bytes as a share
+of a bfloat16 cache's. A study goes on where it was interrupted. The table that is printed holds 95 % intervals of the
+paired difference to the full cache, or to the policy that `--against` names, on the samples that both have. A policy is
+typed as everywhere else; `;others=4` behind it keeps the tokens that it would evict at 4 bits.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tasks import TASKS, make_sample
+from tasks import MAX_NEW_TOKENS, TASKS, make_sample
 
 import vlcache_jax as vlc
 from vlcache_jax.demo.study.recording import Recording, Replay, record
@@ -32,36 +32,24 @@ from vlcache_jax.files.writing import append_line
 from vlcache_jax.policies import policy_by_name
 
 FULL = "full_cache"
-LENGTHS = {"codes": 16, "list": 16, "opening": 16}
+LENGTHS = {"codes": 16, "list": 16, "opening": 16, "instruction": 16}
 """Tasks of the study and their sentences of prose: those that the full cache answers; see docs/pretrained.md."""
 
-SMALL = ("snap_kv:0.4", "full_cache,bits=4", "ranked_bits:0.25")
-EVICTING = (
-    "vl_cache",
-    "snap_kv",
-    "h2o",
-    "tova",
-    "pyramid_kv",
-    "ada_kv",
-    "mix_kv",
-    "key_difference",
-    "expected_attention",
-)
-BUDGETS = (0.05, 0.1, 0.25, 0.4, 0.6, 0.8)
-STORED = (
-    "full_cache,bits=8",
+SMALL = (
     "full_cache,bits=4",
-    "full_cache,bits=2",
-    "ranked_bits:0.1",
-    "ranked_bits:0.25",
-    "ranked_bits:0.4",
+    "full_cache,bits=8",
+    *(f"{x}:{b}" for x in ("snap_kv", "ranked_bits") for b in (0.25, 0.4)),
 )
+EVICTING = ("snap_kv", "h2o", "vl_cache", "ada_kv", "critical_kv", "tgv_kv", "kv_zip", "lag_kv")
+BUDGETS = (0.4, 0.25)
+STORED = ("full_cache,bits=8", "full_cache,bits=4", "ranked_bits:0.25", "ranked_bits:0.3", "ranked_bits:0.4")
+MEASURES = ("right", "agrees", "kl", "log_likelihood")
 
 
 def grid() -> Iterator[str]:
     """The policies as they are typed."""
     yield from STORED
-    for budget in reversed(BUDGETS):
+    for budget in BUDGETS:
         for method in EVICTING:
             yield f"{method}:{budget}"
 
@@ -70,16 +58,19 @@ def grid() -> Iterator[str]:
 class Prompts:
     """A batch of prompts and what the full cache makes of it."""
 
+    samples: list[Any]  # those that count; the others fill the batch
     batch: Any
     recording: Recording
-    full: Any  # the full cache's Generation
+    context: Any  # of the full cache
+    answers: Any  # the full cache's Generation
 
 
 def policy_of(text: str) -> vlc.Policy:
     """The policy that a text names."""
     typed, _, others = text.partition(";others=")
     policy = policy_by_name(typed)
-    return dataclasses.replace(policy, evicted=vlc.Quantise(int(others))) if others else policy
+    bits = int(others) if others.isdecimal() else others
+    return dataclasses.replace(policy, evicted=vlc.Quantise(bits)) if others else policy
 
 
 def kept_share(stores: Any, prompt: Any, spec: Any) -> float:
@@ -101,79 +92,103 @@ def kept_share(stores: Any, prompt: Any, spec: Any) -> float:
     return taken / full
 
 
-def prepare(vlm: Any, task: str, samples: int, sentences: int, rows: int, seed: int) -> tuple[list[Any], list[Prompts]]:
-    """The samples of a task and their prompts, recorded and answered with the full cache."""
-    drawn = [make_sample(task, seed, i, sentences) for i in range(samples)]
-    length = max(len(vlm.processor.tokenizer.encode(sample.prompt, False)) for sample in drawn)
-    model, prompts = Replay(vlm.model), []
-    for first in range(0, samples, rows):
-        some = [sample.prompt for sample in (drawn[first : first + rows] + drawn[-1:] * rows)[:rows]]
-        batch = vlm.processor(images=[[]] * rows, text=some, pad_to=-(-length // 32) * 32)
-        recording = jax.block_until_ready(record(vlm.model, vlm.params, batch))
-        full, *_ = answered(model, vlm, batch, recording, vlc.FullCache(), drawn[0].max_new_tokens)
-        prompts.append(Prompts(batch, recording, full))
-    return drawn, prompts
+def draw(vlm: Any, task: str, count: int, sentences: int, seed: int) -> tuple[list[Any], int]:
+    """The samples of a task, and how many tokens all of its prompts are padded to."""
+    samples = [make_sample(task, seed, i, sentences) for i in range(count)]
+    longest = max(len(vlm.processor.tokenizer.encode(sample.prompt, False)) for sample in samples)
+    return samples, -(-longest // 64) * 64
 
 
-def answered(model: Replay, vlm: Any, batch: Any, recording: Recording, policy: Any, tokens: int) -> tuple[Any, Any]:
-    """Answers under a policy, and the context they were given in."""
-    ctx = vlc.compress(model, {"model": vlm.params, "recording": recording}, batch, policy)
-    return vlc.answer(ctx, None, max_new_tokens=tokens), ctx
+def prepare(vlm: Any, samples: list[Any], length: int, rows: int) -> Prompts:
+    """A batch of prompts, recorded and answered with the full cache."""
+    texts = [sample.prompt for sample in (samples + samples[-1:] * rows)[:rows]]
+    batch = vlm.processor(images=[[]] * rows, text=texts, pad_to=length)
+    recording = jax.block_until_ready(record(vlm.model, vlm.params, batch))
+    context = compress(vlm, batch, recording, vlc.FullCache())
+    answers = vlc.answer(context, None, max_new_tokens=MAX_NEW_TOKENS)
+    return Prompts(samples, batch, recording, context, answers)
 
 
-def measure(vlm: Any, drawn: list[Any], prompts: list[Prompts], policy: Any) -> dict[str, Any]:
-    """A policy's line: of each sample whether it is right and agrees, and how likely the full cache's answer is."""
-    model, room, begun = Replay(vlm.model), drawn[0].max_new_tokens, time.monotonic()
-    right, agrees, likely, share, texts = [], [], [], [], []
-    for some in prompts:
-        out, ctx = answered(model, vlm, some.batch, some.recording, policy, room)
-        scores = vlc.score(ctx, some.full)
-        texts += vlm.processor.decode(out)
-        agrees += np.all(np.asarray(out.tokens) == np.asarray(some.full.tokens), axis=1).tolist()
-        likely += np.asarray(scores.total).tolist()
-        share.append(kept_share(ctx.stores, some.batch, vlm.model.spec))
-    count = len(drawn)
-    right = [sample.right(text) for sample, text in zip(drawn, texts[:count], strict=True)]
+def compress(vlm: Any, batch: Any, recording: Recording, policy: Any) -> Any:
+    """The context that a policy keeps; one that has prompts said twice runs them itself."""
+    if policy.repeats:
+        return vlc.compress(vlm.model, vlm.params, batch, policy)
+    return vlc.compress(Replay(vlm.model), {"model": vlm.params, "recording": recording}, batch, policy)
+
+
+def measure(vlm: Any, prompts: Prompts, policy: Any) -> dict[str, Any]:
+    """A policy's line: of each sample whether it is right and agrees, and what becomes of the full cache's answer."""
+    begun, count, full = time.monotonic(), len(prompts.samples), prompts.answers
+    kept = compress(vlm, prompts.batch, prompts.recording, policy)
+    out = vlc.answer(kept, None, max_new_tokens=MAX_NEW_TOKENS)
+    texts = vlm.processor.decode(out)[:count]
+    agrees = np.all(np.asarray(out.tokens) == np.asarray(full.tokens), axis=1)[:count]
+    kl = np.asarray(vlc.divergence(prompts.context, kept, full).mean)
     return {
-        "right": "".join(str(int(x)) for x in right),
-        "agrees": "".join(str(int(x)) for x in agrees[:count]),
-        "log_likelihood": [round(x, 3) for x in likely[:count]],
-        "bytes": round(float(np.mean(share)), 4),
+        "right": "".join(str(int(x.right(text))) for x, text in zip(prompts.samples, texts, strict=True)),
+        "agrees": "".join(str(int(x)) for x in agrees),
+        "kl": [float(f"{x:.4g}") for x in kl[:count]],
+        "log_likelihood": [round(x, 3) for x in np.asarray(vlc.score(kept, full).total).tolist()[:count]],
+        "bytes": round(kept_share(kept.stores, prompts.batch, vlm.model.spec), 4),
         "seconds": round(time.monotonic() - begun, 1),
-        "answers": texts[:3],
+        "answers": texts[:2],
     }
 
 
-def table(lines: dict[tuple[str, str], dict[str, Any]], against: str = FULL) -> str:
-    """Markdown: for each policy its bytes, and of each task and of all right answers and their difference to another's.
+class Lines:
+    """The file of a study: for each task and policy the measures of its samples, in their order."""
 
-    Of all tasks together also how much likelier the full cache's answer is, in nats, than under that other policy.
-    """
-    tasks = list(dict.fromkeys(task for task, _ in lines))
-    columns = [*(f"{task}: right, agrees, %" for task in tasks), "all: right", "log-likelihood"]
-    rows = [["policy", "bytes, %", *columns]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    bits = lambda line, name: np.array([float(x) for x in line[name]])  # noqa: E731
-    for policy in dict.fromkeys(policy for _, policy in lines):
-        found = [lines[task, policy] for task in tasks if (task, policy) in lines]
-        if len(found) < len(tasks):
-            continue
-        cells, gained, likelier = [], [], []
-        for task, line in zip(tasks, found, strict=True):
-            right = bits(line, "right")
-            other = lines[task, against]
-            gained.append(100 * (right - bits(other, "right")))
-            likelier.append(np.subtract(line["log_likelihood"], other["log_likelihood"]))
-            _, low, high = bootstrap_interval(gained[-1])
-            cells.append(
-                f"{100 * right.mean():.0f} ({low:+.0f} to {high:+.0f}), {100 * bits(line, 'agrees').mean():.0f}"
-            )
-        for name, differences, unit, digits in (("right", gained, 100, 0), ("log_likelihood", likelier, 1, 2)):
-            _, low, high = bootstrap_interval(np.concatenate(differences))
-            mean = unit * np.mean([np.mean(bits(line, name)) for line in found])
-            cells.append(f"{mean:.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
-        rows.append([policy, f"{100 * np.mean([x['bytes'] for x in found]):.0f}", *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    def __init__(self, path: Path, **drawn: int) -> None:
+        """Reads what there is of samples that were drawn so, in such batches, and the rest not at all."""
+        self.path, self.drawn = path, drawn
+        self.found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        if path.exists():
+            for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+                if all(line.get(name) == value for name, value in drawn.items()):
+                    self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        self.found.setdefault((line["task"], line["policy"]), {})[line["first"]] = line
+
+    def add(self, task: str, policy: str, first: int, measured: dict[str, Any]) -> None:
+        """Appends a policy's measures of a batch, whose first sample is number `first`."""
+        line = {"task": task, "policy": policy, "first": first, **self.drawn, **measured}
+        append_line(self.path, json.dumps(line))
+        self._take(line)
+
+    def has(self, task: str, policy: str, first: int) -> bool:
+        """Whether this batch is there."""
+        return first in self.found.get((task, policy), {})
+
+    def values(self, task: str, policy: str) -> dict[str, np.ndarray]:
+        """By the names of `MEASURES`, f64 [samples]; and "bytes" of each batch."""
+        lines = [line for _, line in sorted(self.found[task, policy].items())]
+        found = {name: np.array([float(x) for line in lines for x in line[name]]) for name in MEASURES}
+        return found | {"bytes": np.array([line["bytes"] for line in lines])}
+
+    def table(self, against: str = FULL) -> str:
+        """Markdown: of each task the right answers, then of all every measure and its difference to another policy's.
+
+        In per cent, for each policy that has all tasks; divergence in nats a token, log-likelihood in nats an answer.
+        """
+        tasks = list(dict.fromkeys(task for task, _ in self.found))
+        columns = [f"{task}, right" for task in tasks] + ["all, right", "agrees", "divergence", "log-likelihood"]
+        rows = [["policy", "samples", "bytes", *columns]]
+        rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+        for policy in dict.fromkeys(policy for _, policy in self.found):
+            if not all((task, name) in self.found for task in tasks for name in (policy, against)):
+                continue
+            own, other = ([self.values(task, name) for task in tasks] for name in (policy, against))
+            counts = [min(len(x["kl"]), len(y["kl"])) for x, y in zip(own, other, strict=True)]
+            cells = [f"{100 * x['right'].mean():.0f}" for x in own]
+            for name, unit, digits in (("right", 100, 0), ("agrees", 100, 0), ("kl", 1, 4), ("log_likelihood", 1, 2)):
+                gained = [unit * (x[name][:n] - y[name][:n]) for x, y, n in zip(own, other, counts, strict=True)]
+                _, low, high = bootstrap_interval(np.concatenate(gained))
+                mean = unit * np.mean([x[name].mean() for x in own])
+                cells.append(f"{mean:.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
+            share = f"{100 * np.mean([x['bytes'].mean() for x in own]):.1f}"
+            rows.append([policy, str(sum(len(x["kl"]) for x in own)), share, *cells])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main() -> None:
@@ -182,36 +197,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--policy", nargs="+", help="instead of the grid")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(LENGTHS))
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32, help="of each task")
     parser.add_argument("--sentences", type=int, help="of prose around the facts")
     parser.add_argument("--rows", type=int, default=16, help="prompts at once")
     parser.add_argument("--seed", type=int, default=0, help="of the samples: 0 for development, 1 to measure")
     parser.add_argument("--against", default=FULL, help="the policy that the table compares with")
-    parser.add_argument("--small", action="store_true", help="three policies, 40 samples of one task")
+    parser.add_argument("--small", action="store_true", help="three methods at two budgets, 40 samples of one task")
     args = parser.parse_args()
-    policies = [FULL, *(args.policy or (SMALL if args.small else grid()))]
-    tasks = args.task[:1] if args.small else args.task
-    samples = 40 if args.small else args.samples
+    policies = list(dict.fromkeys([FULL, *(args.policy or (SMALL if args.small else grid()))]))
+    tasks, samples, rows = (args.task[:1], 40, 20) if args.small else (args.task, args.samples, args.rows)
     vlm = vlc.load(args.folder, dtype=jnp.float32)
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    if args.output.exists():
-        for text in args.output.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            lines[line["task"], line["policy"]] = line
+    lines = Lines(args.output, seed=args.seed, sentences=args.sentences or 0, rows=rows)
     for task in tasks:
-        left = [name for name in policies if (task, name) not in lines]
-        if not left:
-            continue
-        print(f"{task}: {samples} prompts", flush=True)
-        drawn, prompts = prepare(vlm, task, samples, args.sentences or LENGTHS.get(task, 16), args.rows, args.seed)
-        for name in left:
-            line = {"task": task, "policy": name} | measure(vlm, drawn, prompts, policy_of(name))
-            append_line(args.output, json.dumps(line))
-            lines[task, name] = line
-            right = np.mean([float(x) for x in line["right"]])
-            print(f"{task} {name}: {100 * right:.0f} % right, {100 * line['bytes']:.1f} % of the bytes", flush=True)
-        jax.clear_caches()
-    print(table(lines, args.against))
+        drawn, length = draw(vlm, task, samples, args.sentences or LENGTHS.get(task, 16), args.seed)
+        for first in range(0, samples, rows):
+            left = [name for name in policies if not lines.has(task, name, first)]
+            if not left:
+                continue
+            begun = time.monotonic()
+            prompts = prepare(vlm, drawn[first : first + rows], length, rows)
+            print(f"{task} from {first}, {length} tokens: {time.monotonic() - begun:.0f} s", flush=True)
+            for name in left:
+                lines.add(task, name, first, line := measure(vlm, prompts, policy_of(name)))
+                print(f"  {name}: {line['right']}, {100 * line['bytes']:.1f} %, {line['seconds']} s", flush=True)
+    print(lines.table(args.against))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ say is what has to be looked up.
     codes      one of four four-digit codes: the answer looks back once for every digit (many looks)
     list       what somebody buys, one thing after another (many looks)
     opening    the name that the first sentence gives, among other names (one look)
-    passwords  one of four words: too hard for SmolLM2-135M, and no part of the study
+    instruction  the word that the first sentence says the answer shall end with (one look)
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ def _parts(text: str, separator: str = "|") -> list[str]:
 
 
 FACTS = 4
+MAX_NEW_TOKENS = 16
+"""Room for any task's answer, and for some of what a model says behind it: one size, so that tasks share programs."""
 
 NAMES = _parts(
     "Anna Boris Clara David Emma Felix Grace Henry Ida Jonas Karin Leo Maria Nils Olga Peter Rosa Simon Thea Viktor",
@@ -68,13 +70,11 @@ class Sample:
       text: what the user says.
       begun: how the answer begins, which is given.
       answer: what must follow.
-      max_new_tokens: room for it.
     """
 
     text: str
     begun: str
     answer: str
-    max_new_tokens: int
 
     @property
     def prompt(self) -> str:
@@ -112,18 +112,7 @@ def codes(draw: random.Random, sentences: int) -> Sample:
     text = _hidden(draw, [f"The code of {a} is {b}." for a, b in zip(names, numbers, strict=True)], sentences)
     asked = draw.randrange(FACTS)
     question = draw.choice(["What is the code of {}?", "Which code does {} have?", "Tell me the code of {}."])
-    return Sample(f"{text}\n\n{question.format(names[asked])}", f"The code of {names[asked]} is", numbers[asked], 8)
-
-
-def passwords(draw: random.Random, sentences: int) -> Sample:
-    """See above."""
-    names, words = draw.sample(NAMES, FACTS), draw.sample(WORDS, FACTS)
-    text = _hidden(draw, [f"The password of {a} is {b}." for a, b in zip(names, words, strict=True)], sentences)
-    asked = draw.randrange(FACTS)
-    question = draw.choice(
-        ["What is the password of {}?", "Which password does {} have?", "Tell me the password of {}."]
-    )
-    return Sample(f"{text}\n\n{question.format(names[asked])}", f"The password of {names[asked]} is", words[asked], 5)
+    return Sample(f"{text}\n\n{question.format(names[asked])}", f"The code of {names[asked]} is", numbers[asked])
 
 
 def shopping(draw: random.Random, sentences: int) -> Sample:
@@ -131,7 +120,7 @@ def shopping(draw: random.Random, sentences: int) -> Sample:
     first, *others = draw.sample(GOODS, 5)
     items, name = f"{', '.join(others[:-1])}, and {others[-1]}", draw.choice(NAMES)
     text = _hidden(draw, [f"{name} buys {first}, {items}."], sentences)
-    return Sample(f"{text}\n\nWhat does {name} buy?", f"{name} buys {first},", items, 16)
+    return Sample(f"{text}\n\nWhat does {name} buy?", f"{name} buys {first},", items)
 
 
 def opening(draw: random.Random, sentences: int) -> Sample:
@@ -140,14 +129,21 @@ def opening(draw: random.Random, sentences: int) -> Sample:
     facts = [f"{other} {draw.choice(_DID)}." for other in others]
     text = f"My name is {name}. {_hidden(draw, facts, sentences)}"
     question = draw.choice(["What is my name?", "Do you remember my name?", "Now tell me my name."])
-    return Sample(f"{text}\n\n{question}", "Your name is", name, 6)
+    return Sample(f"{text}\n\n{question}", "Your name is", name)
+
+
+def instruction(draw: random.Random, sentences: int) -> Sample:
+    """See above."""
+    word, kind = draw.choice(WORDS), draw.choice(("answer", "reply", "text"))
+    text = f'End your {kind} with the word "{word}".\n\n{_hidden(draw, [], sentences)}'
+    return Sample(f"{text}\n\nNow end it.", 'The word is "', word)
 
 
 TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
     "codes": codes,
-    "passwords": passwords,
     "list": shopping,
     "opening": opening,
+    "instruction": instruction,
 }
 """By name: from a random generator and the number of sentences between the facts to a sample."""
 
