@@ -9,6 +9,7 @@ The data are those of finetune.py. Weights stay in bfloat16, split over the mesh
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import optax
 from finetune import make_batch, make_mesh, options_of
@@ -30,13 +31,13 @@ def train(options: argparse.Namespace) -> float:
     vlm = vlc.load(options.model, dtype=options.dtype, mesh=mesh, layout="stacked")
     model = dataclasses.replace(vlm.model, remat=options.remat)
     if options.adapters is None:
-        lora = Lora(rank=options.rank, alpha=2 * options.rank)
+        lora = Lora(rank=options.rank, alpha=2 * options.rank, dropout=options.dropout)
         adapters = lora.init(model, vlm.params)
     else:
         lora, adapters = load_adapters(options.adapters, vlm)
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.rate, options.steps // 10 + 1, options.steps + 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
-    step = make_train_step(lora.loss(answer_loss(model)), optimizer, accumulate=options.accumulate)
+    step = make_train_step(lora.loss(answer_loss(model)), optimizer, accumulate=options.accumulate, seed=0)
     state, done = init_state(adapters, optimizer), {"step": 0, "loss": 0.0}
     if has_state(folder / "state"):
         state, done = load_state(folder / "state", state)
@@ -55,7 +56,11 @@ def train(options: argparse.Namespace) -> float:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    more = {"--rank": {"type": int, "default": 16}, "--adapters": {"help": "folder of adapters to go on from"}}
+    more: dict[str, Any] = {
+        "--rank": {"type": int, "default": 16},
+        "--dropout": {"type": float, "default": 0.0, "help": "of what goes into the adapters"},
+        "--adapters": {"help": "folder of adapters to go on from"},
+    }
     return train(options_of(__doc__, arguments, more, rate=1e-4))
 
 

@@ -20,7 +20,8 @@ class Linear(nn.Module):
     """`x @ kernel + bias`, the kernel [channels, features], or codes and scales in its place (`WeightCoding.shapes`).
 
     Parameters that hold "lora_a" [channels, rank] and "lora_b" [rank, features] beside the kernel or the codes add
-    `(x @ lora_a) @ lora_b`: two narrow products, and none of the kernel's size.
+    `(x @ lora_a) @ lora_b`: two narrow products, and none of the kernel's size. Beside "lora_key", a random key, each
+    number of that x stays with the probability "lora_keep" and is 0 otherwise.
 
     Attributes:
       features: of the output.
@@ -48,6 +49,9 @@ class Linear(nn.Module):
         else:
             out = self._coded_product(x, self.coding)
         if self.has_variable("params", "lora_a"):
+            if self.has_variable("params", "lora_key"):
+                keep: Any = self.get_variable("params", "lora_keep")
+                x = jnp.where(jax.random.bernoulli(self.get_variable("params", "lora_key"), keep, x.shape), x, 0)
             low = self._product(x, self.get_variable("params", "lora_a")).astype(self.dtype)
             out = out + self._product(low, self.get_variable("params", "lora_b"))
         if not self.use_bias:

@@ -20,6 +20,7 @@ from tiny_checkpoints import make_tiny_llava
 import vlcache_jax as vlc
 from vlcache_jax.models.families.registry import FAMILIES
 from vlcache_jax.models.io.rules import LINEAR
+from vlcache_jax.models.linear import Linear
 from vlcache_jax.parallel.params import param_shardings
 from vlcache_jax.training.adapter_folder import load_adapters, save_adapters
 from vlcache_jax.training.examples import make_train_batch
@@ -196,7 +197,14 @@ def test_targets_and_numbers_that_are_none(tiny):
     adapted = dataclasses.replace(vlm, params=merge(vlm.params, Lora(rank=1).init(vlm.model, vlm.params)))
     with pytest.raises(vlc.InputError, match="hold adapters"):
         adapted.with_layout("apart")
-    for wrong in ({"rank": 0}, {"rank": 1.5}, {"alpha": 0}, {"alpha": float("nan")}, {"targets": "decoder"}):
+    for wrong in (
+        {"rank": 0},
+        {"rank": 1.5},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"targets": "decoder"},
+        {"dropout": 1},
+    ):
         with pytest.raises(vlc.InputError, match=next(iter(wrong))):
             Lora(**wrong)
 
@@ -224,8 +232,65 @@ def test_configs_that_are_not_read(tiny, tmp_path, key):
         load_adapters(folder, tiny[1])
 
 
-def test_dropout_is_read_and_not_trained(tiny, tmp_path):
-    """It is nothing to answers; whoever trains on is told, and a saved folder says it again."""
+def test_dropout_of_what_goes_into_an_adapter():
+    """W x + scale * B A (mask * x / keep), by hand; another mask in every layer, and none without a key."""
+    lora, rng = Lora(rank=2, alpha=3, dropout=0.25), np.random.default_rng(0)
+    names = {"kernel": (64, 8), "lora_a": (64, 2), "lora_b": (2, 8)}
+    of = {name: jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32) for name, shape in names.items()}
+    params = lora.applied({"decoder": {"layers": {"up": of, "down": of}}}, jax.random.key(5))["decoder"]["layers"]
+    x, masks = jnp.asarray(rng.normal(size=(4, 25, 64)), jnp.float32), []
+    for name in params:
+        for layer in range(3):
+            one = {key: value[layer] for key, value in params[name].items()}
+            out = Linear(8, use_bias=False, dtype=jnp.dtype("float32")).apply({"params": one}, x)
+            masks.append(np.asarray(jax.random.bernoulli(one["lora_key"], 0.75, x.shape)))
+            w, a, b = (np.asarray(of[part][layer], np.float64) for part in names)
+            hidden = np.asarray(x, np.float64)
+            expected = hidden @ w + 1.5 * (masks[-1] * hidden / 0.75) @ a @ b
+            np.testing.assert_allclose(out, expected, atol=1e-4)
+    assert all(abs(mask.mean() - 0.75) < 0.02 for mask in masks)
+    assert len({mask.tobytes() for mask in masks}) == 6
+    assert set(lora.applied({"up": of})["up"]) == set(names)
+
+
+@pytest.mark.thorough
+def test_training_with_dropout(tiny):
+    """Adapters learn, every key leaves out other numbers, and the backward pass those of the forward pass."""
+    _, vlm, _ = tiny
+    batch = make_train_batch(vlm.processor, [[IMAGE]] * 4, ["<image> w1 w2"] * 4, ["w6 w7 w8"] * 4, 32)
+    lora, optimizer = Lora(rank=4, targets=ALL, dropout=0.3), optax.adam(1e-2)
+    model = dataclasses.replace(vlm.model, remat="layers")
+    loss, plain = lora.loss(answer_loss(model)), dataclasses.replace(lora, dropout=0.0).loss(answer_loss(model))
+    adapters = changed(lora.init(vlm.model, vlm.params))
+    with pytest.raises(vlc.InputError, match=r"dropout=0.3.*make_train_step a seed"):
+        make_train_step(loss, optimizer)(init_state(adapters, optimizer), batch, vlm.params)
+
+    @jax.jit
+    def value(adapters, key):
+        return loss(merge(vlm.params, adapters), batch, key)[0]
+
+    key = jax.random.key(3)
+    gradient, rng = jax.jit(jax.grad(value))(adapters, key), np.random.default_rng(1)
+    way = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32) / 1000, adapters)
+    beyond, before = (
+        value(jax.tree.map(jnp.add, adapters, way), key),
+        value(jax.tree.map(jnp.subtract, adapters, way), key),
+    )
+    along = sum(jnp.vdot(g, w) for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(way)))
+    np.testing.assert_allclose((beyond - before) / 2, along, rtol=2e-2)
+    values = [float(value(adapters, jax.random.key(seed))) for seed in range(8)]
+    assert len(set(values)) == 8
+    assert min(values) < float(plain(merge(vlm.params, adapters), batch)[0]) < max(values)
+
+    train = make_train_step(loss, optimizer, accumulate=2, seed=7)
+    state, losses = init_state(jax.tree.map(jnp.copy, adapters), optimizer), []
+    for _ in range(12):
+        state, metrics = train(state, batch, vlm.params)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_dropout_is_nothing_to_answers_and_goes_into_the_folder(tiny, tmp_path):
     _, vlm, _ = tiny
     folder = shutil.copytree(HERE / "plain", tmp_path / "a")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"lora_dropout": 0.05}
@@ -234,8 +299,6 @@ def test_dropout_is_read_and_not_trained(tiny, tmp_path):
     plain, same = load_adapters(HERE / "plain", vlm)
     assert (lora.dropout, dataclasses.replace(lora, dropout=0.0)) == (0.05, plain)
     jax.tree.map(np.testing.assert_array_equal, adapters, same)
-    with pytest.raises(vlc.InputError, match=r"lora_dropout=0.05.*replace\(lora, dropout=0.0\)"):
-        lora.loss(answer_loss(vlm.model))
     save_adapters(tmp_path / "b", lora, adapters, vlm)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == 0.05
 

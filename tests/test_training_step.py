@@ -163,6 +163,26 @@ def test_accumulated_parts_are_rows_apart():
     assert sorted(seen) == [[0.0, 4.0], [1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_draws_is_given_a_key_of_its_step_and_part(accumulate):
+    """The same again from a state that was saved; another for every step and part."""
+
+    def loss(params, batch, key):
+        return params["w"] * jax.random.normal(key, ()) * jnp.mean(batch), {}
+
+    def drawn(seed, steps):
+        step = make_train_step(loss, optax.sgd(1.0), accumulate=accumulate, seed=seed)
+        state, values = init_state({"w": jnp.zeros(())}, optax.sgd(1.0))._replace(step=jnp.int32(steps[0])), []
+        for _ in steps:
+            state = step(state, jnp.ones(4))[0]
+            values.append(float(state.params["w"]))
+        return np.diff([0, *values])
+
+    values = drawn(3, range(4))
+    np.testing.assert_allclose(drawn(3, range(2, 4)), values[2:], atol=1e-6)
+    assert len({round(float(x), 6) for x in [*values, *drawn(4, range(4))]}) == 8
+
+
 @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True, "2", None])
 def test_numbers_of_parts_that_are_none(accumulate):
     with pytest.raises(InputError, match=rf"accumulate={accumulate!r}: give a number of parts"):

@@ -42,11 +42,11 @@ class Lora:
       alpha: adapters count alpha / rank, so that another rank needs no other learning rate.
       targets: path prefixes of kernels, as of `parts.split`: ("decoder/layers/attention/query", "projector") say.
       rank_stabilised: they count alpha / sqrt(rank) (rsLoRA, https://arxiv.org/abs/2312.03732).
-      dropout: with which PEFT trained them, as their folder says. It does nothing to answers; `loss` has none, and
-        refuses adapters with another than 0.
+      dropout: which share of the numbers that go into the adapters a train step leaves out, others each time, while the
+        rest counts 1 / (1 - dropout). Answers are made with all of them.
 
     Raises:
-      InputError: a rank below 1, an alpha that is not positive, targets that are no sequence.
+      InputError: a rank below 1, an alpha that is not positive, a dropout out of [0, 1), targets that are no sequence.
 
     Example:
       lora = Lora(rank=16, alpha=32)
@@ -66,6 +66,8 @@ class Lora:
         check_count("rank", self.rank)
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise InputError(f"alpha={self.alpha!r}: give a positive number")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout!r}: give a share of at least 0 and below 1")
         if isinstance(self.targets, str) or not self.targets:
             raise InputError(f"targets={self.targets!r}: give a sequence of path prefixes, such as ('decoder/layers',)")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -98,27 +100,38 @@ class Lora:
     def loss(self, loss: Loss) -> Loss:
         """A loss of parameters that hold adapters, from one of parameters as the model takes them.
 
-        Raises InputError for adapters that were trained with dropout, which there is none of here.
+        With dropout it takes a random key behind the batch, as a step with a seed gives it (`make_train_step`), and
+        raises InputError without.
         """
-        if self.dropout:
-            raise InputError(
-                f"these adapters were trained with lora_dropout={self.dropout:g}, and there is no dropout here: to go "
-                "on without, take dataclasses.replace(lora, dropout=0.0)"
-            )
 
-        def adapted(params: Params, batch: Any) -> tuple[jax.Array, Metrics]:
-            return loss(self.applied(params), batch)
+        def adapted(params: Params, batch: Any, key: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
+            if self.dropout and key is None:
+                raise InputError(
+                    f"these adapters are trained with dropout={self.dropout:g}, which is drawn: give make_train_step a "
+                    "seed, or go on without, by dataclasses.replace(lora, dropout=0.0)"
+                )
+            return loss(self.applied(params, key), batch)
 
         return adapted
 
-    def applied(self, params: Params) -> Params:
+    def applied(self, params: Params, key: jax.Array | None = None) -> Params:
         """Parameters that hold adapters (`parts.merge`) as the model takes them: with `lora_b` times the scale.
 
         `vlc.generate`, the engine and whatever else runs a model take them like any others.
+
+        Args:
+          params: with adapters.
+          key: of the dropout; None is no dropout.
         """
         flat = flatten_dict(params)
-        scaled = {path: x * jnp.asarray(self.scale, x.dtype) for path, x in flat.items() if path[-1] == "lora_b"}
-        return unflatten_dict(flat | scaled)
+        keep = 1.0 if key is None else 1 - self.dropout
+        added = {path: x * jnp.asarray(self.scale / keep, x.dtype) for path, x in flat.items() if path[-1] == "lora_b"}
+        if key is not None and keep < 1:
+            for number, path in enumerate(sorted(added)):
+                stack = flat[path].shape[:-2]  # every layer draws of its own
+                added[(*path[:-1], "lora_key")] = jax.random.split(jax.random.fold_in(key, number), stack)
+                added[(*path[:-1], "lora_keep")] = jnp.full(stack, keep, jnp.float32)
+        return unflatten_dict(flat | added)
 
     def merged(self, params: Params) -> Params:
         """Plain parameters: kernels with their adapters added, in the dtypes of the kernels, and no adapters.

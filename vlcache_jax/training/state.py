@@ -16,8 +16,8 @@ from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.training.parts import Params, merge
 
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Params, Any], tuple[jax.Array, Metrics]]
-"""(params, batch) -> (loss f32 [], metrics)."""
+Loss = Callable[..., tuple[jax.Array, Metrics]]
+"""(params, batch) -> (loss f32 [], metrics); one that draws numbers takes a random key behind the batch."""
 
 
 class TrainState(NamedTuple):
@@ -53,6 +53,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    seed: int | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A jitted `step(state, batch, frozen=None, scale=1.0) -> (state, metrics)`.
 
@@ -66,6 +67,8 @@ def make_train_step(
       accumulate: split the batch's leading axis into so many parts and sum their gradients; the leading axis of
         every array of the batch must be a multiple of it. A part takes every `accumulate`-th row, so that those of a
         batch that is split over devices stay where they are.
+      seed: of a loss that draws numbers: it is given a key of the step, or of a part of it, so that a run that goes on
+        from a saved state draws what it would have drawn. None for others.
 
     Warns, once, if trainable parameters are bfloat16 or float16: most updates at usual rates are smaller than half a
     step of such a number, and round away. Keep them in float32 (`vlcache_jax.load(..., param_dtype="float32")`); the
@@ -88,18 +91,19 @@ def make_train_step(
     if isinstance(accumulate, bool) or not isinstance(accumulate, int | np.integer) or accumulate < 1:
         raise InputError(f"accumulate={accumulate!r}: give a number of parts, at least 1")
 
-    def gradients(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
+    def gradients(tuned: Params, frozen: Params, batch: Any, *key: jax.Array) -> tuple[Params, Metrics]:
         def objective(tuned: Params) -> tuple[jax.Array, Metrics]:
-            value, metrics = loss(merge(frozen, tuned), batch)
+            value, metrics = loss(merge(frozen, tuned), batch, *key)
             return value, metrics | {"loss": value}
 
         return jax.grad(objective, has_aux=True)(tuned)
 
-    def accumulated(tuned: Params, frozen: Params, batch: Any) -> tuple[Params, Metrics]:
+    def accumulated(tuned: Params, frozen: Params, batch: Any, *key: jax.Array) -> tuple[Params, Metrics]:
+        keys = [jax.random.split(one, accumulate) for one in key]
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(part: Any) -> tuple[Params, Metrics, jax.Array]:
-            grads, metrics = gradients(tuned, frozen, part)
+            grads, metrics = gradients(tuned, frozen, *part)
             weight = metrics.get("weight", jnp.ones(()))
             with jax.numpy_dtype_promotion("standard"):  # sums of bfloat16 gradients are float32, as their weights are
                 return *jax.tree.map(lambda x: x * weight, (grads, metrics)), weight
@@ -108,9 +112,9 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, one(part)), None
 
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], (parts, *keys)))
         )
-        (grads, metrics, weight), _ = jax.lax.scan(body, zeros, parts)
+        (grads, metrics, weight), _ = jax.lax.scan(body, zeros, (parts, *keys))
         with jax.numpy_dtype_promotion("standard"):
             return jax.tree.map(lambda x: x / weight, (grads, metrics))
 
@@ -119,7 +123,8 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         tuned = state.params
         _warn_of_rounding(tuned)
-        grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch)
+        key = () if seed is None else (jax.random.fold_in(jax.random.key(seed), state.step),)
+        grads, metrics = (gradients if accumulate == 1 else accumulated)(tuned, frozen, batch, *key)
         # Optax takes powers of its rates by its count of steps; parameters, updates and scale may differ in dtype.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, tuned)
