@@ -57,9 +57,9 @@ def draw(rewards: dict[str, list[float]], path: Path) -> None:
         color = f"C{list(dict.fromkeys(x.split(',')[0] for x in RUNS)).index(name.split(',')[0])}"
         style = "--" if "uncorrected" in name else "-"
         axes.plot(np.arange(len(means)) + WINDOW, means, style, color=color, label=name)
-    axes.set(xlabel="step", ylabel=f"reward, mean of {WINDOW} steps")
+    axes.set(xlabel="step", ylabel=f"reward, mean of {WINDOW} steps", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(title="cache that answers are drawn with")
+    axes.legend(title="cache that answers are drawn with", fontsize="small")
     with rc_context({"svg.hashsalt": "grpo", "svg.fonttype": "none"}), replacing(path) as stream:
         figure.savefig(stream, format=path.suffix.lstrip("."), metadata={"Date": None})
 
