@@ -114,9 +114,11 @@ def test_the_table(finished, capsys):
 
 @pytest.mark.thorough
 def test_divergence(checkpoint, data, finished, tmp_path, capsys):
-    """Along the full cache's answers, sample by sample as `divergence` finds it; a run that was cut goes on."""
+    """Along the full cache's answers, which ended early, as `divergence` finds it; a run that was cut goes on."""
     for file in finished.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    early = [line | {"token_ids": line.get("token_ids", [])[:5]} for line in lines(tmp_path, "full_cache").values()]
+    (tmp_path / "full_cache.jsonl").write_text("".join(json.dumps(line) + "\n" for line in early))
     arguments = ["--policy", POLICY, "--compare", "full_cache", "--divergence"]
     evaluation(checkpoint, data, tmp_path, *arguments)
     path = tmp_path / "vl_cache-0.3.divergence.jsonl"
@@ -127,7 +129,7 @@ def test_divergence(checkpoint, data, finished, tmp_path, capsys):
     parts = [{"type": "image", "image": sample.images[0]}, {"type": "text", "text": sample.question}]
     batch = vlm.processor.chat([[{"role": "user", "content": parts}]])
     contexts = [vlc.compress(vlm.model, vlm.params, batch, policy) for policy in (vlc.FullCache(), vlc.VLCache(0.3))]
-    found = vlc.divergence(*contexts, vlc.answer(contexts[0], max_new_tokens=6))
+    found = vlc.divergence(*contexts, vlc.answer(contexts[0], max_new_tokens=5))
     assert whole["s0"]["kl"] == pytest.approx(float(found.mean[0]), abs=1e-5)
     assert whole["s0"]["same_next"] == pytest.approx(float(found.agreement[0]), abs=1e-5)
     (full, compressed) = json.loads(table(tmp_path, capsys, "--json", "--compare", "full_cache"))["RUN"]
@@ -271,7 +273,7 @@ def test_files_without_a_sample(checkpoint, tmp_path, capsys, name, text):
         (["--distributed", "node0,0/2"], "is not of the form HOST:PORT,I/N"),
         (["--distributed", "node0:4000,2/2"], "--distributed '2/2' is not of the form I/N"),
         (["--distributed"], "JAX's processes cannot be joined"),
-        (["--mesh", "data=3"], "--mesh 'data=3' is of 3 devices: there are 8"),
+        (["--mesh", "data=3"], "--mesh 'data=3' is of 3 devices: JAX sees 8"),
     ],
 )
 def test_bad_arguments_before_anything_is_loaded(data, tmp_path, capsys, arguments, message):

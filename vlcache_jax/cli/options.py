@@ -74,6 +74,6 @@ def device_mesh(text: str) -> jax.sharding.Mesh:
     axes, devices = mesh_axes(text), jax.local_devices()
     count = math.prod(axes.values())
     if count != len(devices):
-        raise InputError(f"--mesh {words.shown(text)} is of {count} devices: there are {len(devices)}")
+        raise InputError(f"--mesh {words.shown(text)} is of {count} devices: JAX sees {len(devices)}")
     types = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)

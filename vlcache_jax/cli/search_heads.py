@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
             request = dataclasses.replace(task.request(sample, vlm.processor), max_new_tokens=1)
             read = preparer.read(number, request)
             if read.batch is None:
-                raise InputError(f"sample {sample.id!r}: {read.reason}")
+                raise InputError(read.complaint)
             lengths.append(read.tokens)
             progress.note(f"{sample.id}: {read.tokens} tokens")
             yield read.batch

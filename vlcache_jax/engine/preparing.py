@@ -50,6 +50,12 @@ class Read:
         """The same, but that it never will be."""
         return Read(self.index, self.request, reason=reason(error), refused=isinstance(error, InputError))
 
+    @property
+    def complaint(self) -> str:
+        """The reason, as an InputError says it."""
+        name = self.index if self.request.id is None else self.request.id
+        return f"sample {name!r}: {(self.reason or '').removeprefix('InputError: ')}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Preparer:

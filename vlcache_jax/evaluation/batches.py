@@ -28,7 +28,7 @@ def read_all(preparer: Preparer, requests: Iterable[Request]) -> Iterator[Read]:
                 return
             found = ahead.popleft().result()
             if found.reason is not None:
-                raise InputError(found.reason)
+                raise InputError(found.complaint)
             yield found
 
 
@@ -58,7 +58,7 @@ def in_batches(
     for read in read_all(preparer, requests):
         found = preparer.padded(read, buckets)
         if found.reason is not None:
-            raise InputError(found.reason)
+            raise InputError(found.complaint)
         waiting.setdefault(found.bucket, []).append(found)
         if len(waiting[found.bucket]) == size(found.bucket):
             yield batch(found.bucket)

@@ -3,6 +3,7 @@
 No right answer is needed, and far fewer samples than for a difference of scores: every token of every answer counts.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def measure(
     kernels = options.get("kernels")
     buckets = check_buckets(folder.buckets())
     progress.step(f"along the answers of {compare}", total=len(asked))
-    wanted = (request for request in requests() if request.id in asked)
+    wanted = (dataclasses.replace(request, max_new_tokens=room) for request in requests() if request.id in asked)
     for reads, batch in in_batches(preparer, vlm.params, wanted, buckets):
         ids = [read.request.id for read in reads]
         followed = _continuation([answers[key] for key in ids], batch.size, room)
