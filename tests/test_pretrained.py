@@ -10,7 +10,9 @@ import pytest
 import vlcache_jax as vlc
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "pretrained"))
+import attention
 import make_checkpoint
+import study
 import tasks
 
 
@@ -38,6 +40,39 @@ def test_longer_prose_keeps_the_question():
     short, long = (tasks.codes(random.Random(0), sentences) for sentences in (16, 160))
     assert len(long.text) > 8 * len(short.text)
     assert "code" in long.text.rpartition("\n\n")[2]
+
+
+def test_what_the_last_rows_give_and_how_many_tokens_hold_it():
+    draw = np.random.default_rng(0)
+    query, key = draw.normal(size=(1, 1, 6, 2, 4)), draw.normal(size=(1, 1, 6, 1, 4))
+    recorded = attention.Recording(*(np.float32(x) for x in (query, key, key)), None, None)
+    mass = np.asarray(attention.received(recorded, np.array([5]), rows=2))
+    for head in range(2):
+        weights = np.exp(query[0, 0, 3:5, head] @ key[0, 0, :, 0].T / 2) * np.tri(2, 6, 3)
+        np.testing.assert_allclose(
+            mass[0, 0, head], np.mean(weights / weights.sum(1, keepdims=True), axis=0), atol=1e-6
+        )
+    found = np.array([[[0.0, 0.5, 0.45, 0.05, 0.0]]])
+    assert attention.needed(found, np.array([4])) == 2 / 4
+    scores = np.array([[[[9.0, 3.0, 1.0, 2.0, 0.0]]]])
+    np.testing.assert_allclose(attention.held(scores, found[None], np.array([5]), 0.4), 0.55)  # of tokens 1 and 3
+
+
+def test_a_study_goes_on_and_compares_the_same_samples(tmp_path):
+    measured = {"right": "10", "agrees": "11", "kl": [0.0, 0.0], "log_likelihood": [-1.0, -2.0], "bytes": 1.0}
+    lines = study.Lines(tmp_path / "lines.jsonl", seed=1, rows=2)
+    for first in (0, 2):
+        lines.add("codes", "full_cache", first, measured)
+    lines.add("codes", "snap_kv:0.4", 0, measured | {"right": "00", "kl": [1.0, 3.0], "bytes": 0.4})
+    again = study.Lines(tmp_path / "lines.jsonl", seed=1, rows=2)
+    assert again.has("codes", "full_cache", 2)
+    assert not again.has("codes", "snap_kv:0.4", 2)
+    assert again.values("codes", "full_cache")["right"].tolist() == [1, 0, 1, 0]
+    assert (
+        "| snap_kv:0.4 | 2 | 40.0 | 0 | 0 (-100 to +0) | 100 (+0 to +0) | 2.0000 (+1.0000 to +3.0000) |"
+        in again.table()
+    )
+    assert not study.Lines(tmp_path / "lines.jsonl", seed=0, rows=2).found
 
 
 @pytest.fixture(scope="module")

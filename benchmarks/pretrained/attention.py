@@ -29,15 +29,15 @@ SHARES = (0.1, 0.25, 0.4)
 @partial(jax.jit, static_argnames="rows")
 def received(recording: Recording, lengths: jax.Array, rows: int = ROWS) -> jax.Array:
     """Attention that each prompt's last rows give to its tokens, f32 [layers, batch, heads, length]; sums to 1."""
-    place = jnp.arange(recording.key.shape[2])
+    place = jnp.arange(recording.key.shape[2])[None]
     last = (place >= lengths[:, None] - rows) & (place < lengths[:, None])
 
     def of_layer(layer: tuple[jax.Array, jax.Array]) -> jax.Array:
         query, key = layer
         key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(place[:, None] >= place, logits, -jnp.inf))
-        return jnp.einsum("bhqk,bq->bhk", weights, last / rows)
+        weights = jax.nn.softmax(jnp.where((place <= place.T)[None, None], logits, -jnp.inf))
+        return jnp.einsum("bhqk,bq->bhk", weights, last.astype(weights.dtype)) / rows
 
     return jax.lax.map(of_layer, (recording.query, recording.key))
 
@@ -58,7 +58,7 @@ def held(scores: np.ndarray, wanted: np.ndarray, lengths: np.ndarray, share: flo
 
 
 def measure(vlm: vlc.VLM, task: str, samples: int) -> dict[str, np.ndarray]:
-    """By name: f64 [layers], averaged over samples; "heads" f64 [layers, heads]."""
+    """By name: f64 [layers], averaged over samples; of what the heads need also the least and the most of a layer."""
     drawn, length = draw(vlm, task, samples, LENGTHS[task], seed=0)
     prompts = prepare(vlm, drawn, length, samples)
     lengths, recording = np.asarray(prompts.batch.lengths), prompts.recording
@@ -71,10 +71,13 @@ def measure(vlm: vlc.VLM, task: str, samples: int) -> dict[str, np.ndarray]:
     )
     by_head = np.mean(mass.reshape(*mass.shape[:2], answer.shape[2], -1, length), axis=3)
     density = compress(vlm, prompts.batch, recording, vlc.VLCache(0.1)).report.density
+    heads = np.mean(needed(others, lengths), axis=1)  # [layers, heads]
     found = {
         "density": np.mean(np.asarray(density), axis=0),
         "first": np.mean(mass[..., 0], axis=(1, 2)),
-        "heads": np.mean(needed(others, lengths), axis=1),
+        "heads": heads.mean(axis=1),
+        "least": heads.min(axis=1),
+        "most": heads.max(axis=1),
         "layer": np.mean(needed(np.mean(others, axis=2), lengths), axis=1),
     }
     for share in SHARES:
@@ -84,7 +87,7 @@ def measure(vlm: vlc.VLM, task: str, samples: int) -> dict[str, np.ndarray]:
 
 
 def plot(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Three panels over the layers; a line for each task."""
+    """Three panels over the layers; a line for each task. Dotted: all heads together, and the best that can be."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -92,8 +95,8 @@ def plot(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     for color, (task, values) in zip(("C0", "C1", "C2", "C3", "C4", "C5"), found.items(), strict=False):
         layers = np.arange(len(values["first"]))
         first.plot(layers, 100 * values["first"], color, label=task)
-        second.plot(layers, 100 * values["heads"].mean(1), color)
-        second.fill_between(layers, 100 * values["heads"].min(1), 100 * values["heads"].max(1), color=color, alpha=0.1)
+        second.plot(layers, 100 * values["heads"], color)
+        second.plot(layers, 100 * values["layer"], color, linestyle=":")
         third.plot(layers, 100 * values["held 0.1"], color, label=task)
         third.plot(layers, 100 * values["best 0.1"], color, linestyle=":")
     titles = (
@@ -120,7 +123,6 @@ def main() -> None:
     for task, values in found.items():
         print(task)
         for name, value in values.items():
-            value = value.mean(1) if name == "heads" else value
             shown = " ".join(f"{100 * x:.0f}" if name != "density" else f"{x:.3f}" for x in value)
             print(f"  {name}, mean {value.mean():.3f}: {shown}")
     if args.plot:
