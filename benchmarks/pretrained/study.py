@@ -2,7 +2,7 @@
 
     python benchmarks/pretrained/make_checkpoint.py smollm2
     python benchmarks/pretrained/study.py smollm2 --output pretrained.jsonl
-    python benchmarks/pretrained/study.py smollm2 --output small.jsonl --small       # three methods, under five minutes
+    python benchmarks/pretrained/study.py smollm2 --output small.jsonl --small  # three methods, two budgets
 
 The prompts run through the model once; what each policy keeps is taken from that recording, by the library's own code,
 and decoded by the real model. A JSON line holds a policy on one batch of a task: right answers, answers equal to the
