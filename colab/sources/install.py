@@ -28,7 +28,7 @@ if importlib.util.find_spec("vlcache_jax") is None:
     importlib.invalidate_caches()
     print("installed from", {".": "this folder", "..": "the clone around this folder"}.get(source, source))
     if before != version("jax"):
-        print(f"JAX was {before}, and is {version('jax')} now.", end=" ")
+        print(f"JAX is {version('jax')} now{f', and was {before}' if before else ''}.", end=" ")
         print("On a TPU also run `%pip install -U 'jax[tpu]'`, on an NVIDIA GPU `%pip install -U 'jax[cuda12]'`.")
         if running:
             print("Now restart the session (Runtime > Restart session) and go on from the next cell.")

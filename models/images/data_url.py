@@ -24,8 +24,8 @@ def check_data_url(url: str, name: str) -> str:
     scheme, _, media = head.partition(":")
     if scheme.lower() != "data":
         raise InputError(
-            f"{name} is a URL ({url[:80]!r}): a URL is not fetched, so download the image and give its path, or give a "
-            "data URL"
+            f"{name} is a URL ({url[:80]!r}): a URL is not fetched, so download the image and give a data URL or, to a "
+            "program on this machine, its path"
         )
     kind, *options = media.lower().split(";")
     if not comma or not kind.strip().startswith("image/") or "base64" not in [option.strip() for option in options]:
