@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import vlcache_jax as vlc
+from vlcache_jax.demo.data.labels import WORDS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "pretrained"))
 import attention
 import make_checkpoint
+import strips
 import study
 import tasks
 
@@ -73,6 +75,32 @@ def test_a_study_goes_on_and_compares_the_same_samples(tmp_path):
         in again.table()
     )
     assert not study.Lines(tmp_path / "lines.jsonl", seed=0, rows=2).found
+
+
+class Words:
+    """A tokenizer of words and digits that can tell what it encoded."""
+
+    def encode(self, text, special):
+        return [ord(c) for c in text] if text.isdigit() or text == " " else [1000 + WORDS.index(text[1:])]
+
+
+@pytest.mark.parametrize("task", strips.TASKS)
+def test_strips_show_what_is_asked_and_are_those_of_their_seed(task):
+    drawn = [strip for index in range(4) for strip in strips.strips(task, 0, index)]
+    again = strips.strips(task, 0, 0)
+    assert again[0].questions == drawn[0].questions
+    np.testing.assert_array_equal(again[0].image, drawn[0].image)
+    assert drawn[0].questions != strips.strips(task, 1, 0)[0].questions
+    for strip in drawn:
+        assert strip.image.shape == (strips.IMAGE_SIZE, strips.IMAGE_SIZE, 3)
+        ids = strips.shown(strip, Words())
+        text = "".join(f" {WORDS[i - 1000]}" if i >= 1000 else chr(i) for i in ids.tolist())
+        assert len(ids) == 256
+        assert len(strip.fields) == len(strip.questions) > 1
+        for question, answer in strip.questions:
+            fields = answer.partition(" =")[0].split(" + ")
+            assert all(field.split()[0] in question for field in fields)
+            assert all(f" {field} " in f"{text} " for field in fields), (answer, text)
 
 
 @pytest.fixture(scope="module")
