@@ -163,6 +163,21 @@ def test_accumulated_parts_are_rows_apart():
     assert sorted(seen) == [[0.0, 4.0], [1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
 
 
+def test_the_second_step_compiles_nothing():
+    """Parameters as `vlc.load` returns them, placed on a device: what is new of the state lies there, too."""
+    params, compiled = jax.device_put({"w": jnp.ones(3)}, jax.devices()[0]), []
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(lambda params, batch: (jnp.sum((params["w"] * batch) ** 2), {}), optimizer)
+    state, batch = step(init_state(params, optimizer), jnp.ones(3))[0], jnp.ones(3)
+    listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        step(state, batch)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not compiled
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_that_draws_is_given_a_key_of_its_step_and_part(accumulate):
     """The same again from a state that was saved; another for every step and part."""

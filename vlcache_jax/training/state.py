@@ -45,7 +45,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
                 f"{path} holds codes of weights ({leaf.dtype}), which cannot be trained: train adapters beside them "
                 '(Lora), parts of the model that are floats, or load it with weights="float"'
             )
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    leaves, rest = jax.tree.leaves(params), (optimizer.init(params), jnp.zeros((), jnp.int32))
+    if all(not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False) for x in leaves):
+        places = {x.sharding for x in leaves}
+        if len(places) == 1 and len(leaves[0].devices()) == 1:  # as a step returns them: else the second compiles anew
+            rest = jax.device_put(rest, *places)
+    return TrainState(params, *rest)
 
 
 def make_train_step(
