@@ -57,8 +57,8 @@ def test_no_program_makes_floats_of_a_whole_weight(topology, weights, axes, kind
         assert any(name.startswith(implementation) for name in program.implementations)
         assert not float_copies(compiled.as_text(), layers)
         if kind == "decode_step":
-            # Sums over chips take that on v5p and v6e, whatever they sum.
-            own = 0 if not axes or topology.startswith("v5e") else 3 * 2**19
+            # Sums over chips take that on v5p and v6e, whatever they sum; v5e fetches codes of so small parts ahead.
+            own = 3 * 2**19 if axes else 0
             assert program.temporary_bytes < program.argument_bytes / 16 + own  # arguments are weights, nearly all
 
 
