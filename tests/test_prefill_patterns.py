@@ -106,7 +106,9 @@ def test_each_head_is_the_formula(name):
     assert False in kinds, "the case is none: everything is listed"
 
 
-@pytest.mark.parametrize(("boundary", "interleaved"), [("query", False), ("none", True)])
+@pytest.mark.parametrize(
+    ("boundary", "interleaved"), [("query", False), pytest.param("none", True, marks=pytest.mark.thorough)]
+)
 def test_mm_inference_moves_tokens(boundary, interleaved):
     """Who sees whom, and the attention of it, with text in front and behind, or also in front of every frame."""
     given, window = inputs(), 12
@@ -146,6 +148,7 @@ def test_mm_inference_moves_tokens(boundary, interleaved):
             np.testing.assert_allclose(out[b, :length, h], wanted, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_lists_of_moved_tokens_keep_the_latest_where_room_ends():
     given = inputs()
     some, all_ = (vlc.MMInference(12, capacity=capacity, **SMALL) for capacity in (0.2, 1.0))
