@@ -59,4 +59,6 @@ def test_a_decode_step_of_coded_weights_reads_them_once_as_codes(weights, bits):
     cache = programs.bytes_of([(store.keys, store.values) for store in (*state.stores, state.tail)])
     projections = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     least = projections * bits / 8 + 2 * 32_064 * 4096 + cache
-    assert found.bytes < 1.05 * least, (found.bytes, least, found.by_place.most_common(8))
+    # XLA keeps the answer's part in fast memory, as it is so small: it goes there and back once more. And it copies the
+    # scales of down projections, whose 86 groups fill no tiles.
+    assert found.bytes < 1.06 * least, (found.bytes, least, found.by_place.most_common(8))

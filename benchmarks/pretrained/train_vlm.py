@@ -179,8 +179,8 @@ def tower_batches(processor: Processor, seed: int, first: int) -> Iterator[Any]:
         yield np.stack(images), np.stack(ids), places.reshape(-1).astype(np.int32)
 
 
-DECODER_STEPS, DECODER_ROWS, DECODER_RATE = 140, 2, 1.5e-3
-PRACTICE_STEPS, PRACTICE_ROWS = 100, 4  # the first steps, 64 visual tokens; then pictures, 256
+DECODER_STEPS, DECODER_ROWS, DECODER_RATE = 72, 2, 1.5e-3
+PRACTICE_STEPS, PRACTICE_ROWS = 32, 4  # the first steps, 64 visual tokens; then pictures, 256
 LORA = Lora(rank=8, alpha=16)
 BEFORE = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
