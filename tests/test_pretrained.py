@@ -44,11 +44,11 @@ def test_longer_prose_keeps_the_question():
     assert "code" in long.text.rpartition("\n\n")[2]
 
 
-def test_what_the_last_rows_give_and_how_many_tokens_hold_it():
+def test_what_the_rows_after_the_image_give_and_how_many_tokens_hold_it():
     draw = np.random.default_rng(0)
     query, key = draw.normal(size=(1, 1, 6, 2, 4)), draw.normal(size=(1, 1, 6, 1, 4))
     recorded = attention.Recording(*(np.float32(x) for x in (query, key, key)), None, None)
-    mass = np.asarray(attention.received(recorded, np.array([5]), rows=2))
+    mass = np.asarray(attention.received(recorded, np.array([5]), np.arange(6)[None] == 2))
     for head in range(2):
         weights = np.exp(query[0, 0, 3:5, head] @ key[0, 0, :, 0].T / 2) * np.tri(2, 6, 3)
         np.testing.assert_allclose(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlcache_jax.demo.data.labels import WORDS
 from vlcache_jax.demo.data.samples import FULL_GRID, PATCH, make_sample
@@ -84,6 +85,12 @@ def shown(strip: Strip, tokenizer: Any) -> np.ndarray:
         word = tokenizer.encode(f" {name}", False)
         ids[row, 4 * column - 1 - len(word) : 4 * column - 1] = word
     return ids.reshape(-1)
+
+
+def asked(strip: Strip) -> list[dict[str, Any]]:
+    """The conversation that asks a strip's first question."""
+    image = {"type": "image", "image": Image.fromarray(strip.image)}
+    return [{"role": "user", "content": [image, {"type": "text", "text": strip.questions[0][0]}]}]
 
 
 def stream(seed: int, start: int = 0, tasks: tuple[str, ...] = TASKS) -> Iterator[Strip]:

@@ -92,6 +92,15 @@ def kept_share(stores: Any, prompt: Any, spec: Any) -> float:
     return taken / full
 
 
+def buffers_share(context: Any) -> float:
+    """Bytes of a context's buffers as a share of a 16-bit cache's; in short prompts many slots are free.
+
+    Of a context of a float32 model, whose stores are all floats or all codes.
+    """
+    coded = all(store.bits is not None for store in context.stores)
+    return context.report.state_bytes / context.report.full_bytes * (2 if coded else 1)
+
+
 def draw(vlm: Any, task: str, count: int, sentences: int, seed: int) -> tuple[list[Any], int]:
     """The samples of a task, and how many tokens all of its prompts are padded to."""
     samples = [make_sample(task, seed, i, sentences) for i in range(count)]
@@ -102,7 +111,11 @@ def draw(vlm: Any, task: str, count: int, sentences: int, seed: int) -> tuple[li
 def prepare(vlm: Any, samples: list[Any], length: int, rows: int) -> Prompts:
     """A batch of prompts, recorded and answered with the full cache."""
     texts = [sample.prompt for sample in (samples + samples[-1:] * rows)[:rows]]
-    batch = vlm.processor(images=[[]] * rows, text=texts, pad_to=length)
+    return answered(vlm, samples, vlm.processor(images=[[]] * rows, text=texts, pad_to=length))
+
+
+def answered(vlm: Any, samples: list[Any], batch: Any) -> Prompts:
+    """A batch whose first prompts are those of `samples`, recorded and answered with the full cache."""
     recording = jax.block_until_ready(record(vlm.model, vlm.params, batch))
     context = compress(vlm, batch, recording, vlc.FullCache())
     answers = vlc.answer(context, None, max_new_tokens=MAX_NEW_TOKENS)
@@ -131,7 +144,8 @@ def measure(vlm: Any, prompts: Prompts, policy: Any) -> dict[str, Any]:
         "log_likelihood": [round(x, 3) for x in np.asarray(vlc.score(kept, full).total).tolist()[:count]],
         "bytes": round(kept_share(kept.stores, prompts.batch, vlm.model.spec), 4),
         "seconds": round(time.monotonic() - begun, 1),
-        "answers": texts[:2],
+        "buffers": round(buffers_share(kept), 4),
+        "answers": texts,
     }
 
 
