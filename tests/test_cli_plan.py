@@ -90,7 +90,7 @@ def test_json(folder, capsys):
         "weight_bytes", "policies", "versions",
     }  # fmt: skip
     assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
-        ("vl_cache", 0.1), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),
+        ("ranked_bits", "25 % of the bytes"), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),
     ]  # fmt: skip
     for policy in found["policies"]:
         assert set(policy) == {
@@ -194,7 +194,7 @@ def test_pages_of_training(folder, capsys, quick_training):
     assert [line.split()[-1] for line in out.splitlines()[3:]] == ["0.25", "0.12", "0.50", "1.00", "1", "yes"]
     assert main([*shape, "--train", "decoder/layers, projector", "--mesh", "data=2,model=2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
-    assert main([*shape, "--rollouts", "8", "--new", "16", "--compare", "full_cache"]) == 0
+    assert main([*shape, "--rollouts", "8", "--new", "16", "--policy", "vl_cache", "--compare", "full_cache"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
     assert rows[0] == ["vl_cache", "10", "%", "full_cache"]
     assert rows[-1] == ["fits", "yes", "no"]

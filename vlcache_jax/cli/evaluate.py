@@ -16,13 +16,13 @@ from vlcache_jax.evaluation.samples import find_files
 from vlcache_jax.evaluation.tasks import task_by_name
 from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.parallel.processes import join, leave
-from vlcache_jax.terminal import words
+from vlcache_jax.terminal import defaults, words
 from vlcache_jax.terminal.progress import Progress
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> None:
     """Runs the command; everything that can be checked is checked before weights are read."""
-    policies = arguments.policy or ["vl_cache"]
+    policies = arguments.policy or [defaults.POLICY]
     for text in [*policies, *([arguments.compare] if arguments.compare else [])]:
         recipe_by_name(text)
     if arguments.divergence and not arguments.compare:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from vlcache_jax.cli.process import BAD_INPUT, PROGRAM, SIGNALS, complain, emit
-from vlcache_jax.terminal import words
+from vlcache_jax.terminal import defaults, words
 from vlcache_jax.terminal.progress import Progress
 
 MAX_NEW_TOKENS = 64
@@ -88,7 +88,7 @@ def _demo(commands: Any) -> None:
         "demo",
         "see it work: a small checkpoint answers questions, with the full cache and with a compressed one",
     )
-    _policy(parser)
+    _policy(parser, "vl_cache")  # the method that the model was made for
     parser.several(
         "--image",
         words.path,
@@ -192,7 +192,7 @@ def _evaluate(commands: Any) -> None:
     )
     _model(parser, "DIR|ID", "checkpoint folder in the Hugging Face layout, or a model on the Hub")
     _data(parser)
-    parser.several("--policy", str, POLICY, f"{KEPT} (default: vl_cache); repeat for several")
+    parser.several("--policy", str, POLICY, f"{KEPT} (default: {defaults.POLICY}); repeat for several")
     parser.value("--compare", str, POLICY, "compare the others with this one, sample by sample, such as full_cache")
     parser.flag("--divergence", "also how far they are from it, token by token; reads the prompts again")
     parser.value(
@@ -356,8 +356,8 @@ def _data(parser: _Parser) -> None:
     parser.value("--task", str, "NAME", tasks, "jsonl")
 
 
-def _policy(parser: _Parser) -> None:
-    parser.value("--policy", str, POLICY, KEPT, "vl_cache")
+def _policy(parser: _Parser, default: str = defaults.POLICY) -> None:
+    parser.value("--policy", str, POLICY, KEPT, default)
 
 
 def _image_limit(parser: _Parser) -> None:

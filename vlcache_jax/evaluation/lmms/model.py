@@ -18,6 +18,7 @@ from vlcache_jax.evaluation.lmms.losses import losses
 from vlcache_jax.evaluation.lmms.prompts import Messages, of_chat, of_simple, request
 from vlcache_jax.inference.recipe import recipe_by_name
 from vlcache_jax.models.io.loading import load
+from vlcache_jax.terminal import defaults
 from vlcache_jax.terminal.progress import Progress
 
 _LOG = logging.getLogger("vlcache_jax")
@@ -61,7 +62,7 @@ class SimpleModel(lmms):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str,
-        policy: str = "vl_cache:0.1",
+        policy: str = defaults.POLICY,
         rows: int | None = None,
         dtype: str | None = None,
         mesh: str | None = None,
