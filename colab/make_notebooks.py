@@ -3,9 +3,13 @@
     pip install jupytext
     python colab/make_notebooks.py
 
-A cell that says `# install` is the code of `sources/install.py`, the same in every notebook.
+A cell that says `# install` is the code of `sources/install.py`, the same in every notebook. Where `pyproject.toml`
+names a repository on GitHub, each notebook begins with the badge that opens it in Colab, and installs from there if it
+finds no clone and no wheel.
 """
 
+import re
+import tomllib
 from pathlib import Path
 
 import jupytext
@@ -13,11 +17,28 @@ import nbformat
 
 FOLDER = Path(__file__).parent
 NAMES = ("quickstart", "evaluation", "own_policy", "training")
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({})"
 
 
-def make_notebook(name: str) -> str:
-    """The text of a notebook, without outputs; the same whenever it is made."""
+def repository() -> str:
+    """`owner/name` on GitHub, as the package's metadata says; empty without."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = re.fullmatch(
+        r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", project.get("urls", {}).get("Repository", "")
+    )
+    return found[1] if found else ""
+
+
+def make_notebook(name: str, repository: str = "") -> str:
+    """The text of a notebook, without outputs; the same whenever it is made.
+
+    Args:
+      name: without its ending.
+      repository: `owner/name` on GitHub, for the badge and the install cell; empty for neither.
+    """
     install = (FOLDER / "sources" / "install.py").read_text(encoding="utf-8").rstrip()
+    if repository:
+        install = install.replace('"vlcache_jax"  # the package index', f'"git+https://github.com/{repository}"')
     source = (FOLDER / "sources" / f"{name}.py").read_text(encoding="utf-8")
     notebook = jupytext.reads(source, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
@@ -25,6 +46,9 @@ def make_notebook(name: str) -> str:
         cell.metadata = nbformat.from_dict({key: x for key, x in cell.metadata.items() if key == "tags"})
         if cell.source.strip() == "# install":
             cell.source = install
+    if repository:
+        link = f"https://colab.research.google.com/github/{repository}/blob/main/colab/{name}.ipynb"
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(BADGE.format(link), id=f"{name}-badge"))
     notebook.metadata = nbformat.from_dict(
         {
             "accelerator": "TPU",
@@ -38,4 +62,4 @@ def make_notebook(name: str) -> str:
 
 if __name__ == "__main__":
     for name in NAMES:
-        (FOLDER / f"{name}.ipynb").write_text(make_notebook(name), encoding="utf-8")
+        (FOLDER / f"{name}.ipynb").write_text(make_notebook(name, repository()), encoding="utf-8")

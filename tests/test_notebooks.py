@@ -1,16 +1,20 @@
-"""The notebooks are what their sources say, and run from their own folder in a process of their own."""
+"""The notebooks are what their sources say, and run in environments that hold nothing, from their own folder."""
 
 import ast
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import jupytext  # noqa: F401  (the modules below need it; without it this file is left out by --core)
 import pytest
 
-COLAB = Path(__file__).parent.parent / "colab"
+ROOT = Path(__file__).parent.parent
+COLAB = ROOT / "colab"
 sys.path.insert(0, str(COLAB))
 import make_notebooks  # noqa: E402
 import run_notebook  # noqa: E402
@@ -25,7 +29,9 @@ def test_every_notebook_has_a_source():
 @pytest.mark.parametrize("name", NAMES)
 def test_in_step_with_its_source_and_without_outputs(name):
     text = (COLAB / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert text == make_notebooks.make_notebook(name), "run `python colab/make_notebooks.py`"
+    assert text == make_notebooks.make_notebook(name, make_notebooks.repository()), (
+        "run `python colab/make_notebooks.py`"
+    )
     cells = json.loads(text)["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
     assert sum("subprocess.run" in "".join(cell["source"]) for cell in cells) == 1  # installs itself
@@ -56,12 +62,31 @@ SMALLER = {
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_from_its_own_folder(name, tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # as users compile
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    shutil.copy(COLAB / f"{name}.ipynb", tmp_path)
-    printed = run_notebook.run_notebook(name, tmp_path, **SMALLER.get(name, {}))
-    assert all(text in printed for text in EXPECTED[name]), printed
+def test_runs_from_its_own_folder_in_an_empty_environment(name, tmp_path):
+    """In a clone, whose notebook installs the library; nothing is changed but the size."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "build", "runs", "tests", "*.egg-info"))
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = str(tmp_path / "environment" / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "nbclient", "ipykernel"], check=True)
+    clean = {key: x for key, x in os.environ.items() if not key.startswith(("XLA_", "PYTHON", "JAX_"))}
+    command = [python, "run_notebook.py", name, *(f"{key}={x}" for key, x in SMALLER.get(name, {}).items())]
+    done = subprocess.run(
+        command, cwd=clone / "colab", capture_output=True, text=True, env=clean | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "installed from the clone around this folder" in done.stdout
+    assert all(text in done.stdout for text in EXPECTED[name]), done.stdout
+
+
+def test_a_repository_gives_a_badge():
+    """There is none yet: as soon as the package's metadata names one, notebooks open from it and install from it."""
+    cells = json.loads(make_notebooks.make_notebook("quickstart", "someone/their.fork"))["cells"]
+    assert (
+        "colab.research.google.com/github/someone/their.fork/blob/main/colab/quickstart.ipynb" in cells[0]["source"][0]
+    )
+    assert any("git+https://github.com/someone/their.fork" in "".join(cell["source"]) for cell in cells)
+    assert len({cell["id"] for cell in cells}) == len(cells)
 
 
 def test_parameters_that_a_notebook_does_not_have_are_refused():

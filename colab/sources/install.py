@@ -17,7 +17,8 @@ def version(name):
 if importlib.util.find_spec("vlcache_jax") is None:
     clones = [path for path in (".", "..", "vlcache_jax") if (pathlib.Path(path) / "pyproject.toml").is_file()]
     wheels = sorted(map(str, pathlib.Path().glob("vlcache_jax-*.whl")))
-    source = clones[0] if clones else wheels[-1] if wheels else "vlcache_jax"
+    otherwise = "vlcache_jax"  # the package index
+    source = clones[0] if clones else wheels[-1] if wheels else otherwise
     before, running = version("jax"), "jax" in sys.modules
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], capture_output=True, text=True)
     if done.returncode:
