@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.tiny_models import IMAGE_TOKEN, PATCHES, tiny_llava
 from vlcache_jax.errors import InputError
@@ -163,12 +164,14 @@ def test_accumulated_parts_are_rows_apart():
     assert sorted(seen) == [[0.0, 4.0], [1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
 
 
-def test_the_second_step_compiles_nothing():
-    """Parameters as `vlc.load` returns them, placed on a device: what is new of the state lies there, too."""
-    params, compiled = jax.device_put({"w": jnp.ones(3)}, jax.devices()[0]), []
+@pytest.mark.parametrize("axes", [None, (AxisType.Auto,), (AxisType.Explicit,)], ids=["device", "auto", "explicit"])
+def test_the_second_step_compiles_nothing(axes):
+    """Parameters as `vlc.load` returns them, on a device or a mesh: what is new of the state lies there, too."""
+    place = jax.devices()[0] if axes is None else NamedSharding(jax.make_mesh((8,), ("fsdp",), axes), P("fsdp"))
+    params, compiled = jax.device_put({"w": jnp.ones(8)}, place), []
     optimizer = optax.adam(1e-2)
     step = make_train_step(lambda params, batch: (jnp.sum((params["w"] * batch) ** 2), {}), optimizer)
-    state, batch = step(init_state(params, optimizer), jnp.ones(3))[0], jnp.ones(3)
+    state, batch = step(init_state(params, optimizer), jnp.ones(8))[0], jnp.ones(8)
     listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
@@ -245,7 +248,7 @@ def test_eight_devices_train_as_one(tiny):
     single, losses = run(answer_loss(model), params, batch, steps=2, optimizer=optimizer)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     sharded: TrainBatch = jax.device_put(batch, rows)
     spread, spread_losses = run(
         answer_loss(model), jax.device_put(params, everywhere), sharded, steps=2, optimizer=optimizer

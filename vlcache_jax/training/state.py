@@ -1,7 +1,7 @@
 """The train state and the train step."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
@@ -45,12 +45,25 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
                 f"{path} holds codes of weights ({leaf.dtype}), which cannot be trained: train adapters beside them "
                 '(Lora), parts of the model that are floats, or load it with weights="float"'
             )
-    leaves, rest = jax.tree.leaves(params), (optimizer.init(params), jnp.zeros((), jnp.int32))
-    if all(not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False) for x in leaves):
-        places = {x.sharding for x in leaves}
-        if len(places) == 1 and len(leaves[0].devices()) == 1:  # as a step returns them: else the second compiles anew
-            rest = jax.device_put(rest, *places)
+    rest, home = (optimizer.init(params), jnp.zeros((), jnp.int32)), _home(jax.tree.leaves(params))
+    if home is not None:
+        rest = jax.tree.map(lambda x: x if _committed(x) else jax.device_put(x, home), rest)
     return TrainState(params, *rest)
+
+
+def _home(params: Sequence[Any]) -> Sharding | None:
+    """Where a step returns what has no place of its own, such as counts: if they lay elsewhere, the second step would
+    compile anew. None while tracing, or where the parameters are in no one place."""
+    if not all(_committed(x) for x in params):
+        return None
+    shardings = [x.sharding for x in params]
+    places = {NamedSharding(x.mesh, PartitionSpec()) if isinstance(x, NamedSharding) else x for x in shardings}
+    place = next(iter(places), None)
+    return place if len(places) == 1 and isinstance(place, NamedSharding | SingleDeviceSharding) else None
+
+
+def _committed(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False)
 
 
 def make_train_step(
