@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,28 +46,59 @@ def test_policies_are_all_of_both_budgets():
     assert found["its scores, equal layers 0.1"] != found["VL-Cache 0.1"] == vlc.VLCache(0.1)
 
 
-def test_answers_go_on_and_are_compared(tmp_path, capsys, monkeypatch):
+def run(output, samples):
+    vlm_answers.main([str(FOLDER), "--output", str(output), "--samples", str(samples), "--rows", "2"])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def two_policies(monkeypatch):
     found = {name: vlm_answers.policies()[name] for name in (vlm_answers.FULL, "SnapKV 0.1")}
     monkeypatch.setattr(vlm_answers, "policies", lambda: found)
-    output = tmp_path / "answers.jsonl"
+    return list(found)
 
-    def run(samples):
-        vlm_answers.main([str(FOLDER), "--output", str(output), "--samples", str(samples), "--rows", "2"])
-        return capsys.readouterr().out
 
-    run(2)
-    before = output.read_text().splitlines()
-    table = run(3).splitlines()[-4:]
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert output.read_text().splitlines()[: len(before)] == before
-    assert [(x["policy"], x["first"]) for x in lines] == [(name, first) for first in (0, 2) for name in found]
-    full, snap = lines[:2]
+def test_answers_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
+    """What a policy answers is made up here: the full cache the truth, SnapKV its first digit only."""
+    names = two_policies(monkeypatch)
+
+    def measured(vlm, prompts, policy):
+        full, wanted = policy.name == vlm_answers.FULL, [sample.answer for sample in prompts.samples]
+        assert prompts.batch.size == 2
+        return {
+            "right": "01"[full] * len(wanted),
+            "agrees": "01"[full] * len(wanted),
+            "kl": [0.0 if full else 2.0] * len(wanted),
+            "log_likelihood": [-1.0] * len(wanted),
+            "bytes": 1.0 if full else 0.1,
+            "buffers": 1.0 if full else 0.15,
+            "seconds": 0.0,
+            "answers": [text if full else f"{text[:-3]}000" for text in wanted],
+        }
+
+    monkeypatch.setattr(vlm_answers, "measure", measured)
+    monkeypatch.setattr(
+        vlm_answers, "answered", lambda vlm, samples, batch: SimpleNamespace(samples=samples, batch=batch)
+    )
+    before = run(tmp_path / "answers.jsonl", 2)
+    capsys.readouterr()
+    lines = run(tmp_path / "answers.jsonl", 3)
+    assert lines[:2] == before
+    assert [(x["policy"], x["first"]) for x in lines] == [(name, first) for first in (0, 2) for name in names]
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| full_cache | 100 | 100 | 100 of 3 (+0 to +0) | 100 | 100 | 0.0000 (0.0000 to 0.0000) |",
+        "| SnapKV 0.1 | 10 | 15 | 0 of 3 (-100 to -100) | 100 | 0 | 2.0000 (2.0000 to 2.0000) |",
+    ]
+
+
+@pytest.mark.thorough
+def test_answers_are_measured(tmp_path, monkeypatch):
+    two_policies(monkeypatch)
+    full, snap = run(tmp_path / "answers.jsonl", 2)
     assert (full["bytes"], full["buffers"], full["agrees"], full["kl"]) == (1.0, 1.0, "11", [0, 0])
-    assert all(x >= 0 for line in lines for x in line["kl"])
     assert snap["bytes"] == pytest.approx(0.1, abs=0.01)
-    assert [len(x["answers"]) for x in lines] == [2, 2, 1, 1]
-    assert [row.split(" | ")[0] for row in table] == ["| policy", "| ---", *(f"| {name}" for name in found)]
-    assert "of 3 (+0 to +0)" in table[2]
+    assert snap["bytes"] <= snap["buffers"] < 0.3
+    assert all(x > 0 for x in snap["kl"])
+    assert len(snap["answers"]) == 2
 
 
 def test_attention_of_both_models(tmp_path):
