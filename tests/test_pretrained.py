@@ -3,6 +3,7 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,17 @@ def test_what_the_rows_after_the_image_give_and_how_many_tokens_hold_it():
     assert attention.needed(found, np.array([4])) == 2 / 4
     scores = np.array([[[[9.0, 3.0, 1.0, 2.0, 0.0]]]])
     np.testing.assert_allclose(attention.held(scores, found[None], np.array([5]), 0.4), 0.55)  # of tokens 1 and 3
+
+
+def test_a_study_pads_all_tasks_to_one_length():
+    tokenizer = SimpleNamespace(encode=lambda text, special: text.split())
+    vlm = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+    drawn, length = study.draw(vlm, ["codes", "opening"], 3, None, seed=1)
+    assert {task: len(samples) for task, samples in drawn.items()} == {"codes": 3, "opening": 3}
+    assert drawn["codes"][2] == tasks.make_sample("codes", 1, 2, study.LENGTHS["codes"])
+    longest = max(len(sample.prompt.split()) for samples in drawn.values() for sample in samples)
+    assert length - 64 < longest <= length
+    assert length % 64 == 0
 
 
 def test_a_study_goes_on_and_compares_the_same_samples(tmp_path):

@@ -136,6 +136,7 @@ def test_the_divergence_of_two_contexts_is_that_of_their_logits(llava, batch, ct
     monkeypatch.setattr(divergence_module, "_LOGITS", at_once)  # read while tracing
     answers = questions(length=7)
     found = vlc.divergence(vlc.compress(model, params, batch), ctx, answers)
+    np.testing.assert_allclose(found.log_probabilities, vlc.score(ctx, answers).log_probabilities, atol=1e-5)
     whole = np.asarray(model.apply({"params": params}, followed_by(batch, answers), method="forward"), np.float64)
     tokens = np.asarray(answers.tokens).reshape(ROWS, QUESTIONS, -1)
     shares = np.zeros((ROWS, QUESTIONS))

@@ -92,9 +92,9 @@ def measure(vlm: vlc.VLM, prompts: Prompts) -> dict[str, np.ndarray]:
 def texts(folder: Path, samples: int) -> dict[str, dict[str, np.ndarray]]:
     """What is measured of each task of study.py."""
     vlm, found = vlc.load(folder, dtype=jnp.float32), {}
-    for task, sentences in LENGTHS.items():
-        some, length = draw(vlm, task, samples, sentences, seed=0)
-        found[task] = measure(vlm, prepare(vlm, some, length, samples))
+    drawn, length = draw(vlm, list(LENGTHS), samples, None, seed=0)
+    for task, of_task in drawn.items():
+        found[task] = measure(vlm, prepare(vlm, of_task, length, samples))
     return found
 
 

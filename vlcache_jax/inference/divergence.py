@@ -1,6 +1,7 @@
 """How far what one context kept moves the next token's distribution away from another's, along given answers."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlcache_jax.inference.context import Context, branches
 from vlcache_jax.inference.extend import appended
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.inference.forward import unembed
+from vlcache_jax.inference.next_token import log_probability
 from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.parallel.mesh import automatic, on_mesh_of
 from vlcache_jax.parallel.ops import Kernels
@@ -32,11 +34,14 @@ class Divergence:
       kl: f32 [..., length], Kullback-Leibler divergence KL(reference || kept) over the vocabulary, in nats; 0 behind
         an answer's end.
       same: bool [..., length], whether both find the same token likeliest; True behind an answer's end.
+      log_probabilities: f32 [..., length], of the answers' tokens under the kept context, as in `Scores`; 0 behind an
+        answer's end.
       lengths: i32 [...], tokens of each answer.
     """
 
     kl: jax.Array
     same: jax.Array
+    log_probabilities: jax.Array
     lengths: jax.Array
 
     @property
@@ -79,7 +84,7 @@ def divergence(reference: Context, kept: Context, answers: Any, *, kernels: Kern
         raise InputError(f"the contexts are of {shapes}: give two of the same prompts and vocabulary")
     (tokens, lengths), _ = (appended(ctx, [answers]) for ctx in both)
     with on_mesh_of(kept.params, kept.stores, tokens):
-        kl, same, finite = _compared(
+        *measured, finite = _compared(
             tuple(ctx.model for ctx in both),
             tuple(ctx.params for ctx in both),
             tuple(ctx.stores for ctx in both),
@@ -90,7 +95,8 @@ def divergence(reference: Context, kept: Context, answers: Any, *, kernels: Kern
             kernels or Kernels(),
         )
     shape = np.shape(answers.lengths)
-    found = Divergence(kl.reshape(*shape, -1), same.reshape(*shape, -1), lengths.reshape(shape))
+    kl, same, logs = (x.reshape(*shape, -1) for x in measured)
+    found = Divergence(kl, same, logs, lengths.reshape(shape))
     require_finite(finite.reshape(shape), found, dtype=kept.model.spec.dtype, density=kept.report.density)
     return found
 
@@ -106,32 +112,39 @@ def _compared(
     tokens: jax.Array,
     lengths: jax.Array,
     kernels: Kernels,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(KL f32 [rows, length], likeliest the same bool [rows, length], whether all is finite bool [rows])."""
+) -> tuple[jax.Array, ...]:
+    """(What a `Divergence` has, each [rows, length], whether all is finite bool [rows])."""
     rows, length = tokens.shape
     first = [branches(logits, rows)[:, None] for logits, _ in before]
-    kl, same = _of_logits(*first)
+    found = _of_logits(first, tokens[:, :1])
     if length > 1:
         hidden = tuple(
             run_block(model, own, of_prompt, *where, tokens, lengths, kernels)[0][:, :-1]
             for model, own, of_prompt, where in zip(models, params, stores, following, strict=True)
         )
 
-        def of_tokens(part: tuple[jax.Array, ...], _: Any) -> tuple[jax.Array, jax.Array]:
-            return _of_logits(*(unembed(model, own, x) for model, own, x in zip(models, params, part, strict=True)))
+        def of_tokens(part: tuple[jax.Array, ...], _: Any) -> tuple[jax.Array, ...]:
+            *hidden, said = part
+            both = [unembed(model, own, x) for model, own, x in zip(models, params, hidden, strict=True)]
+            return _of_logits(both, said)
 
         at_once = max(1, _LOGITS // (4 * rows * first[0].shape[-1]))
-        rest = in_chunks(of_tokens, hidden, at_once)
-        kl, same = (jnp.concatenate(pair, axis=1) for pair in zip((kl, same), rest))
+        rest = in_chunks(of_tokens, (*hidden, tokens[:, 1:]), at_once)
+        found = tuple(jnp.concatenate(pair, axis=1) for pair in zip(found, rest, strict=True))
+    kl, same, logs = found
     counts = jax.lax.iota(jnp.int32, length)[None] < lengths[:, None]
     finite = jnp.all(jnp.isfinite(kl) | ~counts, axis=1)
     for _, own_rows in before:
         finite &= branches(own_rows, rows)
-    return jnp.where(counts, kl, 0), same | ~counts, finite
+    return jnp.where(counts, kl, 0), same | ~counts, jnp.where(counts, logs, 0), finite
 
 
-def _of_logits(reference: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of logits f32 [..., vocab] each. Rounding does not make the divergence negative."""
+def _of_logits(both: Sequence[jax.Array], tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """Of logits f32 [..., vocab] each, the reference's first, and tokens i32 [...].
+
+    Rounding does not make the divergence negative.
+    """
+    reference, kept = both
     logs, others = (jax.nn.log_softmax(x, axis=-1) for x in (reference, kept))
     kl = jnp.maximum(jnp.sum(jnp.exp(logs) * (logs - others), axis=-1), 0)
-    return kl, jnp.argmax(reference, axis=-1) == jnp.argmax(kept, axis=-1)
+    return kl, jnp.argmax(reference, axis=-1) == jnp.argmax(kept, axis=-1), log_probability(kept, tokens)
