@@ -23,20 +23,13 @@ def strip(*questions):
     return strips.Strip(np.zeros((256, 256, 3), np.uint8), [], list(questions))
 
 
-def test_right_is_the_whole_value_and_begun_its_first_digit():
+def test_right_is_the_whole_value_and_begun_its_first_digits():
     asked = vlm_answers.Asked(strip(("What is the total?", "total 4517")))
-    assert [asked.right(said) for said in ("total 4517", " total 4517\n", "total 4516", "total 45")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert [asked.begun(said) for said in ("total 4417", "total 4", "total 5417", "code 4517")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert all(asked.right(said) for said in ("total 4517", " total 4517\n"))
+    assert not any(asked.right(said) for said in ("total 4516", "total 45", "total 45170"))
+    assert all(asked.begun(said, 1) for said in ("total 4417", "total 4"))
+    assert not any(asked.begun(said, 1) for said in ("total 5417", "code 4517"))
+    assert [asked.begun("total 4528", digits) for digits in (1, 2, 3, 4)] == [True, True, False, False]
 
 
 def test_policies_are_all_of_both_budgets():
@@ -72,7 +65,7 @@ def test_answers_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
             "bytes": 1.0 if full else 0.1,
             "buffers": 1.0 if full else 0.15,
             "seconds": 0.0,
-            "answers": [text if full else f"{text[:-3]}000" for text in wanted],
+            "answers": [text if full else f"{text[:-3]}xxx" for text in wanted],
         }
 
     monkeypatch.setattr(vlm_answers, "measure", measured)
@@ -85,8 +78,8 @@ def test_answers_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
     assert lines[:2] == before
     assert [(x["policy"], x["first"]) for x in lines] == [(name, first) for first in (0, 2) for name in names]
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| full_cache | 100 | 100 | 100 of 3 (+0 to +0) | 100 | 100 | 0.0000 (0.0000 to 0.0000) |",
-        "| SnapKV 0.1 | 10 | 15 | 0 of 3 (-100 to -100) | 100 | 0 | 2.0000 (2.0000 to 2.0000) |",
+        "| full_cache | 100 | 100 | 100 of 3 (+0 to +0) | 100, 100, 100, 100 | 100 | 0.0000 (0.0000 to 0.0000) |",
+        "| SnapKV 0.1 | 10 | 15 | 0 of 3 (-100 to -100) | 100, 0, 0, 0 | 0 | 2.0000 (2.0000 to 2.0000) |",
     ]
 
 

@@ -130,11 +130,11 @@ def plot(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         "VL-Cache's density",
         "attention to the first token",
         "tokens that hold 90 % of the rest",
-        "of the answer's, in a tenth of the tokens",
+        "answer's attention, a tenth of the tokens",
     )
     for axes, title in zip(panels, titles, strict=True):
         axes.set(title=f"{title}, %", xlabel="depth, % of the layers", ylim=(0, 100))
-        axes.title.set_size(9)
+        axes.title.set_size(8)
     panels[0].legend()
     with replacing(path) as stream:
         figure.savefig(stream, format="png", dpi=90, metadata={"Software": None})

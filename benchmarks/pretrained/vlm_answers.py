@@ -4,8 +4,8 @@
 
 The first question of each strip, which the model has to read off a picture of 256 visual tokens. As in study.py the
 prompts run once, every policy keeps what it keeps of that recording, a line of JSON holds a policy on one batch, and a
-run goes on where it was interrupted. The table has right answers, those whose first digit is right, the 95 % interval
-of the paired difference to the full cache, and what becomes of the full cache's answer.
+run goes on where it was interrupted. The table has right answers, the 95 % interval of the paired difference to the
+full cache, those that are right up to a digit, and what becomes of the full cache's answer.
 """
 
 import argparse
@@ -54,9 +54,9 @@ class Asked:
         """Whether an answer is right word for word."""
         return said.strip() == self.answer
 
-    def begun(self, said: str) -> bool:
-        """Whether it is right up to the value's first digit."""
-        return said.strip().startswith(self.answer[: self.answer.index(" ") + 2])
+    def begun(self, said: str, digits: int) -> bool:
+        """Whether it is right up to so many of the value's digits."""
+        return said.strip().startswith(self.answer[: self.answer.index(" ") + 1 + digits])
 
 
 def policies() -> dict[str, vlc.Policy]:
@@ -77,25 +77,22 @@ def drawn(vlm: vlc.VLM, count: int) -> tuple[list[Asked], list[Any], int]:
 
 def table(lines: Lines, samples: list[Asked]) -> str:
     """Markdown: a row for each policy; in per cent, the divergence in nats a token."""
-    rows = [["policy", "bytes", "buffers", "right", "first digit", "repeated", "divergence"]]
+    rows = [["policy", "bytes", "buffers", "right", "to digit 1, 2, 3, 4", "repeated", "divergence"]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     whole = lines.values(TASK, FULL)
     for (_, policy), found in lines.found.items():
         own, said = lines.values(TASK, policy), [text for _, line in sorted(found.items()) for text in line["answers"]]
-        begun = np.mean([sample.begun(text) for sample, text in zip(samples, said, strict=False)])
+        pairs = list(zip(samples, said, strict=False))
+        begun = [np.mean([sample.begun(text, digits) for sample, text in pairs]) for digits in (1, 2, 3, 4)]
         right, count = own["right"], len(own["right"])
         _, low, high = bootstrap_interval(100 * (right - whole["right"][:count]))
         _, less, more = bootstrap_interval(own["kl"])
-        cells = [
-            own["bytes"].mean(),
-            np.mean([line["buffers"] for line in found.values()]),
-            begun,
-            own["agrees"].mean(),
-        ]
-        kept, buffers, first, repeated = (f"{100 * x:.0f}" for x in cells)
+        shares = np.mean([line["buffers"] for line in found.values()])
+        cells = [own["bytes"].mean(), shares, own["agrees"].mean(), *begun]
+        kept, buffers, repeated, *digits = (f"{100 * x:.0f}" for x in cells)
         points = f"{100 * right.mean():.0f} of {count} ({low:+.0f} to {high:+.0f})"
         divergence = f"{own['kl'].mean():.4f} ({less:.4f} to {more:.4f})"
-        rows.append([policy, kept, buffers, points, first, repeated, divergence])
+        rows.append([policy, kept, buffers, points, ", ".join(digits), repeated, divergence])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
