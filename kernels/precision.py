@@ -76,13 +76,11 @@ class Integers(Precision):
         self.spans = ((2, 8 // key_bits), (2, 8 // value_bits), (2, groups[0]), (3, 1))
 
     def encode(self, keys: jax.Array, values: jax.Array, valid: jax.Array) -> Coded:
-        """See `Precision.encode`."""
         key_codes, key_scales = quantisation.quantise_keys(keys, self.bits[0], valid)
         value_codes, value_scales = quantisation.quantise_values(values, self.bits[1], valid)
         return Coded(key_codes, value_codes, key_scales, value_scales)
 
     def decode(self, coded: Coded) -> tuple[jax.Array, jax.Array]:
-        """See `Precision.decode`."""
         keys = quantisation.dequantise_keys(coded.keys, coded.key_scales, self.bits[0])
         return keys, quantisation.dequantise_values(coded.values, coded.value_scales, self.bits[1])
 
@@ -107,7 +105,6 @@ class Float8(Precision):
         return Coded(key_codes.reshape(keys.shape), value_codes, key_scales[..., 0, :], value_scales[..., 0])
 
     def decode(self, coded: Coded) -> tuple[jax.Array, jax.Array]:
-        """See `Precision.decode`."""
         keys = coded.keys.astype(jnp.float32)
         groups = keys.reshape(*keys.shape[:-2], -1, self.group, keys.shape[-1])
         keys = (groups * coded.key_scales[..., None, :]).reshape(keys.shape)

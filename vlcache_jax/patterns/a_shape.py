@@ -39,11 +39,9 @@ class AShape(Pattern):
             self._require(is_whole, name, f"give a whole number of at least {low}")
 
     def most_blocks(self, blocks: int) -> int:
-        """See `Pattern.most_blocks`."""
         return min(blocks, -(-self.sinks // self.block) + (self.window + self.block - 2) // self.block + 1)
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         return Chosen(blocks=a_shape(inputs, self.sinks, self.window)[None, None])
 
 

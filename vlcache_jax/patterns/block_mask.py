@@ -40,14 +40,11 @@ class BlockMask(Pattern):
 
     @property
     def last_rows(self) -> int:
-        """See `Pattern.last_rows`."""
         return self.rows
 
     def columns(self, length: int) -> int:
-        """See `Pattern.columns`."""
         return min(self.most_columns, length)
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         found = self.function(inputs)
         return found if isinstance(found, Chosen) else Chosen(blocks=found)

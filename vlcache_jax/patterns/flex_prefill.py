@@ -54,11 +54,9 @@ class FlexPrefill(Pattern):
 
     @property
     def last_rows(self) -> int:
-        """See `Pattern.last_rows`."""
         return self.block
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         last, block, blocks = inputs.last, inputs.block, inputs.blocks
         assert last is not None
         count = last.count.astype(jnp.float32)[:, None, None]

@@ -77,16 +77,13 @@ class MInference(Pattern):
 
     @property
     def last_rows(self) -> int:
-        """See `Pattern.last_rows`."""
         return _ROWS
 
     def columns(self, length: int) -> int:
-        """See `Pattern.columns`."""
         wanted = max([v for row in self._table for kind, v, _ in row if kind == KINDS[0]], default=0)
         return min(max(wanted, _FIRST) if self.most_columns is None else self.most_columns, length)
 
     def check(self, spec: ModelSpec) -> None:
-        """See `Pattern.check`."""
         if self.table is not None and len(self._table) != spec.num_layers:
             raise PolicyError(f"MInference: a table of {len(self._table)} layers for a model of {spec.num_layers}")
 
@@ -103,7 +100,6 @@ class MInference(Pattern):
         return kind, v, s
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         kind, v, s = self._of_layer(inputs)
         kinds = {name for row in self._table for name, _, _ in row} | {DEFAULT[0]}
         list_heads = inputs.key.shape[2] if self.heads == "group" else len(inputs.heads)

@@ -66,11 +66,9 @@ class MMInference(Pattern):
         return (self.window + block - 2) // block
 
     def most_blocks(self, blocks: int) -> int:
-        """See `Pattern.most_blocks`."""
         return min(blocks, self._reach(self.block) + 1)
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         if inputs.grid is None:
             raise PolicyError("MMInference: this model does not tell where its visual tokens lie: use another pattern")
         length, block = inputs.length, inputs.block

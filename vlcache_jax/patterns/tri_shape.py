@@ -38,7 +38,6 @@ class TriShape(AShape):
         return blocks
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         plain = super().choose(inputs).blocks
         return Chosen(blocks=plain | dense_rows(inputs, inputs.lengths - self.last))
 

@@ -54,7 +54,6 @@ class XAttention(Pattern):
         self._require(isinstance(self.norm, int | float) and self.norm > 0, "norm", "give a number above 0")
 
     def choose(self, inputs: PatternInputs) -> Chosen:
-        """See `Pattern.choose`."""
         scores = self.scores(inputs)
         number = jax.lax.iota(jnp.int32, inputs.blocks)[None]
         forced = ((number == 0) | (inputs.distance == 0))[None, None]

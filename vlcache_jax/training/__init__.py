@@ -23,21 +23,7 @@ from vlcache_jax.training.parts import merge, split
 from vlcache_jax.training.state import TrainState, init_state, make_train_step
 
 __all__ = [
-    "Conversation",
-    "Lora",
-    "ProgressLog",
-    "TrainBatch",
-    "TrainState",
-    "answer_loss",
-    "init_state",
-    "load_adapters",
-    "load_state",
-    "make_eval_step",
-    "make_train_step",
-    "merge",
-    "pack",
-    "prefetch",
-    "save_adapters",
-    "save_state",
+    "Conversation", "Lora", "ProgressLog", "TrainBatch", "TrainState", "answer_loss", "init_state", "load_adapters",
+    "load_state", "make_eval_step", "make_train_step", "merge", "pack", "prefetch", "save_adapters", "save_state",
     "split",
-]
+]  # fmt: skip

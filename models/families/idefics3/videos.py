@@ -56,7 +56,6 @@ class ResizedFrames(FrameTiles):
     longest_edge: int
 
     def tile(self, frame: Image.Image, name: str) -> np.ndarray:
-        """See `FrameTiles`."""
         shape = resized_shape(frame.height, frame.width, self.longest_edge)
         return super().tile(resize(frame, shape, self.transform.resample, name), name)
 

@@ -64,7 +64,6 @@ class Llava(FamilyModule):
 
     @property
     def tower_attention(self) -> str | None:
-        """See `ModelSpec.tower_attention`."""
         if self.config.has_class_token or not self.config.feature_layers[-1]:
             return None
         return "class" if self.config.vision_type == "clip_vision_model" else "mean"

@@ -74,7 +74,6 @@ class AnswerAttention(Score):
     needs_attention = False
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:
-        """See `Score.__call__`."""
         group = inputs.query.shape[2] // inputs.key.shape[2]
         return inputs.query[:, :, ::group, 0].astype(jnp.float32).swapaxes(1, 2)
 

@@ -33,11 +33,9 @@ class Chance(Pruning):
     even: bool = False
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,)
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:

@@ -15,19 +15,6 @@ from vlcache_jax.evaluation.metrics.rouge import rouge_l
 from vlcache_jax.evaluation.metrics.vqa import vqa_accuracy
 
 __all__ = [
-    "Interval",
-    "anls",
-    "bleu",
-    "bootstrap_interval",
-    "cider_d",
-    "contained",
-    "edit_distance",
-    "exact_match",
-    "math_answer",
-    "open_answer",
-    "option_letter",
-    "ptb_tokens",
-    "relaxed_accuracy",
-    "rouge_l",
-    "vqa_accuracy",
-]
+    "Interval", "anls", "bleu", "bootstrap_interval", "cider_d", "contained", "edit_distance", "exact_match",
+    "math_answer", "open_answer", "option_letter", "ptb_tokens", "relaxed_accuracy", "rouge_l", "vqa_accuracy",
+]  # fmt: skip

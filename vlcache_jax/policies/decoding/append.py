@@ -20,20 +20,15 @@ from vlcache_jax.typing import ModelSpec
 class Append(DecodingRule):
     """All of them, at full precision, never evicted: the tail has room for `max_new_tokens`."""
 
-    @property
-    def unlimited(self) -> bool:
-        """See `DecodingRule`."""
-        return False
+    unlimited = False
 
     def check_windows(self, largest: int) -> None:
         """See `DecodingRule.check_windows`."""
 
     def tail_tokens(self, max_new_tokens: int) -> int:
-        """See `DecodingRule.tail_tokens`."""
         return max_new_tokens
 
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
-        """See `DecodingRule.attend`."""
         slot = jnp.minimum(state.tail.length, state.tail.capacity - 1)  # a row that is full writes over its own last
         return appending(state, kernels, spec, slot, state.tail.length + 1)
 

@@ -115,11 +115,9 @@ class Evict(WeighingRule):
         return SlotWeights(kept, jnp.where(window > 0, window - 1, sizes), prompt.rooms)
 
     def tail_tokens(self, max_new_tokens: int) -> int:
-        """See `DecodingRule.tail_tokens`."""
         return 0
 
     def check(self, policy: Parts) -> None:
-        """See `DecodingRule.check`."""
         name = f"{policy.name}: Evict"
         if not policy.allocate.even:
             raise PolicyError(

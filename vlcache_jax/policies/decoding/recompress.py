@@ -113,15 +113,12 @@ class Recompress(WeighingRule):
         return min(self.every, 32) if self.rows is None else self.rows
 
     def tail_tokens(self, max_new_tokens: int) -> int:
-        """See `DecodingRule.tail_tokens`."""
         return self.every
 
     def check_windows(self, largest: int) -> None:
-        """See `DecodingRule.check_windows`."""
         check_ring("Recompress", "every", self.every, largest)
 
     def check(self, policy: Parts) -> None:
-        """See `DecodingRule.check`."""
         if policy.bits is not None or policy.evicted.bits is not None:
             raise PolicyError(
                 f"{policy.name}: Recompress rewrites slots, but bits={policy.bits} and evicted={policy.evicted}: "
@@ -166,7 +163,6 @@ class Recompress(WeighingRule):
         )
 
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
-        """See `DecodingRule.attend`."""
         slot = state.tail.length
 
         def note(observed: RecentQueries, query: jax.Array, lse: jax.Array, layer: jax.Array) -> RecentQueries:

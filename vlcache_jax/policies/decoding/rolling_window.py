@@ -29,15 +29,12 @@ class RollingWindow(DecodingRule):
         check_count("RollingWindow", "tokens", self.tokens)
 
     def check_windows(self, largest: int) -> None:
-        """See `DecodingRule.check_windows`."""
         check_ring("RollingWindow", "tokens", self.tokens, largest)
 
     def tail_tokens(self, max_new_tokens: int) -> int:
-        """See `DecodingRule.tail_tokens`."""
         return self.tokens
 
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
-        """See `DecodingRule.attend`."""
         length = state.tail.length
         slot, count = length % self.tokens, jnp.minimum(length + 1, self.tokens)
         return appending(state, kernels, spec, slot, count, ring=(self.tokens, length + 1))

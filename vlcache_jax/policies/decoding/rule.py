@@ -69,32 +69,23 @@ class DecodingRule:
     """A rule: its configuration and its functions. Frozen and hashable, as it is static in `KVState.decoding`.
 
     Subclasses define `tail_tokens` and `attend` at least; `append.appending` attends with a tail.
+
+    Attributes:
+      unlimited: whether an answer may be longer than the tail has room for.
+      rewrites_context: whether an answer needs the context as its own: decoding changes it, or reads it slot by slot.
+      whole_prompts: whether it wants all tokens of a prompt in every layer, so that it cannot go with pruning.
+      contrast: what part of the logits of the last token's embedding alone is taken from the model's (`VASparse`).
     """
 
-    @property
-    def unlimited(self) -> bool:
-        """Whether an answer may be longer than the tail has room for."""
-        return True
-
-    @property
-    def rewrites_context(self) -> bool:
-        """Whether an answer needs the context as its own: decoding changes it, or reads it slot by slot."""
-        return False
+    unlimited = True
+    rewrites_context = False
+    whole_prompts = False
+    contrast = 0.0
 
     @property
     def evicts(self) -> bool:
         """Whether it gives up tokens of the prompt. Under a budget of 1 such a rule is `Append`."""
         return self.rewrites_context
-
-    @property
-    def whole_prompts(self) -> bool:
-        """Whether it wants all tokens of a prompt in every layer, so that it cannot go with pruning."""
-        return False
-
-    @property
-    def contrast(self) -> float:
-        """What part of the logits of the last token's embedding alone is taken from the model's (`VASparse`)."""
-        return 0.0
 
     @property
     def forced(self) -> tuple[Recent, int] | None:
@@ -237,6 +228,7 @@ class WeighingRule(DecodingRule):
 
     recent: Recent | None = None
     sinks: int | None = None
+    rewrites_context = True
 
     def __post_init__(self) -> None:
         rule, recent, sinks = type(self).__name__, self.recent, self.sinks
@@ -249,11 +241,6 @@ class WeighingRule(DecodingRule):
             raise PolicyError(f"{rule}(sinks={sinks!r}) is out of range: give a number of tokens, 0 or more")
 
     @property
-    def rewrites_context(self) -> bool:
-        """See `DecodingRule`."""
-        return True
-
-    @property
     def forced(self) -> tuple[Recent, int]:
         """See `DecodingRule`; of a rule with everything filled in."""
         assert self.recent is not None
@@ -261,12 +248,10 @@ class WeighingRule(DecodingRule):
         return self.recent, self.sinks
 
     def of(self, policy: Parts) -> Self:
-        """See `DecodingRule.of`."""
         recent = policy.recent if self.recent is None else self.recent
         return dataclasses.replace(self, recent=recent, sinks=policy.sinks if self.sinks is None else self.sinks)
 
     def check(self, policy: Parts) -> None:
-        """See `DecodingRule.check`."""
         recent, sinks = self.of(policy).forced
         if isinstance(policy.budget, Tokens):
             window = recent.count if isinstance(recent, Tokens) else 1

@@ -51,32 +51,15 @@ class NotingRule(DecodingRule):
     the same number of slots. Nothing is evicted, so it goes with the full cache, too.
     """
 
-    @property
-    def rewrites_context(self) -> bool:
-        """See `DecodingRule`: the context is its own."""
-        return True
-
-    @property
-    def evicts(self) -> bool:
-        """See `DecodingRule`."""
-        return False
-
-    @property
-    def whole_prompts(self) -> bool:
-        """See `DecodingRule`."""
-        return True
-
-    @property
-    def unlimited(self) -> bool:
-        """See `DecodingRule`."""
-        return False
+    rewrites_context = True
+    evicts = False
+    whole_prompts = True
+    unlimited = False
 
     def tail_tokens(self, max_new_tokens: int) -> int:
-        """See `DecodingRule.tail_tokens`."""
         return max_new_tokens
 
     def check(self, policy: Parts) -> None:
-        """See `DecodingRule.check`."""
         name = f"{policy.name}: {type(self).__name__}"
         if policy.bits is not None or policy.evicted.saves:
             raise PolicyError(
@@ -92,7 +75,6 @@ class NotingRule(DecodingRule):
     def layer_rooms(
         self, policy: Parts, budget: SlotBudget, windows: tuple[int | None, ...], length: int
     ) -> tuple[int, ...]:
-        """See `DecodingRule.layer_rooms`."""
         most = policy.budget.count if isinstance(policy.budget, Tokens) else -(-budget.total(length) // budget.layers)
         return (int(align(min(most, length))),) * len(windows)
 

@@ -72,8 +72,6 @@ class VASparse(NotingRule):
         return jax.nn.softmax(jnp.where(inputs.valid, mass, -jnp.inf), axis=1)
 
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
-        """See `DecodingRule.attend`."""
-
         def weigh(logits: jax.Array, inside: jax.Array, noted: jax.Array, layer: jax.Array) -> jax.Array:
             room = noted.shape[-1]
             of_prompt = inside[..., :room]

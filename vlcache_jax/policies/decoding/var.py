@@ -82,8 +82,6 @@ class VAR(NotingRule):
         return jnp.where(valid, jnp.where(inputs.vision_mask, 1.0, 0.0) + jnp.where(sink, float(_SINK), 0.0), 0.0)
 
     def attend(self, state: KVState, kernels: Kernels, spec: ModelSpec) -> Step:
-        """See `DecodingRule.attend`."""
-
         def weigh(logits: jax.Array, inside: jax.Array, noted: jax.Array, layer: jax.Array) -> jax.Array:
             weights = jax.nn.softmax(logits, axis=-1)
             noted = jnp.where(inside, jnp.pad(noted, [(0, 0)] * 3 + [(0, logits.shape[-1] - noted.shape[-1])]), 0)

@@ -36,23 +36,14 @@ class Merge(Evicted):
     """
 
     kind: str = "pivotal"
+    saves = True
+    mixes = True
 
     def __post_init__(self) -> None:
         if self.kind not in MERGES:
             raise PolicyError(f"Merge({self.kind!r}) is not known: use {', '.join(MERGES)}")
 
-    @property
-    def saves(self) -> bool:
-        """See `Evicted`."""
-        return True
-
-    @property
-    def mixes(self) -> bool:
-        """See `Evicted`."""
-        return True
-
     def check(self, policy: Parts) -> None:
-        """See `Evicted.check`."""
         if policy.bits is not None:
             raise PolicyError(
                 f"{policy.name}: bits={policy.bits} with evicted={self}: merged keys and values are averages, "
@@ -60,7 +51,6 @@ class Merge(Evicted):
             )
 
     def applied(self, selected: Selected) -> Selected:
-        """See `Evicted.applied`."""
         order = selected.order
         keys, values = jax.lax.stop_gradient((selected.keys, selected.values))  # which goes where is a search
         merged = merge_evicted(keys, values, order, selected.lengths, self.kind)

@@ -27,22 +27,13 @@ class Quantise(Evicted):
     """
 
     bits: int | str = 2
+    saves = True
+    keeps_others = True
 
     def __post_init__(self) -> None:
         check_bits("Quantise: bits", self.bits)
 
-    @property
-    def saves(self) -> bool:
-        """See `Evicted`."""
-        return True
-
-    @property
-    def keeps_others(self) -> bool:
-        """See `Evicted`."""
-        return True
-
     def check(self, policy: Parts) -> None:
-        """See `Evicted.check`."""
         if policy.bits is not None and PRECISIONS[self.bits].width >= PRECISIONS[policy.bits].width:
             raise PolicyError(
                 f"{policy.name}: evicted=Quantise({self.bits}) is not below bits={policy.bits} of the kept tokens: "
@@ -55,7 +46,6 @@ class Quantise(Evicted):
             )
 
     def stores(self, selected: Selected, layers: int, kept: int) -> tuple[PackedStore, ...]:
-        """See `Evicted.stores`."""
         group, length, alignment = selected.group, selected.keys.shape[3], segment_alignment(self.bits)
         pool = regular_slots(group * layers, int(align(length, alignment)))
         pool = min(pool, capacity(group * (layers * length - kept), group * layers, alignment))

@@ -12,22 +12,16 @@ class Evicted:
     """A rule: its configuration and its functions. Frozen and hashable.
 
     What it says of itself, in attributes or properties of these names, decides what it goes together with.
+
+    Attributes:
+      saves: whether it needs the tokens that are not kept, so that a layer must hand on all it has.
+      mixes: whether kept keys and values are made from others', so that one that is not finite spoils them.
+      keeps_others: whether it keeps the other tokens in stores of its own, and so needs `Selected.others`.
     """
 
-    @property
-    def saves(self) -> bool:
-        """Whether it needs the tokens that are not kept, so that a layer must hand on all it has."""
-        return False
-
-    @property
-    def mixes(self) -> bool:
-        """Whether kept keys and values are made from others', so that one that is not finite spoils them."""
-        return False
-
-    @property
-    def keeps_others(self) -> bool:
-        """Whether it keeps the other tokens in stores of its own, and so needs `Selected.others`."""
-        return False
+    saves = False
+    mixes = False
+    keeps_others = False
 
     @property
     def bits(self) -> int | str | None:

@@ -65,20 +65,17 @@ class AIM(Pruning):
             raise PolicyError(f"AIM(first={self.first}, last={self.last}): give a last layer behind the first")
 
     def of_model(self, layers: int) -> "AIM":
-        """See `Pruning.of_model`."""
         first = layers // 2 if self.first is None else self.first
         return dataclasses.replace(
             self, first=first, last=max(first, 3 * layers // 4) if self.last is None else self.last
         )
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         assert self.first is not None
         assert self.last is not None
         return ((0,) if self.keep < 1 else ()) + (tuple(range(self.first, self.last + 1)) if self.prune else ())
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         merged = floor_fraction(visual, self.keep)
         if self.keep < 1:
             if cut == 0:
@@ -89,7 +86,6 @@ class AIM(Pruning):
         return floor_fraction(merged, 1 - (cut + 1) / (self.last - self.first + 1))
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         if self.keep < 1 and cut == 0:
             return self._merged(between)
         stage = between.stage

@@ -55,15 +55,12 @@ class CDPruner(Pruning):
                 )
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         stage, most = between.stage, floor_fraction(between.stage.room, self.keep)
 
         def chosen(stage: Stage) -> jax.Array:

@@ -59,12 +59,10 @@ class CoreMatching(Pruning):
             check_whole(self.name, 1, layer=self.layer)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         layer = 3 * layers // 16 + 1 if self.layer is None else self.layer
         return (layer,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def watch(self, stage: Stage, neurons: jax.Array) -> jax.Array:
@@ -75,7 +73,6 @@ class CoreMatching(Pruning):
         return jnp.sum(fires & of_reference, axis=2, dtype=jnp.int32)
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage = between.stage
 
         def chosen(shared: jax.Array, droppable: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -40,15 +40,12 @@ class DivPrune(Pruning):
         check_part(self.name, keep=self.keep)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         stage = between.stage
 
         def chosen(hidden: jax.Array, visual: jax.Array) -> jax.Array:

@@ -41,7 +41,6 @@ class FastV(Pruning):
         check_whole(self.name, 1, layer=self.layer)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (self.layer,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
@@ -50,5 +49,4 @@ class FastV(Pruning):
         return floor_fraction(2 * count, self.keep) - floor_fraction(count, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         return of_last_token(between.project, between.entered, between.stage.layers[1] - 1)

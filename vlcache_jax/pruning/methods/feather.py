@@ -52,22 +52,18 @@ class Feather(Pruning):
         return [number for number, part in enumerate(self.keep) if part < 1]
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         where = self.layers or (layers // 4, layers // 2)
         return tuple(where[number] for number in self._cuts)
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(left, self.keep[self._cuts[cut]])
 
     def protected(self, cut: int, grid: Places) -> Places | None:
-        """See `Pruning.protected`."""
         if not self.stride or not self._cuts or self._cuts[cut]:
             return None
         return (grid[:, 1] >= 0) & (grid[:, 1] % self.stride == 0) & (grid[:, 2] % self.stride == 0)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         entered = between.entered
         over = entered.droppable
         return of_last_token(between.project, entered, entered.layers[1] - 1, over=over, rotated=False)

@@ -60,7 +60,6 @@ class KeepCurve(Pruning):
             raise PolicyError(f"KeepCurve(slope={self.slope}, levels={self.levels}): give 0 to 1000, and 1 or more")
 
     def of_model(self, layers: int) -> "KeepCurve":
-        """See `Pruning.of_model`."""
         if self.keep is None:
             return dataclasses.replace(self, keep=sigmoid_curve(layers, self.budget, self.slope, self.levels))
         if len(self.keep) != layers:
@@ -74,16 +73,13 @@ class KeepCurve(Pruning):
         return [layer for layer in range(1, len(self.keep)) if self.keep[layer] < self.keep[layer - 1]]
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return tuple(self._falls)
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         assert self.keep is not None
         return floor_fraction(visual, self.keep[self._falls[cut]])
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         return of_last_token(between.project, between.entered, between.stage.layers[1] - 1)
 
 

@@ -52,15 +52,12 @@ class PiToMe(Pruning):
             raise PolicyError("PiToMe(keep=0): give more than 0, nothing is left to merge into")
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage = between.stage
 
         def run(hidden: jax.Array, alive: jax.Array, groups: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,13 +51,10 @@ class PyramidDrop(Pruning):
         return [(layer, part) for layer, part in zip(where, self.keep, strict=True) if part < 1]
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return tuple(layer for layer, _ in self._parts(layers))
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, [part for part in self.keep if part < 1][cut])
 
     def scores(self, cut: int, between: Between) -> jax.Array:
-        """See `Pruning.scores`."""
         return of_last_token(between.project, between.stage, between.stage.layers[1])

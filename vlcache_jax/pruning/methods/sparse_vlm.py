@@ -61,19 +61,16 @@ class SparseVLM(Pruning):
         return [part for part in self.keep if part < 1]
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         first, second = layers // 16 + 1, max(layers // 16 + 2, 3 * layers // 16 + 1)
         where = self.layers or (first, second, max(second + 1, layers // 2))
         return tuple(layer for layer, part in zip(where, self.keep, strict=True) if part < 1)
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         best: Any = floor_fraction(visual, self._parts[cut])
         recycled: Any = floor_fraction(left - best, self.recycle)
         return best + recycled // 10 + 1 - 1 // (recycled + 1)
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage, entered, layer = between.stage, between.entered, between.stage.layers[1] - 1
         part, prompt = self._parts[cut], between.prompt
         raters = raters_of(prompt)

@@ -54,18 +54,15 @@ class ToDRE(Pruning):
             check_part(self.name, late=self.late)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return ((0,) if self.keep < 1 else ()) + ((7 * layers // 8,) if self.late is not None else ())
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         if cut == 0 and self.keep < 1:
             return floor_fraction(visual, self.keep)
         count: Any = left
         return count if self.late is not None and self.late < 1 else 0 * count
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         if cut or self.keep == 1:
             return self._late(between)
         stage, tower = between.stage, between.tower

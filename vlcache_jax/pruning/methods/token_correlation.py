@@ -51,15 +51,12 @@ class TokenCorrelation(Pruning):
         check_whole(self.name, 1, partners=self.partners)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage, tower = between.stage, between.tower
         assert tower is not None
 

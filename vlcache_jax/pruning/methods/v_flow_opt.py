@@ -98,22 +98,18 @@ class VFlowOpt(Pruning):
         return tuple(round(part, 6) for part in (first, second, min(third, second)))
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         if self.keep == 1:
             return ()
         second = max(1, round(9 * layers / _LAYERS))
         return 0, second, max(second + 1, round(18 * layers / _LAYERS))
 
     def of_model(self, layers: int) -> "VFlowOpt":
-        """See `Pruning.of_model`."""
         return dataclasses.replace(self, layers=layers)
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.parts[cut])
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage, tower = between.stage, between.tower
         if cut:
             importance = of_last_token(between.project, stage, stage.layers[1])

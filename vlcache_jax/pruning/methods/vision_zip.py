@@ -55,15 +55,12 @@ class VisionZip(Pruning):
         check_part(self.name, keep=self.keep, contextual=self.contextual)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """See `Pruning.cuts`."""
         return (0,) if self.keep < 1 else ()
 
     def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        """See `Pruning.kept`."""
         return floor_fraction(visual, self.keep)
 
     def choose(self, cut: int, between: Between) -> Choice:
-        """See `Pruning.choose`."""
         stage, tower, project = between.stage, between.tower, between.project_features
         assert tower is not None
         assert project is not None
