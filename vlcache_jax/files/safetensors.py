@@ -37,14 +37,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Of parameters: all others are known to the format, but no checkpoint that is read has them."""
 
 _OTHER_BITS = {
-    "C64": 64,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F8_E8M0": 8,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "F4": 4,
-}
+    "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
 """Element types that are never read: only their size is needed, to check the header."""
 
 

@@ -11,19 +11,9 @@ from vlcache_jax.parallel.mesh import FSDP_AXIS, MODEL_AXIS
 # Which axis of a parameter is split, counted from its end: columns of projections that widen, rows of those that
 # narrow, so that a layer needs one reduction after attention and one after the MLP.
 _SPLIT_AXIS = {
-    "query": -1,
-    "key": -1,
-    "value": -1,
-    "gate": -1,
-    "up": -1,
-    "fc1": -1,
-    "output": -2,
-    "down": -2,
-    "fc2": -2,
-    "lm_head": -1,
-    "linear_1": -1,
-    "linear_2": -2,
-}
+    "query": -1, "key": -1, "value": -1, "gate": -1, "up": -1, "fc1": -1, "output": -2, "down": -2, "fc2": -2,
+    "lm_head": -1, "linear_1": -1, "linear_2": -2,
+}  # fmt: skip
 _ROW_SPLIT_BIAS_REPLICATED = ("output", "down", "fc2", "linear_2")
 
 

@@ -14,20 +14,12 @@ from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.models.vision.config_reader import SIGLIP_DEFAULTS, read_vision
 
+# What the configuration class of transformers fills in.
 _TEXT_DEFAULTS = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131072,
-    "query_pre_attn_scalar": 256,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}  # what the configuration class of transformers fills in
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
 _WINDOW, _PERIOD = 4096, 6  # likewise
 _SCALAR = Range(1e-6, 1e6)
 

@@ -15,16 +15,9 @@ from vlcache_jax.models.vision.config_reader import read_vision
 
 # What the configuration class of transformers fills in; no published model has all of these.
 _VISION_DEFAULTS = {
-    "hidden_size": 1152,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}
+    "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
+    "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+}  # fmt: skip
 _TOWERS = ("idefics3_vision", "smolvlm_vision", "idefics3", "smolvlm")
 
 

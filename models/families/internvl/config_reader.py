@@ -16,17 +16,11 @@ from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import VisionConfig
 from vlcache_jax.models.vision.config_reader import read_vision
 
+# What the configuration class of transformers fills in.
 _VISION_DEFAULTS = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "image_size": 448,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}  # what the configuration class of transformers fills in
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_channels": 3, "image_size": 448, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
 _LARGE = ": the tower of 6B parameters (38B and 78B) is not supported; take a smaller model"
 
 

@@ -10,55 +10,26 @@ from vlcache_jax.models.vision.config import VisionConfig
 # InternVL3.5: those of Qwen3-{0.6B,1.7B,4B,8B,14B}, and the numbers of parameters in its authors' documentation, by
 # which no size ties its embeddings; the visual token's id is from memory, and nothing in a plan depends on it.
 _2B = DecoderConfig(
-    family="qwen2",
-    vocab_size=151674,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_layers=28,
-    num_heads=12,
-    num_kv_heads=2,
-    head_dim=128,
-    rope=RopeConfig(theta=1e6, kind="dynamic", factor=2.0),
-    max_positions=32768,
+    family="qwen2", vocab_size=151674, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
+    num_kv_heads=2, head_dim=128, rope=RopeConfig(theta=1e6, kind="dynamic", factor=2.0), max_positions=32768,
     qkv_bias=True,
-)
+)  # fmt: skip
 _CONFIG = InternVLConfig(
     vision=VisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_layers=24,
-        num_heads=16,
-        image_size=448,
-        patch_size=14,
-        layer_norm_eps=1e-6,
-        activation="gelu",
-        qkv_bias=True,
-        layer_scale=True,
+        hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size=448, patch_size=14,
+        layer_norm_eps=1e-6, activation="gelu", qkv_bias=True, layer_scale=True,
     ),
-    decoder=_2B,
-    image_token_id=151667,
-    bos_token_id=151643,
-    pad_token_id=151643,
-    eos_token_ids=(151645,),
-)
+    decoder=_2B, image_token_id=151667, bos_token_id=151643, pad_token_id=151643, eos_token_ids=(151645,),
+)  # fmt: skip
 _1B = dataclasses.replace(
     _2B, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64
 )
 _8B = dataclasses.replace(_2B, hidden_size=3584, intermediate_size=18944, num_heads=28, num_kv_heads=4)
 
 _NEWER_8B = DecoderConfig(
-    family="qwen3",
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope=RopeConfig(theta=1e6),
-    max_positions=40960,
-    qk_norm=True,
-)
+    family="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32,
+    num_kv_heads=8, head_dim=128, rope=RopeConfig(theta=1e6), max_positions=40960, qk_norm=True,
+)  # fmt: skip
 
 
 def _newer(hidden: int, intermediate: int, layers: int, heads: int) -> InternVLConfig:

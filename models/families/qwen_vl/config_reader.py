@@ -11,33 +11,15 @@ from vlcache_jax.models.io.section import Section
 
 # What the configuration classes of transformers fill in for keys a config.json lacks.
 _QWEN2: dict[str, Any] = TEXT_DEFAULTS["qwen2"] | {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_window_layers": 80,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_window_layers": 80,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
 _QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 128000,
-    "rope_theta": 5e5,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+    "max_position_embeddings": 128000, "rope_theta": 5e5, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 _TEXT_DEFAULTS = {"qwen2_vl": _QWEN2, "qwen2_5_vl": _QWEN2, "qwen3_vl": _QWEN3}
 _SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 _SHAPES = (
