@@ -196,12 +196,14 @@ class Family:
 
     Attributes:
       model_types: of the `config.json`s that it reads.
-      read_config: (folder, `config.json`) to the frozen, hashable config; raises CheckpointError.
+      read_config: (folder, `config.json`) to the frozen, hashable config, with what `generation_config.json` says, if
+        there is one. Raises CheckpointError for what is malformed or not supported, with the key and its value.
       config_values: (config, name of the weights' dtype) to the values of a `config.json`.
       model: (config, dtype, layout="stacked", weights=None) to the Flax module, see `FamilyModule`.
       weights: which tensor of a checkpoint is which parameter.
       read_layout: (config, settings of the image processor, name of their file) to the layout of images; its `config`
-        may say more than that of `config.json` alone. Raises CheckpointError.
+        may say more than that of `config.json` alone. Raises CheckpointError for settings that are malformed or do not
+        fit the model.
       read_videos: (layout, settings of the video processor, name of their file) to the layout with what they say of
         videos, of a family that takes any. Raises CheckpointError.
       image_tiles: the most tiles (or patches) that an image becomes, for planning.

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.images.frame_sampling import FrameSampling, read_sampling
-from vlcache_jax.models.images.transform import ImageTransform
+from vlcache_jax.models.images.transform import ImageTransform, settings_given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,7 @@ class FrameTiles:
 
     def values(self) -> dict[str, Any]:
         """What `read_frame_tiles` reads, as transformers 5 writes it."""
-        own = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
-        return own | {"fps": self.sampling.fps, "num_frames": self.sampling.num_frames}
+        return self.transform.as_dict(crop=False) | {"fps": self.sampling.fps, "num_frames": self.sampling.num_frames}
 
 
 def read_frame_tiles(
@@ -48,7 +47,7 @@ def read_frame_tiles(
 
     Raises CheckpointError if they are malformed or do not fit the model.
     """
-    given = {**defaults, **{key: value for key, value in settings.items() if value is not None or key[:3] == "do_"}}
+    given = {**defaults, **settings_given(settings)}
     transform = ImageTransform.from_dict({**given, "do_center_crop": False}, source)
     if transform.output_shape(1000, 500) != (side, side):
         raise CheckpointError(

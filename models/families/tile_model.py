@@ -24,13 +24,18 @@ class TileModel(FamilyModule):
         """Tiles f32 [n, height, width, 3] -> projected features [n, features, decoder hidden]."""
         raise NotImplementedError
 
+    def blocks(self, visual: jax.Array) -> jax.Array | None:
+        """`Embedded.blocks` of visual tokens bool [batch, length]; None where no token sees those behind it."""
+        return None
+
     def embed(self, batch: Batch, position_ids: jax.Array | None = None) -> Embedded:
-        """Token and image embeddings in prompt order, one position after another."""
+        """Token and image embeddings in prompt order, one position after another, the features as they are."""
         del position_ids  # tiles have their full size
         embedded = self.decoder.embed(jnp.asarray(batch.tokens))
         rows, tiles = batch.pixels.shape[:2]
         if tiles == 0:
             return in_order(embedded, batch)
         features = self.encode_images(jnp.asarray(batch.pixels).reshape(rows * tiles, *batch.pixels.shape[2:]))
-        text = jnp.asarray(batch.vision_index) == TEXT
-        return in_order(jnp.where(text[..., None], embedded, features_in_order(features, batch)), batch)
+        visual = jnp.asarray(batch.vision_index) != TEXT
+        hidden = jnp.where(visual[..., None], features_in_order(features, batch), embedded)
+        return in_order(hidden, batch, self.blocks(visual))

@@ -99,16 +99,18 @@ class ImageTransform:
                 )
         return transform
 
-    def as_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, as transformers 5 writes it; without what asks for padding to a square."""
-        size, crop = self.size, self.crop_size
-        return {
+    def as_dict(self, crop: bool = True) -> dict[str, Any]:
+        """What `from_dict` reads, as transformers 5 writes it; without what asks for padding to a square.
+
+        `crop=False` leaves out what is said of cropping, of which some image processors know nothing.
+        """
+        size, cropped = self.size, self.crop_size
+        cropping = {"do_center_crop": self.do_center_crop, "crop_size": {"height": cropped[0], "width": cropped[1]}}
+        return (cropping if crop else {}) | {
             "do_convert_rgb": True,
             "do_resize": self.do_resize,
             "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
             "resample": int(self.resample),
-            "do_center_crop": self.do_center_crop,
-            "crop_size": {"height": crop[0], "width": crop[1]},
             "do_rescale": self.do_rescale,
             "rescale_factor": self.rescale_factor,
             "do_normalize": self.do_normalize,
@@ -157,6 +159,11 @@ class ImageTransform:
             mean, std = (np.asarray(value, np.float32)[:, None] for value in (self.mean, self.std))
             levels = (levels - mean) / std
         return levels
+
+
+def settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image processor's settings say: null says nothing, but of a step (`do_...`) that it is left out."""
+    return {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
 
 
 def stacked_tiles(rows: Sequence[Sequence[tuple[ImageTransform, np.ndarray]]], tiles: int, side: int) -> np.ndarray:

@@ -25,12 +25,7 @@ _SCALAR = Range(1e-6, 1e6)
 
 
 def read_config(root: CheckpointFolder, top: Section) -> Gemma3Config:
-    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
-
-    Raises:
-      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
-        value and what is supported.
-    """
+    """See `Family.read_config`."""
     text = top.section("text_config", _TEXT_DEFAULTS)
     tied = top.flag("tie_word_embeddings", True)
     if text.flag("tie_word_embeddings", tied) != tied:

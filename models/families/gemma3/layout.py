@@ -11,32 +11,19 @@ from vlcache_jax.errors import CheckpointError
 from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.gemma3.config import Gemma3Config
 from vlcache_jax.models.families.gemma3.pan_and_scan import PanAndScan, read_pan_and_scan
-from vlcache_jax.models.images.transform import ImageTransform, stacked_tiles
+from vlcache_jax.models.families.tile_layout import TileLayout
+from vlcache_jax.models.images.tiles import cells
+from vlcache_jax.models.images.transform import ImageTransform, settings_given
 
 # What the image processor's class fills in, where it differs from CLIP's.
 _DEFAULTS = {"do_center_crop": False, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 @dataclasses.dataclass(frozen=True)
-class SquareLayout:
-    """One square tile for each image, whatever its shape, between two tokens and line breaks; and so for its crops.
+class SquareLayout(TileLayout):
+    """One square tile for each image, whatever its shape, between two tokens and line breaks; and so for its crops."""
 
-    Raises CheckpointError if the image processor's tiles would not fit the vision tower.
-    """
-
-    config: Gemma3Config
-    transform: ImageTransform
     pan_and_scan: PanAndScan | None = None
-
-    def __post_init__(self) -> None:
-        side = self.config.vision.image_size
-        for shape in ((1000, 500), (500, 1000), (10, 10)):
-            made = self.transform.output_shape(*shape)
-            if made != (side, side):
-                raise CheckpointError(
-                    f"the image processor makes images of {made} pixels, but the vision tower takes {(side, side)}: "
-                    "correct size"
-                )
 
     def encode(
         self, images: Sequence[Image.Image], names: Sequence[str], tokens: Mapping[str, str]
@@ -64,30 +51,16 @@ class SquareLayout:
         crops = [] if self.pan_and_scan is None else self.pan_and_scan.crops(height, width)
         return [(0, 0, width, height), *crops]
 
-    def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
-        """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
-        side = self.config.vision.image_size
-        return stacked_tiles([[(self.transform, image.pixels) for image in row] for row in rows], tiles, side)
-
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
-        grid = self.config.token_grid
-        y, x = (a.reshape(-1) for a in np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"))
-        unit = np.stack([x, y, x + 1, y + 1], axis=1) / grid
-
-        def place(box: tuple[int, int, int, int]) -> np.ndarray:
-            left, top, right, bottom = box
-            return unit * np.array([right - left, bottom - top] * 2) + np.array([left, top] * 2)
-
-        return [
-            np.concatenate([place(box) for box in self._boxes(height, width)]).astype(np.float32)
-            for height, width in shapes
-        ]
+        grid = (self.config.token_grid,) * 2
+        of_images = ([cells(grid, box) for box in self._boxes(*shape)] for shape in shapes)
+        return [np.concatenate(boxes).astype(np.float32) for boxes in of_images]
 
     def files(self, image_token: str) -> dict[str, dict[str, Any]]:
         """What transformers reads a processor from; see `ImageLayout`."""
         kind = {"processor_class": "Gemma3Processor"}
-        values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        values = self.transform.as_dict(crop=False)
         if self.pan_and_scan is not None:
             values |= {"do_pan_and_scan": True} | self.pan_and_scan.as_dict()
         return {
@@ -97,11 +70,6 @@ class SquareLayout:
 
 
 def read_layout(config: Gemma3Config, settings: dict[str, Any], source: str) -> SquareLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
-    given = {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
-    return SquareLayout(
-        config, ImageTransform.from_dict(_DEFAULTS | given, source), read_pan_and_scan(settings, source)
-    )
+    """See `Family.read_layout`."""
+    transform = ImageTransform.from_dict(_DEFAULTS | settings_given(settings), source)
+    return SquareLayout(config, transform, read_pan_and_scan(settings, source))

@@ -22,12 +22,7 @@ _TOWERS = ("idefics3_vision", "smolvlm_vision", "idefics3", "smolvlm")
 
 
 def read_config(root: CheckpointFolder, top: Section) -> Idefics3Config:
-    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
-
-    Raises:
-      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
-        value and what is supported.
-    """
+    """See `Family.read_config`."""
     text, section = text_section(top), top.section("vision_config", _VISION_DEFAULTS)
     section.choice("model_type", _TOWERS[0], _TOWERS)
     vision = read_vision(section, section.integer("num_hidden_layers", LAYERS), remainder=True)

@@ -18,7 +18,7 @@ from vlcache_jax.models.families.idefics3.sizes import resized_shape
 from vlcache_jax.models.families.idefics3.videos import read_videos, video_text
 from vlcache_jax.models.families.tile_layout import TileLayout
 from vlcache_jax.models.images.tiles import split
-from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.transform import ImageTransform, resize, settings_given
 from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.section import Section
 
@@ -87,7 +87,7 @@ class MarkedLayout(TileLayout):
         del image_token  # the tokenizer names it
         name = NAMES[self.config.model_type]
         kind = {"processor_class": f"{name}Processor"}
-        values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        values = self.transform.as_dict(crop=False)
         tiling = {
             "do_image_splitting": self.splitting,
             "do_pad": True,
@@ -106,13 +106,8 @@ class MarkedLayout(TileLayout):
 
 
 def read_layout(config: Idefics3Config, settings: dict[str, Any], source: str) -> MarkedLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
-    given: dict[str, Any] = _DEFAULTS | {
-        key: value for key, value in settings.items() if value is not None or key.startswith("do_")
-    }
+    """See `Family.read_layout`."""
+    given = _DEFAULTS | settings_given(settings)
     section = Section(Path(source), "", given, {})
     edges = []
     for key in ("size", "max_image_size"):

@@ -25,12 +25,7 @@ _LARGE = ": the tower of 6B parameters (38B and 78B) is not supported; take a sm
 
 
 def read_config(root: CheckpointFolder, top: Section) -> InternVLConfig:
-    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
-
-    Raises:
-      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
-        value and what is supported.
-    """
+    """See `Family.read_config`."""
     text, vision = text_section(top, "qwen2"), _vision(top)
     tied = read_tied(root, top.flag("tie_word_embeddings", True), text.flag("tie_word_embeddings", False))
     decoder = read_decoder(text, tied)

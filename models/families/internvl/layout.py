@@ -14,7 +14,7 @@ from vlcache_jax.models.families.internvl.config import InternVLConfig
 from vlcache_jax.models.families.tile_layout import TileLayout
 from vlcache_jax.models.images.frame_sampling import SegmentSampling
 from vlcache_jax.models.images.tiles import split
-from vlcache_jax.models.images.transform import ImageTransform, resize
+from vlcache_jax.models.images.transform import ImageTransform, resize, settings_given
 from vlcache_jax.models.images.video import Video
 from vlcache_jax.models.io.section import Section
 
@@ -72,7 +72,7 @@ class InternLayout(TileLayout):
         """What transformers reads a processor from; see `ImageLayout`."""
         del image_token  # the tokenizer names it
         kind = {"processor_class": "InternVLProcessor"}
-        values = {key: value for key, value in self.transform.as_dict().items() if "crop" not in key}
+        values = self.transform.as_dict(crop=False)
         tiling = {"min_patches": self.min_tiles, "max_patches": self.max_tiles}
         files = {
             "preprocessor_config.json": values | tiling | {"image_processor_type": "GotOcr2ImageProcessor"} | kind,
@@ -85,13 +85,11 @@ class InternLayout(TileLayout):
 
 
 def read_layout(config: InternVLConfig, settings: dict[str, Any], source: str) -> InternLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
+    """See `Family.read_layout`.
 
     `crop_to_patches` is not asked: InternVL's processor cuts images whatever that of its images says.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
     """
-    given = _DEFAULTS | {key: value for key, value in settings.items() if value is not None or key.startswith("do_")}
+    given = _DEFAULTS | settings_given(settings)
     section = Section(Path(source), "", given, {})
     least = section.integer("min_patches", Range(1, TILES))
     most = section.integer("max_patches", Range(least, TILES))

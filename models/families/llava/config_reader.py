@@ -26,12 +26,7 @@ from vlcache_jax.models.vision.config_reader import SIGLIP_DEFAULTS, read_vision
 
 
 def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
-    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
-
-    Raises:
-      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
-        value and what is supported.
-    """
+    """See `Family.read_config`."""
     model_type = top.get("model_type")
     onevision = model_type == "llava_onevision"
     text = text_section(top, "qwen2" if onevision else "llama")

@@ -13,13 +13,14 @@ from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import PINPOINTS
 from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.families.family import EncodedImage
-from vlcache_jax.models.families.frame_tiles import FrameTiles, read_frame_tiles
+from vlcache_jax.models.families.frame_tiles import read_frame_tiles
 from vlcache_jax.models.families.llava import anyres, defaults
 from vlcache_jax.models.families.llava.config import LlavaConfig
 from vlcache_jax.models.families.llava.regions import token_regions
-from vlcache_jax.models.images.frame_sampling import FrameSampling, SegmentSampling
+from vlcache_jax.models.families.tile_layout import TileLayout
+from vlcache_jax.models.images.frame_sampling import SegmentSampling
 from vlcache_jax.models.images.tiles import cells
-from vlcache_jax.models.images.transform import ImageTransform, resize, stacked_tiles
+from vlcache_jax.models.images.transform import ImageTransform, resize, settings_given
 from vlcache_jax.models.images.video import Video
 
 _PROCESSORS = {
@@ -32,7 +33,7 @@ _VIDEO_DEFAULTS = {"size": {"height": 384, "width": 384}}
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionLayout:
+class VisionLayout(TileLayout):
     """Which tiles an image is cut into, and in which order the language model sees their features.
 
     LLaVA-1.5 has one tile per image, LLaVA-NeXT one for the whole image and those of `anyres`. LLaVA-OneVision does as
@@ -41,10 +42,6 @@ class VisionLayout:
 
     Raises CheckpointError if the image processor's tiles would not fit the vision tower.
     """
-
-    config: LlavaConfig
-    transform: ImageTransform
-    videos: FrameTiles | None = None
 
     def __post_init__(self) -> None:
         side = self.config.vision.image_size
@@ -148,11 +145,6 @@ class VisionLayout:
         return self.config.max_tiles is not None
 
     @property
-    def sampling(self) -> FrameSampling | None:
-        """Which frames of a video file are taken; see `VideoLayout`."""
-        return None if self.videos is None else self.videos.sampling
-
-    @property
     def _video_grid(self) -> int:
         """Visual tokens along one side of a frame."""
         return math.ceil(self.config.vision.grid_size / 2)
@@ -171,14 +163,6 @@ class VisionLayout:
         features, text = count * len(tiles), tokens["video_token"] * len(index)
         return EncodedImage(tiles, index, features, text, blend=(blend[0], blend[1]), moving=True)
 
-    def normalised(self, rows: Sequence[Sequence[EncodedImage]], tiles: int) -> np.ndarray:
-        """f32 [rows, tiles, image_size, image_size, 3]; see `ImageLayout`."""
-        side = self.config.vision.image_size
-        return stacked_tiles([[(self._transform(image), image.pixels) for image in row] for row in rows], tiles, side)
-
-    def _transform(self, image: EncodedImage) -> ImageTransform:
-        return self.videos.transform if image.moving and self.videos else self.transform
-
     def token_regions(self, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Which part of its image each visual token stands for; see `ImageLayout`."""
         transform = self.transform if self._cut(len(shapes)) else self._whole
@@ -194,9 +178,8 @@ class VisionLayout:
         """What transformers reads a processor from; see `ImageLayout`."""
         config = self.config
         kind = {"processor_class": _PROCESSORS[config.model_type]}
-        values = self.transform.as_dict() | {"image_processor_type": image_processor(config)}
-        if image_processor(config) in defaults.IMAGE_PROCESSORS and not self.transform.do_center_crop:
-            values = {key: value for key, value in values.items() if "crop" not in key}
+        crop = image_processor(config) not in defaults.IMAGE_PROCESSORS or self.transform.do_center_crop
+        values = self.transform.as_dict(crop=crop) | {"image_processor_type": image_processor(config)}
         if self.transform.pad_to_square:
             values |= {"image_processor_type": _OWN, "do_pad": True}
         if self._is_anyres:
@@ -223,16 +206,13 @@ class VisionLayout:
 
 
 def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> VisionLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
+    """See `Family.read_layout`."""
     # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
     own = str(settings.get("image_processor_type", "")).startswith(_OWN)
     kind = str(settings.get("image_processor_type") or image_processor(config))
     missing = next((v for name, v in defaults.IMAGE_PROCESSORS.items() if kind.startswith(name)), {})
     if missing:  # what CLIP's lacks is an error where a step needs it; of others the class fills it in
-        settings = missing | {k: v for k, v in settings.items() if v is not None or k.startswith("do_")}
+        settings = missing | settings_given(settings)
     if missing and settings.get("crop_size") is None:  # tiles are of `size` then
         size = settings["size"]
         settings["crop_size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size

@@ -29,12 +29,7 @@ _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_
 
 
 def read_config(root: CheckpointFolder, top: Section) -> QwenVLConfig:
-    """What a checkpoint folder's `config.json` (`top`) and `generation_config.json`, if any, describe.
-
-    Raises:
-      CheckpointError: if it is malformed, or describes a model that is not supported; the message names the key, the
-        value and what is supported.
-    """
+    """See `Family.read_config`."""
     model_type = str(top.get("model_type"))
     text = _text_section(top, _TEXT_DEFAULTS[model_type])
     tied = read_tied(root, top.flag("tie_word_embeddings", False), text.flag("tie_word_embeddings", False))

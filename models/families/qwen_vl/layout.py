@@ -186,13 +186,12 @@ class PatchLayout:
 
     def _processor_values(self, transform: ImageTransform, least: int, most: int) -> dict[str, Any]:
         vision = self.config.vision
-        values = transform.as_dict() | {
+        return transform.as_dict(crop=False) | {
             "merge_size": vision.merge_size,
             "patch_size": vision.patch_size,
             "size": {"longest_edge": most, "shortest_edge": least},
             "temporal_patch_size": vision.frame_pair,
         }
-        return {key: value for key, value in values.items() if key not in ("do_center_crop", "crop_size")}
 
 
 def _regions(grid: tuple[int, int], height: int, width: int) -> np.ndarray:

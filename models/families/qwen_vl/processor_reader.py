@@ -19,10 +19,7 @@ _VIDEO = 128 * 32 * 32, 768 * 32 * 32
 
 
 def read_layout(config: QwenVLConfig, settings: dict[str, Any], source: str) -> PatchLayout:
-    """The layout that the settings of an image processor, found in the file `source`, ask for.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
+    """See `Family.read_layout`."""
     transform, least, most = _read(config, settings, source, _IMAGE)
     of_all = config.model_type == "qwen3_vl"
     low, high = _VIDEO if of_all else _FRAME
@@ -38,10 +35,7 @@ def read_layout(config: QwenVLConfig, settings: dict[str, Any], source: str) -> 
 
 
 def read_videos(layout: PatchLayout, settings: dict[str, Any], source: str) -> PatchLayout:
-    """`layout` with what the settings of a video processor, found in the file `source`, say of videos.
-
-    Raises CheckpointError if they are malformed or do not fit the model.
-    """
+    """See `Family.read_videos`."""
     rules, config = layout.videos, layout.config
     transform, least, most = _read(config, settings, source, (rules.min_pixels, rules.max_pixels))
     cap = settings.get("cap_pixels_per_frame")
