@@ -1,20 +1,22 @@
 """A picture of what several methods kept of one sample, layer by layer."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from PIL import Image
 
 from vlcache_jax.demo.data.samples import FULL_GRID, HELD_OUT_SEED, make_sample
-from vlcache_jax.demo.study.drawing import GREY, Sheet, text_width
 from vlcache_jax.demo.study.methods import Method
+from vlcache_jax.demo.study.plots import LOOK, figure, picture
 from vlcache_jax.errors import InputError
 
-_MARGIN, _TILE, _GAP = 48, 216, 14
 _HOT = np.array((222, 91, 36), np.float32)
 
 
+@rc_context(LOOK)
 def kept_tokens(task: str, budget: float, kept: dict[str, dict[str, Any]]) -> Image.Image:
     """The first held-out sample of a task, once for each method and layer, coloured where tokens were kept.
 
@@ -36,45 +38,35 @@ def kept_tokens(task: str, budget: float, kept: dict[str, dict[str, Any]]) -> Im
             )
     question, answer = sample.questions[0]
     images = np.concatenate(list(sample.images), axis=1)
-    height = round(_TILE * images.shape[0] / images.shape[1]) if len(sample.images) > 1 else _TILE
-    layers = len(next(iter(kept.values()))["layers"])
-    left = _MARGIN + 92
-    sheet = Sheet(left + len(kept) * (_TILE + _GAP) + _MARGIN - _GAP, 210 + (layers + 1) * (height + _GAP) + 20)
-    sheet.text(_MARGIN, 50, f"What {len(kept)} methods keep at {100 * budget:g} %", 28)
-    sheet.text(_MARGIN, 82, f"“{question}”  Right answer: {answer}", 19)
-    sheet.text(_MARGIN, 108, "Coloured: kept by some (pale) or all (full colour) of the KV heads", 17, GREY)
-    for column, (method, line) in enumerate(kept.items()):
-        x = left + column * (_TILE + _GAP)
+    rows = 1 + len(next(iter(kept.values()))["layers"])
+    drawn = figure(
+        1.2 + 2.3 * len(kept),
+        1.8 + 2.3 * rows * images.shape[0] / images.shape[1],
+        f"What {len(kept)} methods keep at {100 * budget:g} %",
+        f"“{question}”  Right answer: {answer}. Coloured: kept by some (pale) or all of the KV heads",
+    )
+    for column, (method, line) in zip(drawn.subplots(rows, len(kept), squeeze=False).T, kept.items()):
         shares = np.array([[int(digit) for digit in layer] for layer in line["layers"]], np.float32) / 9
-        sheet.text(x, 152, _fit(Method(method).label, 18), 18)
-        sheet.text(x, 178, _fit(f"answers: {line['answer'] or 'nothing'}", 16), 16, GREY)
-        for row in range(layers + 1):
-            y = 196 + row * (height + _GAP)
-            if column == 0:
-                sheet.text(_MARGIN, y + height / 2, "all layers" if row == 0 else f"layer {row - 1}", 16, GREY, "lm")
-            share = shares.mean(axis=0) / max(float(shares.mean(axis=0).max()), 1e-6) if row == 0 else shares[row - 1]
-            sheet.paste(_overlay(images, len(sample.images), share), x, y, _TILE, height)
-    return sheet.picture()
+        mean = shares.mean(axis=0)
+        for number, (axes, share) in enumerate(zip(column, [mean / max(float(mean.max()), 1e-6), *shares])):
+            axes.imshow(_overlay(images, len(sample.images), share))
+            axes.set(xticks=[], yticks=[])
+            if axes.get_subplotspec().is_first_col():
+                axes.set_ylabel(f"layer {number - 1}" if number else "all layers")
+        answers = textwrap.shorten(f"answers: {line['answer'] or 'nothing'}", 28, placeholder=" …")
+        column[0].set_title(f"{textwrap.shorten(Method(method).label, 22, placeholder=' …')}\n{answers}", fontsize=11)
+    return picture(drawn)
 
 
-def _overlay(images: np.ndarray, count: int, share: np.ndarray) -> Image.Image:
+def _overlay(images: np.ndarray, count: int, share: np.ndarray) -> np.ndarray:
     """Images side by side, their patches pale where nothing was kept and tinted where something was."""
     side = round((len(share) // count) ** 0.5)
-    grids = share.reshape(count, side, side)
-    weight = np.concatenate(list(grids), axis=1)
-    patch = images.shape[0] // side
-    weight = np.repeat(np.repeat(weight, patch, axis=0), patch, axis=1)[..., None]
+    weight = np.concatenate(list(share.reshape(count, side, side)), axis=1)
+    weight = np.kron(weight, np.ones((images.shape[0] // side,) * 2, np.float32))[..., None]
     grey = 255 - (255 - images.astype(np.float32).mean(axis=2, keepdims=True)) * 0.55
     tinted = _HOT + (255 - _HOT) * 0.12
-    ink = images.astype(np.float32) / 255
-    coloured = tinted * (0.35 + 0.65 * ink)
-    return Image.fromarray((grey * (1 - 0.9 * weight) + coloured * 0.9 * weight).clip(0, 255).astype(np.uint8))
-
-
-def _fit(text: str, size: int) -> str:
-    while text_width(text, size) > _TILE:
-        text = text[:-2].rstrip() + "…"
-    return text
+    coloured = tinted * (0.35 + 0.65 * images.astype(np.float32) / 255)
+    return (grey * (1 - 0.9 * weight) + coloured * 0.9 * weight).clip(0, 255).astype(np.uint8)
 
 
 def choose(kept: dict[tuple[str, str, float], dict[str, Any]], task: str, wanted: Sequence[str]) -> dict[str, Any]:

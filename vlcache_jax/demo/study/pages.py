@@ -1,11 +1,11 @@
 """Writing tables and pictures beside the results."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from vlcache_jax.demo.study import heat_maps, plots
 from vlcache_jax.demo.study.results import ResultFile
 from vlcache_jax.demo.study.run import BEFORE
 from vlcache_jax.demo.study.summary import Table, tables
@@ -17,7 +17,10 @@ _PICTURED_TASKS = ("documents", "scenes")
 
 
 def write_pages(file: ResultFile, folder: Path) -> list[Path]:
-    """Writes `tables.md` and the pictures that the results allow; returns their paths."""
+    """Writes `tables.md` and the pictures that the results allow; returns their paths.
+
+    Warns where pictures are left out for want of matplotlib.
+    """
     table, before = Table(file), Table(file, BEFORE)
     written = [folder / "tables.md"]
     write_text(written[0], _HEADER + "# Tables\n\n" + tables(table))
@@ -26,6 +29,11 @@ def write_pages(file: ResultFile, folder: Path) -> list[Path]:
         title = "# Tables: compressed before the question is known\n\n"
         write_text(written[1], _HEADER + title + tables(before))
     if len(table.budgets) < 2:
+        return written
+    try:
+        from vlcache_jax.demo.study import heat_maps, plots
+    except ImportError:
+        warnings.warn("the pictures need matplotlib: pip install 'vlcache-jax[plots]'", stacklevel=2)
         return written
     variants = [name for name in table.methods if name.startswith(("vl_cache", "snap_kv"))]
     pictures: dict[str, Image.Image] = {
