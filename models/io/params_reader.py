@@ -13,8 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from vlcache_jax.errors import CheckpointError
-from vlcache_jax.files.copying import copy_cast
-from vlcache_jax.files.safetensors import FLOATS
+from vlcache_jax.files.safetensors import FLOATS, copy_cast
 from vlcache_jax.models.coding import CODED, WeightCoding
 from vlcache_jax.models.decoder.layout import Part, parts
 from vlcache_jax.models.io.coding_weights import Coder

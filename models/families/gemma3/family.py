@@ -1,8 +1,7 @@
 """Gemma 3 with images: 4B, 12B and 27B."""
 
 from vlcache_jax.models.families.family import Family
-from vlcache_jax.models.families.gemma3.config_reader import read_config
-from vlcache_jax.models.families.gemma3.config_writer import config_values
+from vlcache_jax.models.families.gemma3.config import config_values, read_config
 from vlcache_jax.models.families.gemma3.layout import read_layout
 from vlcache_jax.models.families.gemma3.model import Gemma3
 from vlcache_jax.models.families.gemma3.presets import PRESETS

@@ -1,8 +1,7 @@
 """Idefics3, SmolVLM and SmolVLM2: one graph under two names."""
 
 from vlcache_jax.models.families.family import Family
-from vlcache_jax.models.families.idefics3.config_reader import read_config
-from vlcache_jax.models.families.idefics3.config_writer import config_values
+from vlcache_jax.models.families.idefics3.config import config_values, read_config
 from vlcache_jax.models.families.idefics3.layout import read_layout, with_videos
 from vlcache_jax.models.families.idefics3.model import Idefics3
 from vlcache_jax.models.families.idefics3.presets import PRESETS

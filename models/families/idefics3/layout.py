@@ -12,8 +12,7 @@ from PIL import Image
 from vlcache_jax.errors import CheckpointError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import IMAGE_SIDE
-from vlcache_jax.models.families.idefics3.config import Idefics3Config
-from vlcache_jax.models.families.idefics3.config_writer import NAMES
+from vlcache_jax.models.families.idefics3.config import NAMES, Idefics3Config
 from vlcache_jax.models.families.idefics3.sizes import resized_shape
 from vlcache_jax.models.families.idefics3.videos import read_videos, video_text
 from vlcache_jax.models.families.tile_layout import TileLayout

@@ -12,13 +12,17 @@ from vlcache_jax.errors import CheckpointError, InputError
 from vlcache_jax.files.json_text import shorten
 from vlcache_jax.files.limits import IMAGE_SIDE
 from vlcache_jax.models.families.frame_tiles import FrameTiles, read_frame_tiles
-from vlcache_jax.models.families.idefics3.number_words import in_words
 from vlcache_jax.models.families.idefics3.sizes import resized_shape
 from vlcache_jax.models.images.frame_sampling import FrameSampling, read_sampling
 from vlcache_jax.models.images.transform import resize
 from vlcache_jax.models.images.video import Video
 
 _MOST = 999  # frames; what `in_words` can say
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,3 +105,19 @@ def video_text(video: Video, frame: str, name: str) -> str:
     for seconds in map(int, video.times):
         lines.append(f"\nFrame from {seconds // 60:02d}:{seconds % 60:02d}:{frame}")
     return "".join(lines) + "\n\n"
+
+
+def in_words(number: int) -> str:
+    """A number from 0 to 999 in English, as SmolVLM2 is told how many frames a video has.
+
+    Example:
+      >>> in_words(42), in_words(164)
+      ('forty-two', 'one hundred and sixty-four')
+    """
+    if number < 20:
+        return _SMALL[number]
+    if number < 100:
+        tens, rest = divmod(number, 10)
+        return _TENS[tens - 2] + (f"-{_SMALL[rest]}" if rest else "")
+    hundreds, rest = divmod(number, 100)
+    return f"{_SMALL[hundreds]} hundred" + (f" and {in_words(rest)}" if rest else "")

@@ -1,8 +1,7 @@
 """InternVL3 and InternVL3.5 of transformers, without experts: 1B to 14B."""
 
 from vlcache_jax.models.families.family import Family
-from vlcache_jax.models.families.internvl.config_reader import read_config
-from vlcache_jax.models.families.internvl.config_writer import config_values
+from vlcache_jax.models.families.internvl.config import config_values, read_config
 from vlcache_jax.models.families.internvl.layout import read_layout, read_videos
 from vlcache_jax.models.families.internvl.model import InternVL
 from vlcache_jax.models.families.internvl.presets import PRESETS

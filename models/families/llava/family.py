@@ -1,9 +1,7 @@
 """LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision with a Llama, Mistral or Qwen2 decoder."""
 
 from vlcache_jax.models.families.family import Family
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.config_reader import read_config
-from vlcache_jax.models.families.llava.config_writer import config_values
+from vlcache_jax.models.families.llava.config import LlavaConfig, config_values, read_config
 from vlcache_jax.models.families.llava.layout import read_layout, read_videos
 from vlcache_jax.models.families.llava.model import Llava
 from vlcache_jax.models.families.llava.presets import PRESETS

@@ -14,8 +14,8 @@ from vlcache_jax.files.limits import PINPOINTS
 from vlcache_jax.inputs import NEWLINE
 from vlcache_jax.models.families.family import EncodedImage
 from vlcache_jax.models.families.frame_tiles import read_frame_tiles
-from vlcache_jax.models.families.llava import anyres, defaults
-from vlcache_jax.models.families.llava.config import LlavaConfig
+from vlcache_jax.models.families.llava import anyres
+from vlcache_jax.models.families.llava.config import IMAGE_PROCESSORS, LlavaConfig
 from vlcache_jax.models.families.llava.regions import token_regions
 from vlcache_jax.models.families.tile_layout import TileLayout
 from vlcache_jax.models.images.frame_sampling import SegmentSampling
@@ -178,7 +178,7 @@ class VisionLayout(TileLayout):
         """What transformers reads a processor from; see `ImageLayout`."""
         config = self.config
         kind = {"processor_class": _PROCESSORS[config.model_type]}
-        crop = image_processor(config) not in defaults.IMAGE_PROCESSORS or self.transform.do_center_crop
+        crop = image_processor(config) not in IMAGE_PROCESSORS or self.transform.do_center_crop
         values = self.transform.as_dict(crop=crop) | {"image_processor_type": image_processor(config)}
         if self.transform.pad_to_square:
             values |= {"image_processor_type": _OWN, "do_pad": True}
@@ -210,7 +210,7 @@ def read_layout(config: LlavaConfig, settings: dict[str, Any], source: str) -> V
     # For LLaVA's own image processor `do_pad` means this; for LLaVA-NeXT's it concerns batching.
     own = str(settings.get("image_processor_type", "")).startswith(_OWN)
     kind = str(settings.get("image_processor_type") or image_processor(config))
-    missing = next((v for name, v in defaults.IMAGE_PROCESSORS.items() if kind.startswith(name)), {})
+    missing = next((v for name, v in IMAGE_PROCESSORS.items() if kind.startswith(name)), {})
     if missing:  # what CLIP's lacks is an error where a step needs it; of others the class fills it in
         settings = missing | settings_given(settings)
     if missing and settings.get("crop_size") is None:  # tiles are of `size` then

@@ -3,8 +3,7 @@
 import dataclasses
 
 from vlcache_jax.models.decoder.config import DecoderConfig, RopeConfig
-from vlcache_jax.models.families.llava.config import LlavaConfig
-from vlcache_jax.models.families.llava.defaults import ONEVISION_PINPOINTS, PINPOINTS
+from vlcache_jax.models.families.llava.config import NEXT_PINPOINTS, ONEVISION_PINPOINTS, LlavaConfig
 from vlcache_jax.models.vision.config import VisionConfig
 
 # Sources: config.json and generation_config.json of the repositories llava-hf/<name>-hf on the Hugging Face Hub, and of
@@ -21,7 +20,7 @@ _LLAVA_15 = LlavaConfig(
     ),
     decoder=_VICUNA, image_token_id=32000, feature_layers=(23,), bos_token_id=1, pad_token_id=32001, eos_token_ids=(2,),
 )  # fmt: skip
-_NEXT = dataclasses.replace(_LLAVA_15, model_type="llava_next", grid_pinpoints=PINPOINTS)
+_NEXT = dataclasses.replace(_LLAVA_15, model_type="llava_next", grid_pinpoints=NEXT_PINPOINTS)
 _MISTRAL = dataclasses.replace(
     _VICUNA,
     family="mistral", intermediate_size=14336, num_kv_heads=8, rope=RopeConfig(theta=1e6), max_positions=32768,

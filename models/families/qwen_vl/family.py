@@ -4,8 +4,7 @@ import dataclasses
 
 from vlcache_jax.models.families.family import Family
 from vlcache_jax.models.families.qwen_vl import weights
-from vlcache_jax.models.families.qwen_vl.config_reader import read_config
-from vlcache_jax.models.families.qwen_vl.config_writer import config_values
+from vlcache_jax.models.families.qwen_vl.config import config_values, read_config
 from vlcache_jax.models.families.qwen_vl.model import QwenVL
 from vlcache_jax.models.families.qwen_vl.presets import QWEN2_PRESETS, QWEN3_PRESETS
 from vlcache_jax.models.families.qwen_vl.processor_reader import read_layout, read_videos
