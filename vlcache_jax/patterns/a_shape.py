@@ -33,10 +33,7 @@ class AShape(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("sinks", 0), ("window", 1)):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            self._require(is_whole, name, f"give a whole number of at least {low}")
+        self._require_whole(sinks=0, window=1)
 
     def most_blocks(self, blocks: int) -> int:
         return min(blocks, -(-self.sinks // self.block) + (self.window + self.block - 2) // self.block + 1)

@@ -57,8 +57,7 @@ class MMInference(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_whole = isinstance(self.window, int) and not isinstance(self.window, bool) and self.window >= 1
-        self._require(is_whole, "window", "give a whole number of at least 1")
+        self._require_whole(window=1)
         self._require(self.boundary in ("query", "none"), "boundary", "use 'query' or 'none'")
 
     def _reach(self, block: int) -> int:

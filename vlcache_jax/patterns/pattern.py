@@ -134,13 +134,16 @@ class Pattern:
         self._require(self.heads in ("group", "each"), "heads", "use 'group' or 'each'")
         is_share = isinstance(self.capacity, int | float) and 0 < self.capacity <= 1
         self._require(is_share, "capacity", "give a share of the blocks, above 0 and up to 1")
-        for name, low in (("min_tokens", 0), ("block", 1)):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            self._require(is_whole, name, f"give a whole number of at least {low}")
+        self._require_whole(min_tokens=0, block=1)
         layers = self.dense_layers
         are_layers = isinstance(layers, tuple) and all(isinstance(x, int) and x >= 0 for x in layers)
         self._require(are_layers, "dense_layers", "give numbers of layers, from 0 on")
+
+    def _require_whole(self, **least: int) -> None:
+        for name, low in least.items():
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            self._require(is_whole, name, f"give a whole number of at least {low}")
 
     def _require(self, holds: bool, name: str, remedy: str) -> None:
         if not holds:

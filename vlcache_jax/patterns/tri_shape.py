@@ -30,8 +30,7 @@ class TriShape(AShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_whole = isinstance(self.last, int) and not isinstance(self.last, bool) and self.last >= 0
-        self._require(is_whole, "last", "give a whole number of at least 0")
+        self._require_whole(last=0)
 
     def most_blocks(self, blocks: int) -> int:
         """See `Pattern.most_blocks`: dense rows see all."""

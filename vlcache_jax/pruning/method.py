@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 
+from vlcache_jax.cache.fractions import floor_fraction
+from vlcache_jax.pruning.options import check_part
 from vlcache_jax.pruning.stage import Choice, Stage
 from vlcache_jax.typing import TowerView
 
@@ -122,6 +124,22 @@ class Pruning:
     def scores(self, cut: int, between: Between) -> jax.Array:
         """f32 [batch, room]: higher is kept first. Of text and padding it may be anything."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class InFront(Pruning):
+    """A method that drops tokens once, in front of the decoder: floor(keep N) of a prompt's N visual tokens stay."""
+
+    keep: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_part(self.name, keep=self.keep)
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        return (0,) if self.keep < 1 else ()
+
+    def kept(self, cut: int, visual: Count, left: Count) -> Count:
+        return floor_fraction(visual, self.keep)
 
 
 METHODS: dict[str, type[Pruning]] = {}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.pruning.method import Between, Count, Pruning
+from vlcache_jax.pruning.method import Between, InFront
 from vlcache_jax.pruning.methods.aim import AIM
 from vlcache_jax.pruning.methods.cd_pruner import CDPruner
 from vlcache_jax.pruning.methods.div_prune import DivPrune
@@ -26,17 +26,10 @@ _LAYER = 1  # of the demo's six, behind which those drop tokens that look at the
 
 
 @dataclasses.dataclass(frozen=True)
-class Chance(Pruning):
+class Chance(InFront):
     """In front of the decoder floor(keep N) of N visual tokens stay, by chance, or in equal steps."""
 
-    keep: float
     even: bool = False
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,)
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         """See `Pruning.scores`. In equal steps: where the number of those that stay rises."""

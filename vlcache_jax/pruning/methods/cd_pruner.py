@@ -9,7 +9,7 @@ from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import by_row
-from vlcache_jax.pruning.method import Between, Count, Pruning, named
+from vlcache_jax.pruning.method import Between, InFront, named
 from vlcache_jax.pruning.options import check_part
 from vlcache_jax.pruning.similarity import at, dots, unit
 from vlcache_jax.pruning.stage import Stage
@@ -17,7 +17,7 @@ from vlcache_jax.pruning.stage import Stage
 
 @named("cd_pruner")
 @dataclasses.dataclass(frozen=True)
-class CDPruner(Pruning):
+class CDPruner(InFront):
     """In front of the decoder, the visual tokens stay that a determinantal point process holds most probable.
 
     With S the cosines of the embeddings of visual tokens, and r how relevant each is to the question, floor(keep N) of
@@ -42,23 +42,16 @@ class CDPruner(Pruning):
       out = vlc.generate(vlm.model, vlm.params, batch, pruning=vlc.CDPruner(keep=0.1))
     """
 
-    keep: float = 0.25
     relevance: float | None = None
 
     def __post_init__(self) -> None:
-        check_part(self.name, keep=self.keep)
+        super().__post_init__()
         if self.relevance is not None:
             check_part(self.name, relevance=self.relevance)
             if self.relevance == 1:
                 raise PolicyError(
                     f"{self.name}(relevance=1): give less than 1, at which nothing but relevance would count"
                 )
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,) if self.keep < 1 else ()
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         stage, most = between.stage, floor_fraction(between.stage.room, self.keep)

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.pruning.greedy import greedy_order
-from vlcache_jax.pruning.method import Between, Count, Pruning, named
-from vlcache_jax.pruning.options import check_part
+from vlcache_jax.pruning.method import Between, InFront, named
 from vlcache_jax.pruning.similarity import nearest, unit
 
 
 @named("div_prune")
 @dataclasses.dataclass(frozen=True)
-class DivPrune(Pruning):
+class DivPrune(InFront):
     """In front of the decoder, floor(keep N) of N visual tokens stay whose least distance from one another is large.
 
     The distance of two is 1 - cosine of their embeddings. The first is the one whose nearest other token is farthest;
@@ -33,17 +32,6 @@ class DivPrune(Pruning):
     Example:
       out = vlc.generate(vlm.model, vlm.params, batch, pruning=vlc.DivPrune(keep=0.1))
     """
-
-    keep: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_part(self.name, keep=self.keep)
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,) if self.keep < 1 else ()
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
 
     def scores(self, cut: int, between: Between) -> jax.Array:
         stage = between.stage

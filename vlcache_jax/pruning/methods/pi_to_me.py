@@ -9,7 +9,7 @@ from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.errors import PolicyError
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import by_row
-from vlcache_jax.pruning.method import Between, Count, Pruning, named
+from vlcache_jax.pruning.method import Between, InFront, named
 from vlcache_jax.pruning.options import check_part
 from vlcache_jax.pruning.similarity import each, groups_of, nearest, sums_at, unit
 from vlcache_jax.pruning.stage import Choice
@@ -17,7 +17,7 @@ from vlcache_jax.pruning.stage import Choice
 
 @named("pi_to_me")
 @dataclasses.dataclass(frozen=True)
-class PiToMe(Pruning):
+class PiToMe(InFront):
     """In front of the decoder, floor(keep N) of N visual tokens are left by merging those with the most energy.
 
     The energy of a token is high where many are like it. In a round, with the cosines S of the embeddings,
@@ -47,15 +47,10 @@ class PiToMe(Pruning):
     margin: float = 0.45
 
     def __post_init__(self) -> None:
-        check_part(self.name, keep=self.keep, margin=self.margin)
+        super().__post_init__()
+        check_part(self.name, margin=self.margin)
         if not self.keep:
             raise PolicyError("PiToMe(keep=0): give more than 0, nothing is left to merge into")
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,) if self.keep < 1 else ()
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
 
     def choose(self, cut: int, between: Between) -> Choice:
         stage = between.stage

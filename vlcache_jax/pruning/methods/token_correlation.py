@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.parallel.mesh import by_row
-from vlcache_jax.pruning.method import Between, Count, Pruning, named
+from vlcache_jax.pruning.method import Between, InFront, named
 from vlcache_jax.pruning.options import check_part, check_whole
 from vlcache_jax.pruning.similarity import each, groups_of, unit
 from vlcache_jax.pruning.stage import Choice
@@ -16,7 +16,7 @@ from vlcache_jax.pruning.stage import Choice
 
 @named("token_correlation")
 @dataclasses.dataclass(frozen=True)
-class TokenCorrelation(Pruning):
+class TokenCorrelation(InFront):
     """In front of the decoder, each tile keeps as many visual tokens as it has that are not redundant.
 
     A token is redundant if at least `partners` others of its tile have keys in the tower, averaged over heads, whose
@@ -47,14 +47,9 @@ class TokenCorrelation(Pruning):
     needs_tower: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_part(self.name, keep=self.keep, threshold=self.threshold)
+        super().__post_init__()
+        check_part(self.name, threshold=self.threshold)
         check_whole(self.name, 1, partners=self.partners)
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,) if self.keep < 1 else ()
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
 
     def choose(self, cut: int, between: Between) -> Choice:
         stage, tower = between.stage, between.tower

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.selection import indices, largest
 from vlcache_jax.parallel.mesh import by_row
-from vlcache_jax.pruning.method import Between, Count, Pruning, named
+from vlcache_jax.pruning.method import Between, InFront, named
 from vlcache_jax.pruning.options import check_part
 from vlcache_jax.pruning.similarity import at, dots, put, unit
 from vlcache_jax.pruning.stage import Choice
@@ -17,7 +17,7 @@ from vlcache_jax.pruning.stage import Choice
 
 @named("vision_zip")
 @dataclasses.dataclass(frozen=True)
-class VisionZip(Pruning):
+class VisionZip(InFront):
     """In front of the decoder, dominant visual tokens stay as they are, and some more that the others are merged into.
 
     Of N visual tokens of a prompt k = floor(keep N) stay. D = k - C are dominant: those that the class token of the
@@ -47,18 +47,12 @@ class VisionZip(Pruning):
       out = vlc.generate(vlm.model, vlm.params, batch, vlc.VLCache(0.1), pruning=vlc.VisionZip(keep=0.25))
     """
 
-    keep: float = 0.25
     contextual: float = 0.16
     needs_tower: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_part(self.name, keep=self.keep, contextual=self.contextual)
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        return (0,) if self.keep < 1 else ()
-
-    def kept(self, cut: int, visual: Count, left: Count) -> Count:
-        return floor_fraction(visual, self.keep)
+        super().__post_init__()
+        check_part(self.name, contextual=self.contextual)
 
     def choose(self, cut: int, between: Between) -> Choice:
         stage, tower, project = between.stage, between.tower, between.project_features
