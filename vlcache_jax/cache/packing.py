@@ -73,12 +73,7 @@ def pack(
     inputs = (*map(place, arrays[:-1]), None if places is None else PartitionSpec(None, rows))
     if starts is not None:
         inputs = (PartitionSpec(rows, over),) * 2 + inputs[2:]
-    specs = store_specs(
-        batch,
-        lanes or kv_heads,
-        per_head=slots.ndim > 2,
-        bits=bits,
-    )
+    specs = store_specs(batch, lanes or kv_heads, per_head=slots.ndim > 2, bits=bits)
     return local(run, inputs, specs)(*arrays)
 
 

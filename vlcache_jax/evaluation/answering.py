@@ -100,9 +100,5 @@ def answer(
                 ids.append(int(step[0]))
                 on_token(ids[-1])
             tokens, lengths = np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32)
-    seconds = {
-        "compile": of_prefill.compile + of_decode.compile,
-        "prefill": of_prefill.run,
-        "decode": of_decode.run,
-    }
+    seconds = {"compile": of_prefill.compile + of_decode.compile, "prefill": of_prefill.run, "decode": of_decode.run}
     return Answers(tokens, lengths, report, kept, seconds)

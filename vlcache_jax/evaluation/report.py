@@ -54,11 +54,7 @@ class Summary:
     also: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def summarise(
-    folder: RunFolder,
-    policies: Sequence[str] | None = None,
-    compare: str | None = None,
-) -> list[Summary]:
+def summarise(folder: RunFolder, policies: Sequence[str] | None = None, compare: str | None = None) -> list[Summary]:
     """A summary for each policy.
 
     Args:

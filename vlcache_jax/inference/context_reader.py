@@ -23,14 +23,7 @@ from vlcache_jax.policies.decoding.rule import RULES, DecodingRule
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 FIELDS = [field.name for field in dataclasses.fields(PackedStore) if field.name != "bits"]
-REPORT = (
-    "kept",
-    "prompt_lengths",
-    "density",
-    "exact",
-    "kept_fraction",
-    "stage_tokens",
-)
+REPORT = ("kept", "prompt_lengths", "density", "exact", "kept_fraction", "stage_tokens")
 """Arrays of a report; the rest of it is in the description."""
 COUNTS = ("state_bytes", "full_bytes")
 """Whole numbers of a report."""

@@ -322,14 +322,7 @@ def _image_tiles(config: ModelConfig, max_image_tokens: int | None) -> int:
     return max_image_tokens * family.token_patches(config)
 
 
-def _workload(
-    config: ModelConfig,
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    images: int,
-    image_tiles: int,
-) -> Workload:
+def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, images: int, image_tiles: int) -> Workload:
     for field, value, least in (
         ("batch", batch, 1),
         ("prompt", prompt, 1),
@@ -344,12 +337,7 @@ def _workload(
             f"prompt={prompt} and new_tokens={new_tokens} need {prompt + new_tokens} positions but the model has "
             f"{positions}: lower one of them"
         )
-    return Workload(
-        batch=batch,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        tiles=images * image_tiles,
-    )
+    return Workload(batch=batch, prompt=prompt, new_tokens=new_tokens, tiles=images * image_tiles)
 
 
 def _check_rooms(recipe: Recipe) -> None:

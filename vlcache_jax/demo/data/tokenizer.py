@@ -67,10 +67,6 @@ def build_tokenizer() -> Tokenizer:
     )
     # WordPiece joins with spaces and takes them away again before punctuation; the rest puts numbers together.
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=True),
-            decoders.Fuse(),
-            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
-        ]
+        [decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), decoders.Replace(Regex(r"(?<=\d) (?=\d)"), "")]
     )
     return tokenizer

@@ -75,10 +75,7 @@ def patch_batches(seed: int, grid: int, size: int) -> Iterator[PatchBatch]:
 def init_head(key: jax.Array, hidden_size: int) -> Params:
     """The linear head's parameters."""
     width = sum(_WIDTHS.values()) + _CELLS**2
-    return {
-        "kernel": 0.02 * jax.random.normal(key, (hidden_size, width)),
-        "bias": jnp.zeros(width),
-    }
+    return {"kernel": 0.02 * jax.random.normal(key, (hidden_size, width)), "bias": jnp.zeros(width)}
 
 
 def patch_loss(model: Llava) -> Loss:

@@ -64,10 +64,4 @@ def KeyDifference(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **opt
       >>> KeyDifference().name
       'key_difference'
     """
-    return Policy(
-        name="key_difference",
-        budget=budget,
-        score=KeyDifferenceScore(),
-        recent=recent,
-        **options,
-    )
+    return Policy(name="key_difference", budget=budget, score=KeyDifferenceScore(), recent=recent, **options)

@@ -53,10 +53,4 @@ def KeyNorm(budget: Budget = DEFAULT_BUDGET, *, recent: float = 0.1, **options: 
       >>> KeyNorm().score.needs_attention
       False
     """
-    return Policy(
-        name="key_norm",
-        budget=budget,
-        score=KeyNormScore(),
-        recent=recent,
-        **options,
-    )
+    return Policy(name="key_norm", budget=budget, score=KeyNormScore(), recent=recent, **options)

@@ -90,11 +90,4 @@ def LagKV(budget: Budget = DEFAULT_BUDGET, *, sinks: int = 4, lag: int = 128, **
       >>> LagKV(lag=32).score
       LagRelative(sinks=4, lag=32)
     """
-    return Policy(
-        name="lag_kv",
-        budget=budget,
-        score=LagRelative(sinks, lag),
-        recent=0.0,
-        sinks=sinks,
-        **options,
-    )
+    return Policy(name="lag_kv", budget=budget, score=LagRelative(sinks, lag), recent=0.0, sinks=sinks, **options)
