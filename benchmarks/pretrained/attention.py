@@ -91,7 +91,7 @@ def measure(vlm: vlc.VLM, prompts: Prompts) -> dict[str, np.ndarray]:
 
 def texts(folder: Path, samples: int) -> dict[str, dict[str, np.ndarray]]:
     """What is measured of each task of study.py."""
-    vlm, found = vlc.load(folder, dtype=jnp.float32), {}
+    vlm, found = vlc.load(folder, dtype=jnp.float32, layout="stacked"), {}
     drawn, length = draw(vlm, list(LENGTHS), samples, None, seed=0)
     for task, of_task in drawn.items():
         found[task] = measure(vlm, prepare(vlm, of_task, length, samples))
@@ -100,7 +100,8 @@ def texts(folder: Path, samples: int) -> dict[str, dict[str, np.ndarray]]:
 
 def pictures(folder: Path, samples: int) -> dict[str, dict[str, np.ndarray]]:
     """What is measured of train_vlm.py's model on strips, and of the demo's on its documents."""
-    small, demo = vlc.load(folder, dtype=jnp.float32), vlc.load(demo_assets(None) / MODEL, dtype=jnp.float32)
+    folders = (folder, demo_assets(None) / MODEL)
+    small, demo = (vlc.load(x, dtype=jnp.float32, layout="stacked") for x in folders)
     strips, chats, length = drawn(small, samples)
     pages = [make_sample("documents", HELD_OUT_SEED, index, max_questions=1) for index in range(samples)]
     asked = [Question("documents", [Image.fromarray(x) for x in page.images], *page.questions[0]) for page in pages]

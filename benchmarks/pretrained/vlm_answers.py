@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=32, help="prompts at once")
     parser.add_argument("--only", default="", help="policies whose name holds that, and the full cache")
     args = parser.parse_args(arguments)
-    vlm = vlc.load(args.folder, dtype=jnp.float32)
+    vlm = vlc.load(args.folder, dtype=jnp.float32, layout="stacked")
     lines = Lines(args.output, seed=HELD_OUT_SEED, rows=args.rows)
     wanted = {name: policy for name, policy in policies().items() if args.only in name or name == FULL}
     samples, chats, length = drawn(vlm, args.samples)
@@ -122,4 +122,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    vlc.use_compilation_cache()
     main()
