@@ -55,6 +55,14 @@ def read_tied(root: CheckpointFolder, outer: bool, inner: bool) -> bool:
     return not any(name.endswith("lm_head.weight") for name in names)
 
 
+def read_text(root: CheckpointFolder, top: Section, text: Section, tied: bool, image_token: int) -> dict[str, Any]:
+    """The decoder and the tokens of a `ModelConfig`, by field; `image_token` is the id where the file names none."""
+    decoder = read_decoder(text, tied)
+    size = decoder.vocab_size
+    image = read_image_token(top, size, image_token)
+    return {"decoder": decoder, "image_token_id": image, **read_token_ids(root, top, text, size)}
+
+
 def read_sizes(text: Section) -> dict[str, Any]:
     """The fields of a `DecoderConfig` that every text config has alike. Raises CheckpointError."""
     hidden, heads = text.integer("hidden_size", CHANNELS), text.integer("num_attention_heads", HEADS)

@@ -19,32 +19,25 @@ from vlcache_jax.models.io.section import Section
 from vlcache_jax.typing import Params, VisionLanguageModel
 
 
-class ModelConfig(Protocol):
-    """What a model is made of: a frozen dataclass with at least these fields."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a model is made of; a family's has its tower and more besides.
 
-    @property
-    def model_type(self) -> str:
-        """As in `config.json`; one of its family's `model_types`."""
+    Attributes:
+      model_type: as in `config.json`; one of its family's `model_types`.
+      decoder: the text part.
+      image_token_id: stands in the tokens of a prompt for every visual token.
+      bos_token_id: the beginning of a sequence.
+      pad_token_id: padding.
+      eos_token_ids: what ends an answer.
+    """
 
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The text part."""
-
-    @property
-    def image_token_id(self) -> int:
-        """The id that stands in the tokens of a prompt for every visual token."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The beginning of a sequence."""
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """Padding."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer."""
+    model_type: str
+    decoder: DecoderConfig
+    image_token_id: int
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
 
 
 class FamilyModel(VisionLanguageModel, Protocol):

@@ -11,6 +11,7 @@ from vlcache_jax.models.decoder.config_reader import read_image_token, read_size
 from vlcache_jax.models.decoder.config_writer import rope_values, size_values, token_values
 from vlcache_jax.models.decoder.rope_reader import read_ropes_by_kind
 from vlcache_jax.models.decoder.window_reader import read_windows
+from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import SIGLIP_DEFAULTS, VisionConfig, read_vision, vision_values
@@ -18,19 +19,14 @@ from vlcache_jax.models.vision.config import SIGLIP_DEFAULTS, VisionConfig, read
 
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Config:
+class Gemma3Config(ModelConfig):
     """Gemma 3 (`gemma3`). `tokens_per_image` is a square number whose root divides the tower's patches along a side."""
 
     model_type: str = "gemma3"
     vision: VisionConfig
-    decoder: DecoderConfig
-    image_token_id: int
     start_token_id: int  # before an image; it also stands for one in a prompt
     end_token_id: int
     tokens_per_image: int = 256
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def token_grid(self) -> int:

@@ -5,15 +5,9 @@ from typing import Any
 
 from vlcache_jax.files.exporting import static_field
 from vlcache_jax.files.limits import LAYERS, PATCHES_A_SIDE, Range
-from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.config_reader import (
-    read_decoder,
-    read_image_token,
-    read_tied,
-    read_token_ids,
-    text_section,
-)
+from vlcache_jax.models.decoder.config_reader import read_text, read_tied, text_section
 from vlcache_jax.models.decoder.config_writer import text_values, token_values
+from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import VisionConfig, read_vision, vision_values
@@ -21,20 +15,14 @@ from vlcache_jax.models.vision.config import VisionConfig, read_vision, vision_v
 
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Idefics3Config:
+class Idefics3Config(ModelConfig):
     """Idefics3 and SmolVLM (`idefics3`), SmolVLM2 (`smolvlm`).
 
     `shuffle` divides the patches along a side of a tile; so many squared become one token.
     """
 
-    model_type: str
     vision: VisionConfig
-    decoder: DecoderConfig
-    image_token_id: int
     shuffle: int = 2
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def token_grid(self) -> int:
@@ -56,7 +44,6 @@ def read_config(root: CheckpointFolder, top: Section) -> Idefics3Config:
     section.choice("model_type", _TOWERS[0], _TOWERS)
     vision = read_vision(section, section.integer("num_hidden_layers", LAYERS), remainder=True)
     tied = read_tied(root, top.flag("tie_word_embeddings", False), text.flag("tie_word_embeddings", False))
-    decoder = read_decoder(text, tied)
     top.defaults["scale_factor"] = 2
     shuffle = top.integer("scale_factor", Range(1, PATCHES_A_SIDE))
     if vision.grid_size % shuffle:
@@ -65,10 +52,8 @@ def read_config(root: CheckpointFolder, top: Section) -> Idefics3Config:
     return Idefics3Config(
         model_type=top.get("model_type"),
         vision=vision,
-        decoder=decoder,
-        image_token_id=read_image_token(top, decoder.vocab_size, 128257),
         shuffle=shuffle,
-        **read_token_ids(root, top, text, decoder.vocab_size),
+        **read_text(root, top, text, tied, image_token=128257),
     )
 
 

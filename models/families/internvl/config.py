@@ -5,15 +5,9 @@ from typing import Any
 
 from vlcache_jax.files.exporting import static_field
 from vlcache_jax.files.limits import LAYERS, Range
-from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.config_reader import (
-    read_decoder,
-    read_image_token,
-    read_tied,
-    read_token_ids,
-    text_section,
-)
+from vlcache_jax.models.decoder.config_reader import read_text, read_tied, text_section
 from vlcache_jax.models.decoder.config_writer import text_values, token_values
+from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import VisionConfig, read_vision, vision_values
@@ -21,18 +15,13 @@ from vlcache_jax.models.vision.config import VisionConfig, read_vision, vision_v
 
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InternVLConfig:
+class InternVLConfig(ModelConfig):
     """InternVL (`internvl`). `shuffle` divides the patches along a side of a tile; so many squared become one token."""
 
     model_type: str = "internvl"
     vision: VisionConfig
-    decoder: DecoderConfig
-    image_token_id: int
     shuffle: int = 2
     projector_activation: str = "gelu"
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def token_grid(self) -> int:
@@ -52,7 +41,6 @@ def read_config(root: CheckpointFolder, top: Section) -> InternVLConfig:
     """See `Family.read_config`."""
     text, vision = text_section(top, "qwen2"), _vision(top)
     tied = read_tied(root, top.flag("tie_word_embeddings", True), text.flag("tie_word_embeddings", False))
-    decoder = read_decoder(text, tied)
     top.choice("vision_feature_select_strategy", "default", ["default"])
     ratio = top.number("downsample_ratio", Range(1e-3, 1.0), 0.5)
     shuffle = round(1 / ratio)
@@ -61,11 +49,9 @@ def read_config(root: CheckpointFolder, top: Section) -> InternVLConfig:
         raise top.error("downsample_ratio", ratio, expected)
     return InternVLConfig(
         vision=vision,
-        decoder=decoder,
-        image_token_id=read_image_token(top, decoder.vocab_size, 151667),
         shuffle=shuffle,
         projector_activation=top.activation("projector_hidden_act", "gelu"),
-        **read_token_ids(root, top, text, decoder.vocab_size),
+        **read_text(root, top, text, tied, image_token=151667),
     )
 
 

@@ -12,15 +12,9 @@ from vlcache_jax.files.limits import (
     PINPOINTS,
     TILES,
 )
-from vlcache_jax.models.decoder.config import DecoderConfig
-from vlcache_jax.models.decoder.config_reader import (
-    read_decoder,
-    read_image_token,
-    read_tied,
-    read_token_ids,
-    text_section,
-)
+from vlcache_jax.models.decoder.config_reader import read_text, read_tied, text_section
 from vlcache_jax.models.decoder.config_writer import text_values, token_values
+from vlcache_jax.models.families.family import ModelConfig
 from vlcache_jax.models.io.files import CheckpointFolder
 from vlcache_jax.models.io.section import Section
 from vlcache_jax.models.vision.config import SIGLIP_DEFAULTS, VisionConfig, read_vision, vision_values
@@ -28,17 +22,14 @@ from vlcache_jax.models.vision.config import SIGLIP_DEFAULTS, VisionConfig, read
 
 @static_field
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlavaConfig:
+class LlavaConfig(ModelConfig):
     """LLaVA-1.5 (`llava`), LLaVA-NeXT (`llava_next`) or LLaVA-OneVision (`llava_onevision`).
 
     `feature_layers` index the tower's hidden states: 0 is the embedding, i the output of layer i; the last one
     equals `vision.num_layers`. Several layers are concatenated along the channels.
     """
 
-    model_type: str
     vision: VisionConfig
-    decoder: DecoderConfig
-    image_token_id: int
     feature_layers: tuple[int, ...]
     vision_type: str = "clip_vision_model"  # or "siglip_vision_model", which has no class token
     feature_select: str = "default"  # "default" drops the class token, "full" keeps it
@@ -47,9 +38,6 @@ class LlavaConfig:
     grid_pinpoints: tuple[tuple[int, int], ...] = ()  # (height, width) in pixels; not of LLaVA-1.5
     max_tiles: int | None = None  # LLaVA-OneVision: more tiles than these are shrunk to the area of so many
     video_token_id: int | None = None  # LLaVA-OneVision
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def has_class_token(self) -> bool:
@@ -99,13 +87,10 @@ def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
     onevision = model_type == "llava_onevision"
     text = text_section(top, "qwen2" if onevision else "llama")
     vision_type, vision, feature_layers = _vision(top, onevision)
-    decoder = read_decoder(text, _is_tied(root, model_type, top, text))
-    tokens = read_token_ids(root, top, text, decoder.vocab_size)
+    tied, image_token = _is_tied(root, model_type, top, text), 151646 if onevision else 32000
     return LlavaConfig(
         model_type=model_type,
         vision=vision,
-        decoder=decoder,
-        image_token_id=read_image_token(top, decoder.vocab_size, 151646 if onevision else 32000),
         feature_layers=feature_layers,
         vision_type=vision_type,
         feature_select=_feature_select(top, vision_type, onevision),
@@ -114,7 +99,7 @@ def read_config(root: CheckpointFolder, top: Section) -> LlavaConfig:
         grid_pinpoints=_pinpoints(top, vision, onevision) if model_type != "llava" else (),
         max_tiles=_max_tiles(top) if onevision else None,
         video_token_id=next(iter(top.token_ids("video_token_index")), 151647) if onevision else None,
-        **tokens,
+        **read_text(root, top, text, tied, image_token),
     )
 
 
