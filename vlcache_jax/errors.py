@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message names the thing, the value and the remedy."""
+"""The errors a user can meet, each of which names the thing, the value and the remedy; and checks of options."""
 
 from typing import Any
 
@@ -39,3 +39,13 @@ class PolicyWarning(UserWarning):
 
 class PolicyError(VLCacheError):
     """A cache policy is misconfigured: an unknown name, an option out of range, an impossible combination."""
+
+
+def is_whole(value: Any, least: float) -> bool:
+    """Whether an option is a whole number of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, least: float, most: float) -> bool:
+    """Whether an option is a number from `least` to `most`; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

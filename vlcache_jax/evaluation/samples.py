@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import InputError, is_whole
 from vlcache_jax.evaluation.parquet import read_parquet
 from vlcache_jax.evaluation.sample import LETTERS, LONGEST, Sample
 from vlcache_jax.files.json_text import parse_json, shorten
@@ -92,7 +92,7 @@ def _from_object(values: dict[str, Any], number: int, place: str, folder: Path) 
             f"{place}: expected a question, which is a text, or messages; it has {shorten(sorted(values))}"
         )
     most = own.get("max_new_tokens")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+    if most is not None and not is_whole(most, 1):
         raise InputError(f"{place}: max_new_tokens={shorten(most)}: expected a whole number of at least 1")
     return Sample(
         id=str(own.get("id", number)),

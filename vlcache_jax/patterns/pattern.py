@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.patterns.last_rows import LastRowsAttention, last_rows_attention
 from vlcache_jax.typing import ModelSpec
 
@@ -141,9 +141,7 @@ class Pattern:
 
     def _require_whole(self, **least: int) -> None:
         for name, low in least.items():
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            self._require(is_whole, name, f"give a whole number of at least {low}")
+            self._require(is_whole(getattr(self, name), low), name, f"give a whole number of at least {low}")
 
     def _require(self, holds: bool, name: str, remedy: str) -> None:
         if not holds:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import InputError, is_whole
 from vlcache_jax.inference.recipe import Recipe, recipe_of
 from vlcache_jax.models.coding import WeightCoding, weight_coding
 from vlcache_jax.models.families.family import ModelConfig
@@ -315,7 +315,7 @@ def _image_tiles(config: ModelConfig, max_image_tokens: int | None) -> int:
     family = family_of(config)
     if max_image_tokens is None:
         return family.image_tiles(config)
-    if isinstance(max_image_tokens, bool) or not isinstance(max_image_tokens, int) or max_image_tokens < 1:
+    if not is_whole(max_image_tokens, 1):
         raise InputError(f"max_image_tokens={max_image_tokens!r} must be a whole number of at least 1")
     if family.token_patches is None:
         raise InputError(f"{config.model_type} resizes images to sizes of its own: leave max_image_tokens out")
@@ -329,7 +329,7 @@ def _workload(config: ModelConfig, batch: int, prompt: int, new_tokens: int, ima
         ("new_tokens", new_tokens, 1),
         ("images", images, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
     positions = config.decoder.extended_positions
     if prompt + new_tokens > positions:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number, is_whole
 from vlcache_jax.files.exporting import static_field
 
 
@@ -19,7 +19,7 @@ class Tokens:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
+        if not is_whole(self.count, 0):
             raise PolicyError(f"Tokens({self.count!r}): give a whole number of tokens")
 
     def __format__(self, _: str) -> str:
@@ -42,7 +42,7 @@ class Bytes:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+        if not is_whole(self.count, 1):
             raise PolicyError(f"Bytes({self.count!r}): give a whole number of bytes, at least 1")
 
     def __format__(self, _: str) -> str:
@@ -87,7 +87,7 @@ class Mass:
                 f"Mass({share!r}) has no cap: the size of the store must be known before the prompt is seen, so give "
                 f"the most that may be kept as a fraction of the prompt, for example Mass({share!r}, cap=0.4)"
             )
-        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 1e-4 <= cap <= 1:
+        if not is_number(cap, 1e-4, 1):
             raise PolicyError(f"Mass({share!r}, cap={cap!r}): give a cap in (0, 1], and not below 0.0001")
 
     def __format__(self, _: str) -> str:

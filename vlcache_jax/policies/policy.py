@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import Count, as_fraction, floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number, is_whole
 from vlcache_jax.policies.allocate.equal_mass import RetainedMass
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
 from vlcache_jax.policies.budget import Budget, Bytes, ByteShare, Mass, Tokens
@@ -119,12 +119,12 @@ class Policy:
             value = getattr(self, name)
             if isinstance(value, kinds):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= 1:
+            if not is_number(value, low, 1):
                 span = f"[{low:g}, 1]" if low == 0 else "(0, 1], and not below 0.0001"
                 raise PolicyError(f"{name}={value!r} is out of range: give a fraction in {span}{others}")
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+        if not is_whole(self.sinks, 0):
             raise PolicyError(f"sinks={self.sinks!r} is out of range: give a number of tokens, 0 or more")
-        if isinstance(self.lanes, bool) or not isinstance(self.lanes, int) or self.lanes < 1:
+        if not is_whole(self.lanes, 1):
             raise PolicyError(f"lanes={self.lanes!r} is out of range: give a number that divides the model's KV heads")
         if self.protect not in (None, "text", "vision"):
             raise PolicyError(f"protect={self.protect!r} is not known: use 'text', 'vision' or None")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number, is_whole
 from vlcache_jax.policies.budget import Tokens
 
 Count = TypeVar("Count", bound=int | jax.Array)
@@ -36,7 +36,7 @@ class Window:
     count: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+        if not is_whole(self.count, 1):
             raise PolicyError(f"Window({self.count!r}): give a whole number of tokens, at least 1")
 
     def of(self, slots: Count) -> Count:
@@ -62,7 +62,7 @@ class AverageShare:
 
     def __post_init__(self) -> None:
         value = self.fraction
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        if not is_number(value, 0, 1):
             raise PolicyError(f"AverageShare({value!r}) is out of range: give a fraction in [0, 1]")
 
     def of(self, slots: Count) -> Count:

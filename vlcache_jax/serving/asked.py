@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from vlcache_jax.engine.requests import Request
-from vlcache_jax.errors import InputError
+from vlcache_jax.errors import InputError, is_number
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.inference.sampling import Sampling
 from vlcache_jax.models.images.data_url import read_data_url
@@ -133,7 +133,7 @@ def _number(fields: dict[str, Any], name: str, low: float, high: float, default:
     value = fields.get(name, default)
     if value is default:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    if not is_number(value, low, high):
         raise Refusal(400, f"{name}={shorten(value)}: give a number from {low} to {high}", param=name)
     return value
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from vlcache_jax.errors import is_number
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.limits import LAYERS, TABLE_BYTES
 
@@ -14,10 +15,6 @@ _LONGEST = 1000  # characters of a name or an answer
 _MOST = 2**60  # bytes or seconds
 
 _Check = tuple[Callable[[Any], bool], str]  # whether a value is right, and what is expected
-
-
-def _is_number(value: Any, most: float = _MOST) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _is_digits(value: Any, digits: str) -> bool:
@@ -41,18 +38,18 @@ _NAME: _Check = (lambda x: isinstance(x, str) and 0 < len(x) <= _LONGEST, "a nam
 _BYTES: _Check = (lambda x: type(x) is int and 0 <= x <= _MOST, "a number of bytes")
 _ONES: _Check = (lambda x: _is_digits(x, "01"), "a text of the digits 0 and 1")
 _SHARES: _Check = (
-    lambda x: isinstance(x, list) and len(x) in LAYERS and all(_is_number(y, 1.001) for y in x),
+    lambda x: isinstance(x, list) and len(x) in LAYERS and all(is_number(y, 0, 1.001) for y in x),
     "a list of shares, one for each layer",
 )
 _KEY: dict[str, _Check] = {
     "task": _NAME,
     "method": _NAME,
-    "budget": (lambda x: _is_number(x, 1) and x > 0, "a fraction"),
+    "budget": (lambda x: is_number(x, 0, 1) and x > 0, "a fraction"),
 }
 _PICTURED: dict[str, _Check] = {
     "answer": (lambda x: isinstance(x, str) and len(x) <= _LONGEST, "a short text"),
     "layers": (_is_kept, "a list of texts of digits, equally long"),
-    "text": (lambda x: isinstance(x, list) and all(map(_is_number, x)), "a list of numbers"),
+    "text": (lambda x: isinstance(x, list) and all(is_number(y, 0, _MOST) for y in x), "a list of numbers"),
 }
 _FIELDS: dict[str, dict[str, _Check]] = {
     "study": {},
@@ -62,7 +59,7 @@ _FIELDS: dict[str, dict[str, _Check]] = {
         "mode": _NAME,
         "state_bytes": _BYTES,
         "full_bytes": _BYTES,
-        "seconds": (_is_number, "a number of seconds"),
+        "seconds": (lambda x: is_number(x, 0, _MOST), "a number of seconds"),
         "layers": _SHARES,
         "density": _SHARES,
         "exact": _ONES,

@@ -16,7 +16,7 @@ import jax
 
 from vlcache_jax.cache.state import KVState
 from vlcache_jax.cache.store import PackedStore
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number, is_whole
 from vlcache_jax.files.exporting import static_field
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies.budget import Tokens
@@ -213,7 +213,7 @@ def check_ring(rule: str, field: str, value: int, largest: int) -> None:
 
 def check_count(rule: str, field: str, value: Any) -> None:
     """Raises PolicyError unless a rule's field is a number of tokens."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value, 1):
         raise PolicyError(f"{rule}({field}={value!r}) is out of range: give a number of tokens, at least 1")
 
 
@@ -232,12 +232,12 @@ class WeighingRule(DecodingRule):
 
     def __post_init__(self) -> None:
         rule, recent, sinks = type(self).__name__, self.recent, self.sinks
-        fraction = isinstance(recent, int | float) and not isinstance(recent, bool) and 0 <= recent <= 1
+        fraction = is_number(recent, 0, 1)
         if recent is not None and not fraction and not isinstance(recent, Tokens | Window | AverageShare):
             raise PolicyError(
                 f"{rule}(recent={recent!r}) is out of range: give a fraction in [0, 1], or Tokens(n), or Window(n)"
             )
-        if sinks is not None and (isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0):
+        if sinks is not None and not is_whole(sinks, 0):
             raise PolicyError(f"{rule}(sinks={sinks!r}) is out of range: give a number of tokens, 0 or more")
 
     @property

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.selection import largest
 from vlcache_jax.cache.state import KVState
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies.decoding.rule import Step, named
@@ -58,7 +58,7 @@ class VASparse(NotingRule):
     def __post_init__(self) -> None:
         for name, low, high in (("keep", 1e-4, 1), ("weight", 0, 1e6), ("contrast", 0, 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            if not is_number(value, low, high):
                 raise PolicyError(f"VASparse({name}={value!r}) is out of range: give a number from {low:g} to {high:g}")
 
     def note(self, inputs: LayerInputs) -> jax.Array:

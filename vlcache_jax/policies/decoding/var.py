@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.state import KVState
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number, is_whole
 from vlcache_jax.parallel.ops import Kernels
 from vlcache_jax.policies.decoding.rule import Step, named
 from vlcache_jax.policies.decoding.slot_notes import NotingRule
@@ -64,9 +64,9 @@ class VAR(NotingRule):
     def __post_init__(self) -> None:
         for name, high in (("share", 1.0), ("ratio", 1.0), ("least", 1.0), ("outlier", 1e6), ("value", 1e6)):
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= high:
+            if not is_number(number, 0, high):
                 raise PolicyError(f"VAR({name}={number!r}) is out of range: give a number from 0 to {high:g}")
-        if isinstance(self.first, bool) or not isinstance(self.first, int) or self.first < 0:
+        if not is_whole(self.first, 0):
             raise PolicyError(f"VAR(first={self.first!r}) is out of range: give the number of a layer, from 0 on")
 
     def note(self, inputs: LayerInputs) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import as_fraction
 from vlcache_jax.cache.selection import largest
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.policies.allocate.uniform import Allocate, Uniform
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
@@ -47,7 +47,7 @@ class AdaptiveHeads(Allocate):
     per_head = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.floor, bool) or not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
+        if not is_number(self.floor, 0, 1):
             raise PolicyError(f"floor_alpha={self.floor!r} is out of range: give a fraction in [0, 1]")
 
     @property

@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget, Tokens
 from vlcache_jax.policies.methods.method import method
@@ -40,7 +40,7 @@ class LeverageAndAttention(Score):
     def __post_init__(self) -> None:
         if self.blend is not None and (isinstance(self.blend, bool) or not 0 <= self.blend < float("inf")):
             raise PolicyError(f"blend={self.blend!r} is out of range: give a weight of 0 or more, or None")
-        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1:
+        if not is_whole(self.chunk, 1):
             raise PolicyError(f"chunk={self.chunk!r} is out of range: give a whole number, at least 1")
         self.leverage  # noqa: B018  (checks its options)
 

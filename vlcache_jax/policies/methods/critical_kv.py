@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.kernels.chunks import in_chunks
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
@@ -48,7 +48,7 @@ class OutputPerturbation(Derived):
     is_mass = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.first, bool) or not isinstance(self.first, int | float) or not 0 <= self.first <= 1:
+        if not is_number(self.first, 0, 1):
             raise PolicyError(f"first={self.first!r} is out of range: give a fraction in [0, 1]")
         if isinstance(self.epsilon, bool) or not 0 <= self.epsilon < float("inf"):
             raise PolicyError(f"epsilon={self.epsilon!r} is out of range: give a number of 0 or more")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.methods.snap_kv import WINDOW, observation_window
@@ -42,7 +42,7 @@ class CrossSelf(Score):
     is_mass = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.cross, bool) or not isinstance(self.cross, int | float) or not 0 <= self.cross <= 1:
+        if not is_number(self.cross, 0, 1):
             raise PolicyError(f"cross={self.cross!r} is out of range: give a fraction in [0, 1]")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.parallel.mesh import local, split_axes
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
@@ -41,7 +41,7 @@ class ExpectedScore(Score):
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("future", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise PolicyError(f"{name}={value!r} is out of range: give a whole number, at least {least}")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
 from vlcache_jax.policies.policy import Options, Policy
@@ -35,7 +35,7 @@ class LagRelative(Score):
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("lag", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise PolicyError(f"{name}={value!r} is out of range: give a whole number, at least {least}")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:

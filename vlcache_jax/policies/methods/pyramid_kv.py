@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import Count
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.policies.allocate.uniform import Allocate
 from vlcache_jax.policies.budget import DEFAULT_BUDGET, Budget
 from vlcache_jax.policies.methods.method import method
@@ -36,7 +36,7 @@ class Pyramid(Allocate):
     window: Recent = Window(WINDOW)  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int) or self.beta < 1:
+        if not is_whole(self.beta, 1):
             raise PolicyError(f"beta={self.beta!r}: give a whole number, at least 1 (1 is the same for every layer)")
 
     def most(self, length: Count, budget: SlotBudget) -> Count:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlcache_jax.cache.fractions import floor_fraction
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.files.json_text import parse_json, shorten
 from vlcache_jax.files.reading import read_plain
 from vlcache_jax.policies.allocate.uniform import Allocate
@@ -49,7 +49,7 @@ class HeadShares(Allocate):
     per_head = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.part, bool) or not isinstance(self.part, int | float) or not 0 <= self.part <= 1:
+        if not is_number(self.part, 0, 1):
             raise PolicyError(f"part={self.part!r} is out of range: give a fraction in [0, 1]")
 
     def check_model(self, spec: ModelSpec) -> None:

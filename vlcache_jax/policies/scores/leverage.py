@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.kernels.varying import varying
 from vlcache_jax.policies.scores.attention import LayerInputs, Score
 
@@ -30,7 +30,7 @@ class Leverage(Score):
     def __post_init__(self) -> None:
         for name, least in (("sketch", 1), ("sinks", 0), ("recent", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise PolicyError(f"{name}={value!r} is out of range: give a whole number, at least {least}")
 
     def __call__(self, inputs: LayerInputs) -> jax.Array:

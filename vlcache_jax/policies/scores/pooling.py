@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_whole
 from vlcache_jax.policies.scores.attention import Derived, LayerInputs, Score
 from vlcache_jax.policies.window import Window
 
@@ -36,7 +36,7 @@ class Pooled(Derived):
     kind: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1 or self.size % 2 == 0:
+        if not is_whole(self.size, 1) or self.size % 2 == 0:
             raise PolicyError(
                 f"pool={self.size!r}: give an odd number of neighbours, the token itself included (1: no pooling)"
             )
@@ -100,7 +100,7 @@ class GridPooled(Pooled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.side, bool) or not isinstance(self.side, int) or self.side < self.size:
+        if not is_whole(self.side, self.size):
             raise PolicyError(
                 f"grid_side={self.side!r} is no grid for pool={self.size}: give the patches along one side of a tile, "
                 "such as 24 for LLaVA-1.5"

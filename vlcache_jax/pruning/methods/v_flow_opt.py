@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vlcache_jax.cache.fractions import floor_fraction
 from vlcache_jax.cache.selection import indices, largest
-from vlcache_jax.errors import PolicyError
+from vlcache_jax.errors import PolicyError, is_number
 from vlcache_jax.parallel.mesh import by_row
 from vlcache_jax.pruning.attention import of_last_token
 from vlcache_jax.pruning.method import Between, Count, Pruning, named
@@ -72,11 +72,7 @@ class VFlowOpt(Pruning):
         given = {} if self.first is None else {"first": self.first}
         check_part(self.name, keep=self.keep, second=self.second, **given)
         check_whole(self.name, 0, merge=self.merge)
-        if (
-            isinstance(self.entropy, bool)
-            or not isinstance(self.entropy, int | float)
-            or not -1e3 <= self.entropy <= 1e3
-        ):
+        if not is_number(self.entropy, -1e3, 1e3):
             raise PolicyError(f"VFlowOpt(entropy={self.entropy}): give a number from -1000 to 1000")
         if self.keep < 1:
             _ = self.parts
