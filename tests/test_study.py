@@ -69,6 +69,20 @@ def test_a_replay_answers_as_generate_does(setting, name):
     assert store_bytes(state.stores) == out.report.state_bytes
 
 
+def test_a_replay_of_prompts_said_twice_serves_every_policy(setting):
+    model, params, batch, once, *_ = setting
+    twice = record(model, params, batch, repeated=True)
+    assert twice.key.shape[2] == 2 * batch.length
+    np.testing.assert_allclose(twice.logits, once.logits, atol=1e-5)
+    for policy in (vlc.KVzip(0.3), vlc.SnapKV(0.3)):
+        (tokens, _), state = replayed(setting, policy, twice)
+        out = vlc.generate(model, params, batch, policy, NEW, eos_token_ids=())
+        np.testing.assert_array_equal(tokens, out.tokens)
+        _, own = vlc.prefill(model, params, batch, policy).start(NEW)
+        kept = (kept_tokens(x.stores, batch.length, model.spec.num_kv_heads) for x in (state, own))
+        np.testing.assert_array_equal(*kept)
+
+
 def test_answer_attention_is_that_of_one_forward(setting):
     """Against softmax(q k) of the whole text, prompt and answer, row by row."""
     model, params, batch, _, out, attention = setting

@@ -45,13 +45,24 @@ SMALL = (
 )
 EVICTING = ("snap_kv", "h2o", "vl_cache", "ada_kv", "critical_kv", "tgv_kv", "kv_zip", "lag_kv")
 BUDGETS = (0.4, 0.25)
-STORED = ("full_cache,bits=8", "full_cache,bits=4", "ranked_bits:0.25", "ranked_bits:0.3", "ranked_bits:0.4")
+STORED = (
+    "full_cache,bits=8",
+    "full_cache,bits=4",
+    "ranked_bits:0.1",
+    "ranked_bits:0.25",
+    "ranked_bits:0.3",
+    "ranked_bits:0.4",
+)
+RETOLD = (*(f"kv_zip:bytes:{b},bits=8" for b in (0.4, 0.3, 0.25)), *(f"kv_zip:bytes:{b},bits=4" for b in (0.25, 0.1)))
+"""What the prompt's repetition looks at, at few bits; budgets in bytes."""
+
 MEASURES = ("right", "agrees", "kl", "log_likelihood")
 
 
 def grid() -> Iterator[str]:
     """The policies as they are typed."""
     yield from STORED
+    yield from RETOLD
     for budget in BUDGETS:
         for method in EVICTING:
             yield f"{method}:{budget}"
@@ -114,23 +125,23 @@ def draw(vlm: Any, tasks: list[str], count: int, sentences: int | None, seed: in
     return drawn, -(-longest // 64) * 64
 
 
-def prepare(vlm: Any, samples: list[Any], length: int, rows: int) -> Prompts:
-    """A batch of prompts, recorded and answered with the full cache."""
+def prepare(vlm: Any, samples: list[Any], length: int, rows: int, repeated: bool = False) -> Prompts:
+    """A batch of prompts, recorded (`repeated`: as said twice, see `record`) and answered with the full cache."""
     texts = [sample.prompt for sample in (samples + samples[-1:] * rows)[:rows]]
-    return answered(vlm, samples, vlm.processor(images=[[]] * rows, text=texts, pad_to=length))
+    return answered(vlm, samples, vlm.processor(images=[[]] * rows, text=texts, pad_to=length), repeated)
 
 
-def answered(vlm: Any, samples: list[Any], batch: Any) -> Prompts:
+def answered(vlm: Any, samples: list[Any], batch: Any, repeated: bool = False) -> Prompts:
     """A batch whose first prompts are those of `samples`, recorded and answered with the full cache."""
-    recording = jax.block_until_ready(record(vlm.model, vlm.params, batch))
+    recording = jax.block_until_ready(record(vlm.model, vlm.params, batch, repeated))
     context = compress(vlm, batch, recording, vlc.FullCache())
     answers = vlc.answer(context, None, max_new_tokens=MAX_NEW_TOKENS)
     return Prompts(samples, batch, recording, context, answers)
 
 
 def compress(vlm: Any, batch: Any, recording: Recording, policy: Any) -> Any:
-    """The context that a policy keeps; one that has prompts said twice runs them itself."""
-    if policy.repeats:
+    """The context that a policy keeps; one that has prompts said twice runs them itself if that was not recorded."""
+    if policy.repeats and recording.key.shape[2] == batch.length:
         return vlc.compress(vlm.model, vlm.params, batch, policy)
     return vlc.compress(Replay(vlm.model), {"model": vlm.params, "recording": recording}, batch, policy)
 
@@ -237,7 +248,8 @@ def main() -> None:
             if not left:
                 continue
             begun = time.monotonic()
-            prompts = prepare(vlm, of_task[first : first + rows], length, rows)
+            repeated = any(policy_of(name).repeats for name in left)
+            prompts = prepare(vlm, of_task[first : first + rows], length, rows, repeated)
             print(f"{task} from {first}, {length} tokens: {time.monotonic() - begun:.0f} s", flush=True)
             for name in left:
                 lines.add(task, name, first, line := measure(vlm, prompts, policy_of(name)))

@@ -18,7 +18,8 @@ from vlcache_jax.inputs import Batch
 from vlcache_jax.models.families.module import in_order
 from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
-from vlcache_jax.typing import ModelSpec, Params, VisionLanguageModel, WithOutput
+from vlcache_jax.pruning.stage import Stage
+from vlcache_jax.typing import Embedded, ModelSpec, Params, VisionLanguageModel, WithOutput
 
 _PLACEHOLDER = 0  # width of the hidden states of a replayed prompt, of which nothing is asked
 
@@ -41,18 +42,27 @@ class Recording(NamedTuple):
     output: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model",))
-def record(model: VisionLanguageModel, params: Params, batch: Batch) -> Recording:
-    """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed."""
-    kernels, lengths = Kernels(), jnp.asarray(batch.lengths)
+@partial(jax.jit, static_argnames=("model", "repeated"))
+def record(model: VisionLanguageModel, params: Params, batch: Batch, repeated: bool = False) -> Recording:
+    """Runs the prompts through the model, as `prefill` does, and keeps what every layer computed.
+
+    `repeated`: with every prompt said twice, for policies that have it so (`Policy.repeats`); twice the length, of
+    which the first half serves all others, and the logits are those of the prompts.
+    """
+    kernels, said = Kernels(), jnp.asarray(batch.lengths)
+    lengths = 2 * said if repeated else said
 
     def attend(query, key, value, carry, _, output):
         out, _ = ops.attention(kernels, query, key, value, lengths, with_lse=False)
         return out, carry, (query, key, value, output)
 
     embedded = embed_prompt(model, params, batch)
+    if repeated:
+        following, layers = embedded.next_position, model.spec.num_layers
+        stage = Stage.of_prompt(embedded, said, jnp.asarray(batch.vision_index), layers).repeated(following)
+        embedded = Embedded(stage.hidden, stage.positions, following, layer_inputs=stage.layer_inputs)
     hidden, _, (query, key, value, output) = run_layers(model, params, embedded, WithOutput(attend))
-    return Recording(query, key, value, last_logits(model, params, hidden, lengths), output)
+    return Recording(query, key, value, last_logits(model, params, hidden, said), output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +99,8 @@ class Replay:
             _, carry, ys = attend(query, key, value, carry, x, *told)
             return carry, ys
 
-        computed = recording.query, recording.key, recording.value, recording.output
-        return hidden, *jax.lax.scan(layer, carry, (*computed, xs))
+        computed = (x[:, :, : hidden.shape[1]] for x in (recording.query, recording.key, recording.value))
+        return hidden, *jax.lax.scan(layer, carry, (*computed, recording.output, xs))
 
 
 def first_columns(recording: Recording, length: int) -> Recording:
