@@ -9,7 +9,7 @@ import transformers
 
 from vlcache_jax.errors import InputError, VLCacheError
 from vlcache_jax.models.activations import ACTIVATIONS, activation
-from vlcache_jax.models.families.llava.projector import Projector
+from vlcache_jax.models.families.projector import Projector
 from vlcache_jax.models.vision.clip import ClipVisionTower
 from vlcache_jax.models.vision.config import VisionConfig
 

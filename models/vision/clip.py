@@ -64,6 +64,6 @@ class ClipVisionTower(nn.Module):
         patches = PatchEmbedding(config, self.dtype, name="patch_embedding")(pixels)
         class_ = jnp.broadcast_to(class_D.astype(self.dtype), (images, 1, channels))
         x = jnp.concatenate([class_, patches], axis=1) + table[None]
-        x = layer_norm(x, config, self.dtype, "pre_norm")
+        x = layer_norm(x, config.layer_norm_eps, self.dtype, "pre_norm")
 
         return encoder(config, self.dtype, x, feature_layers)

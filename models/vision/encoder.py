@@ -13,15 +13,9 @@ from vlcache_jax.parallel import ops
 from vlcache_jax.parallel.ops import Kernels
 
 
-def layer_norm(x: jax.Array, config: VisionConfig, dtype: jnp.dtype, name: str) -> jax.Array:
+def layer_norm(x: jax.Array, epsilon: float, dtype: jnp.dtype, name: str) -> jax.Array:
     # The mean is subtracted before squaring: E[x²] - E[x]² cancels badly in the tower's outlier channels.
-    norm = nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        use_fast_variance=False,
-        name=name,
-    )
+    norm = nn.LayerNorm(epsilon, dtype=dtype, param_dtype=jnp.float32, use_fast_variance=False, name=name)
     with jax.numpy_dtype_promotion("standard"):  # Flax takes float32 statistics times the scale as it was loaded
         return norm(x)
 
@@ -69,9 +63,9 @@ class _Layer(nn.Module):
         collected = tuple(
             jnp.where(index == wanted, x_NTD, old) for wanted, old in zip(self.collect, collected, strict=True)
         )
-        normed = layer_norm(x_NTD, self.config, self.dtype, "norm_1")
+        normed = layer_norm(x_NTD, self.config.layer_norm_eps, self.dtype, "norm_1")
         x_NTD = x_NTD + self._scaled("scale_1", _Attention(self.config, self.dtype, name="attention")(normed))
-        normed = layer_norm(x_NTD, self.config, self.dtype, "norm_2")
+        normed = layer_norm(x_NTD, self.config.layer_norm_eps, self.dtype, "norm_2")
         x_NTD = x_NTD + self._scaled("scale_2", _MLP(self.config, self.dtype, name="mlp")(normed))
         return (x_NTD, collected), None
 

@@ -16,6 +16,7 @@ from vlcache_jax.models.activations import activation
 from vlcache_jax.models.decoder.decoder import RMSNorm
 from vlcache_jax.models.decoder.rope import rotate
 from vlcache_jax.models.linear import dense
+from vlcache_jax.models.vision.encoder import layer_norm
 from vlcache_jax.models.vision.qwen_config import QwenVisionConfig
 from vlcache_jax.models.vision.windows import run_attention, runs_of
 from vlcache_jax.parallel import ops
@@ -29,11 +30,7 @@ _THETA = 1e4
 
 
 def _norm(x: jax.Array, rms: bool, dtype: jnp.dtype, name: str) -> jax.Array:
-    if rms:
-        return RMSNorm(_EPSILON, dtype, name=name)(x)
-    norm = nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, param_dtype=jnp.float32, use_fast_variance=False, name=name)
-    with jax.numpy_dtype_promotion("standard"):  # Flax takes float32 statistics times the scale as it was loaded
-        return norm(x)
+    return RMSNorm(_EPSILON, dtype, name=name)(x) if rms else layer_norm(x, _EPSILON, dtype, name)
 
 
 def _rotation(cells: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:

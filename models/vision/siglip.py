@@ -56,4 +56,4 @@ class SiglipVisionTower(nn.Module):
             table = table[jnp.asarray(position_ids)]
         patches = PatchEmbedding(config, self.dtype, use_bias=True, name="patch_embedding")(pixels)
         x = encoder(config, self.dtype, patches + table[None], wanted)
-        return layer_norm(x, config, self.dtype, "post_norm") if feature_layers is None else x
+        return layer_norm(x, config.layer_norm_eps, self.dtype, "post_norm") if feature_layers is None else x

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from vlcache_jax.files.exporting import static_field
 from vlcache_jax.inputs import NEWLINE, TEXT, Batch
 from vlcache_jax.models.decoder.decoder import Decoder
-from vlcache_jax.models.families.llava.projector import Projector
 from vlcache_jax.models.families.module import FamilyModule, abstract_tiles, features_in_order, in_order
+from vlcache_jax.models.families.projector import Projector
 from vlcache_jax.models.vision.clip import ClipVisionTower
 from vlcache_jax.models.vision.patch_attention import patch_attention
 from vlcache_jax.models.vision.patch_entropy import patch_entropy
