@@ -78,8 +78,8 @@ def test_answers_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
     assert lines[:2] == before
     assert [(x["policy"], x["first"]) for x in lines] == [(name, first) for first in (0, 2) for name in names]
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| full_cache | 100 | 100 | 100 of 3 (+0 to +0) | 100, 100, 100, 100 | 100 | 0.0000 (0.0000 to 0.0000) |",
-        "| SnapKV 0.1 | 10 | 15 | 0 of 3 (-100 to -100) | 100, 0, 0, 0 | 0 | 2.0000 (2.0000 to 2.0000) |",
+        "| full_cache | 100 | 100 | 100 % of 3 (+0 to +0) | 100, 100, 100, 100 | 100 | 0.0000 (0.0000 to 0.0000) |",
+        "| SnapKV 0.1 | 10 | 15 | 0 % of 3 (-100 to -100) | 100, 0, 0, 0 | 0 | 2.0000 (2.0000 to 2.0000) |",
     ]
 
 

@@ -90,7 +90,7 @@ def table(lines: Lines, samples: list[Asked]) -> str:
         shares = np.mean([line["buffers"] for line in found.values()])
         cells = [own["bytes"].mean(), shares, own["agrees"].mean(), *begun]
         kept, buffers, repeated, *digits = (f"{100 * x:.0f}" for x in cells)
-        points = f"{100 * right.mean():.0f} of {count} ({low:+.0f} to {high:+.0f})"
+        points = f"{100 * right.mean():.0f} % of {count} ({low:+.0f} to {high:+.0f})"
         divergence = f"{own['kl'].mean():.4f} ({less:.4f} to {more:.4f})"
         rows.append([policy, kept, buffers, points, ", ".join(digits), repeated, divergence])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
