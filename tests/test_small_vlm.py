@@ -70,7 +70,7 @@ def test_answers_go_on_where_they_stopped(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(vlm_answers, "measure", measured)
     monkeypatch.setattr(
-        vlm_answers, "answered", lambda vlm, samples, batch: SimpleNamespace(samples=samples, batch=batch)
+        vlm_answers, "answered", lambda vlm, samples, batch, repeated: SimpleNamespace(samples=samples, batch=batch)
     )
     before = run(tmp_path / "answers.jsonl", 2)
     capsys.readouterr()

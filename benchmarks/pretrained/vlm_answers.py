@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not left:
             continue
         begun, some = time.monotonic(), (chats[first : first + args.rows] + chats[-1:] * args.rows)[: args.rows]
-        prompts = answered(vlm, samples[first : first + args.rows], vlm.processor.chat(some, pad_to=length))
+        repeated = any(wanted[name].repeats for name in left)
+        batch = vlm.processor.chat(some, pad_to=length)
+        prompts = answered(vlm, samples[first : first + args.rows], batch, repeated)
         print(f"from {first}, {length} tokens: {time.monotonic() - begun:.0f} s", flush=True)
         for name in left:
             lines.add(TASK, name, first, line := measure(vlm, prompts, wanted[name]))
