@@ -32,10 +32,10 @@ def test_right_is_the_whole_value_and_begun_its_first_digits():
     assert [asked.begun("total 4528", digits) for digits in (1, 2, 3, 4)] == [True, True, False, False]
 
 
-def test_policies_are_all_of_both_budgets():
+def test_policies_are_those_of_both_budgets_and_variants():
     found = vlm_answers.policies()
     assert next(iter(found)) == vlm_answers.FULL
-    assert len(found) == 7 + 2 * len(vlm_answers.EVICTING)
+    assert len(found) == 7 + 2 * len(vlm_answers.EVICTING) + len(vlm_answers.variants())
     assert found["its scores, equal layers 0.1"] != found["VL-Cache 0.1"] == vlc.VLCache(0.1)
 
 

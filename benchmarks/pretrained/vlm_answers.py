@@ -24,6 +24,8 @@ import vlcache_jax as vlc
 from vlcache_jax.demo.data.samples import HELD_OUT_SEED
 from vlcache_jax.evaluation.metrics import bootstrap_interval
 from vlcache_jax.policies.allocate.uniform import Uniform
+from vlcache_jax.policies.methods.kv_zip import LargestAttention
+from vlcache_jax.policies.rows.spans import Repetition
 
 TASK = "strips"
 EVICTING = {
@@ -59,12 +61,28 @@ class Asked:
         return said.strip().startswith(self.answer[: self.answer.index(" ") + 1 + digits])
 
 
+def variants() -> dict[str, vlc.Policy]:
+    """What decides: pooling, KVzip's shares of layers and heads, its scores, and bits besides."""
+
+    def retold(budget: float) -> vlc.Policy:
+        return dataclasses.replace(vlc.RankedBits(budget), rows=Repetition(), score=LargestAttention())
+
+    return {
+        "equal layers, pooled over 7 0.25": dataclasses.replace(vlc.VLCache(0.25, pool=7), allocate=Uniform()),
+        "KVzip 0.1, equal layers": dataclasses.replace(vlc.KVzip(0.1), allocate=Uniform()),
+        "KVzip 0.05": vlc.KVzip(0.05),
+        **{f"KVzip, 4 bits, bytes {share:g}": vlc.KVzip(vlc.ByteShare(share), bits=4) for share in (0.1, 0.05)},
+        **{f"ranked bits {share:g}, KVzip's scores": retold(share) for share in (0.1, 0.05)},
+    }
+
+
 def policies() -> dict[str, vlc.Policy]:
     """By what the table calls them."""
     found: dict[str, vlc.Policy] = {FULL: vlc.FullCache()}
     found |= {f"all at {bits} bits": vlc.FullCache(bits=bits) for bits in (8, 4)}
     found |= {f"ranked bits {budget:g}": vlc.RankedBits(budget) for budget in (0.4, 0.3, 0.25, 0.1)}
-    return found | {f"{name} {budget:g}": make(budget) for budget in BUDGETS for name, make in EVICTING.items()}
+    found |= {f"{name} {budget:g}": make(budget) for budget in BUDGETS for name, make in EVICTING.items()}
+    return found | variants()
 
 
 def drawn(vlm: vlc.VLM, count: int) -> tuple[list[Asked], list[Any], int]:
