@@ -127,6 +127,12 @@ def branches(x: jax.Array, rows: int) -> jax.Array:
     return x if rows == x.shape[0] else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
+@automatic
+def by_entry(tree: Any, shape: tuple[int, ...]) -> Any:
+    """Arrays of all entries [entries, ...] as [*shape, ...], on whatever mesh."""
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
+
+
 def check_positions(ctx: Context, appended: Any, new_tokens: int) -> None:
     """`appended` tokens of each entry, then as many new ones, must have a position."""
     if not (is_known(ctx.next_position) and is_known(appended)):

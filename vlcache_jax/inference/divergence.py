@@ -12,7 +12,7 @@ import numpy as np
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.append_block import run_block
-from vlcache_jax.inference.context import Context, branches
+from vlcache_jax.inference.context import Context, branches, by_entry
 from vlcache_jax.inference.extend import appended
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.inference.forward import unembed
@@ -95,9 +95,9 @@ def divergence(reference: Context, kept: Context, answers: Any, *, kernels: Kern
             kernels or Kernels(),
         )
     shape = np.shape(answers.lengths)
-    kl, same, logs = (x.reshape(*shape, -1) for x in measured)
-    found = Divergence(kl, same, logs, lengths.reshape(shape))
-    require_finite(finite.reshape(shape), found, dtype=kept.model.spec.dtype, density=kept.report.density)
+    *measured, lengths, finite = by_entry((*measured, lengths, finite), shape)
+    found = Divergence(*measured, lengths)
+    require_finite(finite, found, dtype=kept.model.spec.dtype, density=kept.report.density)
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlcache_jax.errors import InputError
 from vlcache_jax.files.exporting import exportable
-from vlcache_jax.inference.context import Context, check_count, check_positions, started
+from vlcache_jax.inference.context import Context, by_entry, check_count, check_positions, started
 from vlcache_jax.inference.decode import decode_all, stream_decode
 from vlcache_jax.inference.extend import extended
 from vlcache_jax.inference.finiteness import require_finite
@@ -208,10 +208,9 @@ def _answers(
     """One answer for each of `shape`; `policy`, where it is known, is for the message of an error."""
     logits, state = started(ctx, max_new_tokens, len(options.temperature))
     tokens, lengths, finite, logs = decode_all(ctx.model, ctx.params, logits, state, max_new_tokens, options, kernels)
-    report = ctx.report.of_answers(state, finite.reshape(shape))
-    wanted = (tokens, *logs) if log_probabilities else (tokens,)
-    tokens, *rest = (x.reshape(*shape, max_new_tokens) for x in wanted)
-    out = Generation(tokens, lengths.reshape(shape), report, *rest)
-    before, density = state.finite.reshape(shape), report.density
+    found = (tokens, lengths, finite, state.finite, *(logs if log_probabilities else ()))
+    tokens, lengths, finite, before, *logs = by_entry(found, shape)
+    report = ctx.report.of_answers(state, finite)
+    out, density = Generation(tokens, lengths, report, *logs), report.density
     require_finite(report.finite, out, dtype=ctx.model.spec.dtype, before=before, density=density, policy=policy)
     return out

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlcache_jax.files.exporting import exportable
 from vlcache_jax.inference.append_block import run_block
-from vlcache_jax.inference.context import Context, branches
+from vlcache_jax.inference.context import Context, branches, by_entry
 from vlcache_jax.inference.extend import appended
 from vlcache_jax.inference.finiteness import require_finite
 from vlcache_jax.inference.forward import unembed
@@ -90,8 +90,9 @@ def score(ctx: Context, answers: Any, *, kernels: Kernels | None = None) -> Scor
             kernels or Kernels(),
         )
     shape = np.shape(answers.lengths)
-    scores = Scores(found.reshape(*shape, -1), greedy.reshape(*shape, -1), lengths.reshape(shape))
-    require_finite(finite.reshape(shape), scores, dtype=ctx.model.spec.dtype, density=ctx.report.density)
+    found, greedy, lengths, finite = by_entry((found, greedy, lengths, finite), shape)
+    scores = Scores(found, greedy, lengths)
+    require_finite(finite, scores, dtype=ctx.model.spec.dtype, density=ctx.report.density)
     return scores
 
 
