@@ -1,4 +1,4 @@
-"""A run of tunix's GRPO learner: answers shall have a 4 in them. Prints ten rewards, and how far rollouts lag."""
+"""A run of tunix's GRPO learner: answers shall be full of fours. Prints ten rewards, and how far rollouts lag."""
 
 import functools
 import sys
@@ -33,7 +33,7 @@ rewards = []
 
 
 def reward(prompts, completions, **_):
-    found = [float("4" in text) for text in completions]
+    found = [text.count("4") / 6 for text in completions]
     rewards.append(np.mean(found))
     return found
 
