@@ -68,10 +68,15 @@ def variants() -> dict[str, vlc.Policy]:
         return dataclasses.replace(vlc.RankedBits(budget), rows=Repetition(), score=LargestAttention())
 
     return {
-        "equal layers, pooled over 7 0.25": dataclasses.replace(vlc.VLCache(0.25, pool=7), allocate=Uniform()),
+        **{
+            f"equal layers, pooled over 7 {budget:g}": dataclasses.replace(
+                vlc.VLCache(budget, pool=7), allocate=Uniform()
+            )
+            for budget in BUDGETS
+        },
         "KVzip 0.1, equal layers": dataclasses.replace(vlc.KVzip(0.1), allocate=Uniform()),
-        "KVzip 0.05": vlc.KVzip(0.05),
-        **{f"KVzip, 4 bits, bytes {share:g}": vlc.KVzip(vlc.ByteShare(share), bits=4) for share in (0.1, 0.05)},
+        **{f"KVzip {budget:g}": vlc.KVzip(budget) for budget in (0.05, 0.02)},
+        **{f"KVzip, 4 bits, bytes {share:g}": vlc.KVzip(vlc.ByteShare(share), bits=4) for share in (0.1, 0.05, 0.02)},
         **{f"ranked bits {share:g}, KVzip's scores": retold(share) for share in (0.1, 0.05)},
     }
 
