@@ -159,6 +159,7 @@ def test_by_name():
         ("vl_cache:1.5 kB", VLCache(Bytes(1500))),
         ("vl_cache:bytes:0.25,bits=4", VLCache(ByteShare(0.25), bits=4)),
         ("ranked_bits:0.25", RankedBits(ByteShare(0.25))),
+        ("ranked_bits:0.1,repeat=true", RankedBits(0.1, repeat=True)),
         ("vl_cache:mass:0.98:0.4", VLCache(Mass(0.98, cap=0.4))),
         ("vl_cache:0.2,heads=shared,pool=5,threshold=1e-3", VLCache(0.2, heads="shared", pool=5, threshold=1e-3)),
         ("vl_cache, heads=shared, candidate-fraction=0.3", VLCache(heads="shared", candidate_fraction=0.3)),

@@ -206,23 +206,24 @@ def test_a_budget_in_bytes_is_what_a_prompt_takes(bits):
         prefill(vlc.VLCache(vlc.Bytes(least - 1), bits=bits), batch, stub_params(batch))
 
 
+@pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize(
     ("share", "tiers", "fraction"), [(0.5, (4,), 0.8), (0.6, (4, "4/2"), 0.6), (0.8, (8, 4), 0.35)]
 )
-def test_a_share_of_the_bytes_is_spent_on_bits_by_rank(share, tiers, fraction):
-    """The tokens that VL-Cache's ranking puts first get more bits; all together take what was allowed, and no less."""
+def test_a_share_of_the_bytes_is_spent_on_bits_by_rank(share, tiers, fraction, repeat):
+    """The tokens that VL-Cache's or KVzip's ranking puts first get more bits; all together take what was allowed."""
     batch = stub_batch(length=150)
     params = stub_params(batch)
-    state = prefill(vlc.RankedBits(share), batch, params)
+    state = prefill(vlc.RankedBits(share, repeat=repeat), batch, params)
     assert tuple(store.bits for store in state.stores) == tiers
     each = [pool_bytes(128, bits) / 128 - 4 for bits in tiers]  # of a token; positions are not counted
-    counts = [np.asarray(store.lengths).sum(axis=(1, 2)) for store in state.stores]
+    counts = [np.asarray(store.lengths).mean(axis=2).sum(axis=1) for store in state.stores]  # of a KV head
     taken = sum(count * size for count, size in zip(counts, each, strict=True))
     allowed = share * LAYERS * batch.lengths * 4 * HEAD_DIM
     assert np.all((allowed - max(each) - 0.01 * allowed <= taken) & (taken <= allowed + 1e-6))
     if len(tiers) > 1:
         np.testing.assert_array_equal(sum(counts), LAYERS * batch.lengths)
-    plain = dataclasses.replace(vlc.VLCache(fraction), allocate=Uniform())
+    plain = vlc.KVzip(fraction) if repeat else dataclasses.replace(vlc.VLCache(fraction), allocate=Uniform())
     assert str(kept_sets(state)) == str(kept_sets(prefill(plain, batch, params)))
 
 
@@ -330,6 +331,7 @@ def test_8_bits_change_at_most_one_answer_in_a_hundred():
         (lambda: EnoughMass(0.0), "mass=0.0 is out of range"),
         (lambda: vlc.ByteShare(1.0), r"ByteShare\(1.0\): give a share of the bytes of a 16-bit cache, below 1"),
         (lambda: vlc.RankedBits(1.5), "budget=1.5 is out of range"),
+        (lambda: vlc.RankedBits(0.1, repeat=True, rows=vlc.LastRows(4)), "rows has no use with repeat=True"),
     ],
 )  # fmt: skip
 def test_refused(build, message):
