@@ -90,7 +90,7 @@ def test_json(folder, capsys):
         "weight_bytes", "policies", "versions",
     }  # fmt: skip
     assert [(p["policy"], p["budget"]) for p in found["policies"]] == [
-        ("ranked_bits", "25 % of the bytes"), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),
+        ("ranked_bits", "30 % of the bytes"), ("full_cache", 1.0), ("snap_kv", "48 tokens a layer"),
     ]  # fmt: skip
     for policy in found["policies"]:
         assert set(policy) == {

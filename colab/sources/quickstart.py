@@ -105,7 +105,7 @@ kept
 # ## Other methods
 #
 # Every method takes the same options; `bits=8` or `bits=4` stores what is kept in fewer bits. `RankedBits` decides
-# about the bits by itself: its budget is one of bytes, and a quarter of them holds nearly every token. It is what the
+# about the bits by itself: its budget is one of bytes, and 30 % of them hold nearly every token. It is what the
 # command line takes if nothing else is named.
 
 # %%

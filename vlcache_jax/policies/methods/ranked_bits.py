@@ -18,7 +18,7 @@ TIERS: tuple[tuple[int | str, int | str | None], ...] = ((8, 4), (4, "4/2"), (4,
 
 @method("ranked_bits", title="Ranked bits")
 def RankedBits(
-    budget: Budget = 0.25,
+    budget: Budget = 0.3,
     *,
     repeat: bool = False,
     rows: Rows | None = None,
