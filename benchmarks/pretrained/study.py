@@ -52,9 +52,10 @@ STORED = (
     "ranked_bits:0.25",
     "ranked_bits:0.3",
     "ranked_bits:0.4",
+    *(f"ranked_bits:{budget},repeat=true" for budget in (0.02, 0.05, 0.1, 0.25, 0.3)),
 )
-RETOLD = (*(f"kv_zip:bytes:{b},bits=8" for b in (0.4, 0.3, 0.25)), *(f"kv_zip:bytes:{b},bits=4" for b in (0.25, 0.1)))
-"""What the prompt's repetition looks at, at few bits; budgets in bytes."""
+RETOLD = (*(f"kv_zip:bytes:{b},bits=8" for b in (0.4, 0.3, 0.25)), "kv_zip:bytes:0.25,bits=4")
+"""What the prompt's repetition looks at, in one precision; budgets in bytes."""
 
 MEASURES = ("right", "agrees", "kl", "log_likelihood")
 
