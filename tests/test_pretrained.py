@@ -32,6 +32,10 @@ def test_what_is_asked_can_be_read_and_is_drawn_anew(task):
         assert f"{sample.begun} {sample.answer}" in prose or task in ("opening", "instruction")
         assert prose.count(sample.answer) == 1
         assert sample.prompt.endswith(sample.begun)
+        before, later = sample.split
+        assert before + later == sample.prompt
+        assert sample.answer in before
+        assert later.startswith(question)
 
 
 def test_right_answers_end_where_the_right_answer_ends():

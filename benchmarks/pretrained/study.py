@@ -78,6 +78,7 @@ class Prompts:
     recording: Recording
     context: Any  # of the full cache
     answers: Any  # the full cache's Generation
+    question: Any = None  # asked when the prompts have been compressed
 
 
 def policy_of(text: str) -> vlc.Policy:
@@ -126,18 +127,31 @@ def draw(vlm: Any, tasks: list[str], count: int, sentences: int | None, seed: in
     return drawn, -(-longest // 64) * 64
 
 
-def prepare(vlm: Any, samples: list[Any], length: int, rows: int, repeated: bool = False) -> Prompts:
-    """A batch of prompts, recorded (`repeated`: as said twice, see `record`) and answered with the full cache."""
-    texts = [sample.prompt for sample in (samples + samples[-1:] * rows)[:rows]]
-    return answered(vlm, samples, vlm.processor(images=[[]] * rows, text=texts, pad_to=length), repeated)
+def prepare(
+    vlm: Any, samples: list[Any], length: int, rows: int, repeated: bool = False, before: bool = False
+) -> Prompts:
+    """A batch of prompts, recorded (`repeated`: as said twice, see `record`) and answered with the full cache.
+
+    `before`: they end where the question begins, which comes when they have been compressed.
+    """
+    filled = (samples + samples[-1:] * rows)[:rows]
+    texts = [sample.split[0] if before else sample.prompt for sample in filled]
+    question = vlm.processor.continuation([sample.split[1] for sample in filled], pad_to=32) if before else None
+    batch = vlm.processor(images=[[]] * rows, text=texts, pad_to=length)
+    return answered(vlm, samples, batch, repeated, question)
 
 
-def answered(vlm: Any, samples: list[Any], batch: Any, repeated: bool = False) -> Prompts:
+def answered(vlm: Any, samples: list[Any], batch: Any, repeated: bool = False, question: Any = None) -> Prompts:
     """A batch whose first prompts are those of `samples`, recorded and answered with the full cache."""
     recording = jax.block_until_ready(record(vlm.model, vlm.params, batch, repeated))
-    context = compress(vlm, batch, recording, vlc.FullCache())
+    context = asked(compress(vlm, batch, recording, vlc.FullCache()), question)
     answers = vlc.answer(context, None, max_new_tokens=MAX_NEW_TOKENS)
-    return Prompts(samples, batch, recording, context, answers)
+    return Prompts(samples, batch, recording, context, answers, question)
+
+
+def asked(context: Any, question: Any) -> Any:
+    """The context with the question behind it, if there is one yet to ask."""
+    return context if question is None else vlc.extend(context, question)
 
 
 def compress(vlm: Any, batch: Any, recording: Recording, policy: Any) -> Any:
@@ -150,7 +164,8 @@ def compress(vlm: Any, batch: Any, recording: Recording, policy: Any) -> Any:
 def measure(vlm: Any, prompts: Prompts, policy: Any) -> dict[str, Any]:
     """A policy's line: of each sample whether it is right and agrees, and what becomes of the full cache's answer."""
     begun, count, full = time.monotonic(), len(prompts.samples), prompts.answers
-    kept = compress(vlm, prompts.batch, prompts.recording, policy)
+    compressed = compress(vlm, prompts.batch, prompts.recording, policy)
+    kept = asked(compressed, prompts.question)
     out = vlc.answer(kept, None, max_new_tokens=MAX_NEW_TOKENS)
     texts = vlm.processor.decode(out)[:count]
     agrees = np.all(np.asarray(out.tokens) == np.asarray(full.tokens), axis=1)[:count]
@@ -161,9 +176,9 @@ def measure(vlm: Any, prompts: Prompts, policy: Any) -> dict[str, Any]:
         "agrees": "".join(str(int(x)) for x in agrees),
         "kl": [float(f"{x:.4g}") for x in np.asarray(found.mean)[:count]],
         "log_likelihood": [round(x, 3) for x in likely.tolist()[:count]],
-        "bytes": round(kept_share(kept.stores, prompts.batch, vlm.model.spec), 4),
+        "bytes": round(kept_share(compressed.stores, prompts.batch, vlm.model.spec), 4),
         "seconds": round(time.monotonic() - begun, 1),
-        "buffers": round(buffers_share(kept), 4),
+        "buffers": round(buffers_share(compressed), 4),
         "answers": texts,
     }
 
@@ -177,7 +192,7 @@ class Lines:
         self.found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         if path.exists():
             for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                if all(line.get(name) == value for name, value in drawn.items()):
+                if all(line.get(name, 0) == value for name, value in drawn.items()):
                     self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -234,6 +249,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="of prose around the facts")
     parser.add_argument("--rows", type=int, default=32, help="prompts at once")
     parser.add_argument("--seed", type=int, default=0, help="of the samples: 0 for development, 1 to measure")
+    parser.add_argument("--before", action="store_true", help="compress before the question is known")
     parser.add_argument("--against", default=FULL, help="the policy that the table compares with")
     parser.add_argument("--small", action="store_true", help="three methods at two budgets, 40 samples of one task")
     args = parser.parse_args()
@@ -241,7 +257,7 @@ def main() -> None:
     tasks, samples, rows = (args.task[:1], 40, 40) if args.small else (args.task, args.samples, args.rows)
     vlc.use_compilation_cache()
     vlm = vlc.load(args.folder, dtype=jnp.float32, layout="stacked")
-    lines = Lines(args.output, seed=args.seed, sentences=args.sentences or 0, rows=rows)
+    lines = Lines(args.output, seed=args.seed, sentences=args.sentences or 0, rows=rows, before=int(args.before))
     drawn, length = draw(vlm, tasks, samples, args.sentences, args.seed)
     for task, of_task in drawn.items():
         for first in range(0, samples, rows):
@@ -250,7 +266,7 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             repeated = any(policy_of(name).repeats for name in left)
-            prompts = prepare(vlm, of_task[first : first + rows], length, rows, repeated)
+            prompts = prepare(vlm, of_task[first : first + rows], length, rows, repeated, args.before)
             print(f"{task} from {first}, {length} tokens: {time.monotonic() - begun:.0f} s", flush=True)
             for name in left:
                 lines.add(task, name, first, line := measure(vlm, prompts, policy_of(name)))

@@ -84,6 +84,12 @@ class Sample:
             f"<|im_start|>user\n{self.text}<|im_end|>\n<|im_start|>assistant\n{self.begun}"
         )
 
+    @property
+    def split(self) -> tuple[str, str]:
+        """The prompt up to the question, and from there on."""
+        before, gap, question = self.prompt.rpartition("\n\n")
+        return before + gap, question
+
     def right(self, said: str) -> bool:
         """Whether what was said is the answer, apart from what follows it and from case."""
         said = said.strip().lower()

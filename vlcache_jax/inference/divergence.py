@@ -95,8 +95,8 @@ def divergence(reference: Context, kept: Context, answers: Any, *, kernels: Kern
             kernels or Kernels(),
         )
     shape = np.shape(answers.lengths)
-    *measured, lengths, finite = by_entry((*measured, lengths, finite), shape)
-    found = Divergence(*measured, lengths)
+    kl, same, logs, lengths, finite = by_entry((*measured, lengths, finite), shape)
+    found = Divergence(kl, same, logs, lengths)
     require_finite(finite, found, dtype=kept.model.spec.dtype, density=kept.report.density)
     return found
 
