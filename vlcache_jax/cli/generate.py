@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> None:
         emit(json.dumps(_describe(arguments, opened, batch, answers, text), ensure_ascii=False, indent=2))
     else:
         emit(printer.rest() if printer else text)
-        remark(_summary(batch, answers, recipe.policy.settled(vlm.model.spec).evicted.saves))
+        remark(_summary(batch, answers, recipe.policy.settled(vlm.model.spec).evicted.bits is not None))
     if picture_path is not None:
         write_picture(picture_path, answers.picture(vlm, images, batch, arguments.prompt, text))
 
@@ -127,13 +127,13 @@ class _Printer:
         return self._stream.finish()
 
 
-def _summary(batch: Batch, answers: Answers, saves: bool) -> str:
-    """The line behind an answer; `saves`: the tokens that are not kept are there at fewer bits."""
+def _summary(batch: Batch, answers: Answers, coded: bool) -> str:
+    """The line behind an answer; `coded`: the tokens that are not kept are there at fewer bits."""
     report, tokens = answers.report, int(answers.lengths[0])
     stages = np.asarray(report.stage_tokens)[0].tolist()
     dropped = f" ({' > '.join(map(str, stages))} from layer to layer)" if len(stages) > 1 else ""
     times = ", ".join(f"{name} {value:.2f} s" for name, value in answers.seconds.items())
-    others = ", the others at fewer bits" if saves else ""
+    others = ", the others at fewer bits" if coded else ""
     short = "" if report.exact[0] else ", less than a layer wanted (candidate_fraction=1)"
     return (
         f"[{report.policy}, budget {budget_text(report.budget)}: kept {percent(float(report.kept_fraction[0]))} of "

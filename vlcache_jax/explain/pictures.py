@@ -14,7 +14,7 @@ from vlcache_jax.inputs import TEXT, Batch
 from vlcache_jax.models.families.family import ImageLayout
 from vlcache_jax.models.text.arguments import Visual
 from vlcache_jax.parallel.mesh import check_known
-from vlcache_jax.policies.budget import budget_text
+from vlcache_jax.policies.budget import ByteShare, budget_text
 from vlcache_jax.policies.methods.method import title_of
 from vlcache_jax.terminal.table import megabytes, percent
 
@@ -229,8 +229,9 @@ def _header(draw: ImageDraw.ImageDraw, report: Report, row: int, shares: _Shares
     visual = shares.visual.shape[1]
     rows = len(report.prompt_lengths)
     of_batch = f"of all {rows} rows, " if rows > 1 else ""
+    kept = "tokens at the most bits" if isinstance(report.budget, ByteShare) else "cache kept"
     figures = [
-        (percent(float(report.kept_fraction[row])), "of the prompt's cache kept"),
+        (percent(float(report.kept_fraction[row])), f"of the prompt's {kept}"),
         (f"{shares.length:,}", f"prompt tokens: {visual:,} visual, {shares.length - visual:,} text"),
         (megabytes(report.state_bytes), f"prompt's cache {of_batch}instead of {megabytes(report.full_bytes)}"),
     ]
