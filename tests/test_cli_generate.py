@@ -119,6 +119,13 @@ def test_pruning(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -
         assert message in capsys.readouterr().err
 
 
+def test_what_becomes_of_the_other_tokens_is_said(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
+    """At fewer bits; not of those that are merged into others, or dropped."""
+    for policy, coded in (("ranked_bits:0.95", True), ("look_m:0.5", False), ("ranked_bits:0.2", False)):
+        _, remark = generate(capsys, checkpoint, [image], "w1 w2 w3", *OPTIONS, "--policy", policy)
+        assert (", the others at fewer bits" in remark) is coded, (policy, remark)
+
+
 def test_sparse_prefill(checkpoint: Path, image: Path, capsys: pytest.CaptureFixture) -> None:
     """What was looked at is said; so is why nothing was left out."""
     pattern = ["--policy", "vl_cache + a_shape:1,window=1,block=4,min_tokens=0"]

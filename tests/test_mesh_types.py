@@ -100,6 +100,25 @@ def check_context(llava, batch, expected, kinds):
     assert vlc.answer(longer, None, NEW, samples=2, sampling=vlc.Sampling()).tokens.shape == (2 * ROWS, 2, NEW)
 
 
+@pytest.mark.filterwarnings("ignore::vlcache_jax.errors.PlacementWarning")  # 4 rows, 8 devices
+@pytest.mark.parametrize("params_placed", [True, False])
+def test_more_samples_than_rows_on_explicit_axes(params_placed, llava, batch):
+    """The answers of all rows split over devices which the rows alone would not fill; nobody need place anything."""
+    model, params = llava
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(EXPLICIT,))
+    if params_placed:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    full = vlc.compress(*llava, batch)
+    alone = vlc.answer(full, None, NEW, samples=4, sampling=vlc.Sampling(), seeds=3)
+    with jax.set_mesh(mesh):
+        context = vlc.compress(model, params, batch)
+        out = vlc.answer(context, None, NEW, samples=4, sampling=vlc.Sampling(), seeds=3, log_probabilities=True)
+        np.testing.assert_array_equal(out.tokens, alone.tokens)
+        scores, apart = vlc.score(context, out), vlc.divergence(context, context, out)
+    np.testing.assert_allclose(scores.log_probabilities, out.log_probabilities, atol=1e-4)
+    np.testing.assert_allclose(apart.log_probabilities, out.log_probabilities, atol=1e-4)
+
+
 def check_forward(llava, batch, expected, kinds):
     model, _ = llava
     mesh, params, rows = placed(llava, batch, kinds)

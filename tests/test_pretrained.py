@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import vlcache_jax as vlc
+from vlcache_jax.demo.assets import MODEL, demo_assets
 from vlcache_jax.demo.data.labels import WORDS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "pretrained"))
@@ -74,6 +75,26 @@ def test_a_study_pads_all_tasks_to_one_length():
     longest = max(len(sample.prompt.split()) for samples in drawn.values() for sample in samples)
     assert length - 64 < longest <= length
     assert length % 64 == 0
+
+
+def test_a_study_asks_when_the_prompts_have_been_compressed():
+    """As `vlc.extend` does after `vlc.compress`, with the full cache and a policy; bytes are of the prompts alone."""
+    vlm = vlc.load(demo_assets(None) / MODEL, dtype="float32", layout="stacked")
+    parts = [("USER: Read the value of salary\n", "on this page."), ("USER: Where do you see it\n", "in the image?")]
+    samples = [SimpleNamespace(prompt="".join(pair), split=pair, right=lambda said: bool(said)) for pair in parts]
+    prompts = study.prepare(vlm, samples, 32, 2, before=True)
+    batch = vlm.processor(images=[[]] * 2, text=[first for first, _ in parts], pad_to=32)
+    question = vlm.processor.continuation([second for _, second in parts], pad_to=32)
+
+    def answered(policy):
+        context = vlc.extend(vlc.compress(vlm.model, vlm.params, batch, policy), question)
+        return np.asarray(vlc.answer(context, None, max_new_tokens=tasks.MAX_NEW_TOKENS).tokens)
+
+    np.testing.assert_array_equal(prompts.answers.tokens, answered(vlc.FullCache()))
+    found = study.measure(vlm, prompts, vlc.SnapKV(0.5, window=2))
+    same = np.all(answered(vlc.SnapKV(0.5, window=2)) == np.asarray(prompts.answers.tokens), axis=1)
+    assert found["agrees"] == "".join(str(int(x)) for x in same)
+    assert 0.4 < found["bytes"] <= 0.6
 
 
 def test_a_study_goes_on_and_compares_the_same_samples(tmp_path):

@@ -49,6 +49,7 @@ METHODS = {
     "zip_vl": vlc.ZipVL(budget=0.3),
     "vl_cache_8_bits": vlc.VLCache(budget=0.3, bits=8),
     "ranked_bits": vlc.RankedBits(budget=0.3),
+    "ranked_bits_repeated": vlc.RankedBits(budget=0.3, repeat=True),
     "random": vlc.RandomEviction(budget=0.3),
 }
 RECIPE = vlc.Recipe(  # whatever takes a policy takes one
@@ -63,7 +64,8 @@ WITH_FULL = METHODS | {"full_cache": vlc.FullCache(), "recipe": RECIPE}
 # those that bring a part of their own: sinks, a protected kind, candidates, shared heads, a budget in tokens. FEW is
 # for promises whose every case is a large compilation; of those, all but the first are thorough where the promise is
 # about what lies around the methods.
-NEWER = ("tgv_kv", "csp", "critical_kv", "compactor", "lag_kv", "kv_zip", "sparse_mm")  # of no new kind here: thorough
+# Of no new kind here: thorough.
+NEWER = ("tgv_kv", "csp", "critical_kv", "compactor", "lag_kv", "kv_zip", "sparse_mm", "ranked_bits_repeated")
 PARTS = (
     "vl_cache",
     "vl_cache_shared",

@@ -103,6 +103,5 @@ def test_attention_of_both_models(tmp_path):
         assert np.all(values["least"] <= values["heads"])
         assert np.all(values["heads"] <= values["most"])
         assert np.all(values["held 0.1"] <= values["best 0.1"] + 1e-6)
-    pytest.importorskip("matplotlib")
     attention.plot(found, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 10_000

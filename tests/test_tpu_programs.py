@@ -157,7 +157,11 @@ def test_candidates_bound_the_memory_of_the_prefill():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("policy", [vlc.VLCache(budget=0.1, bits=8), vlc.RankedBits(0.25)], ids=["8 bits", "4, 4/2"])
+@pytest.mark.parametrize(
+    "policy",
+    [vlc.VLCache(budget=0.1, bits=8), vlc.RankedBits(0.25), vlc.RankedBits(), vlc.RankedBits(0.1, repeat=True)],
+    ids=["8 bits", "4, 4/2", "8, 4", "4, repeated"],
+)
 def test_decode_step_over_codes_copies_nothing(policy):
     """As above; the codes are unpacked block by block inside the kernel, that of each store."""
     programs = _programs("v6e:1x1")
